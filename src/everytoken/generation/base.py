@@ -1,0 +1,193 @@
+"""The station's contract: a Decoder.
+
+A decoder is a dataclass of its settings that is callable as transformers' ``custom_generate``::
+
+    model.generate(**inputs, max_new_tokens=64, custom_generate=DySpec(draft))
+
+transformers prepares prompts, logits processors and stopping criteria and calls
+``decoder(model, input_ids, logits_processor=..., stopping_criteria=..., generation_config=..., **model_kwargs)``. A decoder
+honours all of them, or refuses by name what it cannot honour, before any forward pass. After a call ``decoder.stats`` holds
+the counters, and ``decoder.trace`` one TokenTrace for each row if the decoder was built with ``trace=True``.
+
+transformers does not hand ``streamer`` (nor the tokenizer that stop strings need) to callables; ``decoder.generate(model,
+**inputs, streamer=..., tokenizer=...)`` does, and is otherwise ``model.generate``.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import BadInputError, TokenizerMismatchError, UnsupportedModelError
+from ..core.trace import TokenTrace
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig, PreTrainedModel
+
+
+@dataclass
+class DecodingStats:
+    """Counters of one ``generate`` call, summed over its rows.
+
+    Attributes:
+        new_tokens: tokens returned.
+        target_forwards: forward passes of the model itself, the prompt's included.
+        draft_forwards: forward passes of a helper model.
+        proposed: tokens proposed by the helper.
+        accepted: proposals kept.
+        rounds: verification rounds.
+        seconds: wall-clock time of the call.
+    """
+
+    new_tokens: int = 0
+    target_forwards: int = 0
+    draft_forwards: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    rounds: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def mean_accepted(self) -> float:
+        """Accepted proposals per round (each round adds one token of the target's own on top)."""
+        return self.accepted / self.rounds if self.rounds else 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return values | {"tokens_per_second": self.tokens_per_second, "mean_accepted": self.mean_accepted}
+
+
+@dataclass
+class Decoder:
+    """Base of every decoder: settings are fields; ``__call__`` is a transformers ``custom_generate``."""
+
+    trace_enabled: bool = field(default=False, kw_only=True)
+    stats: DecodingStats = field(default_factory=DecodingStats, init=False, repr=False)
+    trace: list[TokenTrace] = field(default_factory=list, init=False, repr=False)
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: GenerationConfig | None = None,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Decodes; returns what ``generate`` would (ids, or a dict with ``return_dict_in_generate``)."""
+        raise NotImplementedError
+
+    def generate(self, model: PreTrainedModel, *args: Any, streamer: Any = None, **kwargs: Any) -> Any:
+        """``model.generate`` through this decoder, with a streamer and with stop strings (``tokenizer=``)."""
+        tokenizer = kwargs.pop("tokenizer", None)
+        stop_strings = kwargs.pop("stop_strings", None)
+        config = kwargs.get("generation_config")
+        if stop_strings is None and config is not None:
+            stop_strings = config.stop_strings
+        if stop_strings is not None:
+            from transformers import StoppingCriteriaList, StopStringCriteria
+
+            if tokenizer is None:
+                raise BadInputError("stop_strings need the tokenizer.", "Pass tokenizer=... as well.")
+            criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
+            criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
+            kwargs["stopping_criteria"] = criteria
+            if config is not None and config.stop_strings is not None:
+                import copy
+
+                kwargs["generation_config"] = copy.copy(config)
+                kwargs["generation_config"].stop_strings = None
+        call = functools.partial(self, streamer=streamer) if streamer is not None else self
+        if streamer is not None:
+            streamer = _Prompted(streamer)
+            call = functools.partial(self, streamer=streamer)
+        return model.generate(*args, custom_generate=call, streamer=streamer, **kwargs)
+
+
+class _Prompted:
+    """Passes everything on to a streamer; exists so that transformers and the decoder share one object."""
+
+    def __init__(self, streamer: Any):
+        self._streamer = streamer
+
+    def put(self, value: Any) -> None:
+        self._streamer.put(value)
+
+    def end(self) -> None:
+        self._streamer.end()
+
+
+def refuse_unsupported(decoder: str, config: GenerationConfig, synced_gpus: bool) -> None:
+    """Raises BadInputError for generation modes that a one-path decoder cannot honour."""
+    asked = {
+        "num_beams > 1": (config.num_beams or 1) > 1,
+        "output_attentions": bool(config.output_attentions),
+        "output_hidden_states": bool(config.output_hidden_states),
+        "use_cache=False": config.use_cache is False,
+        "penalty_alpha (contrastive search)": bool(getattr(config, "penalty_alpha", None)),
+        "dola_layers": bool(getattr(config, "dola_layers", None)),
+        "synced_gpus": synced_gpus,
+    }
+    refused = [name for name, present in asked.items() if present]
+    if refused:
+        raise BadInputError(
+            f"{decoder} does not support {', '.join(refused)}.", "Leave it out, or decode without custom_generate."
+        )
+
+
+def check_prompt(model: PreTrainedModel, length: int, max_length: int | None) -> None:
+    """Raises BadInputError for an empty prompt, or one that leaves no room in the model's context."""
+    if length == 0:
+        raise BadInputError("The prompt is empty.", "Give at least one token (a BOS token will do).")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and length >= context:
+        raise BadInputError(
+            f"The prompt has {length} tokens; the model's context is {context}.", "Shorten the prompt."
+        )
+
+
+def check_same_vocabulary(target: PreTrainedModel, draft: PreTrainedModel, slack: int = 512) -> int:
+    """The vocabulary size both share; sizes may differ by padding rows only.
+
+    Raises:
+        TokenizerMismatchError: sizes differ by more than ``slack``, or special token ids disagree.
+    """
+    sizes = [model.config.get_text_config().vocab_size for model in (target, draft)]
+    if abs(sizes[0] - sizes[1]) > slack:
+        raise TokenizerMismatchError(
+            f"The draft has a vocabulary of {sizes[1]} tokens and the target of {sizes[0]}: they use different tokenizers.",
+            "Speculative decoding needs a draft with the target's own tokenizer.",
+        )
+    eos = [_as_set(model.config.get_text_config().eos_token_id) for model in (target, draft)]
+    if eos[0] and eos[1] and not eos[0] & eos[1]:
+        raise TokenizerMismatchError(
+            f"Target and draft end a text with different tokens ({sorted(eos[0])} and {sorted(eos[1])}).",
+            "Speculative decoding needs a draft with the target's own tokenizer.",
+        )
+    return min(sizes)
+
+
+def _as_set(value: Any) -> set[int]:
+    if value is None:
+        return set()
+    return set(value) if isinstance(value, (list, tuple, set)) else {int(value)}
+
+
+def check_croppable(decoder: str, cache: Any) -> None:
+    """Raises UnsupportedModelError unless every layer of the cache is a plain growing one (rows can be dropped)."""
+    from transformers.cache_utils import DynamicLayer
+
+    odd = sorted({type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer})
+    if odd or not hasattr(cache, "layers"):
+        raise UnsupportedModelError(
+            f"{decoder} must drop rejected tokens from the cache; this model's cache has {', '.join(odd)} layers.",
+            "Models with sliding windows, static or recurrent caches are not supported.",
+        )

@@ -1,0 +1,521 @@
+"""DySpec: losslessness, optimality of its tree, and its cache."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from transformers import DynamicCache
+
+from everytoken.core.errors import BadInputError, TokenizerMismatchError, UnsupportedModelError
+from everytoken.generation.dyspec import DySpec, TokenTree, grow_tree
+
+from ..conftest import tiny_llama
+
+SHAPES = [
+    dict(budget=1),
+    dict(budget=5),
+    dict(budget=12, max_children=3),
+    dict(budget=6, max_depth=1),
+    dict(budget=6, max_children=1),
+    dict(budget=8, threshold=0.1),
+    dict(budget=16, threshold=0.02),
+]
+
+
+def names(shape):
+    return "-".join(f"{key}{value}" for key, value in shape.items())
+
+
+def contrary(target):
+    """A draft whose logits are the negative of the right ones: the worst of all."""
+    draft = tiny_llama(target.config.vocab_size, seed=0)
+    draft.load_state_dict(target.state_dict())
+    with torch.no_grad():
+        draft.lm_head.weight.neg_()
+    return draft
+
+
+def drafts(target):
+    vocab = target.config.vocab_size
+    return {"itself": target, "random": tiny_llama(vocab, seed=7), "contrary": contrary(target)}
+
+
+# -- greedy --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape", SHAPES, ids=names)
+@pytest.mark.parametrize("which", ["itself", "random", "contrary"])
+def test_greedy_output_is_the_targets_own(shape, which):
+    target = tiny_llama(23, seed=1)
+    prompt = torch.tensor([[3, 5, 8, 2]])
+    expected = target.generate(prompt, max_new_tokens=40, do_sample=False)
+    decoder = DySpec(drafts(target)[which], **shape)
+    actual = target.generate(prompt, max_new_tokens=40, do_sample=False, custom_generate=decoder)
+    assert actual.tolist() == expected.tolist()
+    assert decoder.stats.new_tokens == 40
+    assert decoder.stats.accepted + decoder.stats.rounds + 1 >= 40
+
+
+@given(seed=st.integers(0, 50), length=st.integers(1, 12), budget=st.integers(0, 20), new=st.integers(1, 24))
+@settings(max_examples=25, deadline=None)
+def test_greedy_property(seed, length, budget, new):
+    target, draft = tiny_llama(13, seed=seed), tiny_llama(13, seed=seed + 1)
+    prompt = torch.randint(0, 13, (1, length), generator=torch.Generator().manual_seed(seed))
+    arguments = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False)
+    expected = target.generate(prompt, **arguments)
+    actual = target.generate(prompt, **arguments, custom_generate=DySpec(draft, budget=budget))
+    assert actual.tolist() == expected.tolist()
+
+
+def test_perfect_draft_is_accepted_to_full_depth():
+    target = tiny_llama(23, seed=1)
+    decoder = DySpec(target, budget=6, max_children=1, max_depth=6)
+    target.generate(torch.tensor([[1, 2]]), max_new_tokens=1 + 7 * 5, do_sample=False, custom_generate=decoder)
+    assert decoder.stats.rounds == 5
+    assert decoder.stats.accepted == 6 * 5
+
+
+def test_budget_zero_is_plain_decoding():
+    target = tiny_llama(23, seed=1)
+    decoder = DySpec(tiny_llama(23, seed=2), budget=0)
+    target.generate(torch.tensor([[1, 2]]), max_new_tokens=9, do_sample=False, custom_generate=decoder)
+    assert decoder.stats.target_forwards == 9
+    assert decoder.stats.draft_forwards == decoder.stats.proposed == 0
+
+
+# -- sampling ------------------------------------------------------------------------------------------------------------
+def exact_distribution(model, prompt, steps, temperature=1.0, top_k=None):
+    """Probability of every continuation of ``steps`` tokens, by enumeration."""
+    vocab = model.config.vocab_size
+    table = {}
+    for tail in itertools.product(range(vocab), repeat=steps):
+        ids = torch.tensor([prompt + list(tail)])
+        logits = model(ids).logits[0, len(prompt) - 1 : -1] / temperature
+        if top_k:
+            floor = logits.topk(top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < floor, -torch.inf)
+        probs = torch.softmax(logits, -1)
+        table[tail] = float(torch.stack([probs[i, token] for i, token in enumerate(tail)]).prod())
+    return table
+
+
+def check_distribution(target, decoder, prompt, draws, **sampling):
+    torch.manual_seed(1234)
+    exact = exact_distribution(target, prompt, 3, sampling.get("temperature", 1.0), sampling.get("top_k"))
+    batch = torch.tensor([prompt] * draws)
+    output = target.generate(
+        batch, max_new_tokens=3, do_sample=True, custom_generate=decoder, **{"top_k": 0, "top_p": 1.0} | sampling
+    )
+    counts: dict[tuple, int] = {}
+    for row in output[:, len(prompt) :].tolist():
+        counts[tuple(row)] = counts.get(tuple(row), 0) + 1
+    assert all(exact[key] > 0 for key in counts)
+    frequent = [key for key in exact if exact[key] * draws >= 5]
+    observed = [counts.get(key, 0) for key in frequent]
+    expected = [exact[key] * draws for key in frequent]
+    observed.append(draws - sum(observed))
+    expected.append(draws - sum(expected))
+    if expected[-1] < 1e-6:
+        observed.pop(), expected.pop()
+    scale = sum(observed) / sum(expected)
+    assert chisquare(observed, [value * scale for value in expected]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=names)
+@pytest.mark.parametrize("which", ["itself", "random", "contrary"])
+def test_sampled_distribution_is_the_targets(shape, which):
+    target = tiny_llama(4, seed=3, scale=0.4)
+    check_distribution(target, DySpec(drafts(target)[which], **shape), [1, 2], 1500)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["itself", "random", "contrary"])
+def test_sampled_distribution_is_the_targets_long(which):
+    target = tiny_llama(5, seed=4, scale=0.4)
+    for shape in SHAPES:
+        check_distribution(target, DySpec(drafts(target)[which], **shape), [1, 2], 8000)
+
+
+def test_sampled_distribution_with_temperature_and_top_k():
+    target = tiny_llama(5, seed=5, scale=0.5)
+    check_distribution(target, DySpec(tiny_llama(5, seed=8), budget=6), [1, 2], 2000, temperature=0.6, top_k=3)
+
+
+def test_a_wrong_acceptance_rule_would_be_caught(monkeypatch):
+    """The chi-square above has teeth: accepting every child fails it."""
+    from everytoken.generation import dyspec
+
+    def always(self, tree, node, target):
+        children = tree.children[node]
+        return (children[0], tree.tokens[children[0]]) if children else (None, int(torch.multinomial(target, 1)))
+
+    monkeypatch.setattr(dyspec._Row, "_accept", always)
+    target = tiny_llama(4, seed=3, scale=0.4)
+    with pytest.raises(AssertionError):
+        check_distribution(target, DySpec(tiny_llama(4, seed=7), budget=5), [1, 2], 1500)
+
+
+# -- the tree ------------------------------------------------------------------------------------------------------------
+def known_draft(vocab, seed):
+    """A draft that is a fixed random table: path -> distribution."""
+    def dist(path):
+        generator = torch.Generator().manual_seed(hash((seed, path)) % (1 << 31))
+        return torch.softmax(2 * torch.randn(vocab, generator=generator), 0)
+
+    return dist
+
+
+def best_tree_sum(dist, vocab, size):
+    """Largest sum of node values over all trees of ``size`` nodes (by exhaustive growth of node sets)."""
+    frontier = {frozenset()}
+    for _ in range(size):
+        following = set()
+        for tree in frontier:
+            for path in [(), *tree]:
+                for token in range(vocab):
+                    if path + (token,) not in tree:
+                        following.add(tree | {path + (token,)})
+        frontier = following
+
+    def value(path):
+        result = 1.0
+        for i, token in enumerate(path):
+            result *= float(dist(path[:i])[token])
+        return result
+
+    return max(sum(value(path) for path in tree) for tree in frontier)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_greedy_tree_has_the_largest_sum_of_values(seed, size):
+    dist = known_draft(3, seed)
+    tree = TokenTree()
+    tree.add(0, -1, 1.0)
+
+    def expand(nodes):
+        ranked = [dist(tuple(tree.path(node))).sort(descending=True) for node in nodes]
+        return [(r.indices.tolist(), r.values.tolist()) for r in ranked]
+
+    grow_tree(tree, expand, size)
+    assert len(tree) == size + 1
+    assert sum(tree.values[1:]) == pytest.approx(best_tree_sum(dist, 3, size), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_sampled_tree_fills_the_most_valuable_slots(seed):
+    """With every draw fixed in advance, no other set of m slots has a larger total slot value."""
+    vocab, size = 3, 4
+    dist = known_draft(vocab, seed)
+    orders = {}
+
+    def order(path):
+        if path not in orders:
+            generator = torch.Generator().manual_seed(hash((seed, "draw", path)) % (1 << 31))
+            orders[path] = torch.multinomial(dist(path), vocab, generator=generator).tolist()
+        return orders[path]
+
+    def slot(path):  # chance that verification comes to test the last token of `path`, if D is the acceptance rate
+        value = 1.0
+        for i, token in enumerate(path):
+            rank = order(path[:i]).index(token)
+            before = sum(float(dist(path[:i])[t]) for t in order(path[:i])[:rank])
+            value *= (1 - before) if i == len(path) - 1 else float(dist(path[:i])[token])
+        return value
+
+    frontier = {frozenset()}
+    for _ in range(size):
+        following = set()
+        for chosen in frontier:
+            for path in [(), *chosen]:
+                taken = sum(1 for p in chosen if p[:-1] == path)
+                if taken < vocab:
+                    following.add(chosen | {path + (order(path)[taken],)})
+        frontier = following
+    best = max(sum(slot(path) for path in chosen) for chosen in frontier)
+    tree = TokenTree()
+    tree.add(0, -1, 1.0)
+
+    def expand(nodes):
+        paths = [tuple(tree.path(node)) for node in nodes]
+        return [(order(path), [float(dist(path)[t]) for t in order(path)]) for path in paths]
+
+    grow_tree(tree, expand, size, sampling=True)
+    total = sum(slot(tuple(tree.path(node))) for node in range(1, len(tree)))
+    assert total == pytest.approx(best, abs=1e-6)
+
+
+def test_threshold_tree_holds_exactly_the_slots_above_it():
+    dist = known_draft(4, 0)
+    tree = TokenTree()
+    tree.add(0, -1, 1.0)
+    calls = []
+
+    def expand(nodes):
+        calls.append(nodes)
+        ranked = [dist(tuple(tree.path(node))).sort(descending=True) for node in nodes]
+        return [(r.indices.tolist(), r.values.tolist()) for r in ranked]
+
+    grow_tree(tree, expand, 1000, threshold=0.05)
+    paths = {tuple(tree.path(node)) for node in range(1, len(tree))}
+    stack, expected = [((), 1.0)], set()
+    while stack:
+        path, value = stack.pop()
+        for token in range(4):
+            child = value * float(dist(path)[token])
+            if child > 0.05:
+                expected.add((*path, token))
+                stack.append(((*path, token), child))
+    assert paths == expected
+    assert len(calls) <= max(map(len, paths)) + 1  # one draft forward a layer
+
+
+def test_ancestor_mask():
+    tree = TokenTree()
+    root = tree.add(9, -1, 1.0)
+    left, right = tree.add(1, root, 0.5), tree.add(2, root, 0.3)
+    leaf = tree.add(3, right, 0.2)
+    assert tree.ancestor_mask().int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
+    assert tree.path(leaf) == [2, 3]
+    assert tree.path(left) == [1]
+    assert tree.values[leaf] == pytest.approx(0.06)
+
+
+# -- cache ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("new", [1, 2, 7, 20])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_kept_cache_equals_a_fresh_forward(new, attention):
+    target = tiny_llama(23, seed=1)
+    target.set_attn_implementation(attention)
+    prompt = torch.tensor([[3, 5, 8, 2]])
+    output = target.generate(
+        prompt,
+        max_new_tokens=new,
+        do_sample=False,
+        return_dict_in_generate=True,
+        custom_generate=DySpec(tiny_llama(23, seed=7), budget=9),
+    )
+    cache, text = output.past_key_values, output.sequences
+    assert cache.get_seq_length() == text.shape[1] - 1
+    with torch.no_grad():
+        warm = target(text[:, -1:], past_key_values=cache).logits
+        cold = target(text).logits[:, -1:]
+    assert torch.allclose(warm, cold, atol=1e-4)
+
+
+def test_cache_is_reused_across_calls():
+    target, decoder = tiny_llama(23, seed=1), DySpec(tiny_llama(23, seed=7), budget=6)
+    prompt = torch.tensor([[3, 5, 8, 2]])
+    whole = target.generate(prompt, max_new_tokens=30, do_sample=False)
+    cache = DynamicCache()
+    text = prompt
+    for _ in range(3):
+        text = target.generate(
+            text, past_key_values=cache, max_new_tokens=10, do_sample=False, custom_generate=decoder
+        )
+    assert text.tolist() == whole.tolist()
+
+
+# -- what generate promises ----------------------------------------------------------------------------------------------
+def test_eos_inside_the_tree_stops_there():
+    target = tiny_llama(9, seed=11)
+    prompt = torch.tensor([[1, 2, 3]])
+    free = target.generate(prompt, max_new_tokens=24, do_sample=False)[0, 3:].tolist()
+    for eos in sorted(set(free)):
+        expected = target.generate(prompt, max_new_tokens=24, do_sample=False, eos_token_id=eos)
+        decoder = DySpec(target, budget=7)
+        actual = target.generate(prompt, max_new_tokens=24, do_sample=False, eos_token_id=eos, custom_generate=decoder)
+        assert actual.tolist() == expected.tolist()
+
+
+def test_ragged_batch_with_left_padding():
+    target, draft = tiny_llama(23, seed=1), tiny_llama(23, seed=7)
+    ids = torch.tensor([[0, 0, 4, 5], [6, 7, 8, 9], [0, 3, 2, 1]])
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
+    arguments = dict(attention_mask=mask, max_new_tokens=15, do_sample=False, eos_token_id=17, pad_token_id=0)
+    expected = target.generate(ids, **arguments)
+    actual = target.generate(ids, **arguments, custom_generate=DySpec(draft, budget=6))
+    assert actual.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("extra", [dict(repetition_penalty=1.7), dict(no_repeat_ngram_size=2), dict(min_new_tokens=9)])
+def test_processors_that_look_at_the_path(extra):
+    target, draft = tiny_llama(23, seed=1), tiny_llama(23, seed=7)
+    prompt = torch.tensor([[3, 5, 8, 2]])
+    arguments = dict(max_new_tokens=25, do_sample=False, eos_token_id=11) | extra
+    expected = target.generate(prompt, **arguments)
+    actual = target.generate(prompt, **arguments, custom_generate=DySpec(draft, budget=8))
+    assert actual.tolist() == expected.tolist()
+
+
+def test_scores_and_logits_are_those_of_generate():
+    target, draft = tiny_llama(23, seed=1), tiny_llama(23, seed=7)
+    prompt = torch.tensor([[3, 5, 8, 2]])
+    arguments = dict(
+        max_new_tokens=12,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+        repetition_penalty=1.3,
+    )
+    expected = target.generate(prompt, **arguments)
+    actual = target.generate(prompt, **arguments, custom_generate=DySpec(draft, budget=8))
+    assert len(actual.scores) == len(actual.logits) == 12
+    assert torch.allclose(torch.stack(actual.scores), torch.stack(expected.scores), atol=1e-4)
+    assert torch.allclose(torch.stack(actual.logits), torch.stack(expected.logits), atol=1e-4)
+    assert actual.stats.new_tokens == 12
+
+
+class Recorder:
+    def __init__(self):
+        self.tokens, self.ended = [], 0
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended += 1
+
+
+def test_streamer_sees_every_token_in_order_and_once():
+    target, recorder = tiny_llama(23, seed=1), Recorder()
+    prompt = torch.tensor([[3, 5, 8, 2]])
+    decoder = DySpec(tiny_llama(23, seed=7), budget=8)
+    output = decoder.generate(target, prompt, max_new_tokens=20, do_sample=False, streamer=recorder)
+    assert recorder.tokens == output[0].tolist()
+    assert recorder.ended == 1
+
+
+def test_num_return_sequences_and_seed():
+    target, draft = tiny_llama(23, seed=1, scale=0.3), tiny_llama(23, seed=7)
+    arguments = dict(max_new_tokens=12, do_sample=True, num_return_sequences=3, custom_generate=DySpec(draft, budget=8))
+    prompt = torch.tensor([[3, 5, 8, 2]])
+    torch.manual_seed(5)
+    first = target.generate(prompt, **arguments)
+    torch.manual_seed(5)
+    second = target.generate(prompt, **arguments)
+    assert first.shape == (3, 16)
+    assert first.tolist() == second.tolist()
+    assert len(set(map(tuple, first.tolist()))) > 1
+
+
+def test_interrupting_leaves_no_hooks_behind(embedded):
+    model, tokenizer = embedded
+    decoder = DySpec(budget=4)
+    before = sum(len(module._forward_hooks) for module in model.modules())
+
+    def interrupt(ids, scores, **_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(
+            **tokenizer("Hello", return_tensors="pt"), max_new_tokens=9, custom_generate=decoder, stopping_criteria=[interrupt]
+        )
+    assert sum(len(module._forward_hooks) for module in model.modules()) == before
+
+
+def test_trace_columns_are_aligned():
+    target = tiny_llama(23, seed=1)
+    decoder = DySpec(target, budget=5, trace_enabled=True)
+    output = target.generate(torch.tensor([[3, 5]]), max_new_tokens=14, do_sample=False, custom_generate=decoder)
+    (trace,) = decoder.trace
+    assert trace.ids == output[0, 2:].tolist()
+    assert set(trace.columns) == {"round", "depth", "draft_prob", "source", "value"}
+    assert trace.columns["source"].count("draft") == decoder.stats.accepted
+    assert trace.columns["round"] == sorted(trace.columns["round"])
+
+
+# -- the embedded pair ---------------------------------------------------------------------------------------------------
+def test_embedded_draft_is_lossless_and_useful(embedded):
+    model, tokenizer = embedded
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Name three primary colours."}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    expected = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+    decoder = DySpec(budget=12)
+    actual = model.generate(**inputs, max_new_tokens=32, do_sample=False, custom_generate=decoder)
+    assert actual.tolist() == expected.tolist()
+    assert decoder.stats.mean_accepted > 0.8
+
+
+def test_embedded_draft_in_assisted_generation(embedded):
+    from everytoken.generation.drafts import load_draft
+
+    model, tokenizer = embedded
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    expected = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    draft = load_draft(model)
+    draft.attach(model, follow=True)
+    try:
+        actual = model.generate(**inputs, max_new_tokens=16, do_sample=False, assistant_model=draft)
+    finally:
+        draft.detach_target()
+    assert actual.tolist() == expected.tolist()
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------------
+def test_settings_out_of_range():
+    for bad in (dict(budget=-1), dict(max_depth=0), dict(max_children=0), dict(threshold=1.5), dict(threshold=0.0)):
+        with pytest.raises(BadInputError):
+            DySpec(tiny_llama(), **bad)
+
+
+def test_different_vocabularies_are_refused_before_any_forward():
+    target = tiny_llama(1200, seed=1)
+    target.forward = None  # a forward would raise TypeError
+    with pytest.raises(TokenizerMismatchError, match="tokenizer"):
+        DySpec(tiny_llama(23))(target, torch.tensor([[1]]), generation_config=target.generation_config)
+
+
+def test_different_eos_is_refused():
+    with pytest.raises(TokenizerMismatchError, match="end a text"):
+        target = tiny_llama(23, eos=3)
+        target.generate(torch.tensor([[1]]), max_new_tokens=3, custom_generate=DySpec(tiny_llama(23, eos=4)))
+
+
+@pytest.mark.parametrize(
+    "arguments", [dict(num_beams=2), dict(use_cache=False), dict(output_hidden_states=True, return_dict_in_generate=True)]
+)
+def test_modes_that_a_tree_cannot_honour(arguments):
+    target = tiny_llama(23)
+    with pytest.raises(BadInputError, match="DySpec does not support"):
+        target.generate(torch.tensor([[1]]), max_new_tokens=3, custom_generate=DySpec(target), **arguments)
+
+
+def test_empty_and_too_long_prompts():
+    target = tiny_llama(23)
+    config = target.generation_config
+    with pytest.raises(BadInputError, match="empty"):
+        DySpec(target)(target, torch.zeros(1, 0, dtype=torch.long), generation_config=config)
+    with pytest.raises(BadInputError, match="context"):
+        DySpec(target)(target, torch.ones(1, 300, dtype=torch.long), generation_config=config)
+
+
+def test_no_shipped_draft_for_other_models():
+    target = tiny_llama(23)
+    with pytest.raises(UnsupportedModelError, match="train_draft"):
+        target.generate(torch.tensor([[1]]), max_new_tokens=3, custom_generate=DySpec())
+
+
+def test_static_cache_is_refused():
+    target = tiny_llama(23)
+    with pytest.raises(UnsupportedModelError, match="cache"):
+        target.generate(
+            torch.tensor([[1]]), max_new_tokens=3, cache_implementation="static", custom_generate=DySpec(target)
+        )
+
+
+def test_stop_strings_through_generate(embedded):
+    model, tokenizer = embedded
+    inputs = tokenizer("One, two, three, four,", return_tensors="pt")
+    arguments = dict(max_new_tokens=24, do_sample=False, stop_strings=["seven", "eight"])
+    expected = model.generate(**inputs, tokenizer=tokenizer, **arguments)
+    actual = DySpec(budget=4).generate(model, **inputs, tokenizer=tokenizer, **arguments)
+    assert actual.tolist() == expected.tolist()
