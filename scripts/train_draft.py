@@ -174,18 +174,21 @@ def step_loss(draft, teacher_head, ids, features, states, mask, steps, decay):
     last = states[..., -draft.config.hidden_size :]
     outputs = unrolled(draft, ids, features, steps)
     total, agreement = 0.0, []
-    width = ids.shape[1]
+    with torch.no_grad():
+        teacher = torch.softmax(F.linear(last[mask].to(teacher_head.dtype), teacher_head).float(), -1)
+    slot = torch.full(mask.shape, -1)
+    slot[mask] = torch.arange(int(mask.sum()))
     for step, output in enumerate(outputs):
         use = mask.clone()
-        use[:, :step] = False
-        if step:  # the chain must have left the text at a position whose successor was the model's own choice
-            use[:, step:] &= mask[:, : width - step]
-        with torch.no_grad():
-            teacher = torch.softmax(F.linear(last[use].to(teacher_head.dtype), teacher_head).float(), -1)
+        if step:  # the chain must have left the text where the model's own words had begun; half of them suffice
+            use[:, step:] &= mask[:, :-step]
+            use[:, :step] = False
+            if draft.training:
+                use &= torch.rand(use.shape) < 0.5
+        goal = teacher[slot[use]]
         logits = F.linear(output[use].to(teacher_head.dtype), teacher_head).float()
-        log_probs = torch.log_softmax(logits, -1)
-        total = total - decay**step * (teacher * log_probs).sum(-1).mean()
-        agreement.append((logits.argmax(-1) == teacher.argmax(-1)).float().mean().item())
+        total = total - decay**step * (goal * torch.log_softmax(logits, -1)).sum(-1).mean()
+        agreement.append((logits.argmax(-1) == goal.argmax(-1)).float().mean().item())
     return total, agreement
 
 
