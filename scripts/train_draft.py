@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import DynamicCache
 
@@ -95,6 +95,17 @@ def answer(model, tokenizer, batch, layers, max_new_tokens, generator):
     ]
 
 
+@torch.inference_mode()
+def invented_prompts(model, tokenizer, count, seed):
+    """Requests that the model itself makes up when it is handed an open user turn (Magpie, arXiv 2406.08464)."""
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "\x00"}], tokenize=False).split("\x00")[0]
+    ids = tokenizer([text] * count, return_tensors="pt", add_special_tokens=False)
+    torch.manual_seed(seed)
+    output = model.generate(**ids, max_new_tokens=48, do_sample=True, temperature=1.0, top_k=0, top_p=0.95)
+    turns = tokenizer.batch_decode(output[:, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [(turn.strip(), True) for turn in dict.fromkeys(turns) if len(turn.strip()) > 8]
+
+
 def generate(args):
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
@@ -107,7 +118,11 @@ def generate(args):
     for shard, first in enumerate(range(0, len(prompts), args.batch)):
         if time.time() - start > args.minutes * 60:
             break
-        rows = answer(model, tokenizer, prompts[first : first + args.batch], layers, args.max_new_tokens, generator)
+        if args.prompts == "invented":
+            batch = invented_prompts(model, tokenizer, args.batch, 1000 * args.seed + shard)
+        else:
+            batch = prompts[first : first + args.batch]
+        rows = answer(model, tokenizer, batch, layers, args.max_new_tokens, generator)
         torch.save({"layers": layers, "rows": rows}, args.out / f"seed{args.seed}-{shard:04d}.pt")
         total += sum(len(row["ids"]) - row["prompt"] for row in rows)
         print(f"shard {shard}: {total} tokens, {total / (time.time() - start):.0f} tokens/s", flush=True)
@@ -118,8 +133,6 @@ def load_rows(folder: Path, layers: list[int]):
     rows = []
     for path in sorted(folder.glob("*.pt")):
         shard = torch.load(path)
-        if isinstance(shard, list):
-            shard = {"layers": [10, 20, 29, 30], "rows": shard}
         pick = [shard["layers"].index(layer) for layer in layers]
         for row in shard["rows"]:
             if len(row["ids"]) - row["prompt"] >= 8:
@@ -222,6 +235,15 @@ def train(args):
     draft.draft_token_ids = frequent.to(torch.int32)
     draft.block.load_state_dict(target.base_model.layers[-1].state_dict())  # the last block already speaks to this head
     draft.norm.load_state_dict(target.base_model.norm.state_dict())
+    if args.resume is not None:
+        draft.load_state_dict(
+            {
+                name: value.float()
+                for name, value in load_file(args.resume / "model.safetensors").items()
+                if name != "draft_token_ids"
+            },
+            strict=False,
+        )
     draft.attach(target)
     draft.train()
     head = draft._head.bfloat16()
@@ -320,9 +342,11 @@ def main():
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--out", type=Path, required=True)
     commands.choices["generate"].add_argument("--batch", type=int, default=96)
+    commands.choices["generate"].add_argument("--prompts", choices=["templates", "invented"], default="templates")
     commands.choices["generate"].add_argument("--max-new-tokens", type=int, default=192)
     trainer = commands.choices["train"]
     trainer.add_argument("--data", type=Path, required=True)
+    trainer.add_argument("--resume", type=Path, help="folder of a draft to go on from")
     trainer.add_argument("--batch", type=int, default=8)
     trainer.add_argument("--length", type=int, default=288)
     trainer.add_argument("--draft-vocab", type=int, default=8192)

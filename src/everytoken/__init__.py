@@ -1,0 +1,34 @@
+"""everytoken: methods that treat each token of a language model as a decision, behind a few small contracts.
+
+Importing this package loads neither torch nor transformers; names below are imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "DySpec": "everytoken.generation.dyspec",
+    "StochasTok": "everytoken.tokenization.stochastok",
+    "TDPOLoss": "everytoken.preference.tdpo",
+    "DPOLoss": "everytoken.preference.dpo",
+    "PreferenceTrainer": "everytoken.preference.trainer",
+    "TokenTrace": "everytoken.core.trace",
+    "load_draft": "everytoken.generation.drafts",
+    "load_model": "everytoken.core.loading",
+    "load_tokenizer": "everytoken.core.loading",
+}
+__all__ = ["__version__", *sorted(_EXPORTS)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'everytoken' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -32,8 +32,8 @@ class UnknownNameError(BadInputError, KeyError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]):
         known = sorted(known)
-        close = difflib.get_close_matches(name.lower(), [item.lower() for item in known], n=3, cutoff=0.5)
-        close = [item for item in known if item.lower() in close]
+        spelt = {item.lower(): item for item in known}
+        close = [spelt[item] for item in difflib.get_close_matches(name.lower(), spelt, n=2, cutoff=0.55)]
         if close:
             hint = f"Did you mean {' or '.join(close)}?"
         else:

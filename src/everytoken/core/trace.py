@@ -242,7 +242,7 @@ class TokenTrace:
                 meta = json.loads(table.schema.metadata[b"everytoken"])
                 rows = table.to_pylist()
             else:
-                head, *lines = path.read_text(encoding="utf-8").splitlines()
+                head, *lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
                 meta = json.loads(head)
                 rows = [_infinite(json.loads(line)) for line in lines]
             names = meta["columns"]

@@ -159,6 +159,10 @@ class DySpec(Decoder):
                 f"threshold is a probability between 0 and 1; got {self.threshold}.", "Try 1 / budget."
             )
 
+    def grow(self, tree: TokenTree, expand: Any, budget: int, max_depth: int, sampling: bool) -> TokenTree:
+        """Grows a round's tree; override it for another shape (see ``grow_tree`` for the arguments)."""
+        return grow_tree(tree, expand, budget, self.threshold, max_depth, sampling)
+
     @torch.inference_mode()
     def __call__(
         self,
@@ -362,14 +366,8 @@ class _Row:
         tree.add(self.text[-1], -1, 1.0)
         if budget == 0:
             return tree
-        return grow_tree(
-            tree,
-            lambda nodes: self._expand(tree, nodes),
-            budget,
-            self.decoder.threshold,
-            max_depth=min(self.decoder.max_depth, room),
-            sampling=self.do_sample,
-        )
+        depth = min(self.decoder.max_depth, room)
+        return self.decoder.grow(tree, lambda nodes: self._expand(tree, nodes), budget, depth, self.do_sample)
 
     def _expand(self, tree: TokenTree, nodes: list[int]) -> list[tuple[list[int], list[float]]]:
         """Draft candidates after each of ``nodes`` (one draft forward): tokens and probabilities, in drawing order."""

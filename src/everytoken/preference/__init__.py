@@ -1,0 +1,1 @@
+"""Credit from pairs: losses for one trainer. Contract: ``base.PreferenceLoss``."""

@@ -1,0 +1,1 @@
+"""Text to tokens: methods that change how text is cut. Contract: ``base.Retokenizer``."""

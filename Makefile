@@ -1,0 +1,44 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The newest torch that these figures were measured with; pyproject.toml only asks for >=2.9.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test lint bench docs clean
+
+$(VENV)/.base: pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.base ## install, then the main job, offline, on the embedded model
+	HF_HUB_OFFLINE=1 $(BIN)/everytoken try dyspec --prompt "Why do cats purr? Answer in a few sentences." --trace trace.html
+	@echo
+	@echo "Three things to do next:"
+	@echo "  $(BIN)/everytoken papers                                      what is in the house"
+	@echo "  $(BIN)/everytoken try stochastok --prompt 'strawberry' --set expand_prop=1"
+	@echo "  $(BIN)/everytoken compare dyspec dyspec:threshold=none dyspec:budget=4 --plot dyspec.svg"
+
+test: $(VENV)/.dev ## the test suite, fast tests first, then the slow ones
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m ""
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check src tests scripts benchmarks
+	$(BIN)/ruff format --check src tests scripts benchmarks
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev ## all benchmarks, peers in the same run
+	for file in benchmarks/bench_*.py; do HF_HUB_OFFLINE=1 $(BIN)/python $$file || exit 1; done
+
+docs: $(VENV)/.dev ## the site, warnings as errors
+	$(BIN)/python scripts/write_docs.py
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+
+clean:
+	rm -rf $(VENV) site dist .pytest_cache .mypy_cache .ruff_cache

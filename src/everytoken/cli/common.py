@@ -1,0 +1,123 @@
+"""What ``try`` and ``compare`` share: building a request, printing figures and plots."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..catalog.cards import Card, find_card
+from ..core.errors import BadInputError
+from ..core.trials import Trial, TrialRequest, TrialResult, parse_settings, settable
+
+
+def method_names(incomplete: str) -> list[str]:
+    """Names of runnable methods, for shell completion."""
+    from ..catalog.cards import load_catalog
+
+    return [card.slug for card in load_catalog().values() if card.implementation and card.slug.startswith(incomplete)]
+
+
+def build_trial(card: Card, pairs: list[str], name: str | None = None) -> Trial:
+    """A card and its ``--set`` pairs as a trial; settings are checked before anything is loaded."""
+    factory = card.load()
+    if not settable(factory):
+        raise BadInputError(f"{card.slug} is not a method that can be tried.", "See `everytoken papers --status implemented`.")
+    settings = parse_settings(card.slug, factory, pairs)
+    if card.station != "tokenization":
+        factory(**settings)  # out-of-range values are refused now, not after the model has loaded
+    return Trial(name or card.slug, factory, settings)
+
+
+def run_trials(station: str, request: TrialRequest) -> TrialResult:
+    """Hands the request to the station's ``trial`` module."""
+    try:
+        module = importlib.import_module(f"everytoken.{station}.trial")
+    except ModuleNotFoundError as error:
+        raise BadInputError(f"The station {station} has nothing to try yet.") from error
+    return module.trial(request)
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """Refuses output files whose folder does not exist, before any work."""
+    for path in paths:
+        if path is not None and not path.resolve().parent.is_dir():
+            raise BadInputError(f"The folder {path.resolve().parent} does not exist.", "Create it, or write elsewhere.")
+
+
+def options_from(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def figure(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.3g}" if abs(value) < 100 else f"{value:,.1f}"
+
+
+def results_table(result: TrialResult) -> Table:
+    """All figures, one row a method."""
+    metrics = list(dict.fromkeys(metric for row in result.rows.values() for metric in row))
+    grid = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    grid.add_column("", style="bold", no_wrap=True)
+    for metric in metrics:
+        grid.add_column(metric, justify="right")
+    grid.add_column(f"{result.headline}, ratio", justify="right", style="bold")
+    for name, row in result.rows.items():
+        ratio = "" if name == result.baseline else f"{result.ratio(name):.2f}x"
+        grid.add_row(name, *[figure(row[metric]) if metric in row else "" for metric in metrics], ratio)
+    return grid
+
+
+def bars(result: TrialResult, console: Console, width: int = 40) -> None:
+    """The headline metric as bars in the terminal."""
+    values = {name: row.get(result.headline, 0.0) for name, row in result.rows.items()}
+    top = max([abs(value) for value in values.values()] or [0.0]) or 1.0
+    label = max(map(len, values))
+    console.print(f"\n[bold]{result.headline}[/]", highlight=False)
+    for name, value in values.items():
+        length = abs(value) / top * width
+        bar = "█" * int(length) + ("▌" if length - int(length) >= 0.5 else "")
+        console.print(f"{name:<{label}}  [{'dim' if name == result.baseline else 'cyan'}]{bar}[/] {figure(value)}", highlight=False)
+
+
+def svg_bars(result: TrialResult) -> str:
+    """The headline metric as a bar chart in one self-contained SVG."""
+    from html import escape as quote
+
+    values = {name: row.get(result.headline, 0.0) for name, row in result.rows.items()}
+    top = max([abs(value) for value in values.values()] or [0.0]) or 1.0
+    rows, height = [], 56 + 34 * len(values)
+    for index, (name, value) in enumerate(values.items()):
+        y, length = 48 + 34 * index, 380 * abs(value) / top
+        colour = "#9aa4b2" if name == result.baseline else "#277f8e"
+        ratio = "" if name == result.baseline else f"  ({result.ratio(name):.2f}x)"
+        rows.append(
+            f'<text x="170" y="{y + 16}" text-anchor="end">{quote(name)}</text>'
+            f'<rect x="180" y="{y}" width="{length:.1f}" height="22" rx="3" fill="{colour}"/>'
+            f'<text x="{186 + length:.1f}" y="{y + 16}">{figure(value)}{ratio}</text>'
+        )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="720" height="{height}" viewBox="0 0 720 {height}" '
+        'font-family="system-ui, sans-serif" font-size="14" fill="#1b1f24"><rect width="100%" height="100%" fill="#fff"/>'
+        f'<text x="16" y="28" font-size="16" font-weight="600">{quote(result.headline)}</text>{"".join(rows)}</svg>\n'
+    )
+
+
+def print_texts(result: TrialResult, console: Console) -> None:
+    for name, text in result.texts.items():
+        console.print(f"[bold]{escape(name)}[/]")
+        console.print(text, markup=False, highlight=False)
+
+
+def emit_json(result: TrialResult, **extra: Any) -> None:
+    payload = {"headline": result.headline, "baseline": result.baseline, "rows": result.rows, "notes": result.notes} | extra
+    typer.echo(json.dumps(payload | {"texts": result.texts}, indent=1, ensure_ascii=False))
+
+
+def cards_of(names: list[str]) -> list[Card]:
+    return [find_card(name) for name in names]

@@ -1,0 +1,71 @@
+"""``everytoken compare NAME NAME...``: several methods of a station in one run on the same work, with a plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..core.errors import BadInputError
+from ..core.trials import TrialRequest
+from .common import bars, build_trial, cards_of, check_outputs, emit_json, method_names, options_from, results_table, run_trials, svg_bars
+
+EXAMPLES = (
+    "Examples:  everytoken compare dyspec dyspec:threshold=none dyspec:budget=4  ·  "
+    "everytoken compare tdpo tdpo:variant=tdpo1 --plot tdpo.svg  ·  everytoken compare stochastok:expand_prop=0.1 stochastok:expand_prop=0.5"
+)
+
+
+def compare(
+    names: Annotated[list[str], typer.Argument(help="Methods; settings may follow a colon: dyspec:budget=8,threshold=none.", autocompletion=method_names)],
+    model: Annotated[str | None, typer.Option(help="Hub id, folder or .gguf file; default: the embedded model.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Your text; default: an example.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Your data, as for `everytoken try`.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the plot as an SVG file.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write all traces as one HTML file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    dtype: Annotated[str, typer.Option()] = "auto",
+    steps: Annotated[int, typer.Option(min=1)] = 6,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Compare methods of one station: one run, the same work, a table and a plot."""
+    split = [name.partition(":") for name in names]
+    cards = cards_of([slug for slug, _, _ in split])
+    stations = {card.station for card in cards}
+    if len(stations) > 1:
+        raise BadInputError(
+            f"These methods do different work ({', '.join(sorted(stations))}) and cannot be compared.", "Name methods of one station."
+        )
+    if len(set(names)) < len(names):
+        raise BadInputError("A method is named twice.", "Give it other settings: dyspec:budget=8 dyspec:budget=32")
+    trials = [
+        build_trial(card, pairs.split(",") if pairs else [], name)
+        for card, (_, _, pairs), name in zip(cards, split, names, strict=True)
+    ]
+    check_outputs(plot, trace)
+    status = Console(stderr=True)
+    options = options_from(max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, steps=steps, seed=seed)
+    request = TrialRequest(trials, model, prompt, str(data) if data is not None else None, options)
+    request.report = lambda line: status.print(f"{line} ...", style="dim", highlight=False)
+    result = run_trials(cards[0].station, request)
+    if plot is not None:
+        plot.write_text(svg_bars(result), encoding="utf-8")
+    if trace is not None:
+        from ..core.trace import render_html
+
+        render_html(result.traces, trace, result.column, title="everytoken compare")
+    if as_json:
+        emit_json(result)
+        return
+    console = Console()
+    console.print(results_table(result))
+    bars(result, console)
+    for note in result.notes:
+        console.print(note, style="dim", highlight=False)
+    for label, path in (("plot", plot), ("traces", trace)):
+        if path is not None:
+            console.print(f"{label} written to {path}", highlight=False)

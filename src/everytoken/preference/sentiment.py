@@ -1,0 +1,93 @@
+"""Controlled sentiment: preference pairs from a model's own continuations, ranked by VADER's lexicon.
+
+The classic small test bed of preference optimisation (a language model should continue openings positively), with everything
+inside packages: openings are made here, the model samples the continuations, and VADER (arXiv-free: Hutto and Gilbert, 2014)
+scores them between -1 and 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+
+from ..core.errors import BadInputError, require
+
+SUBJECTS = (
+    "The film|The hotel|The restaurant|The new phone|My weekend|The concert|The novel|The train ride|The museum|Our teacher|"
+    "The service|The city|My first day at work|The food|The game|The garden|The lecture|The weather|The old house|The play"
+).split("|")
+OPENINGS = "{} was|{} turned out to be|Everyone said that {}|In the end, {}|I never thought that {}|Looking back, {}".split("|")
+
+
+def openings(split: str = "train") -> list[str]:
+    """Openings such as ``The hotel turned out to be``; ``train`` and ``test`` share no subject.
+
+    Raises:
+        BadInputError: another split.
+    """
+    if split not in ("train", "test"):
+        raise BadInputError(f"There is no split {split!r}.", "Use train or test.")
+    subjects = SUBJECTS[:14] if split == "train" else SUBJECTS[14:]
+
+    def fill(template: str, subject: str) -> str:
+        middle = subject if template.startswith("{}") else subject[0].lower() + subject[1:]
+        return template.format(middle)
+
+    return [fill(template, subject) for subject, template in itertools.product(subjects, OPENINGS)]
+
+
+def positivity(texts: list[str]) -> list[float]:
+    """VADER's compound score of each text, from -1 to 1.
+
+    Raises:
+        MissingExtraError: vaderSentiment is not installed.
+    """
+    require("vaderSentiment", "train", "Scoring sentiment")
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    analyser = SentimentIntensityAnalyzer()
+    return [analyser.polarity_scores(text)["compound"] for text in texts]
+
+
+@torch.no_grad()
+def continuations(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int = 20, batch: int = 64) -> list[str]:
+    """One sampled continuation (temperature 1) for every prompt, in order."""
+    texts = []
+    for first in range(0, len(prompts), batch):
+        encoded = tokenizer(prompts[first : first + batch], return_tensors="pt", padding=True, padding_side="left").to(model.device)
+        output = model.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=True, top_k=0, top_p=1.0)
+        new = output[:, encoded["input_ids"].shape[1] :]
+        texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+    return texts
+
+
+def sentiment_pairs(
+    model: Any, tokenizer: Any, count: int, margin: float = 0.2, max_new_tokens: int = 20, report: Any = None
+) -> list[dict[str, str]]:
+    """``count`` preference rows (``prompt``, ``chosen``, ``rejected``) from the model's own continuations.
+
+    Two continuations of an opening make a pair if their scores differ by ``margin`` at least. Uses torch's global generator:
+    seed it first.
+    """
+    rows: list[dict[str, str]] = []
+    pool = openings("train")
+    rounds = 0
+    while len(rows) < count:
+        rounds += 1
+        if rounds > 40:
+            raise BadInputError(f"After {rounds} rounds only {len(rows)} of {count} pairs differ by {margin}.", "Lower margin.")
+        order = torch.randperm(len(pool)).tolist()[:64]
+        prompts = [pool[index] for index in order]
+        texts = continuations(model, tokenizer, prompts * 2, max_new_tokens, batch=128)
+        scores = positivity([p + t for p, t in zip(prompts * 2, texts, strict=True)])
+        half = len(prompts)
+        for index, prompt in enumerate(prompts):
+            one, other = (texts[index], scores[index]), (texts[index + half], scores[index + half])
+            better, worse = (one, other) if one[1] > other[1] else (other, one)
+            if better[1] - worse[1] >= margin and better[0].strip() and worse[0].strip():
+                rows.append({"prompt": prompt, "chosen": better[0], "rejected": worse[0]})
+        if report is not None:
+            report(f"{min(len(rows), count)} of {count} pairs sampled")
+    return rows[:count]

@@ -1,0 +1,129 @@
+"""DySpec's claims: more tokens a second than plain decoding, and longer accepted paths than fixed trees of the same size."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .base import Arms, Claim, Context, Reproduction
+
+PROMPTS = [
+    "Write a short letter to a friend who has just moved to another country.",
+    "Explain why the sky is blue in simple words.",
+    "Give me a recipe for vegetable soup with clear steps.",
+    "What should I pack for a three day trip to the seaside?",
+    "Write a Python function that checks whether a word is a palindrome.",
+    "Summarise the plot of Romeo and Juliet.",
+    "List the planets of the solar system with one fact about each.",
+    "Translate 'good morning, how are you?' into French, Spanish and German.",
+    "How can I improve my concentration while studying?",
+    "Tell me a story about a fox who wanted to learn to read.",
+]
+WHY_SPEED = (
+    "The paper's 9.1x is a 70B target offloaded to CPU memory, where a forward over hundreds of nodes costs what one token "
+    "costs; a 135M target on two cores pays 1.4x for 8 tokens and 1.7x for 16, which bounds the gain and the useful budget."
+)
+WHY_SHAPE = "Same draft and number of nodes; the paper compares with Sequoia and SpecInfer trees on 7B models."
+
+
+def encode(tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
+    """A prompt as a chat turn if the tokenizer has a chat template, else as it is."""
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": prompt}]
+        return dict(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True))
+    return dict(tokenizer(prompt, return_tensors="pt"))
+
+
+def kary_decoder(draft: Any, branching: tuple[int, ...]) -> Any:
+    """A DySpec whose tree has a fixed shape: every node of depth i has ``branching[i]`` children."""
+    from ..generation.dyspec import DySpec, TokenTree
+
+    @dataclass
+    class FixedTree(DySpec):
+        def grow(self, tree: TokenTree, expand: Any, budget: int, max_depth: int, sampling: bool) -> TokenTree:
+            layer = [0]
+            for width in branching[:max_depth]:
+                following = []
+                for node, (tokens, probs) in zip(layer, expand(layer), strict=True):
+                    following += [tree.add(t, node, p) for t, p in zip(tokens[:width], probs[:width], strict=True)]
+                layer = following
+                if len(tree) > budget:
+                    break
+            return tree
+
+    size = sum(int(torch.tensor(branching[: i + 1]).prod()) for i in range(len(branching)))
+    return FixedTree(draft, budget=size)
+
+
+def run(context: Context) -> Arms:
+    from ..core.loading import load_model, load_tokenizer
+    from ..generation.drafts import load_draft
+    from ..generation.dyspec import DySpec
+
+    model, tokenizer = load_model(context.model), load_tokenizer(context.model)
+    draft, follower = load_draft(model), load_draft(model)
+    new_tokens = 48 if context.quick else 128
+    prompts = PROMPTS[:3] if context.quick else PROMPTS
+    work = [encode(tokenizer, prompt) for prompt in prompts]
+    sampling = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    arms = {
+        "plain generate": (lambda: None, {}),
+        "assisted generation": (lambda: None, {}),
+        "prompt lookup": (lambda: None, {"prompt_lookup_num_tokens": 8}),
+        "DySpec": (lambda: DySpec(draft), {}),
+        "chain": (lambda: DySpec(draft, max_children=1, max_depth=64), {}),
+        "2-ary tree": (lambda: kary_decoder(draft, (2, 2, 2)), {}),
+        "DySpec of 14": (lambda: DySpec(draft, budget=14), {}),
+        "DySpec sampling": (lambda: DySpec(draft), sampling),
+        "plain sampling": (lambda: None, sampling),
+    }
+    results: Arms = {}
+    greedy: dict[str, list] = {}
+    model.generate(**work[0], max_new_tokens=8, do_sample=False)  # warm up
+    for name, (build, extra) in arms.items():
+        tokens = seconds = accepted = rounds = 0.0
+        texts = []
+        for index, inputs in enumerate(work):
+            context.progress(f"{name}: prompt {index + 1} of {len(work)}")
+            decoder = build()
+            arguments = dict(do_sample=False) | extra
+            if decoder is not None:
+                arguments["custom_generate"] = decoder
+            if name == "assisted generation":
+                arguments["assistant_model"] = follower.attach(model, follow=True)
+            began = time.perf_counter()
+            output = model.generate(**inputs, max_new_tokens=new_tokens, **arguments)
+            seconds += time.perf_counter() - began
+            follower.detach_target()
+            new = output[0, inputs["input_ids"].shape[1] :].tolist()
+            tokens += len(new)
+            texts.append(new)
+            if decoder is not None:
+                accepted += decoder.stats.accepted
+                rounds += decoder.stats.rounds
+        results[name] = {"tokens per second": tokens / seconds, "mean accepted length": accepted / max(rounds, 1)}
+        if not arguments["do_sample"]:
+            greedy[name] = texts
+    same = {name: sum(a == b for a, b in zip(texts, greedy["plain generate"], strict=True)) for name, texts in greedy.items()}
+    context.artifacts["texts equal to plain greedy decoding"] = same
+    context.artifacts["settings"] = {"new_tokens": new_tokens, "prompts": len(prompts), "budget": DySpec().budget}
+    return results
+
+
+REPRODUCTION = Reproduction(
+    name="dyspec",
+    summary="ten varied prompts, 128 new tokens: plain, assisted, prompt lookup, and DySpec with the shipped draft",
+    run=run,
+    claims=[
+        Claim("tokens per second", "DySpec", "plain generate", "up to 9.1x", why=WHY_SPEED),
+        Claim("tokens per second", "DySpec sampling", "plain sampling", "up to 6.21x", why=WHY_SPEED),
+        Claim("tokens per second", "DySpec", "assisted generation", "none given", why="The same draft, as a chain, in transformers' own loop."),
+        Claim("tokens per second", "DySpec", "prompt lookup", "none given", why="Drafts copied from the prompt; needs repetitive text."),
+        Claim("mean accepted length", "DySpec", "chain", "higher", why=WHY_SHAPE),
+        Claim("mean accepted length", "DySpec of 14", "2-ary tree", "higher", why=WHY_SHAPE),
+    ],
+    seeds=3,
+)

@@ -1,0 +1,140 @@
+"""The catalogue: every card is sound, every path in it exists, its status is what is true."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from everytoken.catalog import STATIONS, CardError, find_card, load_catalog
+from everytoken.catalog import cards as cards_module
+from everytoken.catalog.cards import STATUSES, parse_card
+from everytoken.core.errors import BadInputError, UnknownNameError
+
+GOOD = """
+slug = "new-method"
+title = "A New Method"
+arxiv = "2501.00001"
+year = 2025
+station = "generation"
+summary = "Does something."
+claim = "faster"
+figure = "2x"
+"""
+
+
+def test_53_cards():
+    catalog = load_catalog()
+    assert len(catalog) == 53
+    assert sum(bool(card.arxiv) for card in catalog.values()) == 52
+    assert len({card.arxiv for card in catalog.values()}) == 53
+
+
+@pytest.mark.parametrize("card", load_catalog().values(), ids=lambda card: card.slug)
+def test_every_card_is_sound_and_its_paths_resolve(card):
+    assert card.station in STATIONS
+    assert 2023 <= card.year <= 2026
+    assert card.status in STATUSES
+    assert card.authors is None or 1 <= card.authors <= 100
+    assert 60 <= len(card.summary) <= 260
+    assert card.claim
+    assert card.figure
+    assert not card.code or re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", card.code)
+    if card.implementation:
+        assert callable(card.load())
+    else:
+        assert card.status == "planned"
+    if card.reproduction:
+        experiment = card.load_reproduction()
+        assert experiment.name == card.slug
+        assert experiment.claims
+
+
+@pytest.mark.parametrize("name", ["stochastok", "dyspec", "tdpo"])
+def test_the_three_founding_methods_are_reproduced(name):
+    card = find_card(name)
+    assert card.status == "reproduced"
+    assert card.headline
+
+
+def test_find_by_slug_spelling_and_arxiv_id():
+    assert find_card("DySpec").slug == "dyspec"
+    assert find_card("r_to_q_star").slug == "r-to-q-star"
+    assert find_card("2410.11744").slug == "dyspec"
+
+
+def test_unknown_names_suggest_the_nearest():
+    with pytest.raises(UnknownNameError, match="Did you mean dyspec") as error:
+        find_card("dispec")
+    assert error.value.suggestions[0] == "dyspec"
+    with pytest.raises(UnknownNameError, match="There are 53"):
+        find_card("zzzzzzzz")
+
+
+def test_what_is_only_planned_says_so():
+    card = find_card("xgrammar")
+    if card.status == "planned":
+        with pytest.raises(BadInputError, match="not implemented yet"):
+            card.load()
+        with pytest.raises(BadInputError, match="no experiment yet"):
+            card.load_reproduction()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('slug = "new-method"', 'slug = "new-method'), "not valid TOML"),
+        (("year = 2025", 'year = "2025"'), "year must be a number"),
+        (("year = 2025\n", ""), "lacks year"),
+        (("year = 2025", "year = 2025\nmood = 3"), "unknown fields: mood"),
+        (('"generation"', '"generations"'), "no station 'generations'"),
+        (('"2501.00001"', '"arXiv:2501"'), "not an arXiv id"),
+        (('"new-method"', '"New Method"'), "slug"),
+        (('figure = "2x"', 'figure = "2x"\nimplementation = "nowhere"'), "module:attribute"),
+    ],
+)
+def test_broken_cards(change, message):
+    assert parse_card(GOOD, "good.toml").slug == "new-method"
+    with pytest.raises(CardError, match=message) as error:
+        parse_card(GOOD.replace(*change), "broken.toml")
+    assert "broken.toml" in str(error.value)
+
+
+def test_paths_that_lead_nowhere():
+    for path in ("everytoken.nowhere:X", "everytoken.generation.dyspec:Nothing"):
+        card = parse_card(GOOD + f'implementation = "{path}"\n', "new-method.toml")
+        with pytest.raises(CardError, match="new-method"):
+            card.load()
+
+
+def test_other_packages_add_cards(tmp_path, monkeypatch):
+    """A real package with a real entry point, installed on the path."""
+    package = tmp_path / "mymethods"
+    package.mkdir()
+    (package / "__init__.py").write_text("def thing():\n    return 42\n")
+    (package / "new-method.toml").write_text(GOOD + 'implementation = "mymethods:thing"\n')
+    info = tmp_path / "mymethods-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mymethods\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[everytoken.cards]\nmymethods = mymethods\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    load_catalog.cache_clear()
+    try:
+        card = find_card("new-method")
+        assert card.load()() == 42
+        assert card.status == "implemented"
+        (package / "new-method.toml").unlink()
+        (package / "dyspec.toml").write_text(GOOD.replace("new-method", "dyspec"))
+        load_catalog.cache_clear()
+        with pytest.raises(CardError, match="exists already"):
+            load_catalog()
+    finally:
+        monkeypatch.undo()
+        load_catalog.cache_clear()
+
+
+def test_a_result_file_that_is_broken_is_no_result(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "dyspec.json").write_text("{")
+    monkeypatch.setattr(cards_module, "result_folders", lambda: [tmp_path / "results"])
+    assert find_card("dyspec").status == "implemented"

@@ -1,0 +1,46 @@
+"""Search: titles come first; paraphrases written by hand find their paper."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from everytoken.catalog import load_catalog, search
+from everytoken.catalog.search import by_words, can_search_by_meaning, words
+
+PARAPHRASES = json.loads((Path(__file__).parent / "paraphrases.json").read_text())
+
+
+def recall(meaning, top):
+    cards = list(load_catalog().values())
+    hits = [slug in [card.slug for card, _ in search(text, cards, meaning)[:top]] for slug, text in PARAPHRASES.items()]
+    return sum(hits) / len(hits)
+
+
+@pytest.mark.parametrize("card", load_catalog().values(), ids=lambda card: card.slug)
+def test_title_slug_and_arxiv_id_find_the_paper_first(card):
+    cards = list(load_catalog().values())
+    for query in filter(None, (card.title, card.slug, card.arxiv)):
+        assert by_words(query, cards)[0][0].slug == card.slug
+
+
+def test_paraphrases_by_words():
+    assert recall(False, 3) >= 0.9
+
+
+@pytest.mark.skipif(not can_search_by_meaning(), reason="the search extra is not installed")
+def test_paraphrases_by_meaning():
+    assert recall(True, 3) >= 0.9
+    cards = list(load_catalog().values())
+    assert search("dyspec", cards, True)[0][0].slug == "dyspec"
+
+
+def test_nothing_matches():
+    assert by_words("zzzz qqqq", list(load_catalog().values())) == []
+    assert by_words("", list(load_catalog().values())) == []
+
+
+def test_words():
+    assert words("Merging of the Tokens") == words("merged token")

