@@ -75,7 +75,9 @@ quantum physics; atoms; magnets; sound; light; electricity; batteries; nuclear p
 farming; fishing; rice; apples; salt; soil; weather forecasts; hurricanes; glaciers; coral reefs;
 psychology; philosophy; justice; freedom; kindness; honesty; creativity; memory; curiosity; happiness;
 hospitals; surgery; dentistry; blindness; nutrition; yoga; marathons; hiking; camping; horses;
-cats; parrots; spiders; snakes; elephants; penguins; wolves; butterflies; mushrooms; roses""".replace("\n", " ").split(";")
+cats; parrots; spiders; snakes; elephants; penguins; wolves; butterflies; mushrooms; roses""".replace("\n", " ").split(
+    ";"
+)
 TOPICS = [topic.strip() for topic in TOPICS]
 
 

@@ -26,7 +26,6 @@ from transformers import DynamicCache
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from draft_prompts import draft_prompts
-
 from everytoken.core.loading import load_model, load_tokenizer
 from everytoken.generation.drafts.configuration_feature_draft import FeatureDraftConfig
 from everytoken.generation.drafts.modeling_feature_draft import FeatureDraftForCausalLM
@@ -219,10 +218,20 @@ def train(args):
     draft_config = FeatureDraftConfig(
         **{
             key: getattr(config, key)
-            for key in (
-                "hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim hidden_act "
-                "max_position_embeddings rms_norm_eps rope_parameters bos_token_id eos_token_id pad_token_id"
-            ).split()
+            for key in [
+                "hidden_size",
+                "intermediate_size",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "head_dim",
+                "hidden_act",
+                "max_position_embeddings",
+                "rms_norm_eps",
+                "rope_parameters",
+                "bos_token_id",
+                "eos_token_id",
+                "pad_token_id",
+            ]
         },
         num_hidden_layers=1,
         vocab_size=config.vocab_size,

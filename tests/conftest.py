@@ -10,7 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def tiny_llama(vocab: int = 11, seed: int = 0, layers: int = 2, hidden: int = 16, scale: float = 1.0, eos: int | None = None):
+def tiny_llama(
+    vocab: int = 11, seed: int = 0, layers: int = 2, hidden: int = 16, scale: float = 1.0, eos: int | None = None
+):
     """A random Llama; ``scale`` sharpens its next-token distributions."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -31,7 +33,7 @@ def tiny_llama(vocab: int = 11, seed: int = 0, layers: int = 2, hidden: int = 16
     )
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             if weight.dim() > 1:
                 weight.normal_(0, 0.3)
         model.lm_head.weight.mul_(3 * scale)

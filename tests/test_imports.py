@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "everytoken"
-HEAVY = {"torch", "transformers", "trl", "numba", "datasets", "sentence_transformers", "matplotlib", "pandas", "scipy", "mcp"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "trl",
+    "numba",
+    "datasets",
+    "sentence_transformers",
+    "matplotlib",
+    "pandas",
+    "scipy",
+    "mcp",
+}
 
 
 def loaded_by(statement):
@@ -49,7 +60,7 @@ def imports_of(path):
 
 
 STATIONS = ("tokenization", "generation", "preference")
-SHARED = {"base", "trial", "trainer", "traces", "sentiment", "drafts"}
+SHARED = {"base", "trial", "trainer", "traces", "sentiment", "drafts", "drafting", "trees"}
 
 
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))

@@ -63,7 +63,11 @@ def test_embedded_model(embedded):
     assert not model.training
     assert model.num_parameters() == pytest.approx(134.5e6, rel=0.01)
     assert len(tokenizer) == model.config.vocab_size == 49152
-    text = tokenizer.decode(model.generate(**tokenizer("The capital of France is", return_tensors="pt"), max_new_tokens=4, do_sample=False)[0])
+    text = tokenizer.decode(
+        model.generate(**tokenizer("The capital of France is", return_tensors="pt"), max_new_tokens=4, do_sample=False)[
+            0
+        ]
+    )
     assert "Paris" in text
 
 
@@ -155,7 +159,9 @@ def test_two_processes_convert_once(tmp_path):
     )
     environment = os.environ | {"EVERYTOKEN_CACHE": str(tmp_path / "cache")}
     runs = [
-        subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "calls")], env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / "calls")], env=environment, stdout=subprocess.PIPE, text=True
+        )
         for _ in range(2)
     ]
     outputs = [run.communicate(timeout=120)[0].strip() for run in runs]

@@ -62,7 +62,9 @@ def test_values_and_gradients_equal_the_naive_form(n, chunk, bias, seed):
     if n == 0:
         return
     grads = [
-        torch.autograd.grad(sum((m * o).sum() for m, o in zip(mix, outputs[:4], strict=True)), [inputs[x] for x in names])
+        torch.autograd.grad(
+            sum((m * o).sum() for m, o in zip(mix, outputs[:4], strict=True)), [inputs[x] for x in names]
+        )
         for outputs in (ours, theirs)
     ]
     for one, other in zip(*grads, strict=True):
@@ -87,7 +89,8 @@ def test_partial_gradients_skip_tokens_but_not_values():
     inputs["hidden"].requires_grad_(True)
     weights = torch.tensor([0.0, 1, 0, 2, 0, 0, 3, 0])
     (ours,) = torch.autograd.grad(
-        (weights * token_stats(**inputs, labels=labels, forward_kl=True, chunk_size=3).forward_kl).sum(), inputs["hidden"]
+        (weights * token_stats(**inputs, labels=labels, forward_kl=True, chunk_size=3).forward_kl).sum(),
+        inputs["hidden"],
     )
     (theirs,) = torch.autograd.grad((weights * naive(inputs, labels)[2]).sum(), inputs["hidden"])
     assert torch.allclose(ours, theirs, atol=1e-5)
@@ -157,7 +160,8 @@ def test_masked_vocabulary_gives_no_nan():
     logits = torch.tensor([[0.0, -torch.inf, 1.0]])
     assert torch.isfinite(entropy_from_logits(logits)).all()
     assert kl_from_logits(logits, torch.zeros(1, 3)).item() == pytest.approx(
-        sum(p * torch.log(torch.tensor(3 * p)).item() for p in torch.softmax(torch.tensor([0.0, 1.0]), 0).tolist()), abs=1e-6
+        sum(p * torch.log(torch.tensor(3 * p)).item() for p in torch.softmax(torch.tensor([0.0, 1.0]), 0).tolist()),
+        abs=1e-6,
     )
 
 
@@ -168,7 +172,10 @@ def test_masked_reductions(rows, columns, seed):
     values = torch.randn(rows, columns, generator=generator)
     mask = torch.rand(rows, columns, generator=generator) < 0.5
     spoilt = values.masked_fill(~mask, torch.nan)
-    sums = [sum(v for v, m in zip(row, keep, strict=True) if m) for row, keep in zip(values.tolist(), mask.tolist(), strict=True)]
+    sums = [
+        sum(v for v, m in zip(row, keep, strict=True) if m)
+        for row, keep in zip(values.tolist(), mask.tolist(), strict=True)
+    ]
     assert masked_sum(spoilt, mask).tolist() == pytest.approx(sums, abs=1e-5)
     assert masked_sum(spoilt, mask, None).item() == pytest.approx(sum(sums), abs=1e-5)
     counts = mask.sum(1).tolist()
@@ -185,4 +192,6 @@ def test_errors():
     with pytest.raises(ValueError, match="labels"):
         token_stats(inputs["hidden"][:3], inputs["weight"], labels)
     with pytest.raises(ValueError, match="one vocabulary"):
-        token_stats(inputs["hidden"], inputs["weight"], labels, ref_hidden=inputs["hidden"], ref_weight=inputs["weight"][:4])
+        token_stats(
+            inputs["hidden"], inputs["weight"], labels, ref_hidden=inputs["hidden"], ref_weight=inputs["weight"][:4]
+        )

@@ -24,7 +24,11 @@ VALUES = st.one_of(st.none(), st.floats(allow_nan=False), st.integers(-(2**31), 
 def example():
     return TokenTrace(
         [5, 6, 7, 8],
-        {"score": [0.0, 0.5, None, 1.0], "source": ["draft", "target", "draft", None], "sure": [True, False, None, True]},
+        {
+            "score": [0.0, 0.5, None, 1.0],
+            "source": ["draft", "target", "draft", None],
+            "sure": [True, False, None, True],
+        },
         texts=["Hello", " <b>wor", "ld</b>\n", "\t&"],
         spans=[(0, 5), (5, 12), (12, 19), (19, 21)],
         title="a <title>",
@@ -131,7 +135,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 def test_html_is_one_safe_file(tmp_path):
-    nasty = TokenTrace([1], {'x"><script>alert(1)</script>': [1.0]}, texts=["</script><script>alert(2)</script>"], title="<img src=x>")
+    nasty = TokenTrace(
+        [1], {'x"><script>alert(1)</script>': [1.0]}, texts=["</script><script>alert(2)</script>"], title="<img src=x>"
+    )
     page = render_html([example(), nasty], tmp_path / "x.html")
     assert (tmp_path / "x.html").read_text(encoding="utf-8") == page
     assert "http://" not in page.replace("http://www.w3.org", "")

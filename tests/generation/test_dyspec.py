@@ -12,7 +12,8 @@ from scipy.stats import chisquare
 from transformers import DynamicCache
 
 from everytoken.core.errors import BadInputError, TokenizerMismatchError, UnsupportedModelError
-from everytoken.generation.dyspec import DySpec, TokenTree, grow_tree
+from everytoken.generation.dyspec import DySpec
+from everytoken.generation.trees import TokenTree, grow_tree
 
 from ..conftest import tiny_llama
 
@@ -161,6 +162,7 @@ def test_a_wrong_acceptance_rule_would_be_caught(monkeypatch):
 # -- the tree ------------------------------------------------------------------------------------------------------------
 def known_draft(vocab, seed):
     """A draft that is a fixed random table: path -> distribution."""
+
     def dist(path):
         generator = torch.Generator().manual_seed(hash((seed, path)) % (1 << 31))
         return torch.softmax(2 * torch.randn(vocab, generator=generator), 0)
@@ -176,8 +178,8 @@ def best_tree_sum(dist, vocab, size):
         for tree in frontier:
             for path in [(), *tree]:
                 for token in range(vocab):
-                    if path + (token,) not in tree:
-                        following.add(tree | {path + (token,)})
+                    if (*path, token) not in tree:
+                        following.add(tree | {(*path, token)})
         frontier = following
 
     def value(path):
@@ -233,7 +235,7 @@ def test_sampled_tree_fills_the_most_valuable_slots(seed):
             for path in [(), *chosen]:
                 taken = sum(1 for p in chosen if p[:-1] == path)
                 if taken < vocab:
-                    following.add(chosen | {path + (order(path)[taken],)})
+                    following.add(chosen | {(*path, order(path)[taken])})
         frontier = following
     best = max(sum(slot(path) for path in chosen) for chosen in frontier)
     tree = TokenTree()
@@ -313,9 +315,7 @@ def test_cache_is_reused_across_calls():
     cache = DynamicCache()
     text = prompt
     for _ in range(3):
-        text = target.generate(
-            text, past_key_values=cache, max_new_tokens=10, do_sample=False, custom_generate=decoder
-        )
+        text = target.generate(text, past_key_values=cache, max_new_tokens=10, do_sample=False, custom_generate=decoder)
     assert text.tolist() == whole.tolist()
 
 
@@ -413,7 +413,10 @@ def test_interrupting_leaves_no_hooks_behind(embedded):
 
     with pytest.raises(KeyboardInterrupt):
         model.generate(
-            **tokenizer("Hello", return_tensors="pt"), max_new_tokens=9, custom_generate=decoder, stopping_criteria=[interrupt]
+            **tokenizer("Hello", return_tensors="pt"),
+            max_new_tokens=9,
+            custom_generate=decoder,
+            stopping_criteria=[interrupt],
         )
     assert sum(len(module._forward_hooks) for module in model.modules()) == before
 
@@ -481,7 +484,8 @@ def test_different_eos_is_refused():
 
 
 @pytest.mark.parametrize(
-    "arguments", [dict(num_beams=2), dict(use_cache=False), dict(output_hidden_states=True, return_dict_in_generate=True)]
+    "arguments",
+    [dict(num_beams=2), dict(use_cache=False), dict(output_hidden_states=True, return_dict_in_generate=True)],
 )
 def test_modes_that_a_tree_cannot_honour(arguments):
     target = tiny_llama(23)

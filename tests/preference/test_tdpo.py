@@ -93,7 +93,9 @@ def test_kl_by_brute_force_and_never_negative():
         total = 0.0
         for t in range(6):
             if mask[side, row, t]:
-                total += sum(q[side, row, t, v] * math.log(q[side, row, t, v] / p[side, row, t, v]) for v in range(VOCAB))
+                total += sum(
+                    q[side, row, t, v] * math.log(q[side, row, t, v] / p[side, row, t, v]) for v in range(VOCAB)
+                )
         assert total >= 0
         totals.append(float(total))
     assert output.metrics["kl/chosen"].item() == pytest.approx(sum(totals[:3]) / 3, abs=1e-6)
@@ -120,8 +122,13 @@ def test_permutation_and_padding():
     base, _ = evaluate(TDPOLoss(), policy, reference, labels, mask)
     order = torch.tensor([2, 0, 1])
     shuffled, _ = evaluate(
-        TDPOLoss(), *[x[:, order].detach().requires_grad_(x is policy) for x in (policy, reference, labels.double(), mask.double())][:2],
-        labels[:, order], mask[:, order],
+        TDPOLoss(),
+        *[
+            x[:, order].detach().requires_grad_(x is policy)
+            for x in (policy, reference, labels.double(), mask.double())
+        ][:2],
+        labels[:, order],
+        mask[:, order],
     )
     assert torch.allclose(shuffled.losses, base.losses[order])
     pad = [F.pad(x, (0, 0, 0, 4)) for x in (policy.detach(), reference)]

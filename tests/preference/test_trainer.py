@@ -103,9 +103,7 @@ def test_training_moves_the_margin_and_resumes(tmp_path, embedded_tokenizer):
     margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
     assert margins[-1] > margins[0]
     assert (tmp_path / "checkpoint-4").is_dir()
-    again = make(
-        tmp_path, embedded_tokenizer, TDPOLoss(), max_steps=8, save_strategy="no", learning_rate=3e-3
-    )
+    again = make(tmp_path, embedded_tokenizer, TDPOLoss(), max_steps=8, save_strategy="no", learning_rate=3e-3)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert again.state.global_step == 8
     for one, other in zip(trainer.model.parameters(), again.model.parameters(), strict=True):
@@ -140,7 +138,7 @@ def test_evaluation(tmp_path, embedded_tokenizer):
 
 def test_identical_and_empty_responses_are_named(tmp_path, embedded_tokenizer):
     tie = {"prompt": "a", "chosen": " b", "rejected": " b"}
-    with pytest.raises(BadInputError, match="Row 2 .*identical"):
+    with pytest.raises(BadInputError, match=r"Row 2 .*identical"):
         make(tmp_path, embedded_tokenizer, TDPOLoss(), rows=[*ROWS[:2], tie])
 
 

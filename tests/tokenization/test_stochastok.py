@@ -27,7 +27,10 @@ def byte_bpe():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<end>"], show_progress=False
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<end>"],
+        show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS * 3, trainer)
     return tokenizer
@@ -37,7 +40,9 @@ def sentencepiece_like():
     vocab = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)}
     for piece in ("▁", "h", "e", "l", "o", "he", "ll", "hell", "▁hell", "▁hello", "lo", "llo"):
         vocab[piece] = len(vocab)
-    tokenizer = Tokenizer(models.BPE(vocab, [("h", "e"), ("l", "l"), ("he", "ll")], unk_token="<unk>", byte_fallback=True))
+    tokenizer = Tokenizer(
+        models.BPE(vocab, [("h", "e"), ("l", "l"), ("he", "ll")], unk_token="<unk>", byte_fallback=True)
+    )
     tokenizer.add_special_tokens(["<unk>"])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
@@ -57,7 +62,7 @@ def test_token_bytes_spell_the_text(text, embedded_tokenizer):
         assert spell(tokenizer, getattr(ids, "ids", ids)) == text.encode()
 
 
-@given(st.text(st.characters(exclude_categories=['Cs'])))
+@given(st.text(st.characters(exclude_categories=["Cs"])))
 @settings(max_examples=60, deadline=None)
 def test_any_text_is_spelt_by_its_tokens(text):
     from everytoken.core.loading import load_tokenizer
@@ -65,7 +70,9 @@ def test_any_text_is_spelt_by_its_tokens(text):
     tokenizer = test_any_text_is_spelt_by_its_tokens.__dict__.setdefault("tokenizer", load_tokenizer())
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     # this vocabulary lacks a few bytes (those that open planes of unassigned characters), and the tokenizer drops them
-    assume(set(text.encode()) <= {piece[0] for piece in token_bytes(tokenizer) if piece is not None and len(piece) == 1})
+    assume(
+        set(text.encode()) <= {piece[0] for piece in token_bytes(tokenizer) if piece is not None and len(piece) == 1}
+    )
     assert spell(tokenizer, ids) == text.encode("utf-8", "surrogatepass")
 
 

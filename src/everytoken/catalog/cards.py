@@ -126,7 +126,8 @@ class Card:
         """The experiment; raises as ``load`` does."""
         if not self.reproduction:
             raise BadInputError(
-                f"{self.slug} has no experiment yet.", "See `everytoken papers --status reproduced` for those that have."
+                f"{self.slug} has no experiment yet.",
+                "See `everytoken papers --status reproduced` for those that have.",
             )
         return _attribute(self, self.reproduction)
 
@@ -167,7 +168,9 @@ def parse_card(text: str, source: str) -> Card:
     known = {item.name: item for item in fields(Card)}
     if unknown := sorted(set(raw) - set(known)):
         raise CardError(f"{source} has unknown fields: {', '.join(unknown)}.", f"Known: {', '.join(known)}.")
-    required = [name for name in ("slug", "title", "arxiv", "year", "station", "summary", "claim", "figure") if name not in raw]
+    required = [
+        name for name in ("slug", "title", "arxiv", "year", "station", "summary", "claim", "figure") if name not in raw
+    ]
     if required:
         raise CardError(f"{source} lacks {', '.join(required)}.")
     for name, value in raw.items():
@@ -209,7 +212,9 @@ def load_catalog() -> dict[str, Card]:
         try:
             folders.append((point.name, files(point.value)))
         except (ModuleNotFoundError, TypeError) as error:
-            raise CardError(f"The entry point {point.name} ({ENTRY_POINTS}) names {point.value}, which is no package.") from error
+            raise CardError(
+                f"The entry point {point.name} ({ENTRY_POINTS}) names {point.value}, which is no package."
+            ) from error
     catalog: dict[str, Card] = {}
     for owner, folder in folders:
         for card in _folder_cards(folder):

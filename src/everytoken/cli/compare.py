@@ -10,7 +10,18 @@ from rich.console import Console
 
 from ..core.errors import BadInputError
 from ..core.trials import TrialRequest
-from .common import bars, build_trial, cards_of, check_outputs, emit_json, method_names, options_from, results_table, run_trials, svg_bars
+from .common import (
+    bars,
+    build_trial,
+    cards_of,
+    check_outputs,
+    emit_json,
+    method_names,
+    options_from,
+    results_table,
+    run_trials,
+    svg_bars,
+)
 
 EXAMPLES = (
     "Examples:  everytoken compare dyspec dyspec:threshold=none dyspec:budget=4  ·  "
@@ -19,8 +30,15 @@ EXAMPLES = (
 
 
 def compare(
-    names: Annotated[list[str], typer.Argument(help="Methods; settings may follow a colon: dyspec:budget=8,threshold=none.", autocompletion=method_names)],
-    model: Annotated[str | None, typer.Option(help="Hub id, folder or .gguf file; default: the embedded model.")] = None,
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            help="Methods; settings may follow a colon: dyspec:budget=8,threshold=none.", autocompletion=method_names
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Hub id, folder or .gguf file; default: the embedded model.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="Your text; default: an example.")] = None,
     data: Annotated[Path | None, typer.Option(help="Your data, as for `everytoken try`.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the plot as an SVG file.")] = None,
@@ -38,7 +56,8 @@ def compare(
     stations = {card.station for card in cards}
     if len(stations) > 1:
         raise BadInputError(
-            f"These methods do different work ({', '.join(sorted(stations))}) and cannot be compared.", "Name methods of one station."
+            f"These methods do different work ({', '.join(sorted(stations))}) and cannot be compared.",
+            "Name methods of one station.",
         )
     if len(set(names)) < len(names):
         raise BadInputError("A method is named twice.", "Give it other settings: dyspec:budget=8 dyspec:budget=32")

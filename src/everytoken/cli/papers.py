@@ -55,7 +55,9 @@ def search_papers(
     year: Annotated[int | None, typer.Option(help="Only this year.")] = None,
     status: Annotated[str | None, typer.Option(help="reproduced, implemented or planned.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
-    words_only: Annotated[bool, typer.Option("--words", help="Search by words even if search by meaning is installed.")] = False,
+    words_only: Annotated[
+        bool, typer.Option("--words", help="Search by words even if search by meaning is installed.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List or search the papers."""
@@ -98,7 +100,9 @@ def _table(cards: list[Card], console: Console) -> Table:
     if roomy:
         rows = [(card.slug, card.station, "year", card.status, card.headline) for card in cards]
         heads = ("name", "station", "year", "status", "measured")
-        used = sum(max(len(head), *map(len, column)) + 2 for head, column in zip(heads, zip(*rows, strict=True), strict=True))
+        used = sum(
+            max(len(head), *map(len, column)) + 2 for head, column in zip(heads, zip(*rows, strict=True), strict=True)
+        )
         grid.add_column("what it does", no_wrap=True, overflow="ellipsis", max_width=max(console.width - used, 20))
     for card in cards:
         colour = COLOURS[card.status]

@@ -19,7 +19,9 @@ SCOREBOARD_EXAMPLES = "Example:  everytoken scoreboard --results results --out d
 def reproduce(
     name: Annotated[str, typer.Argument(help="A method's name or arXiv id.", autocompletion=method_names)],
     quick: Annotated[bool, typer.Option("--quick", help="A small version that takes a minute or two.")] = False,
-    model: Annotated[str | None, typer.Option(help="Hub id, folder or .gguf file; default: the embedded model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hub id, folder or .gguf file; default: the embedded model.")
+    ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds; default: the experiment's own.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the result file.")] = Path("results"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Ignore seeds that an interrupted run has finished.")] = False,

@@ -28,10 +28,16 @@ EXAMPLES = (
 
 def try_method(
     name: Annotated[str, typer.Argument(help="A method's name or arXiv id.", autocompletion=method_names)],
-    model: Annotated[str | None, typer.Option(help="Hub id, folder or .gguf file; default: the embedded model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hub id, folder or .gguf file; default: the embedded model.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="Your text; default: an example.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Your data: text for tokenizers, JSONL pairs for preference losses.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="A setting of the method, key=value; repeatable.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Your data: text for tokenizers, JSONL pairs for preference losses.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the method, key=value; repeatable.")
+    ] = None,
     trace: Annotated[Path | None, typer.Option(help="Write the trace as one HTML file (or .jsonl, .parquet).")] = None,
     column: Annotated[str | None, typer.Option(help="The trace's column to colour by.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
@@ -57,9 +63,7 @@ def try_method(
     def report(line: str) -> None:
         status.print(f"{line} ...", style="dim", highlight=False)
 
-    options = options_from(
-        max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, steps=steps, seed=seed
-    )
+    options = options_from(max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, steps=steps, seed=seed)
     request = TrialRequest([item], model, prompt, str(data) if data is not None else None, options, stream, report)
     result = run_trials(card.station, request)
     if trace is not None:

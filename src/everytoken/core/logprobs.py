@@ -116,7 +116,7 @@ class _TokenStats(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         n = labels.shape[0]
         want_entropy, want_forward, want_reverse = flags
-        float_like = {"dtype": torch.float32, "device": hidden.device}
+        float_like: dict[str, Any] = {"dtype": torch.float32, "device": hidden.device}
         logps = torch.empty(n, **float_like)
         entropy = torch.empty(n, **float_like) if want_entropy else None
         ref_logps = torch.empty(n, **float_like) if ref_hidden is not None else None
@@ -176,9 +176,9 @@ class _TokenStats(torch.autograd.Function):
             extra = None
             if (g_entropy is not None) or need_q[1]:
                 extra = torch.zeros_like(log_p)
-                if g_entropy is not None:
+                if g_entropy is not None and entropy is not None:
                     extra -= g_entropy[part, None] * (log_p + entropy[part, None])
-                if need_q[1] and log_q is not None:
+                if need_q[1] and log_q is not None and g_reverse is not None:
                     gap = log_p[rows] - log_q - reverse_kl[part][rows, None]
                     extra[rows] += g_reverse[part][rows, None] * gap
             p = log_p.exp_()
@@ -192,7 +192,7 @@ class _TokenStats(torch.autograd.Function):
                 grad = p.mul_(extra)
             else:
                 grad = p.mul_(weight_p[:, None])
-            if need_q[0] and log_q is not None:
+            if need_q[0] and log_q is not None and g_forward is not None:
                 grad[rows] -= log_q.exp_().mul_(g_forward[part][rows, None])
             if g_logps is not None:
                 grad.scatter_add_(1, labels[part, None], g_logps[part, None].to(grad.dtype))

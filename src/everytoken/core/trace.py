@@ -66,7 +66,8 @@ class TokenTrace:
         values = column.tolist() if hasattr(column, "tolist") else list(column)
         if len(values) != len(self.ids):
             raise BadInputError(
-                f"Column {name!r} has {len(values)} values for {len(self.ids)} tokens.", "Give one value for each token."
+                f"Column {name!r} has {len(values)} values for {len(self.ids)} tokens.",
+                "Give one value for each token.",
             )
         return [value.item() if hasattr(value, "item") else value for value in values]
 
@@ -83,7 +84,7 @@ class TokenTrace:
         from ..tokenization.base import token_bytes
 
         table = token_bytes(tokenizer)
-        pieces = [table[item] if 0 <= item < len(table) and table[item] is not None else b"" for item in self.ids]
+        pieces = [(table[item] or b"") if 0 <= item < len(table) else b"" for item in self.ids]
         special = {item: token.content.encode() for item, token in tokenizer.added_tokens_decoder.items()}
         pieces = [special.get(item, piece) for item, piece in zip(self.ids, pieces, strict=True)]
         self.texts = [piece.decode("utf-8", "replace") for piece in pieces]
@@ -191,13 +192,12 @@ class TokenTrace:
     # -- storage ---------------------------------------------------------------------------------------------------------
     def rows(self) -> list[dict[str, Any]]:
         """One dict a token: ``id``, ``text``, ``start``, ``end`` and the columns."""
-        starts = self.spans or [(None, None)] * len(self)
+        starts: Sequence[tuple[int | None, int | None]] = self.spans or [(None, None)] * len(self)
+        texts: Sequence[str | None] = self.texts or [None] * len(self)
         return [
             {"id": item, "text": text, "start": span[0], "end": span[1]}
             | {name: column[index] for name, column in self.columns.items()}
-            for index, (item, text, span) in enumerate(
-                zip(self.ids, self.texts or [None] * len(self), starts, strict=True)
-            )
+            for index, (item, text, span) in enumerate(zip(self.ids, texts, starts, strict=True))
         ]
 
     def _meta(self) -> dict[str, Any]:
@@ -252,7 +252,7 @@ class TokenTrace:
                 [row["id"] for row in rows],
                 {name: [row[name] for row in rows] for name in names},
                 None if None in texts else texts,
-                None if rows and spans[0][0] is None or not rows else spans,
+                None if (rows and spans[0][0] is None) or not rows else spans,
                 meta["title"],
                 meta["station"],
             )

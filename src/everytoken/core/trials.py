@@ -101,7 +101,11 @@ def settable(factory: Any) -> dict[str, Any]:
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
     """The simple types of a hint; empty if it has another."""
-    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    parts = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
     return tuple(parts) if all(part in (int, float, bool, str, type(None)) for part in parts) else ()
 
 
@@ -118,7 +122,9 @@ def parse_settings(name: str, factory: Any, pairs: list[str]) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         key = key.strip()
         if not equals:
-            raise BadInputError(f"--set takes key=value; got {pair!r}.", f"For example: --set {next(iter(known), 'key')}=...")
+            raise BadInputError(
+                f"--set takes key=value; got {pair!r}.", f"For example: --set {next(iter(known), 'key')}=..."
+            )
         if key not in known:
             raise UnknownNameError(f"setting of {name}", key, known)
         settings[key] = _typed(key, text.strip(), known[key])

@@ -149,9 +149,7 @@ def check_prompt(model: PreTrainedModel, length: int, max_length: int | None) ->
         raise BadInputError("The prompt is empty.", "Give at least one token (a BOS token will do).")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and length >= context:
-        raise BadInputError(
-            f"The prompt has {length} tokens; the model's context is {context}.", "Shorten the prompt."
-        )
+        raise BadInputError(f"The prompt has {length} tokens; the model's context is {context}.", "Shorten the prompt.")
 
 
 def check_same_vocabulary(target: PreTrainedModel, draft: PreTrainedModel, slack: int = 512) -> int:

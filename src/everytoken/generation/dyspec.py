@@ -25,9 +25,8 @@ that reads the target's hidden states (``drafts.FeatureDraftForCausalLM``) gets 
 
 from __future__ import annotations
 
-import heapq
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,6 +52,8 @@ from .base import (
     check_same_vocabulary,
     refuse_unsupported,
 )
+from .drafting import DraftSession
+from .trees import Candidates, Expand, TokenTree, grow_tree
 
 # Processors that look at one row of scores and not at the text before it: they can run on all nodes at once.
 PATH_FREE = (
@@ -72,58 +73,6 @@ class DySpecOutput(GenerateDecoderOnlyOutput):
 
     stats: Any = None
     trace: Any = None
-
-
-@dataclass
-class TokenTree:
-    """A drafted tree. Node 0 is the root (the last committed token); children come after their parents.
-
-    Attributes:
-        tokens, parents, depths: one entry a node.
-        probs: draft probability of the node's token given its path (1 for the root).
-        values: the node's estimated chance of acceptance, the product of ``probs`` along its path.
-        children: node ids in the order in which they were drawn.
-        dists: ``[V]`` draft distribution after each node, for nodes where it was computed (needed to verify samples).
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-    depths: list[int] = field(default_factory=list)
-    probs: list[float] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
-    children: list[list[int]] = field(default_factory=list)
-    dists: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    def add(self, token: int, parent: int, prob: float) -> int:
-        """Appends a node and returns its index; the root has parent -1."""
-        node = len(self.tokens)
-        self.tokens.append(token)
-        self.parents.append(parent)
-        self.depths.append(self.depths[parent] + 1 if parent >= 0 else 0)
-        self.probs.append(prob)
-        self.values.append(self.values[parent] * prob if parent >= 0 else 1.0)
-        self.children.append([])
-        if parent >= 0:
-            self.children[parent].append(node)
-        return node
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def path(self, node: int) -> list[int]:
-        """Tokens from below the root down to ``node``."""
-        tokens = []
-        while node > 0:
-            tokens.append(self.tokens[node])
-            node = self.parents[node]
-        return tokens[::-1]
-
-    def ancestor_mask(self) -> torch.Tensor:
-        """``[n, n]`` bool: row i sees itself and its ancestors."""
-        mask = torch.eye(len(self), dtype=torch.bool)
-        for node in range(1, len(self)):
-            mask[node] |= mask[self.parents[node]]
-        return mask
 
 
 @dataclass
@@ -155,11 +104,9 @@ class DySpec(Decoder):
                 f"{self.max_children}."
             )
         if self.threshold is not None and not 0 < self.threshold < 1:
-            raise BadInputError(
-                f"threshold is a probability between 0 and 1; got {self.threshold}.", "Try 1 / budget."
-            )
+            raise BadInputError(f"threshold is a probability between 0 and 1; got {self.threshold}.", "Try 1 / budget.")
 
-    def grow(self, tree: TokenTree, expand: Any, budget: int, max_depth: int, sampling: bool) -> TokenTree:
+    def grow(self, tree: TokenTree, expand: Expand, budget: int, max_depth: int, sampling: bool) -> TokenTree:
         """Grows a round's tree; override it for another shape (see ``grow_tree`` for the arguments)."""
         return grow_tree(tree, expand, budget, self.threshold, max_depth, sampling)
 
@@ -297,7 +244,7 @@ class _Row:
         self.max_length = max_length
         self.columns: dict[str, list[Any]] = {"round": [], "depth": [], "draft_prob": [], "source": [], "value": []}
         self.additive_mask = getattr(model.config, "_attn_implementation", None) == "eager"
-        self.draft = _Draft(decoder.draft_model, model, vocab)
+        self.draft = DraftSession(decoder.draft_model, model, vocab)
 
     # -- the loop --------------------------------------------------------------------------------------------------------
     def decode(self) -> _Row:
@@ -326,7 +273,9 @@ class _Row:
         """The prompt through the target; returns ``[1, V]`` logits for the next token."""
         past = self.cache.get_seq_length()
         if past >= len(self.text):
-            raise BadInputError("The cache already holds the whole prompt.", "Pass at least one token beyond the cache.")
+            raise BadInputError(
+                "The cache already holds the whole prompt.", "Pass at least one token beyond the cache."
+            )
         fresh = torch.tensor([self.text[past:]], device=self.device)
         positions = torch.arange(past, len(self.text), device=self.device)[None]
         output = self.model(
@@ -369,7 +318,7 @@ class _Row:
         depth = min(self.decoder.max_depth, room)
         return self.decoder.grow(tree, lambda nodes: self._expand(tree, nodes), budget, depth, self.do_sample)
 
-    def _expand(self, tree: TokenTree, nodes: list[int]) -> list[tuple[list[int], list[float]]]:
+    def _expand(self, tree: TokenTree, nodes: list[int]) -> Candidates:
         """Draft candidates after each of ``nodes`` (one draft forward): tokens and probabilities, in drawing order."""
         self.decoder.stats.draft_forwards += 1
         reduced = not self.do_sample and self.path_free
@@ -486,9 +435,7 @@ class _Row:
             self.draft.commit([token], len(self.text) - 1)
         return stop
 
-    def _append(
-        self, token: int, turn: int, depth: int, source: str, prob: float | None, value: float | None
-    ) -> bool:
+    def _append(self, token: int, turn: int, depth: int, source: str, prob: float | None, value: float | None) -> bool:
         """Adds a token to the text and says whether a stopping criterion is met."""
         self.text.append(token)
         self.new.append(token)
@@ -511,223 +458,3 @@ class _Row:
         drop = length - past - len(path)
         if drop:
             self.cache.crop(-drop)
-
-
-def grow_tree(
-    tree: TokenTree,
-    expand: Any,
-    budget: int,
-    threshold: float | None = None,
-    max_depth: int = 1 << 30,
-    sampling: bool = False,
-) -> TokenTree:
-    """Grows ``tree`` (a root) to ``budget`` more nodes at most.
-
-    Args:
-        expand: ``list of nodes -> list of (tokens, probs)``: the draft's candidates after each node, in drawing order (sampled
-            without replacement, or by falling probability); ``probs`` are under the full draft distribution.
-        threshold: None for the fixed-size tree, or the least slot value to fill.
-        sampling: rank open slots by the slot's own value (which must not depend on the token that will fill it); otherwise
-            by the value of the node that would fill it.
-    """
-    return (_grow_layers if threshold is not None else _grow_greedy)(
-        tree, expand, budget, threshold or 0.0, max_depth, sampling
-    )
-
-
-def _grow_greedy(
-    tree: TokenTree, expand: Any, budget: int, _threshold: float, max_depth: int, sampling: bool
-) -> TokenTree:
-    """Best-first growth. Heap entries are slots ``(-priority, node, sibling rank, slot value)``."""
-    drawn: dict[int, tuple[list[int], list[float]]] = {}
-    heap: list[tuple[float, int, int, float]] = [(-1.0, 0, 0, 1.0)]
-    left = budget
-    while heap and left > 0:
-        priority, node, rank, slot = heapq.heappop(heap)
-        if tree.depths[node] >= max_depth:
-            continue
-        if node not in drawn:
-            # One forward serves this node and every other one that is likely to be filled: those among the best `left`
-            # open slots. Looking ahead changes which forwards share a batch, never which slot is filled next.
-            waiting = [entry for entry in heapq.nsmallest(left, heap) if entry[1] not in drawn and entry[2] == 0]
-            ahead = [entry[1] for entry in waiting if entry[0] < 0.25 * priority and tree.depths[entry[1]] < max_depth]
-            nodes = [node, *ahead]
-            for item, candidates in zip(nodes, expand(nodes), strict=True):
-                drawn[item] = candidates
-        tokens, probs = drawn[node]
-        if rank >= len(tokens):
-            continue
-        gain = tree.values[node] * probs[rank]
-        if not sampling and -priority > gain and heap and -heap[0][0] > gain:
-            # the priority was only a bound (the draft had not been asked yet): put the slot back with its true value
-            heapq.heappush(heap, (-gain, node, rank, slot))
-            continue
-        child = tree.add(tokens[rank], node, probs[rank])
-        left -= 1
-        mass = 1.0 - sum(probs[:rank])  # what is left of D before this draw; R[y] = D[y] / mass
-        accepted = slot * probs[rank] / mass if mass > 0 else slot
-        if sampling:
-            heapq.heappush(heap, (-accepted, child, 0, accepted))
-            heapq.heappush(heap, (-max(slot - accepted, 0.0), node, rank + 1, max(slot - accepted, 0.0)))
-        else:
-            heapq.heappush(heap, (-gain, child, 0, gain))
-            if rank + 1 < len(tokens):
-                heapq.heappush(heap, (-tree.values[node] * probs[rank + 1], node, rank + 1, slot))
-    return tree
-
-
-def _grow_layers(
-    tree: TokenTree, expand: Any, budget: int, threshold: float, max_depth: int, sampling: bool
-) -> TokenTree:
-    """Layer by layer: one call of ``expand`` for all nodes of a layer whose slot value passes the threshold."""
-    layer: list[tuple[int, float]] = [(0, 1.0)]
-    left, depth = budget, 0
-    while layer and left > 0 and depth < max_depth:
-        nodes = [node for node, _ in layer]
-        following: list[tuple[int, float]] = []
-        candidates = dict(zip(nodes, expand(nodes), strict=True))
-        heap = []
-        for node, slot in layer:
-            tokens, probs = candidates[node]
-            first = slot if sampling else (tree.values[node] * probs[0] if tokens else 0.0)
-            heap.append((-first, node, 0, slot))
-        heapq.heapify(heap)
-        while heap and left > 0:
-            priority, node, rank, slot = heapq.heappop(heap)
-            tokens, probs = candidates[node]
-            if rank >= len(tokens) or -priority <= threshold:
-                continue
-            child = tree.add(tokens[rank], node, probs[rank])
-            left -= 1
-            mass = 1.0 - sum(probs[:rank])
-            accepted = slot * probs[rank] / mass if mass > 0 else slot
-            if sampling:
-                rest = max(slot - accepted, 0.0)
-                heapq.heappush(heap, (-rest, node, rank + 1, rest))
-            else:
-                accepted = tree.values[child]
-                if rank + 1 < len(tokens):
-                    heapq.heappush(heap, (-tree.values[node] * probs[rank + 1], node, rank + 1, slot))
-            if accepted > threshold:
-                following.append((child, accepted))
-        layer, depth = following, depth + 1
-    return tree
-
-
-class _Draft:
-    """The draft's side: its cache of committed text, and forwards over tree nodes.
-
-    The cache holds the committed text (root included) and, during a round, the tree nodes already run, in ``self.rows``.
-    ``commit`` drops those and remembers the new text; the next forward runs it first.
-    """
-
-    def __init__(self, draft: Any, target: PreTrainedModel, vocab: int):
-        from .drafts.modeling_feature_draft import FeatureDraftForCausalLM, FeatureTap
-
-        self.model, self.vocab = draft, vocab
-        self.uses_features = isinstance(draft, FeatureDraftForCausalLM)
-        self.tap = FeatureTap(target, draft.config.feature_layers) if self.uses_features else None
-        if self.uses_features and (draft._head is None or draft._target[0] is not target):
-            draft.attach(target)
-        self.token_ids = draft.draft_token_ids.long() if self.uses_features else None
-        self.cache = DynamicCache()
-        self.device = target.device
-        self.pending: list[int] = []
-        self.pending_features: torch.Tensor | None = None
-        self.carry: torch.Tensor | None = None  # target features of the last verified position
-        self.base = 0  # cache rows of committed text
-        self.offset: int | None = None  # position of the first cached token (a reused target cache may hide earlier ones)
-        self.rows: dict[int, int] = {}
-        self.states: dict[int, torch.Tensor] = {}
-        self.additive_mask = getattr(draft.config, "_attn_implementation", None) == "eager"
-
-    def close(self) -> None:
-        if self.tap is not None:
-            self.tap.remove()
-
-    def commit(self, tokens: list[int], position: int, path: list[int] | None = None) -> None:
-        """Tells the draft of new text that starts at ``position``; ``path`` are the tree nodes whose features are known."""
-        if self.offset is None:
-            self.offset = position
-        drop = self.cache.get_seq_length() - self.base if self.base else 0
-        if drop > 0:
-            self.cache.crop(-drop)
-        self.rows, self.states = {}, {}
-        if self.uses_features:
-            self._commit_features(tokens, path)
-        self.pending += tokens
-
-    def _commit_features(self, tokens: list[int], path: list[int] | None) -> None:
-        """Features one position before each of ``tokens``, from the target's last forward."""
-        assert self.tap is not None
-        if self.carry is None:  # the prompt: nothing precedes its first token
-            seen = self.tap.last[0]
-            previous = torch.cat([torch.zeros_like(seen[:1]), seen[:-1]])
-            self.carry = seen[-1:]
-        elif path is None:  # one token straight after the prompt
-            previous = self.carry
-        else:  # tokens[i] follows tree node path[i]
-            previous = self.tap.last[0][torch.tensor(path, device=self.device)]
-            self.carry = previous[-1:]
-        previous = previous[: len(tokens)]
-        known = self.pending_features
-        self.pending_features = previous if known is None else torch.cat([known, previous])
-
-    def forward(self, tree: TokenTree, nodes: list[int], reduced: bool) -> torch.Tensor:
-        """Logits after each of ``nodes`` (the root among them only in the round's first call): ``[len(nodes), V]``."""
-        if nodes == [0]:
-            return self._run_root(reduced)
-        rows = self.rows
-        start = self.cache.get_seq_length()
-        mask = torch.zeros(len(nodes), start + len(nodes), dtype=torch.bool)
-        mask[:, : self.base] = True
-        for row, node in enumerate(nodes):
-            rows[node] = start + row
-        for row, node in enumerate(nodes):
-            walk = node
-            while walk > 0:
-                mask[row, rows[walk]] = True
-                walk = tree.parents[walk]
-        position = (self.offset or 0) + self.base - 1
-        positions = torch.tensor([[position + tree.depths[node] for node in nodes]], device=self.device)
-        ids = torch.tensor([[tree.tokens[node] for node in nodes]], device=self.device)
-        kwargs: dict[str, Any] = {}
-        if self.uses_features:
-            kwargs["hidden"] = torch.stack([self.states[tree.parents[node]] for node in nodes])[None]
-        return self._call(ids, positions, mask[None, None].to(self.device), nodes, reduced, **kwargs)
-
-    def _run_root(self, reduced: bool) -> torch.Tensor:
-        past = self.cache.get_seq_length()
-        ids = torch.tensor([self.pending], device=self.device)
-        position = (self.offset or 0) + past
-        positions = torch.arange(position, position + len(self.pending), device=self.device)[None]
-        kwargs: dict[str, Any] = {}
-        if self.uses_features:
-            kwargs["features"] = self.pending_features[None]  # type: ignore[index]
-        logits = self._call(ids, positions, None, [0], reduced, **kwargs)
-        self.base = self.cache.get_seq_length()
-        self.pending, self.pending_features = [], None
-        return logits
-
-    def _call(
-        self, ids: torch.Tensor, positions: torch.Tensor, mask: Any, nodes: list[int], reduced: bool, **kwargs: Any
-    ) -> torch.Tensor:
-        if mask is not None and self.additive_mask and not self.uses_features:
-            lowest = torch.finfo(self.model.dtype).min
-            mask = torch.zeros(mask.shape, dtype=self.model.dtype, device=self.device).masked_fill(~mask, lowest)
-        if self.uses_features:
-            kwargs["reduced_logits"] = reduced
-        output = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=len(nodes),
-            **kwargs,
-        )
-        if self.uses_features:
-            for node, state in zip(nodes, output.hidden_states[0][0, -len(nodes) :], strict=True):
-                self.states[node] = state
-        logits = output.logits[0, -len(nodes) :].float()
-        return logits if reduced and self.uses_features else logits[:, : self.vocab]

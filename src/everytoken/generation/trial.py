@@ -21,7 +21,9 @@ def encode_prompt(tokenizer: Any, prompt: str) -> dict[str, Any]:
         raise BadInputError("The prompt is empty.", 'Give some text: --prompt "Why is the sky blue?"')
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": prompt}]
-        return dict(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True))
+        return dict(
+            tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        )
     return dict(tokenizer(prompt, return_tensors="pt"))
 
 

@@ -14,11 +14,36 @@ import torch
 
 from ..core.errors import BadInputError, require
 
-SUBJECTS = (
-    "The film|The hotel|The restaurant|The new phone|My weekend|The concert|The novel|The train ride|The museum|Our teacher|"
-    "The service|The city|My first day at work|The food|The game|The garden|The lecture|The weather|The old house|The play"
-).split("|")
-OPENINGS = "{} was|{} turned out to be|Everyone said that {}|In the end, {}|I never thought that {}|Looking back, {}".split("|")
+SUBJECTS = [
+    "The film",
+    "The hotel",
+    "The restaurant",
+    "The new phone",
+    "My weekend",
+    "The concert",
+    "The novel",
+    "The train ride",
+    "The museum",
+    "Our teacher",
+    "The service",
+    "The city",
+    "My first day at work",
+    "The food",
+    "The game",
+    "The garden",
+    "The lecture",
+    "The weather",
+    "The old house",
+    "The play",
+]
+OPENINGS = [
+    "{} was",
+    "{} turned out to be",
+    "Everyone said that {}",
+    "In the end, {}",
+    "I never thought that {}",
+    "Looking back, {}",
+]
 
 
 def openings(split: str = "train") -> list[str]:
@@ -52,11 +77,15 @@ def positivity(texts: list[str]) -> list[float]:
 
 
 @torch.no_grad()
-def continuations(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int = 20, batch: int = 64) -> list[str]:
+def continuations(
+    model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int = 20, batch: int = 64
+) -> list[str]:
     """One sampled continuation (temperature 1) for every prompt, in order."""
     texts = []
     for first in range(0, len(prompts), batch):
-        encoded = tokenizer(prompts[first : first + batch], return_tensors="pt", padding=True, padding_side="left").to(model.device)
+        encoded = tokenizer(prompts[first : first + batch], return_tensors="pt", padding=True, padding_side="left").to(
+            model.device
+        )
         output = model.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=True, top_k=0, top_p=1.0)
         new = output[:, encoded["input_ids"].shape[1] :]
         texts += tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -77,7 +106,9 @@ def sentiment_pairs(
     while len(rows) < count:
         rounds += 1
         if rounds > 40:
-            raise BadInputError(f"After {rounds} rounds only {len(rows)} of {count} pairs differ by {margin}.", "Lower margin.")
+            raise BadInputError(
+                f"After {rounds} rounds only {len(rows)} of {count} pairs differ by {margin}.", "Lower margin."
+            )
         order = torch.randperm(len(pool)).tolist()[:64]
         prompts = [pool[index] for index in order]
         texts = continuations(model, tokenizer, prompts * 2, max_new_tokens, batch=128)

@@ -28,7 +28,9 @@ def credit_trace(
     ids = torch.tensor([before + after], device=model.device)
     hidden = [m.base_model(input_ids=ids).last_hidden_state[0, len(before) - 1 : -1] for m in (model, reference)]
     heads = [m.get_output_embeddings().weight for m in (model, reference)]
-    stats = token_stats(hidden[0], heads[0], ids[0, len(before) :], ref_hidden=hidden[1], ref_weight=heads[1], forward_kl=True)
+    stats = token_stats(
+        hidden[0], heads[0], ids[0, len(before) :], ref_hidden=hidden[1], ref_weight=heads[1], forward_kl=True
+    )
     assert stats.ref_logps is not None and stats.forward_kl is not None
     trace = TokenTrace(after, title=title, station="preference")
     trace.add("implicit_reward", beta * (stats.logps - stats.ref_logps))

@@ -60,20 +60,15 @@ def add_scored_forward(model: Any) -> None:
         if "labels" not in score:
             return hidden
         head = self.get_output_embeddings()
-        return token_stats(
-            hidden,
-            _whole(head.weight),
-            score["labels"],
-            bias=_whole(head.bias),
-            **{name: score.get(name) for name in ("ref_hidden", "ref_weight", "ref_bias")},
-            **{name: name in score["needs"] for name in NEEDS},
-        )
+        arguments: dict[str, Any] = {name: score.get(name) for name in ("ref_hidden", "ref_weight", "ref_bias")}
+        arguments |= {name: name in score["needs"] for name in NEEDS}
+        return token_stats(hidden, _whole(head.weight), score["labels"], bias=_whole(head.bias), **arguments)
 
     forward._everytoken_scored = True  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
 
 
-def _whole(parameter: torch.Tensor | None) -> torch.Tensor | None:
+def _whole(parameter: Any) -> Any:
     """A parameter, gathered if FSDP holds it in shards."""
     return parameter.full_tensor() if parameter is not None and hasattr(parameter, "full_tensor") else parameter
 
@@ -120,7 +115,8 @@ class PreferenceTrainer(DPOTrainer):
         for index, (chosen, rejected) in enumerate(zip(dataset["chosen_ids"], dataset["rejected_ids"], strict=True)):
             if list(chosen) == list(rejected):
                 raise BadInputError(
-                    f"Row {index} of the training data has identical chosen and rejected responses.", "Remove such rows."
+                    f"Row {index} of the training data has identical chosen and rejected responses.",
+                    "Remove such rows.",
                 )
             if not len(chosen) or not len(rejected):
                 raise BadInputError(f"Row {index} of the training data has an empty response.", "Remove such rows.")
@@ -136,8 +132,8 @@ class PreferenceTrainer(DPOTrainer):
             "mask": mask,
             "labels": labels,
             "ref_hidden": reference,
-            "ref_weight": _whole(head.weight).detach(),  # type: ignore[union-attr]
-            "ref_bias": None if head.bias is None else _whole(head.bias).detach(),  # type: ignore[union-attr]
+            "ref_weight": _whole(head.weight).detach(),
+            "ref_bias": None if head.bias is None else _whole(head.bias).detach(),
             "needs": self.preference_loss.needs,
         }
         stats: TokenStats = model(**kept, score=score)

@@ -14,8 +14,16 @@ from ..core.trials import Trial, TrialRequest, TrialResult
 
 EXAMPLE = [
     {"prompt": "The hotel was", "chosen": " lovely, quiet and very clean.", "rejected": " awful, loud and very dirty."},
-    {"prompt": "Our waiter", "chosen": " was kind and made us feel welcome.", "rejected": " was rude and ruined the evening."},
-    {"prompt": "The film is", "chosen": " a joy from the first scene on.", "rejected": " a bore from the first scene on."},
+    {
+        "prompt": "Our waiter",
+        "chosen": " was kind and made us feel welcome.",
+        "rejected": " was rude and ruined the evening.",
+    },
+    {
+        "prompt": "The film is",
+        "chosen": " a joy from the first scene on.",
+        "rejected": " a bore from the first scene on.",
+    },
     {"prompt": "In the end, the trip", "chosen": " was the best of my life.", "rejected": " was a waste of my money."},
 ]
 
@@ -85,7 +93,9 @@ def trial(request: TrialRequest) -> TrialResult:
             rewards = {}
             for side in ("chosen", "rejected"):
                 title = f"{name}, {side}: {pair['prompt']}"
-                trace = credit_trace(policy, reference, tokenizer, pair["prompt"], pair[side], getattr(loss, "beta", 0.1), title)
+                trace = credit_trace(
+                    policy, reference, tokenizer, pair["prompt"], pair[side], getattr(loss, "beta", 0.1), title
+                )
                 rewards[side] = sum(trace.columns["implicit_reward"])  # type: ignore[arg-type]
                 kls[side].append(sum(trace.columns["forward_kl"]))  # type: ignore[arg-type]
                 if index < 2:

@@ -103,7 +103,9 @@ def machine() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         model = names[0] if names else model
     return {
         "processor": model,
@@ -197,7 +199,9 @@ def execute(
 def _partial(experiment: Reproduction, seed: int, quick: bool, model: str | None) -> Path:
     from ..core.loading import cache_dir
 
-    key = hashlib.sha256(json.dumps([experiment.name, experiment.summary, quick, model, versions()]).encode()).hexdigest()
+    key = hashlib.sha256(
+        json.dumps([experiment.name, experiment.summary, quick, model, versions()]).encode()
+    ).hexdigest()
     return cache_dir() / "reproduce" / f"{experiment.name}-{key[:10]}-{seed}.json"
 
 
@@ -248,7 +252,10 @@ def table(result: dict[str, Any]) -> Any:
     from rich.table import Table
 
     note = " (quick)" if result["quick"] else ""
-    grid = Table(title=f"{result['name']}{note}: {len(result['seeds'])} seed(s), {result['machine']['processor']}", title_justify="left")
+    grid = Table(
+        title=f"{result['name']}{note}: {len(result['seeds'])} seed(s), {result['machine']['processor']}",
+        title_justify="left",
+    )
     for head in ("metric", "baseline", "method", "measured", "paper", "holds"):
         grid.add_column(head, justify="right" if head in ("measured",) else "left")
     for claim in result["claims"]:
@@ -279,7 +286,9 @@ def load_results(folder: Path) -> list[dict[str, Any]]:
             assert result["claims"] is not None
             results.append(result)
         except (ValueError, KeyError, TypeError, AssertionError) as error:
-            raise BadInputError(f"{path} is not a result file: {error}", "Delete it, or run the experiment again.") from error
+            raise BadInputError(
+                f"{path} is not a result file: {error}", "Delete it, or run the experiment again."
+            ) from error
     return results
 
 
@@ -306,7 +315,11 @@ def scoreboard(results: Sequence[dict[str, Any]]) -> str:
     lines += ["", "## Why they differ, and how they were run", ""]
     for result in results:
         lines += [f"### {result['name']}", "", result["summary"], ""]
-        lines += [f"- *{claim['metric']}* ({claim['method']} against {claim['baseline']}): {claim['why']}" for claim in result["claims"] if claim["why"]]
+        lines += [
+            f"- *{claim['metric']}* ({claim['method']} against {claim['baseline']}): {claim['why']}"
+            for claim in result["claims"]
+            if claim["why"]
+        ]
         host = result["machine"]
         shown = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
         lines += [

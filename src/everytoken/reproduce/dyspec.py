@@ -33,13 +33,16 @@ def encode(tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
     """A prompt as a chat turn if the tokenizer has a chat template, else as it is."""
     if tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
-        return dict(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True))
+        return dict(
+            tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        )
     return dict(tokenizer(prompt, return_tensors="pt"))
 
 
 def kary_decoder(draft: Any, branching: tuple[int, ...]) -> Any:
     """A DySpec whose tree has a fixed shape: every node of depth i has ``branching[i]`` children."""
-    from ..generation.dyspec import DySpec, TokenTree
+    from ..generation.dyspec import DySpec
+    from ..generation.trees import TokenTree
 
     @dataclass
     class FixedTree(DySpec):
@@ -69,7 +72,7 @@ def run(context: Context) -> Arms:
     prompts = PROMPTS[:3] if context.quick else PROMPTS
     work = [encode(tokenizer, prompt) for prompt in prompts]
     sampling = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-    arms = {
+    arms: dict[str, tuple[Any, dict[str, Any]]] = {
         "plain generate": (lambda: None, {}),
         "assisted generation": (lambda: None, {}),
         "prompt lookup": (lambda: None, {"prompt_lookup_num_tokens": 8}),
@@ -107,7 +110,10 @@ def run(context: Context) -> Arms:
         results[name] = {"tokens per second": tokens / seconds, "mean accepted length": accepted / max(rounds, 1)}
         if not arguments["do_sample"]:
             greedy[name] = texts
-    same = {name: sum(a == b for a, b in zip(texts, greedy["plain generate"], strict=True)) for name, texts in greedy.items()}
+    same = {
+        name: sum(a == b for a, b in zip(texts, greedy["plain generate"], strict=True))
+        for name, texts in greedy.items()
+    }
     context.artifacts["texts equal to plain greedy decoding"] = same
     context.artifacts["settings"] = {"new_tokens": new_tokens, "prompts": len(prompts), "budget": DySpec().budget}
     return results
@@ -120,8 +126,20 @@ REPRODUCTION = Reproduction(
     claims=[
         Claim("tokens per second", "DySpec", "plain generate", "up to 9.1x", why=WHY_SPEED),
         Claim("tokens per second", "DySpec sampling", "plain sampling", "up to 6.21x", why=WHY_SPEED),
-        Claim("tokens per second", "DySpec", "assisted generation", "none given", why="The same draft, as a chain, in transformers' own loop."),
-        Claim("tokens per second", "DySpec", "prompt lookup", "none given", why="Drafts copied from the prompt; needs repetitive text."),
+        Claim(
+            "tokens per second",
+            "DySpec",
+            "assisted generation",
+            "none given",
+            why="The same draft, as a chain, in transformers' own loop.",
+        ),
+        Claim(
+            "tokens per second",
+            "DySpec",
+            "prompt lookup",
+            "none given",
+            why="Drafts copied from the prompt; needs repetitive text.",
+        ),
         Claim("mean accepted length", "DySpec", "chain", "higher", why=WHY_SHAPE),
         Claim("mean accepted length", "DySpec of 14", "2-ary tree", "higher", why=WHY_SHAPE),
     ],

@@ -55,7 +55,10 @@ def bpe(text: str, size: int) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<end>"], show_progress=False
+        vocab_size=size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<end>"],
+        show_progress=False,
     )
     tokenizer.train_from_iterator(text.split("\n\n"), trainer)
     return tokenizer
@@ -140,7 +143,9 @@ def play(model: Any, tokenizer: Any, questions: list, batch: int = 32) -> float:
         with torch.no_grad():
             logp = torch.log_softmax(model(ids).logits[:, :-1].float(), -1).gather(-1, ids[:, 1:, None])[..., 0]
         columns = torch.arange(width - 1)[None]
-        inside = (columns >= torch.tensor(starts)[:, None] - 1) & (columns < torch.tensor([len(r) for r in rows])[:, None] - 1)
+        inside = (columns >= torch.tensor(starts)[:, None] - 1) & (
+            columns < torch.tensor([len(r) for r in rows])[:, None] - 1
+        )
         picks = (logp * inside).sum(1).view(-1, 4).argmax(1).tolist()
         right += sum(pick == answer for pick, (_, _, answer) in zip(picks, group, strict=True))
     return right / len(questions)
@@ -181,7 +186,7 @@ def game(context: Context) -> dict[str, float]:
                 for _ in range(48):
                     prompt, options, answer = question(seen, source)
                     before, after = tokenizer.encode(prompt).ids, tokenizer.encode(" " + options[answer]).ids
-                    rows.append(before + [*after, 0])
+                    rows.append([*before, *after, 0])
                     masks.append([-100] * len(before) + [*after, 0])
                 width = max(map(len, rows))
                 yield (
@@ -244,7 +249,8 @@ def addition(context: Context) -> dict[str, float]:
 def run(context: Context) -> Arms:
     played, added = game(context), addition(context)
     return {
-        arm: {"accuracy, words never seen": played[arm], "accuracy, sums never seen": added[arm]} for arm in ("fixed tokens", "StochasTok")
+        arm: {"accuracy, words never seen": played[arm], "accuracy, sums never seen": added[arm]}
+        for arm in ("fixed tokens", "StochasTok")
     }
 
 
@@ -253,8 +259,22 @@ REPRODUCTION = Reproduction(
     summary="small models from scratch with and without StochasTok (p = 0.1): a game about letters of words, and addition",
     run=run,
     claims=[
-        Claim("accuracy, words never seen", "StochasTok", "fixed tokens", "near-perfect where the baseline fails", kind="difference", why=WHY_GAME),
-        Claim("accuracy, sums never seen", "StochasTok", "fixed tokens", "learned where fixed tokens fail", kind="difference", why=WHY_SUM),
+        Claim(
+            "accuracy, words never seen",
+            "StochasTok",
+            "fixed tokens",
+            "near-perfect where the baseline fails",
+            kind="difference",
+            why=WHY_GAME,
+        ),
+        Claim(
+            "accuracy, sums never seen",
+            "StochasTok",
+            "fixed tokens",
+            "learned where fixed tokens fail",
+            kind="difference",
+            why=WHY_SUM,
+        ),
     ],
     seeds=3,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import tempfile
 from typing import Any
 
@@ -18,7 +19,9 @@ WHY = (
 
 
 @torch.no_grad()
-def reward_and_kl(model: Any, reference: Any, tokenizer: Any, prompts: list[str], new_tokens: int) -> tuple[float, float]:
+def reward_and_kl(
+    model: Any, reference: Any, tokenizer: Any, prompts: list[str], new_tokens: int
+) -> tuple[float, float]:
     """Mean VADER score of sampled continuations, and their mean sequential KL(policy || reference), in nats a sequence."""
     from ..preference.sentiment import continuations, positivity
 
@@ -44,7 +47,16 @@ def reward_and_kl(model: Any, reference: Any, tokenizer: Any, prompts: list[str]
 
 
 def train_arm(
-    loss: Any, model: Any, tokenizer: Any, rows: list[dict], steps: int, batch: int, lr: float, seed: int, after: Any, every: int
+    loss: Any,
+    model: Any,
+    tokenizer: Any,
+    rows: list[dict],
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    after: Any,
+    every: int,
 ) -> None:
     """Trains a copy-to-be-thrown-away of the model; calls ``after(step, model)`` every so many steps."""
     from datasets import Dataset
@@ -92,7 +104,7 @@ def train_arm(
 def reward_at(curve: list[tuple[float, float]], kl: float) -> float:
     """Linear interpolation of reward over KL along a training curve of ``(kl, reward)``."""
     points = sorted(curve)
-    for (k0, r0), (k1, r1) in zip(points, points[1:], strict=False):
+    for (k0, r0), (k1, r1) in itertools.pairwise(points):
         if k0 <= kl <= k1:
             return r0 + (r1 - r0) * (kl - k0) / max(k1 - k0, 1e-12)
     return points[-1][1] if kl > points[-1][0] else points[0][1]
@@ -134,7 +146,9 @@ def run(context: Context) -> Arms:
 
         train_arm(loss, model, tokenizer, rows, steps, batch, 1e-5, context.seed, after, every)
     shared = min(max(kl for kl, _ in curve) for curve in curves.values())
-    context.artifacts["curves"] = {name: [[round(x, 5) for x in point] for point in curve] for name, curve in curves.items()}
+    context.artifacts["curves"] = {
+        name: [[round(x, 5) for x in point] for point in curve] for name, curve in curves.items()
+    }
     return {
         name: {
             "reward at the end": curve[-1][1],

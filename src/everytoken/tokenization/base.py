@@ -65,7 +65,8 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
     backend = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None) or tokenizer
     if not hasattr(backend, "to_str"):
         raise BadInputError(
-            f"{type(tokenizer).__name__} has no fast (tokenizers) backend.", "Load it with AutoTokenizer.from_pretrained."
+            f"{type(tokenizer).__name__} has no fast (tokenizers) backend.",
+            "Load it with AutoTokenizer.from_pretrained.",
         )
     vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
     known = _TABLES.get(tokenizer)
@@ -80,9 +81,7 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
         stand_ins = byte_stand_ins()
 
         def spell(token: str) -> bytes:
-            return b"".join(
-                bytes([stand_ins[char]]) if char in stand_ins else char.encode("utf-8") for char in token
-            )
+            return b"".join(bytes([stand_ins[char]]) if char in stand_ins else char.encode("utf-8") for char in token)
 
     elif "WordPiece" in kinds:
         prefix = (spec.get("decoder") or {}).get("prefix", "##")

@@ -140,7 +140,9 @@ class StochasTok:
         """
         array = np.asarray(ids, dtype=np.int64)
         if array.ndim != 1:
-            raise BadInputError(f"expand takes one sequence; got {array.ndim} dimensions.", "Call the object on batches.")
+            raise BadInputError(
+                f"expand takes one sequence; got {array.ndim} dimensions.", "Call the object on batches."
+            )
         vocab = len(self.table.offsets) - 1
         if array.size and (array.min() < 0 or array.max() >= vocab):
             raise BadInputError(

@@ -41,6 +41,8 @@ def load_draft(target: PreTrainedModel, folder: str | Path | None = None) -> Fea
                 "scripts/train_draft.py.",
             )
     if not (path / "model.safetensors").is_file():
-        raise EverytokenError(f"{path} holds no draft (no model.safetensors).", "Train one with scripts/train_draft.py.")
+        raise EverytokenError(
+            f"{path} holds no draft (no model.safetensors).", "Train one with scripts/train_draft.py."
+        )
     draft = FeatureDraftForCausalLM.from_pretrained(path, dtype=target.dtype)
     return draft.attach(target).eval()

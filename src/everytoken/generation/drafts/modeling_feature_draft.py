@@ -46,7 +46,7 @@ class FeatureTap:
                 "Use a plain causal language model as draft instead."
             )
         self.layers = list(layers)
-        self.last: torch.Tensor | None = None
+        self.last: Any = None
         self._parts: dict[int, torch.Tensor] = {}
         self._handles = []
         for layer in self.layers:
@@ -241,7 +241,9 @@ class FeatureDraftForCausalLM(LlamaPreTrainedModel, GenerationMixin):
             logits = full.index_copy_(-1, self.draft_token_ids.long(), logits)
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values, hidden_states=(states,))
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, past_key_values: Any = None, **kwargs: Any) -> dict:
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, past_key_values: Any = None, **kwargs: Any
+    ) -> dict:
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         return {
             "input_ids": input_ids[:, past_length:],
@@ -256,7 +258,10 @@ class _Follower:
 
     def __init__(self, target: PreTrainedModel, layers: list[int]):
         self.tap = FeatureTap(target, layers)
-        self.features = self.feature_ids = self.states = self.state_ids = None
+        self.features: Any = None
+        self.feature_ids: Any = None
+        self.states: Any = None
+        self.state_ids: Any = None
         self._start = 0
         backbone = target.base_model
         self._handles = [
@@ -278,9 +283,8 @@ class _Follower:
         batch, length = input_ids.shape
         self.state_ids = _write(self.state_ids, start, input_ids)
         width = len(draft.feature_norms) * draft.config.hidden_size
-        embedding = draft.get_input_embeddings()
-        assert embedding is not None
-        dtype = embedding.weight.dtype
+        assert draft._head is not None
+        dtype = draft._head.dtype
         features = torch.zeros(batch, length, width, dtype=dtype, device=input_ids.device)
         hidden = torch.zeros(batch, length, draft.config.hidden_size, dtype=dtype, device=input_ids.device)
         known = torch.ones(batch, length, dtype=torch.bool, device=input_ids.device)
@@ -306,7 +310,7 @@ class _Follower:
             handle.remove()
 
 
-def _write(store: torch.Tensor | None, start: int, values: torch.Tensor) -> torch.Tensor:
+def _write(store: torch.Tensor | None, start: int, values: Any) -> torch.Tensor:
     """``values`` placed at ``start`` along dimension 1; what lay beyond is dropped."""
     values = values.detach()
     if store is None or start == 0:

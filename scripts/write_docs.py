@@ -1,0 +1,123 @@
+"""Writes the pages that are derived: one per method and per station from cards, docstrings and results; the scoreboard.
+
+They are made anew for every build of the site and (but for the scoreboard, which the README links to) not committed.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+from everytoken.catalog.cards import STATIONS, Card, load_catalog
+from everytoken.reproduce.base import formatted, load_results, scoreboard
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+
+
+def markdown(docstring: str) -> str:
+    """A docstring's literal blocks and double backticks as Markdown."""
+    lines, output, inside = docstring.splitlines(), [], False
+    pending = False
+    for line in lines:
+        indented = line.startswith("    ")
+        if pending and indented:
+            output.append("```text")
+            inside, pending = True, False
+        if inside and line.strip() and not indented:
+            while output and not output[-1].strip():
+                output.pop()
+            output += ["```", ""]
+            inside = False
+        if line.rstrip().endswith("::") and not inside:
+            output.append(line.rstrip()[:-1])
+            pending = True
+        else:
+            output.append(line[4:] if inside and indented else line)
+    if inside:
+        output.append("```")
+    return re.sub(r"``([^`\n]+)``", r"`\1`", "\n".join(output))
+
+
+def module_docstring(path: str) -> str:
+    spec = find_spec(path.split(":")[0])
+    if spec is None or spec.origin is None:
+        return ""
+    return ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+
+
+def method_page(card: Card) -> str:
+    lines = [f"# {card.slug}", "", f"*{card.title}*", "", card.summary, ""]
+    facts = [
+        ("paper", f"[arXiv {card.arxiv}]({card.url})" if card.arxiv else card.url),
+        ("year, authors", f"{card.year}, {card.authors or 'number not recorded'}"),
+        ("station", f"[{card.station}](../stations/{card.station}.md)"),
+        ("official code", f"<{card.code}>" if card.code else "none known"),
+        ("claim", f"{card.claim}: {card.figure}"),
+        ("status here", card.status),
+    ]
+    lines += ["| | |", "| --- | --- |", *[f"| {name} | {value} |" for name, value in facts], ""]
+    runnable = card.implementation and card.station != "catalog"
+    if runnable:
+        lines += ["## Try it", "", "```console", f"everytoken try {card.slug}"]
+        lines += [f"everytoken reproduce {card.slug} --quick"] if card.reproduction else []
+        lines += ["```", ""]
+    result = card.result()
+    if result is not None:
+        lines += [
+            "## Measured",
+            "",
+            "| metric | baseline | method | measured | paper |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for claim in result["claims"]:
+            lines.append(
+                f"| {claim['metric']} | {claim['baseline']}: {claim['baseline_value']:.4g} | {claim['method']}: "
+                f"{claim['method_value']:.4g} | **{formatted(claim)}** | {claim['paper']} |"
+            )
+        lines += [
+            "",
+            f"{result['summary']}; {len(result['seeds'])} seed(s). See the [scoreboard](../scoreboard.md).",
+            "",
+        ]
+    if runnable:
+        lines += ["## How it works", "", markdown(module_docstring(card.implementation)), ""]
+        lines += ["## Reference", "", f"::: {card.implementation.replace(':', '.')}", ""]
+    return "\n".join(lines)
+
+
+def station_page(station: str, cards: list[Card]) -> str:
+    lines = [f"# {station}", "", f"*{STATIONS[station]}*", ""]
+    base = f"everytoken.{station}.base"
+    try:
+        built = find_spec(base) is not None
+    except ModuleNotFoundError:
+        built = False
+    if built:
+        lines += ["## The contract", "", markdown(module_docstring(base)), ""]
+    lines += ["## Methods", "", "| method | status | what it does |", "| --- | --- | --- |"]
+    lines += [f"| [{card.slug}](../methods/{card.slug}.md) | {card.status} | {card.summary} |" for card in cards]
+    if built:
+        lines += ["", "## Reference", "", f"::: {base}", ""]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    catalog = load_catalog()
+    for name in ("methods", "stations"):
+        shutil.rmtree(DOCS / name, ignore_errors=True)
+        (DOCS / name).mkdir()
+    for card in catalog.values():
+        (DOCS / "methods" / f"{card.slug}.md").write_text(method_page(card), encoding="utf-8")
+    for station in STATIONS:
+        cards = [card for card in catalog.values() if card.station == station]
+        (DOCS / "stations" / f"{station}.md").write_text(station_page(station, cards), encoding="utf-8")
+    (DOCS / "scoreboard.md").write_text(scoreboard(load_results(ROOT / "results")), encoding="utf-8")
+    print(f"{len(catalog)} method pages, {len(STATIONS)} station pages, the scoreboard")
+
+
+if __name__ == "__main__":
+    main()

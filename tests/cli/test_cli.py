@@ -1,0 +1,227 @@
+"""The command line, run as a user runs it: in processes of its own where that matters, with real models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from everytoken.cli.app import app, main
+from everytoken.core.trace import TokenTrace
+
+RUNNER = CliRunner()
+
+
+def run(*arguments, **environment):
+    """A real process: output, errors and exit code as a shell sees them."""
+    return subprocess.run(
+        [sys.executable, "-m", "everytoken", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"COLUMNS": "120", "HF_HUB_OFFLINE": "1"} | environment,
+    )
+
+
+# -- papers --------------------------------------------------------------------------------------------------------------
+def test_papers_lists_searches_and_filters():
+    everything = json.loads(RUNNER.invoke(app, ["papers", "--json"]).stdout)
+    assert len(everything) == 53
+    some = json.loads(RUNNER.invoke(app, ["papers", "--station", "preference", "--json"]).stdout)
+    assert {card["station"] for card in some} == {"preference"}
+    assert all(
+        card["year"] == 2023 for card in json.loads(RUNNER.invoke(app, ["papers", "--year", "2023", "--json"]).stdout)
+    )
+    done = json.loads(RUNNER.invoke(app, ["papers", "--status", "reproduced", "--json"]).stdout)
+    assert {"stochastok", "dyspec", "tdpo"} <= {card["slug"] for card in done}
+    for arguments in (
+        ["papers", "speculative", "tree", "--words", "--json"],
+        ["papers", "--words", "--json", "speculative tree"],
+    ):
+        assert "dyspec" in [card["slug"] for card in json.loads(RUNNER.invoke(app, arguments).stdout)][:3]
+    assert "dyspec" in RUNNER.invoke(app, ["papers", "dyspec", "--words"]).stdout
+    assert RUNNER.invoke(app, ["papers", "--words", "zzzzzz"]).exit_code == 1
+
+
+def test_papers_show():
+    text = RUNNER.invoke(app, ["papers", "show", "tdpo"]).stdout
+    for piece in ("Token-level Direct Preference", "2404.11999", "everytoken try tdpo", "measured"):
+        assert piece in text
+    card = json.loads(RUNNER.invoke(app, ["papers", "show", "2404.11999", "--json"]).stdout)
+    assert card["slug"] == "tdpo"
+
+
+@pytest.mark.parametrize(
+    "verb", [[], ["papers"], ["papers", "show"], ["try"], ["compare"], ["reproduce"], ["scoreboard"], ["doctor"]]
+)
+def test_help_has_real_examples(verb):
+    result = RUNNER.invoke(app, [*verb, "--help"])
+    assert result.exit_code == 0
+    if verb != ["papers", "show"]:
+        assert "everytoken " in result.stdout
+
+
+# -- errors --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("arguments", "words", "code"),
+    [
+        (["try", "dispec"], "Did you mean dyspec", 2),
+        (["try", "dyspec", "--set", "buget=3"], "Did you mean budget", 2),
+        (["try", "dyspec", "--set", "budget=-3"], "budget >= 0", 2),
+        (["try", "dyspec", "--set", "budget"], "key=value", 2),
+        (["try", "dyspec", "--prompt", "  "], "prompt is empty", 2),
+        (["try", "dyspec", "--trace", "/no/such/folder/x.html"], "does not exist", 2),
+        (["try", "dyspec", "--model", "./absent"], "no folder or file", 2),
+        (["try", "dyspec", "--model", "nobody/absent"], "embedded", 1),
+        (["try", "daily-papers"], "not a method that can be tried", 2),
+        (["try", "xgrammar"], "not implemented yet", 2),
+        (["try", "stochastok", "--data", "absent.txt"], "no file", 2),
+        (["try", "tdpo", "--data", "absent.jsonl"], "no file", 2),
+        (["compare", "dyspec", "tdpo"], "cannot be compared", 2),
+        (["compare", "dyspec", "dyspec"], "named twice", 2),
+        (["papers", "--station", "generaton"], "Did you mean generation", 2),
+        (["papers", "show", "tpdo"], "Did you mean", 2),
+        (["reproduce", "xar"], "no experiment yet", 2),
+        (["scoreboard", "--out", "/no/such/folder/x.md"], "does not exist", 2),
+    ],
+)
+def test_bad_input_is_answered_in_a_sentence(arguments, words, code, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["everytoken", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    output = capsys.readouterr()
+    assert stop.value.code == code
+    assert words in output.err.replace("\n", " ")
+    assert "Traceback" not in output.err
+
+
+def test_a_prompt_longer_than_the_context(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["everytoken", "try", "dyspec", "--prompt", "word " * 9000])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "context is 8192" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "line 2: not JSON"),
+        ('{"prompt": "a", "chosen": "b"}', "line 2: 'rejected'"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "line 2: chosen and rejected are identical"),
+        ("[]", "line 2: not an object"),
+    ],
+)
+def test_bad_pairs_are_named_by_line(tmp_path, line, words, monkeypatch, capsys):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "a", "chosen": " b", "rejected": " c"}\n' + line + "\n")
+    monkeypatch.setattr(sys, "argv", ["everytoken", "try", "tdpo", "--data", str(path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert words in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_unusable_cache_in_a_real_process(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("try", "stochastok", EVERYTOKEN_CACHE=str(tmp_path / "file"))
+    assert result.returncode == 4
+    assert "EVERYTOKEN_CACHE" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# -- try and compare -----------------------------------------------------------------------------------------------------
+def test_try_dyspec_streams_measures_and_traces(tmp_path):
+    path = tmp_path / "trace.html"
+    result = run("try", "dyspec", "--prompt", "Say hello.", "--max-new-tokens", "16", "--trace", path)
+    assert result.returncode == 0, result.stderr
+    assert "plain generate" in result.stdout
+    assert "tokens per second" in result.stdout
+    assert "identical to plain greedy decoding" in result.stdout
+    assert "trace written to" in result.stdout
+    page = path.read_text()
+    assert "draft_prob" in page
+    assert '<option value="source" selected' in page
+
+
+def test_try_stochastok_as_json_and_trace_file(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    result = run(
+        "try", "stochastok", "--prompt", "strawberries everywhere", "--set", "expand_prop=2", "--json", "--trace", path
+    )
+    data = json.loads(result.stdout)
+    assert data["rows"]["stochastok"]["tokens"] > data["rows"]["tokenizer"]["tokens"]
+    assert data["texts"]["stochastok"] == "strawberries everywhere"
+    assert "unchanged" in data["notes"][0]
+    assert "".join(TokenTrace.load(path).texts) == "strawberries everywhere"
+
+
+@pytest.mark.slow
+def test_try_tdpo_on_own_pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "The tea was", "chosen": " wonderful.", "rejected": " terrible."}] * 2
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    result = run("try", "tdpo", "--data", path, "--steps", "2", "--json", "--trace", tmp_path / "t.html")
+    assert result.returncode == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert data["rows"]["tdpo"]["reward margin"] > 0
+    assert "implicit_reward" in (tmp_path / "t.html").read_text()
+
+
+def test_compare_in_one_run_with_a_plot(tmp_path):
+    plot = tmp_path / "plot.svg"
+    result = run("compare", "stochastok", "stochastok:expand_prop=0.5,max_expansions=3", "--plot", plot)
+    assert result.returncode == 0, result.stderr
+    assert "█" in result.stdout
+    assert "max_expansions=3" in plot.read_text()
+    from xml.dom.minidom import parse
+
+    parse(str(plot))
+
+
+# -- doctor, scoreboard, completion --------------------------------------------------------------------------------------
+def test_doctor():
+    result = run("doctor", "--json")
+    findings = {item["what"]: item for item in json.loads(result.stdout)}
+    assert findings["torch"]["state"] == "ok"
+    assert findings["embedded model"]["state"] == "ok"
+    assert result.returncode == 0
+    assert "cache folder" in run("doctor").stdout
+
+
+def test_doctor_tells_what_is_wrong(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("doctor", EVERYTOKEN_CACHE=str(tmp_path / "file"))
+    assert result.returncode == 1
+    assert "EVERYTOKEN_CACHE" in result.stdout
+
+
+def test_scoreboard_is_written_from_the_results(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    out = tmp_path / "scoreboard.md"
+    result = run("scoreboard", "--results", root / "results", "--out", out)
+    assert result.returncode == 0
+    assert out.read_text() == (root / "docs" / "scoreboard.md").read_text(), "run `everytoken scoreboard`"
+
+
+def test_shell_completion_knows_the_methods():
+    result = run(_EVERYTOKEN_COMPLETE="complete_bash", COMP_WORDS="everytoken try dy", COMP_CWORD="2")
+    if "dyspec" not in result.stdout:  # the program's name decides the variable's
+        result = subprocess.run(
+            [sys.executable, "-c", "from everytoken.cli.app import app; app(prog_name='everytoken')"],
+            capture_output=True,
+            text=True,
+            env=os.environ
+            | {"_EVERYTOKEN_COMPLETE": "complete_bash", "COMP_WORDS": "everytoken try dy", "COMP_CWORD": "2"},
+        )
+    assert "dyspec" in result.stdout
+
+
+def test_version():
+    from everytoken import __version__
+
+    assert RUNNER.invoke(app, ["--version"]).stdout.strip() == f"everytoken {__version__}"
