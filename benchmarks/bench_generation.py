@@ -27,11 +27,13 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for dtype in args.dtypes:
-        model, tokenizer = load_model(dtype=dtype), load_tokenizer()
+        tokenizer = load_tokenizer()
+        model, untouched = load_model(dtype=dtype, packed=True), load_model(dtype=dtype)
         draft, follower = load_draft(model), load_draft(model)
         work = [encode(tokenizer, prompt) for prompt in PROMPTS[: args.prompts]]
         arms = {
             "plain generate": dict,
+            "plain generate, linears not packed": dict,
             "assisted generation, same draft": lambda: {"assistant_model": follower.attach(model, follow=True)},
             "prompt lookup": lambda: {"prompt_lookup_num_tokens": 8},
             "DySpec (default: threshold)": lambda: {"custom_generate": DySpec(draft)},
@@ -49,7 +51,8 @@ def main() -> None:
                 for inputs in work:
                     extra = build()
                     began = time.perf_counter()
-                    output = model.generate(**inputs, max_new_tokens=args.tokens, do_sample=False, **extra)
+                    target = untouched if "not packed" in name else model
+                    output = target.generate(**inputs, max_new_tokens=args.tokens, do_sample=False, **extra)
                     spent += time.perf_counter() - began
                     follower.detach_target()
                     new = output[0, inputs["input_ids"].shape[1] :].tolist()

@@ -68,16 +68,18 @@ def figure(value: float) -> str:
 
 
 def results_table(result: TrialResult) -> Table:
-    """All figures, one row a method."""
+    """All figures: one row a metric, one column a method (methods are few, metrics are many)."""
     metrics = list(dict.fromkeys(metric for row in result.rows.values() for metric in row))
     grid = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    grid.add_column("", style="bold", no_wrap=True)
+    grid.add_column("")
+    for name in result.rows:
+        grid.add_column(name, justify="right", overflow="fold")
     for metric in metrics:
-        grid.add_column(metric, justify="right")
-    grid.add_column(f"{result.headline}, ratio", justify="right", style="bold")
-    for name, row in result.rows.items():
-        ratio = "" if name == result.baseline else f"{result.ratio(name):.2f}x"
-        grid.add_row(name, *[figure(row[metric]) if metric in row else "" for metric in metrics], ratio)
+        cells = [figure(row[metric]) if metric in row else "" for row in result.rows.values()]
+        grid.add_row(metric, *cells, style="bold" if metric == result.headline else "")
+        if metric == result.headline:
+            ratios = ["" if name == result.baseline else f"{result.ratio(name):.2f}x" for name in result.rows]
+            grid.add_row(f"  ratio to {result.baseline}", *ratios, style="bold green")
     return grid
 
 

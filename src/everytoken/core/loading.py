@@ -248,6 +248,7 @@ def load_model(
     model: str | os.PathLike[str] | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    packed: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode.
@@ -257,6 +258,7 @@ def load_model(
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, a torch dtype, or ``"auto"`` (as stored; float32 for the
             embedded model).
         device: where to put it; default CPU, or CUDA if there is one.
+        packed: pack the linear layers for faster inference on a CPU (``core.packing``), for the weights' memory once more.
         kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
@@ -278,4 +280,9 @@ def load_model(
     except (OSError, ValueError) as error:
         raise _hub_error(name, error) from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return loaded.to(device).eval()
+    loaded = loaded.to(device).eval()
+    if packed:
+        from .packing import pack_linears
+
+        pack_linears(loaded)
+    return loaded

@@ -82,9 +82,10 @@ class DySpec(Decoder):
     Args:
         draft_model: a small causal language model with the target's tokenizer, or a ``FeatureDraftForCausalLM``. None is only
             allowed for the embedded target, whose draft ships with the package.
-        budget: nodes of the tree, at most. 0 is plain decoding, 1 one speculated token.
-        threshold: None grows the fixed-size tree; a number grows layer by layer all slots above it (1/budget is a good
-            start) with fewer draft forwards.
+        budget: nodes of the tree, at most. 0 is plain decoding, 1 one speculated token. Choose it from the cost of a target
+            forward over so many tokens (16 suits a small model on a CPU, 64 a 7B model on a GPU).
+        threshold: a number grows layer by layer all slots above it, with one draft forward a layer (the paper: about
+            1/budget); None grows the fixed-size tree, which needs more draft forwards.
         max_depth: longest drafted path.
         max_children: drafted alternatives considered per node.
 
@@ -93,7 +94,7 @@ class DySpec(Decoder):
 
     draft_model: PreTrainedModel | None = None
     budget: int = 16
-    threshold: float | None = None
+    threshold: float | None = 0.08
     max_depth: int = 12
     max_children: int = 8
 

@@ -43,7 +43,7 @@ def trial(request: TrialRequest) -> TrialResult:
     tokenizer = load_tokenizer(request.model)
     inputs = encode_prompt(tokenizer, prompt)
     length = inputs["input_ids"].shape[1]
-    model = load_model(request.model, dtype=options.get("dtype", "auto"))
+    model = load_model(request.model, dtype=options.get("dtype", "auto"), packed=bool(options.get("packed", True)))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     new_tokens = int(options.get("max_new_tokens", 128))
     if context is not None and length + new_tokens > context:

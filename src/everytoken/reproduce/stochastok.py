@@ -162,7 +162,7 @@ def game(context: Context) -> dict[str, float]:
     rng.shuffle(words)
     seen, unseen = words[: int(0.8 * len(words))], words[int(0.8 * len(words)) :]
     ids = np.array(tokenizer.encode(text).ids, dtype=np.int64)
-    steps, tuning, tests, length = (30, 40, 100, 128) if context.quick else (450, 700, 600, 192)
+    steps, tuning, tests, length = (12, 12, 60, 96) if context.quick else (300, 500, 600, 192)
     tests_set = [question(unseen, rng) for _ in range(tests)]
     tune_seed = rng.randrange(1 << 30)
     scores = {}
@@ -211,7 +211,7 @@ def addition(context: Context) -> dict[str, float]:
     pairs = [(a, b) for a in range(100) for b in range(100)]
     random.Random(context.seed).shuffle(pairs)
     train, test = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :][:1000]
-    steps = 60 if context.quick else 1200
+    steps = 25 if context.quick else 1200
     scores = {}
     for arm, prop in (("fixed tokens", 0.0), ("StochasTok", 0.1)):
         torch.manual_seed(context.seed)
@@ -276,5 +276,5 @@ REPRODUCTION = Reproduction(
             why=WHY_SUM,
         ),
     ],
-    seeds=3,
+    seeds=2,
 )

@@ -123,8 +123,8 @@ def run(context: Context) -> Arms:
 
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(context.model)
-    model = load_model(context.model, dtype="float32")
-    steps, batch, samples, new_tokens, every = (4, 4, 18, 12, 2) if context.quick else (24, 8, 108, 20, 6)
+    model = load_model(context.model, dtype="float32", packed=True)
+    steps, batch, samples, new_tokens, every = (2, 4, 18, 10, 2) if context.quick else (20, 8, 108, 20, 5)
     rows = sentiment_pairs(model, tokenizer, steps * batch, max_new_tokens=new_tokens, report=context.progress)
     prompts = (openings("test") * 4)[:samples]
     torch.manual_seed(context.seed)
@@ -169,5 +169,6 @@ REPRODUCTION = Reproduction(
         Claim("reward at equal KL", "TDPO2", "DPO", "higher", kind="difference", why=WHY),
         Claim("reward at equal KL", "TDPO2", "TDPO1", "TDPO2 above TDPO1", kind="difference", why=WHY),
     ],
+    seeds=2,
     extra=("train", "trl"),
 )

@@ -24,6 +24,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
+from ...core.packing import pack_linears
 from .configuration_feature_draft import FeatureDraftConfig
 
 
@@ -94,7 +95,7 @@ class FeatureDraftForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.register_buffer("draft_token_ids", torch.arange(config.draft_vocab_size, dtype=torch.int32))
         self._target: list[Any] = []
-        self._head: torch.Tensor | None = None
+        self._head_layer: list[nn.Linear] = []
         self._follow: _Follower | None = None
         self.post_init()
 
@@ -119,7 +120,13 @@ class FeatureDraftForCausalLM(LlamaPreTrainedModel, GenerationMixin):
             )
         self.to(device=head.weight.device, dtype=head.weight.dtype)
         self._target = [target, embedding]
-        self._head = head.weight.detach()[self.draft_token_ids.long()].contiguous()
+        rows = head.weight.detach()[self.draft_token_ids.long()].contiguous()
+        layer = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+        layer.weight = nn.Parameter(rows, requires_grad=False)
+        self._head_layer = [layer]  # in a list: the target's weights are not this module's to save
+        if not self.training:
+            pack_linears(self)
+            pack_linears(layer)
         if self._follow is not None:
             self._follow.remove()
         self._follow = _Follower(target, self.config.feature_layers) if follow else None
@@ -129,7 +136,12 @@ class FeatureDraftForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         """Forgets the target and removes every hook."""
         if self._follow is not None:
             self._follow.remove()
-        self._target, self._head, self._follow = [], None, None
+        self._target, self._head_layer, self._follow = [], [], None
+
+    @property
+    def _head(self) -> torch.Tensor | None:
+        """The target's head rows for the draft's vocabulary, ``[draft_vocab_size, D]``; None while detached."""
+        return self._head_layer[0].weight if self._head_layer else None
 
     def get_input_embeddings(self) -> nn.Module | None:
         return self._target[1] if self._target else None
@@ -235,7 +247,7 @@ class FeatureDraftForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         if self._follow is not None:
             self._follow.remember(states, past_length)
         kept = states[:, -logits_to_keep:] if logits_to_keep else states
-        logits = nn.functional.linear(kept, self._head)
+        logits = self._head_layer[0](kept)
         if not reduced_logits:
             full = logits.new_full((*logits.shape[:-1], self.config.target_vocab_size), torch.finfo(logits.dtype).min)
             logits = full.index_copy_(-1, self.draft_token_ids.long(), logits)

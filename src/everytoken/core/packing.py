@@ -1,0 +1,93 @@
+"""Faster linear layers for inference on a CPU: weights packed once into oneDNN's own layout.
+
+A decoding step multiplies every weight with a handful of vectors, so it should run at the speed of memory. PyTorch's default
+matrix multiplication lays out (packs) a weight anew in every call with more than one vector, which can cost more than reading
+it. ``pack_linears`` does that once. The arithmetic stays what it was, in the model's own precision; rounding differs in the
+last bits. Packed copies cost the weights' memory once more.
+
+The layers keep their parameters: a call that needs gradients uses them, and weights changed since (training, LoRA merges) are
+packed again on the next call.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+PACKABLE = (torch.float32, torch.bfloat16)
+
+
+def can_pack() -> bool:
+    """Whether this build of torch has oneDNN's packed linear layers, and they compute what they should."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        weight, x = torch.randn(8, 16), torch.randn(1, 3, 16)
+        return torch.allclose(_multiply(x, _pack(weight), None), F.linear(x, weight), atol=1e-4)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 4)
+
+
+def _multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+class _Packed:
+    """A layer's packed weight and what it was packed from. Copies and pickles start empty: the layout is this process's."""
+
+    def __init__(self) -> None:
+        self.version, self.pointer = -1, 0
+        self.weight: torch.Tensor | None = None
+
+    def of(self, weight: torch.Tensor) -> Any:
+        if self.version != weight._version or self.pointer != weight.data_ptr():
+            self.version, self.pointer, self.weight = weight._version, weight.data_ptr(), _pack(weight)
+        return self.weight
+
+    def __deepcopy__(self, _memo: Any) -> _Packed:
+        return _Packed()
+
+    def __reduce__(self) -> Any:
+        return _Packed, ()
+
+
+def forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    weight = self.weight
+    if (
+        (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad))
+        or x.dtype != weight.dtype
+        or not x.numel()
+    ):
+        return F.linear(x, weight, self.bias)
+    return _multiply(x, self._packed.of(weight), self.bias)  # type: ignore[union-attr, operator]
+
+
+def pack_linears(model: nn.Module) -> nn.Module:
+    """Packs every ``nn.Linear`` of a CPU model for inference; returns the model.
+
+    Does nothing on other devices, for other precisions, or where torch lacks oneDNN, so it is always safe to call.
+    """
+    if not can_pack():
+        return model
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.dtype in PACKABLE:
+            module._packed = _Packed()  # type: ignore[assignment]
+            module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+    return model
+
+
+def unpack_linears(model: nn.Module) -> nn.Module:
+    """Undoes ``pack_linears`` and frees the packed copies."""
+    for module in model.modules():
+        if hasattr(module, "_packed"):
+            del module._packed
+            del module.forward
+    return model
