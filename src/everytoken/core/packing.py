@@ -48,8 +48,9 @@ class _Packed:
         self.weight: torch.Tensor | None = None
 
     def of(self, weight: torch.Tensor) -> Any:
-        if self.version != weight._version or self.pointer != weight.data_ptr():
-            self.version, self.pointer, self.weight = weight._version, weight.data_ptr(), _pack(weight)
+        version = 0 if weight.is_inference() else weight._version  # inference tensors cannot change and count nothing
+        if self.version != version or self.pointer != weight.data_ptr():
+            self.version, self.pointer, self.weight = version, weight.data_ptr(), _pack(weight)
         return self.weight
 
     def __deepcopy__(self, _memo: Any) -> _Packed:

@@ -138,7 +138,8 @@ class DySpec(Decoder):
         if self.draft_model is None:
             from .drafts import load_draft
 
-            self.draft_model = load_draft(model)
+            with torch.inference_mode(False):  # its weights outlive this call
+                self.draft_model = load_draft(model)
         vocab = check_same_vocabulary(model, self.draft_model)
         cache = model_kwargs.get("past_key_values")
         if cache is not None:

@@ -61,6 +61,7 @@ def train_arm(
     """Trains a copy-to-be-thrown-away of the model; calls ``after(step, model)`` every so many steps."""
     from datasets import Dataset
     from transformers import TrainerCallback
+    from transformers.trainer_callback import PrinterCallback
     from trl import DPOConfig
 
     from ..preference.trainer import PreferenceTrainer
@@ -98,6 +99,7 @@ def train_arm(
             processing_class=tokenizer,
             callbacks=[Watch()],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
 
 
@@ -124,7 +126,7 @@ def run(context: Context) -> Arms:
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(context.model)
     model = load_model(context.model, dtype="float32", packed=True)
-    steps, batch, samples, new_tokens, every = (2, 4, 18, 10, 2) if context.quick else (20, 8, 108, 20, 5)
+    steps, batch, samples, new_tokens, every = (2, 4, 18, 10, 2) if context.quick else (16, 8, 72, 20, 4)
     rows = sentiment_pairs(model, tokenizer, steps * batch, max_new_tokens=new_tokens, report=context.progress)
     prompts = (openings("test") * 4)[:samples]
     torch.manual_seed(context.seed)
@@ -144,7 +146,7 @@ def run(context: Context) -> Arms:
             curve.append((kl, reward))
             context.progress(f"{name} step {step} of {steps}: reward {reward:+.3f}, KL {kl:.2f}")
 
-        train_arm(loss, model, tokenizer, rows, steps, batch, 1e-5, context.seed, after, every)
+        train_arm(loss, model, tokenizer, rows, steps, batch, 4e-5, context.seed, after, every)
     shared = min(max(kl for kl, _ in curve) for curve in curves.values())
     context.artifacts["curves"] = {
         name: [[round(x, 5) for x in point] for point in curve] for name, curve in curves.items()

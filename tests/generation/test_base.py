@@ -1,0 +1,59 @@
+"""The Decoder contract: counters, refusals, vocabulary checks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache, GenerationConfig, StaticCache
+
+from everytoken.core.errors import BadInputError, TokenizerMismatchError, UnsupportedModelError
+from everytoken.generation.base import (
+    Decoder,
+    DecodingStats,
+    check_croppable,
+    check_prompt,
+    check_same_vocabulary,
+    refuse_unsupported,
+)
+
+from ..conftest import tiny_llama
+
+
+def test_counters():
+    stats = DecodingStats(new_tokens=30, accepted=12, rounds=6, seconds=2.0)
+    assert stats.tokens_per_second == 15
+    assert stats.mean_accepted == 2
+    assert DecodingStats().tokens_per_second == DecodingStats().mean_accepted == 0
+    assert stats.as_dict()["mean_accepted"] == 2
+
+
+def test_refusals_name_what_they_refuse():
+    with pytest.raises(BadInputError, match="num_beams > 1, use_cache=False"):
+        refuse_unsupported("X", GenerationConfig(num_beams=3, use_cache=False), False)
+    with pytest.raises(BadInputError, match="synced_gpus"):
+        refuse_unsupported("X", GenerationConfig(), True)
+    refuse_unsupported("X", GenerationConfig(do_sample=True, temperature=0.3), False)
+
+
+def test_prompts():
+    check_prompt(tiny_llama(9), 255, None)
+    for length, word in ((0, "empty"), (256, "context")):
+        with pytest.raises(BadInputError, match=word):
+            check_prompt(tiny_llama(9), length, None)
+
+
+def test_vocabularies_may_differ_by_padding_only():
+    assert check_same_vocabulary(tiny_llama(40), tiny_llama(32)) == 32
+    with pytest.raises(TokenizerMismatchError):
+        check_same_vocabulary(tiny_llama(1000), tiny_llama(32))
+
+
+def test_caches():
+    check_croppable("X", DynamicCache())
+    with pytest.raises(UnsupportedModelError, match="Static"):
+        check_croppable("X", StaticCache(config=tiny_llama(9).config, max_cache_len=8))
+
+
+def test_base_class_is_abstract():
+    with pytest.raises(NotImplementedError):
+        Decoder()(None, torch.tensor([[1]]))
