@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 
-ARMS = ("TRL DPO", "ours DPO", "ours TDPO2", "ours TDPO1")
+ARMS = ("TRL DPO", "ours DPO", "ours TDPO2")
 STEPS, BATCH, PROMPT, RESPONSE = 6, 4, 24, 104
 
 
@@ -61,7 +61,7 @@ def arm(name: str) -> None:
         if name == "TRL DPO":
             trainer = DPOTrainer(model, **common)
         else:
-            loss = {"ours DPO": DPOLoss(), "ours TDPO2": TDPOLoss(), "ours TDPO1": TDPOLoss(variant="tdpo1")}[name]
+            loss = {"ours DPO": DPOLoss(), "ours TDPO2": TDPOLoss()}[name]
             trainer = PreferenceTrainer(model, loss=loss, **common)
         trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
