@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not can_pack(), reason="this torch has no packed
 @pytest.mark.parametrize("bias", [True, False])
 def test_same_numbers(dtype, rows, bias):
     torch.manual_seed(0)
-    plain = nn.Linear(48, 33, bias=bias).to(dtype)
+    plain = nn.Linear(48, 33, bias=bias).to(dtype).eval()
     packed = pack_linears(copy.deepcopy(plain))
     x = torch.randn(2, rows, 48, dtype=dtype)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_a_whole_model_and_back():
 def test_copies_are_independent():
     import pickle
 
-    layer = pack_linears(nn.Linear(8, 8))
+    layer = pack_linears(nn.Linear(8, 8)).eval()
     x = torch.randn(3, 8)
     with torch.no_grad():
         layer(x)
@@ -53,15 +53,31 @@ def test_copies_are_independent():
         assert torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5)
 
 
-def test_training_uses_and_changes_the_real_weights():
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda parameters: torch.optim.SGD(parameters, 0.1),
+        lambda parameters: torch.optim.AdamW(parameters, 0.1, fused=True),
+        lambda parameters: torch.optim.AdamW(parameters, 0.1, foreach=True),
+    ],
+    ids=["sgd", "fused", "foreach"],
+)
+def test_training_uses_and_changes_the_real_weights(make, training):
     torch.manual_seed(0)
-    layer = pack_linears(nn.Linear(8, 8))
+    layer = pack_linears(nn.Linear(8, 8)).eval()
     x = torch.randn(3, 8)
     with torch.no_grad():
         before = layer(x)
-    layer(x).sum().backward()
-    assert layer.weight.grad is not None
-    torch.optim.SGD(layer.parameters(), 0.1).step()
+    optimizer = make(layer.parameters())
+    for _ in range(3):
+        layer.train(training)
+        layer(x).sum().backward()
+        assert layer.weight.grad is not None
+        optimizer.step()
+        layer.eval()
+        with torch.no_grad():
+            assert torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5)
     with torch.no_grad():
         after = layer(x)
         assert torch.allclose(after, nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5)

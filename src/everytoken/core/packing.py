@@ -5,8 +5,9 @@ matrix multiplication lays out (packs) a weight anew in every call with more tha
 it. ``pack_linears`` does that once. The arithmetic stays what it was, in the model's own precision; rounding differs in the
 last bits. Packed copies cost the weights' memory once more.
 
-The layers keep their parameters: a call that needs gradients uses them, and weights changed since (training, LoRA merges) are
-packed again on the next call.
+The layers keep their parameters. A call in training mode or with gradients uses those and forgets the packed copy, which the
+next inference call makes anew; in-place changes are noticed as well. Only weights edited behind autograd's back
+(``weight.data``) while the model stays in evaluation mode need another ``pack_linears``.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ class _Packed:
     """A layer's packed weight and what it was packed from. Copies and pickles start empty: the layout is this process's."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
         self.version, self.pointer = -1, 0
         self.weight: torch.Tensor | None = None
 
@@ -62,11 +66,10 @@ class _Packed:
 
 def forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     weight = self.weight
-    if (
-        (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad))
-        or x.dtype != weight.dtype
-        or not x.numel()
-    ):
+    learning = self.training or (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad))
+    if learning:  # fused optimizers change weights without counting it as a new version
+        self._packed.forget()  # type: ignore[union-attr, operator]
+    if learning or x.dtype != weight.dtype or not x.numel():
         return F.linear(x, weight, self.bias)
     return _multiply(x, self._packed.of(weight), self.bias)  # type: ignore[union-attr, operator]
 

@@ -126,7 +126,7 @@ class FeatureDraftForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         self._head_layer = [layer]  # in a list: the target's weights are not this module's to save
         if not self.training:
             pack_linears(self)
-            pack_linears(layer)
+            pack_linears(layer.eval())
         if self._follow is not None:
             self._follow.remove()
         self._follow = _Follower(target, self.config.feature_layers) if follow else None
