@@ -18,11 +18,11 @@ from everytoken.generation.trees import TokenTree, grow_tree
 from ..conftest import tiny_llama
 
 SHAPES = [
-    dict(budget=1),
-    dict(budget=5),
-    dict(budget=12, max_children=3),
-    dict(budget=6, max_depth=1),
-    dict(budget=6, max_children=1),
+    dict(budget=1, threshold=None),
+    dict(budget=5, threshold=None),
+    dict(budget=12, threshold=None, max_children=3),
+    dict(budget=6, threshold=None, max_depth=1),
+    dict(budget=6, threshold=None, max_children=1),
     dict(budget=8, threshold=0.1),
     dict(budget=16, threshold=0.02),
 ]
@@ -73,7 +73,7 @@ def test_greedy_property(seed, length, budget, new):
 
 def test_perfect_draft_is_accepted_to_full_depth():
     target = tiny_llama(23, seed=1)
-    decoder = DySpec(target, budget=6, max_children=1, max_depth=6)
+    decoder = DySpec(target, budget=6, threshold=None, max_children=1, max_depth=6)
     target.generate(torch.tensor([[1, 2]]), max_new_tokens=1 + 7 * 5, do_sample=False, custom_generate=decoder)
     assert decoder.stats.rounds == 5
     assert decoder.stats.accepted == 6 * 5
@@ -445,7 +445,7 @@ def test_embedded_draft_is_lossless_and_useful(embedded):
     decoder = DySpec(budget=12)
     actual = model.generate(**inputs, max_new_tokens=32, do_sample=False, custom_generate=decoder)
     assert actual.tolist() == expected.tolist()
-    assert decoder.stats.mean_accepted > 0.8
+    assert decoder.stats.mean_accepted > 0.4
 
 
 def test_embedded_draft_in_assisted_generation(embedded):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import tempfile
 import time
@@ -83,7 +82,7 @@ def trial(request: TrialRequest) -> TrialResult:
     for name, loss in losses.items():
         request.report(f"{name}: {steps} steps on {len(pairs)} pairs")
         seed_everything(int(request.options.get("seed", 0)))
-        policy = copy.deepcopy(reference)
+        policy = load_model(request.model, dtype="float32")  # not a copy: trainers patch their models
         began = time.perf_counter()
         _train(policy, reference, loss, tokenizer, pairs, steps, float(request.options.get("lr", 1e-5)))
         seconds = time.perf_counter() - began

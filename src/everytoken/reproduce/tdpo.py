@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import tempfile
 from typing import Any
@@ -48,6 +47,7 @@ def reward_and_kl(
 
 def train_arm(
     loss: Any,
+    policy: Any,
     model: Any,
     tokenizer: Any,
     rows: list[dict],
@@ -58,7 +58,7 @@ def train_arm(
     after: Any,
     every: int,
 ) -> None:
-    """Trains a copy-to-be-thrown-away of the model; calls ``after(step, model)`` every so many steps."""
+    """Trains ``policy`` against the reference ``model``; calls ``after(step, model)`` every so many steps."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from transformers.trainer_callback import PrinterCallback
@@ -91,7 +91,7 @@ def train_arm(
             data_seed=seed,
         )
         trainer = PreferenceTrainer(
-            copy.deepcopy(model),
+            policy,
             ref_model=model,
             loss=loss,
             args=args,
@@ -126,7 +126,7 @@ def run(context: Context) -> Arms:
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(context.model)
     model = load_model(context.model, dtype="float32", packed=True)
-    steps, batch, samples, new_tokens, every = (2, 4, 18, 10, 2) if context.quick else (12, 8, 60, 20, 4)
+    steps, batch, samples, new_tokens, every = (2, 4, 18, 10, 2) if context.quick else (9, 8, 60, 20, 3)
     rows = sentiment_pairs(model, tokenizer, steps * batch, max_new_tokens=new_tokens, report=context.progress)
     prompts = (openings("test") * 4)[:samples]
     torch.manual_seed(context.seed)
@@ -146,7 +146,9 @@ def run(context: Context) -> Arms:
             curve.append((kl, reward))
             context.progress(f"{name} step {step} of {steps}: reward {reward:+.3f}, KL {kl:.2f}")
 
-        train_arm(loss, model, tokenizer, rows, steps, batch, 4e-5, context.seed, after, every)
+        # loaded anew, not copied: trainers patch the forward of their models, and a copy would share the patch
+        policy = load_model(context.model, dtype="float32", packed=True)
+        train_arm(loss, policy, model, tokenizer, rows, steps, batch, 5e-5, context.seed, after, every)
     shared = min(max(kl for kl, _ in curve) for curve in curves.values())
     context.artifacts["curves"] = {
         name: [[round(x, 5) for x in point] for point in curve] for name, curve in curves.items()
