@@ -18,7 +18,7 @@ $(VENV)/.dev: $(VENV)/.base
 	touch $@
 
 demo: $(VENV)/.base ## install, then the main job, offline, on the embedded model
-	HF_HUB_OFFLINE=1 $(BIN)/everytoken try dyspec --prompt "Why do cats purr? Answer in a few sentences." --trace trace.html
+	HF_HUB_OFFLINE=1 $(BIN)/everytoken try dyspec --prompt "Explain how rainbows form, step by step." --trace trace.html
 	@echo
 	@echo "Three things to do next:"
 	@echo "  $(BIN)/everytoken papers                                      what is in the house"

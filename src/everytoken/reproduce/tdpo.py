@@ -126,7 +126,7 @@ def run(context: Context) -> Arms:
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(context.model)
     model = load_model(context.model, dtype="float32", packed=True)
-    steps, batch, samples, new_tokens, every = (2, 4, 18, 10, 2) if context.quick else (9, 8, 60, 20, 3)
+    steps, batch, samples, new_tokens, every = (2, 4, 18, 10, 2) if context.quick else (8, 8, 48, 20, 4)
     rows = sentiment_pairs(model, tokenizer, steps * batch, max_new_tokens=new_tokens, report=context.progress)
     prompts = (openings("test") * 4)[:samples]
     torch.manual_seed(context.seed)
