@@ -254,7 +254,7 @@ def spelling(context: Context) -> dict[str, float]:
     first = len(vocabulary) - len(words)  # 0 end, 1 "again", 2..4 "which is letter 1, 2, 3?"
     seen = rng.sample(range(400), 280)
     unseen = sorted(set(range(400)) - set(seen))
-    steps, tuning = (20, 10) if context.quick else (1500, 150)
+    steps, tuning = (25, 25) if context.quick else (1500, 150)
     scores = {}
     for arm, prop in ARMS:
         torch.manual_seed(context.seed)

@@ -13,7 +13,7 @@ from .base import Arms, Claim, Context, Reproduction
 
 WHY = (
     "The paper trains GPT-2 Large on IMDb prefixes for thousands of steps; here a 135M model learns from its own continuations "
-    "of short openings for a few dozen steps, judged by a lexicon, at a far smaller divergence."
+    "of short openings for eight steps, judged by a lexicon, at a far smaller divergence."
 )
 
 
