@@ -15,7 +15,8 @@ from common import report
 from everytoken.core.loading import load_model, load_tokenizer
 from everytoken.generation.drafts import load_draft
 from everytoken.generation.dyspec import DySpec
-from everytoken.reproduce.dyspec import PROMPTS, encode
+from everytoken.generation.trial import encode_prompt
+from everytoken.reproduce.dyspec import PROMPTS
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
         tokenizer = load_tokenizer()
         model, untouched = load_model(dtype=dtype, packed=True), load_model(dtype=dtype)
         draft, follower = load_draft(model), load_draft(model)
-        work = [encode(tokenizer, prompt) for prompt in PROMPTS[: args.prompts]]
+        work = [encode_prompt(tokenizer, prompt) for prompt in PROMPTS[: args.prompts]]
         arms = {
             "plain generate": dict,
             "plain generate, linears not packed": dict,

@@ -106,23 +106,7 @@ class Decoder:
                 kwargs["generation_config"] = copy.copy(config)
                 kwargs["generation_config"].stop_strings = None
         call = functools.partial(self, streamer=streamer) if streamer is not None else self
-        if streamer is not None:
-            streamer = _Prompted(streamer)
-            call = functools.partial(self, streamer=streamer)
         return model.generate(*args, custom_generate=call, streamer=streamer, **kwargs)
-
-
-class _Prompted:
-    """Passes everything on to a streamer; exists so that transformers and the decoder share one object."""
-
-    def __init__(self, streamer: Any):
-        self._streamer = streamer
-
-    def put(self, value: Any) -> None:
-        self._streamer.put(value)
-
-    def end(self) -> None:
-        self._streamer.end()
 
 
 def refuse_unsupported(decoder: str, config: GenerationConfig, synced_gpus: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..generation.trial import encode_prompt
 from .base import Arms, Claim, Context, Reproduction
 
 PROMPTS = [
@@ -32,16 +33,6 @@ WHY_PACKED = (
     "against transformers as it comes, both gains multiply."
 )
 WHY_SHAPE = "Same draft and number of nodes; the paper compares with Sequoia and SpecInfer trees on 7B models."
-
-
-def encode(tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
-    """A prompt as a chat turn if the tokenizer has a chat template, else as it is."""
-    if tokenizer.chat_template:
-        message = [{"role": "user", "content": prompt}]
-        return dict(
-            tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        )
-    return dict(tokenizer(prompt, return_tensors="pt"))
 
 
 def kary_decoder(draft: Any, branching: tuple[int, ...]) -> Any:
@@ -76,7 +67,7 @@ def run(context: Context) -> Arms:
     draft, follower = load_draft(model), load_draft(model)
     new_tokens = 24 if context.quick else 64
     prompts = PROMPTS[:3] if context.quick else PROMPTS
-    work = [encode(tokenizer, prompt) for prompt in prompts]
+    work = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     sampling = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     arms: dict[str, tuple[Any, dict[str, Any]]] = {
         "plain generate": (lambda: None, {}),

@@ -146,9 +146,6 @@ class FeatureDraftForCausalLM(LlamaPreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module | None:
         return self._target[1] if self._target else None
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-
     # -- forward ---------------------------------------------------------------------------------------------------------
     def mix_inputs(
         self, embeds: torch.Tensor, features: torch.Tensor | None, hidden: torch.Tensor | None, has_features: Any = None
