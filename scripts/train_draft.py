@@ -30,6 +30,7 @@ from everytoken.core.loading import load_model, load_tokenizer
 from everytoken.generation.drafts.configuration_feature_draft import FeatureDraftConfig
 from everytoken.generation.drafts.modeling_feature_draft import FeatureDraftForCausalLM
 
+FAST_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 TEMPERATURES = (0.0, 0.0, 0.5, 0.8, 1.0)
 
 
@@ -108,7 +109,7 @@ def invented_prompts(model, tokenizer, count, seed):
 def generate(args):
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
-    model = load_model(args.model, dtype="bfloat16")
+    model = load_model(args.model, dtype="bfloat16" if FAST_BF16 else "float32", packed=True)
     layers = feature_layers(model.config)
     generator = torch.Generator().manual_seed(args.seed)
     prompts = draft_prompts(6000, args.seed)
@@ -255,7 +256,7 @@ def train(args):
         )
     draft.attach(target)
     draft.train()
-    head = draft._head.bfloat16()
+    head = draft._head.bfloat16() if FAST_BF16 else draft._head.float()
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(rows), generator=generator).tolist()
     held, kept = [rows[i] for i in order[:48]], [rows[i] for i in order[48:]]
@@ -267,7 +268,7 @@ def train(args):
     def evaluate():
         draft.eval()
         sums, weight = torch.zeros(4), 0
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=FAST_BF16):
             for first in range(0, len(held), 8):
                 batch = collate(held[first : first + 8], args.length)
                 _, agreement = step_loss(draft, head, *batch, 4, 1.0)
@@ -316,7 +317,7 @@ def train(args):
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * warmup * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
             batch = collate([kept[j] for j in batches[pick]], args.length)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=FAST_BF16):
                 loss, agreement = step_loss(draft, head, *batch, args.unroll, 0.8)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)

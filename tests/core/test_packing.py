@@ -15,6 +15,13 @@ from ..conftest import tiny_llama
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this torch has no packed linear layers")
 
 
+def test_a_precision_that_the_processor_cannot_pack_is_left_alone():
+    layer = pack_linears(nn.Linear(4, 3).to(torch.float16))
+    assert not hasattr(layer, "_packed") and not can_pack(torch.float16)
+    layer = pack_linears(nn.Linear(4, 3).to(torch.bfloat16))
+    assert hasattr(layer, "_packed") == can_pack(torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 64])
 @pytest.mark.parametrize("bias", [True, False])

@@ -13,6 +13,7 @@ next inference call makes anew; in-place changes are noticed as well. Only weigh
 from __future__ import annotations
 
 import types
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ from torch.nn import functional as F
 PACKABLE = (torch.float32, torch.bfloat16)
 
 
-def can_pack() -> bool:
-    """Whether this build of torch has oneDNN's packed linear layers, and they compute what they should."""
-    if not torch.backends.mkldnn.is_available():
+@lru_cache
+def can_pack(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether torch has oneDNN's packed linear layers for this precision on this processor (bfloat16 needs AVX-512)."""
+    if dtype not in PACKABLE or not torch.backends.mkldnn.is_available():
         return False
     try:
-        weight, x = torch.randn(8, 16), torch.randn(1, 3, 16)
+        weight, x = torch.eye(8, 16, dtype=dtype), torch.ones(1, 3, 16, dtype=dtype)
         return torch.allclose(_multiply(x, _pack(weight), None), F.linear(x, weight), atol=1e-4)
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
@@ -79,10 +81,8 @@ def pack_linears(model: nn.Module) -> nn.Module:
 
     Does nothing on other devices, for other precisions, or where torch lacks oneDNN, so it is always safe to call.
     """
-    if not can_pack():
-        return model
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.dtype in PACKABLE:
+        if type(module) is nn.Linear and module.weight.device.type == "cpu" and can_pack(module.weight.dtype):
             module._packed = _Packed()  # type: ignore[assignment]
             module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
     return model

@@ -81,7 +81,7 @@ class TokenTrace:
 
     def with_text(self, tokenizer: PreTrainedTokenizerBase) -> TokenTrace:
         """Fills ``texts`` and ``spans`` with the tokenizer's own bytes; returns the trace."""
-        from ..tokenization.base import token_bytes
+        from .vocabulary import token_bytes
 
         table = token_bytes(tokenizer)
         pieces = [(table[item] or b"") if 0 <= item < len(table) else b"" for item in self.ids]

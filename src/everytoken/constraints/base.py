@@ -1,0 +1,155 @@
+"""The station's contract: a Matcher says which tokens may come next, and a Constraint whether a text can still be completed.
+
+``Matcher`` has the methods that users of xgrammar know (``fill_next_token_bitmask``, ``accept_token``, ``rollback``,
+``is_terminated``, ``find_jump_forward_string``) plus ``accepts``, which tests one token alone: samplers that draw first and ask
+afterwards need no more. ``Constraint`` is anything that judges text; ``CallableConstraint`` makes one of a Python function.
+
+Bitmasks are int32, ``[B, ceil(V / 32)]``; bit ``i % 32`` of word ``i // 32`` says whether token i is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from ..core.errors import BadInputError, EverytokenError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class DeadEndError(EverytokenError):
+    """No token keeps the text completable; ``prefix`` is the longest text that was valid."""
+
+    def __init__(self, message: str, prefix: bytes, hint: str | None = None):
+        super().__init__(f"{message} Longest valid prefix: {prefix.decode('utf-8', 'backslashreplace')!r}.", hint)
+        self.prefix = prefix
+
+
+@runtime_checkable
+class Matcher(Protocol):
+    """Follows one text token by token."""
+
+    def fill_next_token_bitmask(self, bitmask: Any, index: int = 0) -> bool:
+        """Writes the allowed tokens into row ``index``; returns whether any token is forbidden."""
+        ...
+
+    def accept_token(self, token_id: int) -> bool:
+        """Moves on; False (and no change) if the token is not allowed."""
+        ...
+
+    def accepts(self, token_id: int) -> bool:
+        """Whether ``accept_token`` would succeed; changes nothing."""
+        ...
+
+    def rollback(self, num_tokens: int = 1) -> None:
+        """Takes back the last tokens."""
+        ...
+
+    def is_terminated(self) -> bool:
+        """Whether the text is finished."""
+        ...
+
+    def find_jump_forward_string(self) -> str:
+        """The text that must come next, if there is only one possibility."""
+        ...
+
+    def fork(self) -> Matcher:
+        """An independent matcher in the same state."""
+        ...
+
+
+@runtime_checkable
+class Constraint(Protocol):
+    """Judges texts: can ``prefix`` still be completed, and is ``text`` complete?"""
+
+    def prefix(self, text: bytes) -> bool: ...
+
+    def complete(self, text: bytes) -> bool: ...
+
+
+@dataclass
+class CallableConstraint:
+    """A Python function as a constraint.
+
+    Args:
+        check: ``text -> bool``, whether the text can be completed to a valid one.
+        finished: ``text -> bool``, whether it is valid as it stands; default ``check`` itself.
+        on: ``"text"`` hands over str (an unfinished character at the end is left out), ``"bytes"`` raw bytes.
+    """
+
+    check: Callable[[Any], bool]
+    finished: Callable[[Any], bool] | None = None
+    on: str = "text"
+
+    def __post_init__(self) -> None:
+        if self.on not in ("text", "bytes"):
+            raise BadInputError(f"on is 'text' or 'bytes'; got {self.on!r}.")
+        for name in ("check", "finished"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise BadInputError(f"{name} must be callable; got {type(getattr(self, name)).__name__}.")
+
+    def prefix(self, text: bytes) -> bool:
+        if self.on == "bytes":
+            return bool(self.check(text))
+        shown = decode_prefix(text)
+        return shown is not None and bool(self.check(shown))
+
+    def complete(self, text: bytes) -> bool:
+        function = self.finished or self.check
+        if self.on == "bytes":
+            return bool(function(text))
+        try:
+            return bool(function(text.decode("utf-8")))
+        except UnicodeDecodeError:
+            return False
+
+
+def decode_prefix(text: bytes) -> str | None:
+    """The text without a character that is not finished yet; None if it is no UTF-8 and can never become it."""
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return text[: error.start].decode("utf-8") if error.reason == "unexpected end of data" else None
+
+
+def allocate_token_bitmask(batch_size: int, vocab_size: int) -> torch.Tensor:
+    """A bitmask with every token allowed: int32 ``[B, ceil(V / 32)]``."""
+    import torch
+
+    return torch.full((batch_size, (vocab_size + 31) // 32), -1, dtype=torch.int32)
+
+
+def bitmask_to_bool(bitmask: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """``[B, W]`` int32 as ``[B, V]`` bool."""
+    import torch
+
+    shifts = torch.arange(32, dtype=torch.int32, device=bitmask.device)
+    return ((bitmask[..., None] >> shifts) & 1).bool().flatten(-2)[..., :vocab_size]
+
+
+def apply_token_bitmask_inplace(logits: torch.Tensor, bitmask: torch.Tensor, indices: list[int] | None = None) -> None:
+    """Sets the logits of forbidden tokens to minus infinity.
+
+    Args:
+        logits: ``[B, V]`` or ``[V]``, any float type and device.
+        bitmask: ``[B, W]`` or ``[W]`` int32.
+        indices: rows to treat; default all.
+
+    Raises:
+        BadInputError: the bitmask has too few words for the logits, or another number of rows.
+    """
+    rows = logits if logits.dim() == 2 else logits[None]
+    masks = bitmask if bitmask.dim() == 2 else bitmask[None]
+    if masks.shape[-1] * 32 < rows.shape[-1] or masks.shape[0] != rows.shape[0]:
+        raise BadInputError(
+            f"A bitmask of shape {tuple(bitmask.shape)} does not fit logits of shape {tuple(logits.shape)}.",
+            "Allocate it with allocate_token_bitmask(batch_size, logits.shape[-1]).",
+        )
+    allowed = bitmask_to_bool(masks.to(rows.device), rows.shape[-1])
+    if indices is None:
+        rows.masked_fill_(~allowed, float("-inf"))
+    else:
+        for index in indices:
+            rows[index].masked_fill_(~allowed[index], float("-inf"))

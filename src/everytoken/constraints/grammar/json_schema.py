@@ -1,0 +1,1008 @@
+"""JSON Schema (draft 2020-12, and what older drafts share with it) as grammar rules.
+
+A schema is taken as the set of all sub-schemas that apply to one place in the document: ``$ref`` and ``allOf`` add members,
+``anyOf`` and ``oneOf`` branch. Such a set becomes one rule, named after its members, so recursive schemas end in recursive
+rules. What a set says about strings, numbers, objects and arrays is merged before anything is built; conditions that must
+hold together (two patterns, a pattern and a length) become intersections of automata.
+
+What cannot be expressed exactly raises, or is ignored with a warning under ``strict=False``. See docs/constraints.md for the
+table of keywords and for the spelling of documents (canonical strings where a pattern, format or enumeration applies; bounded
+numbers without exponents).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal, InvalidOperation
+from itertools import combinations
+from typing import Any
+
+from .automata import Automaton, build, difference, intersection, is_deterministic, trie
+from .expressions import (
+    EMPTY,
+    LAST_CHAR,
+    NOTHING,
+    Bytes,
+    ByteSet,
+    Chars,
+    Graph,
+    GrammarError,
+    Ref,
+    Repeat,
+    alt,
+    intersect_ranges,
+    merge_ranges,
+    optional,
+    seq,
+    star,
+    text,
+)
+from .formats import FORMATS
+from .numbers import number_automaton
+from .regex import regex_automaton
+
+TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+ANNOTATIONS = {
+    "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment", "$schema", "$id",
+    "id", "$anchor", "$dynamicAnchor", "$defs", "definitions", "$vocabulary", "contentMediaType", "contentEncoding", "contentSchema",
+}  # fmt: skip
+KNOWN = {
+    "type", "enum", "const", "properties", "required", "additionalProperties", "patternProperties", "propertyNames",
+    "minProperties", "maxProperties", "items", "prefixItems", "additionalItems", "minItems", "maxItems", "uniqueItems",
+    "unevaluatedItems", "unevaluatedProperties", "pattern", "format", "minLength", "maxLength", "minimum", "maximum",
+    "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "anyOf", "oneOf", "allOf", "$ref", "nullable", "not",
+}  # fmt: skip
+BY_TYPE = {
+    "object": {"properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties",
+               "maxProperties", "unevaluatedProperties", "dependentRequired", "dependentSchemas", "dependencies"},
+    "array": {"items", "prefixItems", "additionalItems", "minItems", "maxItems", "uniqueItems", "unevaluatedItems", "contains",
+              "minContains", "maxContains"},
+    "string": {"pattern", "format", "minLength", "maxLength"},
+    "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
+}  # fmt: skip
+MAX_ANY_ORDER = 10
+MAX_PATTERNS = 4
+MAX_INDENT_DEPTH = 40
+WS = ByteSet(((0x09, 0x0A), (0x0D, 0x0D), (0x20, 0x20)))
+
+_PLAIN = ((0x20, 0x21), (0x23, 0x5B), (0x5D, LAST_CHAR))
+_SHORT = {0x22: '"', 0x5C: "\\", 0x08: "b", 0x0C: "f", 0x0A: "n", 0x0D: "r", 0x09: "t"}
+_HEX = Chars(((0x30, 0x39), (0x41, 0x46), (0x61, 0x66)))
+
+
+def spell(chars: Chars) -> Any:
+    """One character of a class inside a JSON string, written as ``json.dumps(..., ensure_ascii=False)`` does."""
+    options: list[Any] = [Chars(intersect_ranges(chars.ranges, _PLAIN))]
+    inside = [code for code in range(0x60) if any(low <= code <= high for low, high in chars.ranges)]
+    short = [_SHORT[code] for code in inside if code in _SHORT]
+    if short:
+        options.append(seq(Bytes(b"\\"), ByteSet(merge_ranges((ord(c), ord(c)) for c in short))))
+    options += [text(f"\\u{code:04x}") for code in inside if code < 0x20 and code not in _SHORT]
+    return alt(*options)
+
+
+CANONICAL = spell(Chars(((0, LAST_CHAR),)))
+_ESCAPE = seq(Bytes(b"\\"), ByteSet(merge_ranges((ord(c), ord(c)) for c in '"\\/bfnrt')))
+FREE = alt(Chars(_PLAIN), _ESCAPE, seq(Bytes(b"\\u"), _HEX, _HEX, _HEX, _HEX))
+"""A character of an unconstrained string: any escape that JSON knows."""
+_D = ByteSet(((0x44, 0x44), (0x64, 0x64)))
+_HIGH = seq(Bytes(b"\\u"), _D, ByteSet(((0x38, 0x39), (0x41, 0x42), (0x61, 0x62))), _HEX, _HEX)
+_LOW = seq(Bytes(b"\\u"), _D, ByteSet(((0x43, 0x46), (0x63, 0x66))), _HEX, _HEX)
+_BASIC = seq(
+    Bytes(b"\\u"),
+    alt(
+        seq(Chars(((0x30, 0x39), (0x41, 0x43), (0x45, 0x46), (0x61, 0x63), (0x65, 0x66))), _HEX, _HEX, _HEX),
+        seq(_D, ByteSet(((0x30, 0x37),)), _HEX, _HEX),
+    ),
+)
+COUNTED = alt(Chars(_PLAIN), _ESCAPE, _BASIC, seq(_HIGH, _LOW))
+"""A character of a string whose length counts: a surrogate pair is one, a lone surrogate none."""
+QUOTE = Bytes(b'"')
+
+
+@dataclass(frozen=True)
+class SchemaOptions:
+    """How documents are written, and how a schema is read.
+
+    Attributes:
+        any_whitespace: white space anywhere between tokens, as JSON allows; otherwise exactly ``separators``.
+        max_whitespace: with ``any_whitespace``, at most so many blanks at a place (models can loop in them); None: no limit.
+        indent: pretty-print with so many spaces a level, as ``json.dumps(indent=...)`` (implies no other white space).
+        separators: between items and after keys; default ``(", ", ": ")``, or ``(",", ": ")`` with ``indent``.
+        strict_mode: objects that list ``properties`` (and arrays that list ``prefixItems``) are closed unless they say
+            otherwise, as in structured-output services; False reads the schema as the standard does.
+        strict: unsupported keywords raise; False warns and ignores them.
+        property_order: ``"schema"`` writes properties in the schema's order (further ones at the end); ``"any"`` allows every
+            order, for up to 10 properties an object.
+    """
+
+    any_whitespace: bool = True
+    max_whitespace: int | None = None
+    indent: int | None = None
+    separators: tuple[str, str] | None = None
+    strict_mode: bool = True
+    strict: bool = True
+    property_order: str = "schema"
+
+    def __post_init__(self) -> None:
+        if self.property_order not in ("schema", "any"):
+            raise GrammarError(f"property_order is 'schema' or 'any'; got {self.property_order!r}.")
+        for name in ("indent", "max_whitespace"):
+            value = getattr(self, name)
+            if value is not None and (value < 0 or value > 1000):
+                raise GrammarError(f"{name} must lie between 0 and 1000; got {value}.")
+
+
+Member = tuple[int, bool]
+"""A sub-schema (by its place in the converter's list) and whether its ``anyOf``/``oneOf`` have been decided."""
+
+
+def schema_rules(schema: Any, **options: Any) -> dict[str, Any]:
+    """The rules of a schema, ``root`` among them; see ``Grammar.from_json_schema``."""
+    known = set(SchemaOptions.__dataclass_fields__)
+    for name in options:
+        if name not in known:
+            from ...core.errors import UnknownNameError
+
+            raise UnknownNameError("JSON Schema option", name, known)
+    if isinstance(schema, (str, bytes)):
+        try:
+            schema = json.loads(schema)
+        except json.JSONDecodeError as error:
+            raise GrammarError(
+                f"The schema is not JSON: {error.msg} at line {error.lineno}, column {error.colno}.", "Check quotes and commas."
+            ) from error
+        except (RecursionError, UnicodeDecodeError) as error:
+            raise GrammarError(f"The schema cannot be read: {error}.", "Nest it less deeply; use UTF-8.") from error
+    converter = _Converter(schema, SchemaOptions(**options))
+    return converter.convert()
+
+
+class _Converter:
+    def __init__(self, document: Any, options: SchemaOptions):
+        self.document, self.options = document, options
+        self.schemas: list[Any] = []
+        self.pointers: list[str] = []
+        self.numbers: dict[int, int] = {}
+        self.alive: list[Any] = []  # keeps ids unique
+        self.names: dict[tuple[frozenset[Member], int], str] = {}
+        self.pending: list[tuple[str, frozenset[Member], int]] = []
+        self.rules: dict[str, Any] = {}
+        self.ids: dict[str, tuple[Any, str]] | None = None
+        self.warned: set[str] = set()
+        self.flat: dict[int, tuple[int, ...]] = {}
+
+    # -- bookkeeping -----------------------------------------------------------------------------------------------------
+    def fail(self, pointer: str, message: str, hint: str | None = None) -> Any:
+        raise GrammarError(f"Schema at {pointer or '#'}: {message}", hint)
+
+    def unsupported(self, pointer: str, what: str, hint: str) -> None:
+        if self.options.strict:
+            raise GrammarError(f"Schema at {pointer or '#'}: {what} is not supported.", f"{hint} (strict=False ignores it.)")
+        line = f"{pointer or '#'}: {what} is ignored; outputs may violate it."
+        if line not in self.warned:
+            self.warned.add(line)
+            warnings.warn(line, stacklevel=6)
+
+    def number(self, schema: Any, pointer: str) -> int:
+        if id(schema) not in self.numbers:
+            self.numbers[id(schema)] = len(self.schemas)
+            self.schemas.append(schema)
+            self.pointers.append(pointer)
+            self.check(schema, pointer)
+        return self.numbers[id(schema)]
+
+    def fresh(self, schema: dict[str, Any], pointer: str) -> int:
+        self.alive.append(schema)
+        return self.number(schema, pointer)
+
+    def check(self, schema: Any, pointer: str) -> None:
+        """Types of keyword values, and unknown or unsupported keywords."""
+        if isinstance(schema, bool):
+            return
+        if not isinstance(schema, dict):
+            self.fail(pointer, f"a schema is an object or a boolean, not {type(schema).__name__}.", "Check the nesting.")
+        shapes: dict[str, Any] = {
+            "properties": dict, "patternProperties": dict, "required": list, "enum": list, "anyOf": list, "oneOf": list,
+            "allOf": list, "prefixItems": list, "pattern": str, "format": str, "$ref": str,
+        }  # fmt: skip
+        for key, shape in shapes.items():
+            if key in schema and not isinstance(schema[key], shape):
+                wanted = {dict: "an object", list: "a list", str: "a string"}[shape]
+                self.fail(f"{pointer}/{key}", f"{key} must be {wanted}, not {type(schema[key]).__name__}.")
+        for key in ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"):
+            if key in schema:
+                value = schema[key]
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 0:
+                    self.fail(f"{pointer}/{key}", f"{key} must be a whole number of at least 0; got {value!r}.")
+        for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"):
+            if key in schema and (isinstance(schema[key], bool) or not isinstance(schema[key], (int, float, Decimal))):
+                self.fail(f"{pointer}/{key}", f"{key} must be a number; got {schema[key]!r}.", "Draft 4's booleans are not known.")
+        for key in ("anyOf", "oneOf", "allOf"):
+            if schema.get(key) == []:
+                self.fail(f"{pointer}/{key}", f"{key} must not be empty.")
+        given = schema.get("type", [])
+        for name in given if isinstance(given, list) else [given]:
+            if name not in TYPES:
+                self.fail(f"{pointer}/type", f"unknown type {name!r}.", f"Known: {', '.join(TYPES)}.")
+        for key in schema:
+            if key in KNOWN or key in ANNOTATIONS:
+                continue
+            hints = {
+                "if": "Write the cases as anyOf, each with its own const.",
+                "contains": "Use prefixItems for the item that must be there.",
+                "dependentRequired": "Write the cases as anyOf.",
+                "$dynamicRef": "Use $ref.",
+            }
+            if key in ("then", "else") and "if" in schema:
+                continue
+            if key in ("minContains", "maxContains") and "contains" not in schema:
+                continue
+            known = key in {
+                "if", "then", "else", "contains", "minContains", "maxContains", "dependentRequired", "dependentSchemas",
+                "dependencies", "$dynamicRef", "$recursiveRef", "$recursiveAnchor",
+            }  # fmt: skip
+            if known:
+                if key in ("then", "else"):
+                    continue  # without `if` they say nothing
+                self.unsupported(pointer, key, hints.get(key, "Say it with other keywords."))
+            elif not key.startswith(("x-", "$")):
+                import difflib
+
+                close = difflib.get_close_matches(key, KNOWN, n=1, cutoff=0.8)
+                if close:
+                    self.unsupported(pointer, f"the unknown keyword {key!r}", f"Did you mean {close[0]!r}?")
+
+    # -- sets of sub-schemas ---------------------------------------------------------------------------------------------
+    def flatten(self, index: int, path: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """A sub-schema and all that ``$ref`` and ``allOf`` bring along."""
+        if index in self.flat:
+            return self.flat[index]
+        if index in path:
+            self.fail(self.pointers[index], "a $ref leads back to itself without describing anything.", "Break the cycle.")
+        if len(path) > 200:
+            self.fail(self.pointers[index], "more than 200 $ref and allOf in a chain.", "Shorten it.")
+        schema, pointer = self.schemas[index], self.pointers[index]
+        members: dict[int, None] = {index: None}
+        if isinstance(schema, dict):
+            if "$ref" in schema:
+                target, where = self.resolve(schema["$ref"], pointer)
+                members |= dict.fromkeys(self.flatten(self.number(target, where), (*path, index)))
+            for place, part in enumerate(schema.get("allOf", ())):
+                members |= dict.fromkeys(self.flatten(self.number(part, f"{pointer}/allOf/{place}"), (*path, index)))
+        self.flat[index] = tuple(members)
+        return self.flat[index]
+
+    def resolve(self, reference: str, pointer: str) -> tuple[Any, str]:
+        base, hash_sign, fragment = reference.partition("#")
+        if self.ids is None:
+            self.ids = {}
+            self._collect_ids(self.document)
+        target, where = self.document, "#"
+        if base:
+            known = self.ids.get(base) or next((v for k, v in self.ids.items() if k.rsplit("/", 1)[-1] == base), None)
+            if known is None:
+                self.fail(pointer, f"$ref {reference!r} leads outside the document.", "Copy the schema under $defs and refer to that.")
+            assert known is not None
+            target, where = known
+        if fragment and not fragment.startswith("/"):
+            if f"#{fragment}" not in self.ids:
+                self.fail(pointer, f"$ref {reference!r}: there is no such anchor.", "Check its spelling.")
+            return self.ids[f"#{fragment}"]
+        from urllib.parse import unquote
+
+        for part in fragment.split("/")[1:]:
+            part = unquote(part).replace("~1", "/").replace("~0", "~")
+            try:
+                target = target[int(part)] if isinstance(target, list) else target[part]
+            except (KeyError, IndexError, ValueError, TypeError):
+                available = ", ".join(list(target)[:8]) if isinstance(target, dict) else "nothing"
+                self.fail(pointer, f"$ref {reference!r} leads nowhere: no {part!r} in {where}.", f"There is: {available}.")
+            where += "/" + part.replace("~", "~0").replace("/", "~1")
+        return target, where
+
+    def _collect_ids(self, document: Any) -> None:
+        assert self.ids is not None
+        pending = [(document, "#")]
+        while pending:
+            node, where = pending.pop()
+            if isinstance(node, dict):
+                for key in ("$id", "id"):
+                    if isinstance(node.get(key), str) and node[key]:
+                        self.ids.setdefault(node[key].rstrip("#"), (node, where))
+                if isinstance(node.get("$anchor"), str):
+                    self.ids.setdefault("#" + node["$anchor"], (node, where))
+                pending += [(value, f"{where}/{key}") for key, value in node.items() if key not in ("enum", "const")]
+            elif isinstance(node, list):
+                pending += [(value, f"{where}/{place}") for place, value in enumerate(node)]
+
+    def members(self, schemas: Iterable[tuple[Any, str]]) -> frozenset[Member] | None:
+        """The set for schemas that apply together; None if one of them is ``false``."""
+        found: set[Member] = set()
+        for schema, pointer in schemas:
+            if isinstance(schema, bool):  # True and False are shared objects without a place of their own
+                if not schema:
+                    return None
+                continue
+            for index in self.flatten(self.number(schema, pointer)):
+                part = self.schemas[index]
+                if part is False:
+                    return None
+                if part is not True and part:
+                    found.add((index, False))
+        return frozenset(found)
+
+    def rule(self, members: frozenset[Member] | None, depth: int) -> Any:
+        """A reference to the rule of a set (made when its turn comes)."""
+        if members is None:
+            return NOTHING
+        depth = depth if self.options.indent is not None else 0
+        if depth > MAX_INDENT_DEPTH:
+            self.fail("", f"indent cannot be combined with nesting deeper than {MAX_INDENT_DEPTH}, or with recursion.", "Leave indent out.")
+        key = (members, depth)
+        if key not in self.names:
+            where = self.pointers[min(members)[0]] if members else "any"
+            stem = re.sub(r"[^A-Za-z0-9]+", "_", where).strip("_") or "value"
+            name = f"{stem[-60:]}_{len(self.names)}"
+            self.names[key] = name
+            self.pending.append((name, members, depth))
+        return Ref(self.names[key])
+
+    def sub(self, schemas: Iterable[tuple[Any, str]], depth: int) -> Any:
+        return self.rule(self.members(schemas), depth)
+
+    def convert(self) -> dict[str, Any]:
+        blank = self.options.max_whitespace
+        self.rules["ws"] = star(WS) if blank is None else Repeat(WS, 0, blank)
+        self.rules["string"] = seq(QUOTE, star(FREE), QUOTE)
+        root = self.sub([(self.document, "#")], 0)
+        while self.pending:
+            name, members, depth = self.pending.pop()
+            self.rules[name] = self.body(members, depth)
+        self.rules["root"] = root
+        return self.rules
+
+    # -- layout ----------------------------------------------------------------------------------------------------------
+    def blank(self) -> Any:
+        return Ref("ws") if self.free_layout else EMPTY
+
+    @property
+    def free_layout(self) -> bool:
+        return self.options.any_whitespace and self.options.indent is None and self.options.separators is None
+
+    def separators(self, depth: int) -> tuple[Any, Any, Any, Any]:
+        """``(after the opening, between items, before the closing, between key and value)``."""
+        if self.free_layout:
+            ws = Ref("ws")
+            return ws, seq(ws, Bytes(b","), ws), ws, seq(ws, Bytes(b":"), ws)
+        indent = self.options.indent
+        comma, colon = self.options.separators or ((", ", ": ") if indent is None else (",", ": "))
+        if indent is None:
+            return EMPTY, text(comma), EMPTY, text(colon)
+        line = "\n" + " " * (indent * (depth + 1))
+        return text(line), text(comma + line), text("\n" + " " * (indent * depth)), text(colon)
+
+    # -- one set ---------------------------------------------------------------------------------------------------------
+    def body(self, members: frozenset[Member], depth: int) -> Any:
+        parts = [(self.schemas[index], self.pointers[index]) for index, _ in sorted(members)]
+        for index, decided in sorted(members):
+            schema, pointer = self.schemas[index], self.pointers[index]
+            if not decided and ("anyOf" in schema or "oneOf" in schema):
+                return self.branches(members, index, schema, pointer, depth)
+        for schema, pointer in parts:
+            if "not" in schema:
+                self.negation(schema["not"], pointer)
+                if schema["not"] is True or schema["not"] == {}:
+                    return NOTHING
+        if any("enum" in schema or "const" in schema for schema, _ in parts):
+            return self.enumeration(parts, depth)
+        kinds = self.kinds(parts)
+        options = []
+        for kind in kinds:
+            if kind == "null":
+                options.append(Bytes(b"null"))
+            elif kind == "boolean":
+                options += [Bytes(b"true"), Bytes(b"false")]
+            elif kind in ("number", "integer"):
+                options.append(self.numeric(parts, kind == "integer"))
+            elif kind == "string":
+                options.append(self.string(parts))
+            elif kind == "object":
+                options.append(self.object(parts, depth))
+            else:
+                options.append(self.array(parts, depth))
+        return alt(*options)
+
+    def kinds(self, parts: Sequence[tuple[dict[str, Any], str]]) -> list[str]:
+        """The JSON types that all parts allow, ``number`` or ``integer`` but not both."""
+        allowed = set(TYPES)
+        for schema, _ in parts:
+            if "type" in schema:
+                given = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+                types = set(given)
+                if schema.get("nullable") is True:
+                    types.add("null")
+                if "number" in types:
+                    types.add("integer")
+                allowed &= types
+        if "number" in allowed:
+            allowed.discard("integer")
+        return [kind for kind in TYPES if kind in allowed]
+
+    def negation(self, schema: Any, pointer: str) -> None:
+        if schema is False or schema is True or schema == {}:
+            return
+        self.unsupported(pointer, "not", "Say what is allowed instead.")
+
+    def branches(self, members: frozenset[Member], index: int, schema: dict[str, Any], pointer: str, depth: int) -> Any:
+        rest = (members - {(index, False)}) | {(index, True)}
+        choices: list[list[tuple[Any, str]]] = [[]]
+        for key in ("anyOf", "oneOf"):
+            if key not in schema:
+                continue
+            options = [(branch, f"{pointer}/{key}/{place}") for place, branch in enumerate(schema[key])]
+            if key == "oneOf":
+                options = self.exclusive(options, pointer)
+            choices = [[*chosen, option] for chosen in choices for option in options]
+        if len(choices) > 20_000:
+            self.fail(pointer, "anyOf and oneOf together make more than 20,000 cases.", "Split the schema.")
+        made = []
+        for chosen in choices:
+            extra = self.members(chosen)
+            if extra is not None:
+                undecided = {member for member in extra if (member[0], True) not in rest}
+                made.append(self.rule(frozenset(rest | undecided), depth))
+        return alt(*made)
+
+    def exclusive(self, options: list[tuple[Any, str]], pointer: str) -> list[tuple[Any, str]]:
+        """oneOf is anyOf where no two branches can hold at once; that must be evident."""
+        for (first, where), (second, other) in combinations(options, 2):
+            if not self.disjoint([(first, where)], [(second, other)]):
+                self.unsupported(
+                    pointer, f"oneOf whose branches {where.rsplit('/', 1)[-1]} and {other.rsplit('/', 1)[-1]} may both hold",
+                    "Use anyOf, or give the branches a required property with different const values.",
+                )  # fmt: skip
+                break
+        return options
+
+    def expand(self, schemas: Sequence[tuple[Any, str]]) -> list[tuple[dict[str, Any], str]] | None:
+        members = self.members(schemas)
+        if members is None:
+            return None
+        return [(self.schemas[index], self.pointers[index]) for index, _ in sorted(members)]
+
+    def disjoint(self, first: Sequence[tuple[Any, str]], second: Sequence[tuple[Any, str]], level: int = 0) -> bool:
+        """Whether evidently no document satisfies both; False when in doubt."""
+        if level > 4:
+            return False
+        mine, theirs = self.expand(first), self.expand(second)
+        if mine is None or theirs is None:
+            return True
+        for parts, other in ((mine, theirs), (theirs, mine)):
+            for schema, pointer in parts:
+                for key in ("anyOf", "oneOf"):
+                    if key in schema and all(
+                        self.disjoint([(branch, f"{pointer}/{key}/{i}")], other, level + 1) for i, branch in enumerate(schema[key])
+                    ):
+                        return True
+                values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+                if values is not None and not any(self.satisfies(value, list(other)) for value in values):
+                    return True
+        kinds, others = set(self.kinds(mine)), set(self.kinds(theirs))
+        shared = {k for k in kinds if k in others or (k == "integer" and "number" in others) or (k == "number" and "integer" in others)}
+        if not shared:
+            return True
+        if shared <= {"number", "integer"}:
+            low, high, _ = self.bounds([*mine, *theirs])
+            if low is not None and high is not None and (low[0] > high[0] or (low[0] == high[0] and (low[1] or high[1]))):
+                return True
+        if shared == {"object"}:
+            for parts, other in ((mine, theirs), (theirs, mine)):
+                for name in self.required(parts):
+                    here, there = self.property(parts, name), self.property(other, name)
+                    if self.disjoint(here, there, level + 1):
+                        return True
+        if shared == {"string"}:
+            pair = [self.string_automaton(parts) for parts in (mine, theirs)]
+            if pair[0] is not None and pair[1] is not None:
+                try:
+                    return intersection(pair[0], pair[1]).empty
+                except GrammarError:
+                    return False
+        return False
+
+    # -- enumerations ----------------------------------------------------------------------------------------------------
+    def enumeration(self, parts: Sequence[tuple[dict[str, Any], str]], depth: int) -> Any:
+        lists = [s["enum"] if "enum" in s else [s["const"]] for s, _ in parts if "enum" in s or "const" in s]
+        shortest = min(lists, key=len)
+        values = [value for value in shortest if self.satisfies(value, list(parts), closed=True)]
+        return alt(*(self.literal(value, depth) for value in values))
+
+    def literal(self, value: Any, depth: int) -> Any:
+        """One JSON value, with the layout's white space."""
+        if isinstance(value, (dict, list)) and value:
+            opening, between, closing, colon = self.separators(depth)
+            if isinstance(value, dict):
+                items = [seq(self.key(name), colon, self.literal(item, depth + 1)) for name, item in value.items()]
+                marks = (Bytes(b"{"), Bytes(b"}"))
+            else:
+                items = [self.literal(item, depth + 1) for item in value]
+                marks = (Bytes(b"["), Bytes(b"]"))
+            joined = [items[0], *(seq(between, item) for item in items[1:])]
+            return seq(marks[0], opening, *joined, closing, marks[1])
+        if value in ({}, []) and self.free_layout:
+            return seq(Bytes(b"{" if value == {} else b"["), self.blank(), Bytes(b"}" if value == {} else b"]"))
+        return text(json.dumps(value, ensure_ascii=False))
+
+    def key(self, name: str) -> Bytes:
+        try:
+            return text(json.dumps(name, ensure_ascii=False))
+        except UnicodeEncodeError:
+            return text(json.dumps(name))
+
+    # -- numbers ---------------------------------------------------------------------------------------------------------
+    def bounds(self, parts: Sequence[tuple[dict[str, Any], str]]) -> tuple[Any, Any, list[Decimal]]:
+        low: tuple[Decimal, bool] | None = None
+        high: tuple[Decimal, bool] | None = None
+        divisors: list[Decimal] = []
+        for schema, pointer in parts:
+            for key in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multipleOf"):
+                if key not in schema:
+                    continue
+                try:
+                    value = Decimal(str(schema[key]))
+                    assert value.is_finite() and abs(value.adjusted()) < 400
+                except (InvalidOperation, AssertionError):
+                    self.fail(f"{pointer}/{key}", f"{key} must be a finite number; got {schema[key]!r}.")
+                exclusive = key.startswith("exclusive")
+                if key == "multipleOf":
+                    divisors.append(value)
+                elif key.endswith("inimum"):
+                    low = (value, exclusive) if low is None or (value, exclusive) > low else low
+                else:
+                    high = (value, exclusive) if high is None or (value, not exclusive) < (high[0], not high[1]) else high
+        return low, high, divisors
+
+    def numeric(self, parts: Sequence[tuple[dict[str, Any], str]], integer: bool) -> Any:
+        low, high, divisors = self.bounds(parts)
+        try:
+            return number_automaton(integer, low, high, divisors)
+        except GrammarError as error:
+            where = next((p for s, p in parts if "multipleOf" in s), "")
+            self.unsupported(where, str(error.message).removesuffix(" is not supported."), error.hint or "")
+            return number_automaton(integer, low, high, [])
+
+    # -- strings ---------------------------------------------------------------------------------------------------------
+    def lengths(self, parts: Sequence[tuple[dict[str, Any], str]], low_key: str, high_key: str) -> tuple[int, int | None]:
+        low = max((int(schema.get(low_key, 0)) for schema, _ in parts), default=0)
+        highs = [int(schema[high_key]) for schema, _ in parts if high_key in schema]
+        return low, min(highs) if highs else None
+
+    def string_automaton(self, parts: Sequence[tuple[dict[str, Any], str]], lengths: bool = True) -> Automaton | None:
+        """Contents of the string (no quotes) as an automaton over canonical spelling; None if nothing is asked."""
+        found: list[Automaton] = []
+        for schema, pointer in parts:
+            if "pattern" in schema:
+                try:
+                    found.append(regex_automaton(schema["pattern"], True, CANONICAL, spell))
+                except GrammarError as error:
+                    self.unsupported(f"{pointer}/pattern", f"this pattern ({error.message})", error.hint or "")
+            if "format" in schema:
+                pattern = FORMATS.get(schema["format"])
+                if pattern is None:
+                    self.unsupported(f"{pointer}/format", f"the format {schema['format']!r}", f"Known: {', '.join(FORMATS)}.")
+                else:
+                    found.append(regex_automaton(pattern, False, CANONICAL, spell))
+        if not found:
+            return None
+        low, high = self.lengths(parts, "minLength", "maxLength")
+        if lengths and (low or high is not None):
+            if max(low, high or 0) > 20_000:
+                self.fail(parts[0][1], "a pattern or format with a length bound over 20,000.", "Lower the bound.")
+            bound = build(Repeat(CANONICAL, low, high))
+            found.append(bound)
+        result = found[0]
+        for other in found[1:]:
+            if not (is_deterministic(result) and is_deterministic(other)):
+                self.fail(parts[0][1], "patterns that must hold together are too complex.", "Simplify one of them.")
+            result = intersection(result, other)
+        return result
+
+    def string(self, parts: Sequence[tuple[dict[str, Any], str]]) -> Any:
+        automaton = self.string_automaton(parts)
+        if automaton is not None:
+            return seq(QUOTE, automaton, QUOTE)
+        low, high = self.lengths(parts, "minLength", "maxLength")
+        if low == 0 and high is None:
+            return Ref("string")
+        if high is not None and high < low:
+            return NOTHING
+        return seq(QUOTE, Repeat(COUNTED if (high or 0) <= 5_000 and low <= 5_000 else Ref(self._char_rule()), low, high), QUOTE)
+
+    def _char_rule(self) -> str:
+        self.rules["char"] = COUNTED
+        return "char"
+
+    # -- objects ---------------------------------------------------------------------------------------------------------
+    def required(self, parts: Sequence[tuple[dict[str, Any], str]]) -> list[str]:
+        return list(dict.fromkeys(name for schema, _ in parts for name in schema.get("required", ())))
+
+    def property(self, parts: Sequence[tuple[dict[str, Any], str]], name: str) -> list[tuple[Any, str]]:
+        """All schemas that the value of a property must satisfy."""
+        found: list[tuple[Any, str]] = []
+        declared = any(name in schema.get("properties", ()) for schema, _ in parts)
+        for schema, pointer in parts:
+            before = len(found)
+            if name in schema.get("properties", {}):
+                found.append((schema["properties"][name], f"{pointer}/properties/{_escaped(name)}"))
+            for pattern, value in schema.get("patternProperties", {}).items():
+                if self.key_matches(pattern, name, pointer):
+                    found.append((value, f"{pointer}/patternProperties/{_escaped(pattern)}"))
+                    declared = True
+            if len(found) == before and "additionalProperties" in schema:
+                found.append((schema["additionalProperties"], f"{pointer}/additionalProperties"))
+        if not declared and not any("additionalProperties" in schema for schema, _ in parts):
+            found += self.otherwise(parts, "unevaluatedProperties", ("properties", "patternProperties"))
+        return found
+
+    def otherwise(self, parts: Sequence[tuple[dict[str, Any], str]], key: str, closing: tuple[str, ...]) -> list[tuple[Any, str]]:
+        """What applies to a property or item that no part mentions."""
+        given = [(schema[key], f"{pointer}/{key}") for schema, pointer in parts if key in schema]
+        if given:
+            return given
+        closed = self.options.strict_mode and any(name in schema for schema, _ in parts for name in closing)
+        return [(False, "")] if closed else []
+
+    def key_matches(self, pattern: str, name: str, pointer: str) -> bool:
+        return self.key_automaton(pattern, pointer).matches(_inner(name))
+
+    def key_automaton(self, pattern: str, pointer: str) -> Automaton:
+        cache = self.__dict__.setdefault("_keys", {})
+        if pattern not in cache:
+            try:
+                cache[pattern] = regex_automaton(pattern, True, CANONICAL, spell)
+            except GrammarError as error:
+                self.fail(f"{pointer}/patternProperties", error.message, error.hint)
+        return cache[pattern]
+
+    def object(self, parts: Sequence[tuple[dict[str, Any], str]], depth: int) -> Any:
+        opening, between, closing, colon = self.separators(depth)
+        required = set(self.required(parts))
+        names = list(dict.fromkeys(name for schema, _ in parts for name in schema.get("properties", ())))
+        names += [name for name in self.required(parts) if name not in set(names)]
+        naming = [(s["propertyNames"], f"{p}/propertyNames") for s, p in parts if "propertyNames" in s]
+        entries: list[tuple[str, Any]] = []
+        for name in names:
+            allowed = not naming or self.satisfies(name, self.expand(naming))
+            value = self.members(self.property(parts, name)) if allowed else None
+            if value is None:
+                if name in required:
+                    return NOTHING
+                continue
+            entries.append((name, seq(self.key(name), colon, self.rule(value, depth + 1))))
+        low, high = self.lengths(parts, "minProperties", "maxProperties")
+        extra = self.further(parts, names, naming, depth, colon)
+        if high is not None and high < len([name for name, _ in entries if name in required]):
+            return NOTHING
+        counted = high is not None or low > len([name for name, _ in entries if name in required])
+        limit = high if high is not None else low
+        if counted and limit * (len(entries) + 1) > 100_000:
+            self.fail(parts[0][1], "minProperties or maxProperties is too large here.", "Lower it.")
+        if self.options.property_order == "any" and len(entries) > 1:
+            graph = self.any_order(entries, required, extra, between, low, high, counted, parts[0][1])
+        else:
+            graph = self.in_order(entries, required, extra, between, low, high, counted)
+        if graph is None:
+            return NOTHING
+        if self.options.indent is not None or not self.free_layout:
+            # an empty object has nothing between its braces
+            filled, empty = graph
+            whole = seq(Bytes(b"{"), opening, filled, closing, Bytes(b"}"))
+            return alt(whole, Bytes(b"{}")) if empty else whole
+        filled, empty = graph
+        return seq(Bytes(b"{"), opening, alt(seq(filled, closing), EMPTY) if empty else seq(filled, closing), Bytes(b"}"))
+
+    def in_order(
+        self, entries: list[tuple[str, Any]], required: set[str], extra: Any, between: Any, low: int, high: int | None, counted: bool
+    ) -> tuple[Any, bool] | None:
+        """``(graph of at least one entry, whether none is fine too)``: states are (place, any yet, how many)."""
+        top = 0 if not counted else high if high is not None else low
+        states: dict[tuple[int, bool, int], int] = {}
+        order: list[tuple[int, bool, int]] = []
+
+        def state(place: int, any_yet: bool, count: int) -> int:
+            key = (place, any_yet, min(count, top))
+            if key not in states:
+                states[key] = len(states)
+                order.append(key)
+            return states[key]
+
+        state(0, False, 0)
+        edges: list[tuple[int, Any, int]] = []
+        finals = set()
+        empty = False
+        for place, any_yet, count in order:
+            here = states[place, any_yet, count]
+            full = high is not None and count >= high
+            if place < len(entries):
+                name, entry = entries[place]
+                if name not in required:
+                    edges.append((here, EMPTY, state(place + 1, any_yet, count)))
+                if not full:
+                    edges.append((here, seq(between, entry) if any_yet else entry, state(place + 1, True, count + 1)))
+                continue
+            if extra is not None and not full:
+                edges.append((here, seq(between, extra) if any_yet else extra, state(place, True, count + 1)))
+            if count >= (low if counted else 0):
+                if any_yet:
+                    finals.add(here)
+                else:
+                    empty = True
+        if not finals and not empty:
+            return None
+        return Graph(len(states), tuple(edges), frozenset(finals)), empty
+
+    def any_order(
+        self, entries: list[tuple[str, Any]], required: set[str], extra: Any, between: Any, low: int, high: int | None,
+        counted: bool, pointer: str,
+    ) -> tuple[Any, bool] | None:  # fmt: skip
+        if len(entries) > MAX_ANY_ORDER:
+            self.fail(pointer, f"property_order='any' with {len(entries)} properties.", f"At most {MAX_ANY_ORDER} are possible.")
+        need = sum(1 << place for place, (name, _) in enumerate(entries) if name in required)
+        top = 0 if not counted else high if high is not None else low
+        pairs = []
+        for place, (_, entry) in enumerate(entries):
+            name = f"entry_{len(self.rules)}_{place}"
+            self.rules[name] = entry
+            pairs.append(Ref(name))
+        states: dict[tuple[int, bool, int], int] = {(0, False, 0): 0}
+        order = [(0, False, 0)]
+        edges: list[tuple[int, Any, int]] = []
+        finals, empty = set(), False
+        for used, any_yet, count in order:
+            here = states[used, any_yet, count]
+            moves = [(used | 1 << place, pair) for place, pair in enumerate(pairs) if not used >> place & 1]
+            moves += [(used, extra)] if extra is not None else []
+            for mask, entry in moves if high is None or count < high else []:
+                key = (mask, True, min(count + 1, top))
+                if key not in states:
+                    states[key] = len(states)
+                    order.append(key)
+                edges.append((here, seq(between, entry) if any_yet else entry, states[key]))
+            if used & need == need and count >= (low if counted else 0):
+                if any_yet:
+                    finals.add(here)
+                else:
+                    empty = True
+        return (Graph(len(states), tuple(edges), frozenset(finals)), empty) if finals or empty else None
+
+    def further(
+        self, parts: Sequence[tuple[dict[str, Any], str]], names: list[str], naming: list[tuple[Any, str]], depth: int, colon: Any
+    ) -> Any | None:
+        """A key and value beyond the declared ones, or None where there can be none."""
+        patterns = list(dict.fromkeys(p for schema, _ in parts for p in schema.get("patternProperties", ())))
+        if len(patterns) > MAX_PATTERNS:
+            self.fail(parts[0][1], f"more than {MAX_PATTERNS} patternProperties together.", "Join patterns whose schemas are equal.")
+        options = []
+        allowed = self.names_automaton(naming)
+        for size in range(len(patterns) + 1):
+            for chosen in combinations(patterns, size):
+                schemas: list[tuple[Any, str]] = []
+                for schema, pointer in parts:
+                    mine = [p for p in schema.get("patternProperties", {}) if p in chosen]
+                    schemas += [(schema["patternProperties"][p], f"{pointer}/patternProperties/{_escaped(p)}") for p in mine]
+                    if not mine and "additionalProperties" in schema:
+                        schemas.append((schema["additionalProperties"], f"{pointer}/additionalProperties"))
+                if not chosen and not any("additionalProperties" in schema for schema, _ in parts):
+                    schemas += self.otherwise(parts, "unevaluatedProperties", ("properties", "patternProperties"))
+                value = self.members(schemas)
+                if value is None:
+                    continue
+                if not patterns and not names and allowed is None:
+                    options.append(seq(Ref("string"), colon, self.rule(value, depth + 1)))
+                    continue
+                key = allowed if allowed is not None else build(star(CANONICAL))
+                for pattern in patterns:
+                    other = self.key_automaton(pattern, parts[0][1])
+                    key = intersection(key, other) if pattern in chosen else difference(key, other)
+                if names:
+                    key = difference(key, trie([_inner(name) for name in names]))
+                if not key.empty:
+                    options.append(seq(QUOTE, key, QUOTE, colon, self.rule(value, depth + 1)))
+        if not options:
+            return None
+        name = f"further_{len(self.rules)}"
+        self.rules[name] = alt(*options)
+        return Ref(name)
+
+    def names_automaton(self, naming: list[tuple[Any, str]]) -> Automaton | None:
+        if not naming:
+            return None
+        parts = self.expand(naming)
+        if parts is None or "string" not in self.kinds(parts):
+            return Automaton([[]], [[]], [False])
+        for schema, pointer in parts:
+            if "anyOf" in schema or "oneOf" in schema or "not" in schema:
+                self.unsupported(pointer, "a combination inside propertyNames", "Use one pattern.")
+        values = next((s["enum"] if "enum" in s else [s["const"]] for s, _ in parts if "enum" in s or "const" in s), None)
+        if values is not None:
+            return trie([_inner(v) for v in values if isinstance(v, str) and self.satisfies(v, parts)])
+        found = self.string_automaton(parts)
+        if found is None:
+            low, high = self.lengths(parts, "minLength", "maxLength")
+            found = build(Repeat(CANONICAL, low, high))
+        return found
+
+    # -- arrays ----------------------------------------------------------------------------------------------------------
+    def array(self, parts: Sequence[tuple[dict[str, Any], str]], depth: int) -> Any:
+        opening, between, closing, _ = self.separators(depth)
+        low, high = self.lengths(parts, "minItems", "maxItems")
+        if any(schema.get("uniqueItems") is True for schema, _ in parts) and (high is None or high > 1):
+            self.unsupported(next(p for s, p in parts if s.get("uniqueItems")), "uniqueItems", "List the combinations with enum.")
+        prefixes = [(self._prefix(schema), self._rest(schema), pointer) for schema, pointer in parts]
+        size = max((len(prefix) for prefix, _, _ in prefixes), default=0)
+
+        def item(place: int) -> Any:
+            found: list[tuple[Any, str]] = []
+            mentioned = False
+            for prefix, rest, pointer in prefixes:
+                if place < len(prefix):
+                    found.append((prefix[place], f"{pointer}/prefixItems/{place}"))
+                    mentioned = True
+                elif rest is not None:
+                    found.append((rest, f"{pointer}/items"))
+                    mentioned = True
+            if not mentioned:
+                found += self.otherwise(parts, "unevaluatedItems", ("prefixItems",))
+            return self.sub(found, depth + 1)
+
+        fixed = [item(place) for place in range(size)]
+        tail = item(size)
+        open_ended = tail != NOTHING
+        if high is None and not open_ended:
+            high = size
+        if high is not None and (high < low or (high > size and not open_ended)):
+            high = min(high, size) if not open_ended else high
+        if (high is not None and high < low) or (low > size and not open_ended):
+            return NOTHING
+        options: list[Any] = []
+        following: Any = None  # items from `place` on, each with its separator
+        if open_ended and (high is None or high > size):
+            least = max(low - size, 0)
+            most = None if high is None else high - size
+            if size == 0:
+                more = Repeat(seq(between, tail), max(least - 1, 0), None if most is None else most - 1)
+                options.append(seq(opening, tail, more, closing))
+            else:
+                following = Repeat(seq(between, tail), least, most)
+        if size and (high is None or high > 0):
+            chain: Any = following if following is not None else EMPTY
+            for place in reversed(range(1, min(size, high if high is not None else size))):
+                here = seq(between, fixed[place], chain)
+                chain = optional(here) if place >= low else here
+            options.append(seq(opening, fixed[0], chain, closing))
+        if low == 0:
+            options.append(self.blank() if self.free_layout else EMPTY)
+        return seq(Bytes(b"["), alt(*options), Bytes(b"]"))
+
+    @staticmethod
+    def _prefix(schema: dict[str, Any]) -> list[Any]:
+        if "prefixItems" in schema:
+            return schema["prefixItems"]
+        return schema["items"] if isinstance(schema.get("items"), list) else []  # drafts before 2020-12
+
+    @staticmethod
+    def _rest(schema: dict[str, Any]) -> Any:
+        if isinstance(schema.get("items"), list):
+            return schema.get("additionalItems")
+        return schema.get("items")
+
+    # -- does a value satisfy schemas? (for enumerations and declared names) ---------------------------------------------
+    def satisfies(self, value: Any, parts: Any, closed: bool = False) -> bool:
+        return parts is not None and all(self.holds(value, schema, pointer, closed) for schema, pointer in parts)
+
+    def holds(self, value: Any, schema: Any, pointer: str, top: bool = False) -> bool:
+        if isinstance(schema, bool):
+            return schema
+        expanded = [(schema, pointer)] if top else self.expand([(schema, pointer)])
+        if expanded is None:
+            return False
+        for part, where in expanded:
+            kind = _kind(value)
+            if "type" in part:
+                given = part["type"] if isinstance(part["type"], list) else [part["type"]]
+                if kind not in given and not (kind == "integer" and "number" in given):
+                    if not (value is None and part.get("nullable") is True):
+                        return False
+            if "const" in part and not _equal(part["const"], value):
+                return False
+            if "enum" in part and not any(_equal(option, value) for option in part["enum"]):
+                return False
+            for key, enough in (("anyOf", lambda n: n >= 1), ("oneOf", lambda n: n == 1)):
+                if key in part:
+                    held = sum(self.holds(value, branch, f"{where}/{key}/{i}") for i, branch in enumerate(part[key]))
+                    if not enough(held):
+                        return False
+            if "not" in part and self.holds(value, part["not"], f"{where}/not"):
+                return False
+            if isinstance(value, str) and not self._string_holds(value, part, where):
+                return False
+            if kind in ("integer", "number") and not self._number_holds(value, part, where):
+                return False
+            if isinstance(value, dict):
+                low, high = self.lengths([(part, where)], "minProperties", "maxProperties")
+                if not low <= len(value) <= (len(value) if high is None else high):
+                    return False
+                if any(name not in value for name in part.get("required", ())):
+                    return False
+                relaxed = [(part, where)]
+                mode, self.options = self.options, replace(self.options, strict_mode=False)
+                try:
+                    if not all(self.holds(item, s, p) for n, item in value.items() for s, p in self.property(relaxed, n)):
+                        return False
+                finally:
+                    self.options = mode
+            if isinstance(value, list):
+                low, high = self.lengths([(part, where)], "minItems", "maxItems")
+                if not low <= len(value) <= (len(value) if high is None else high):
+                    return False
+                prefix, rest = self._prefix(part), self._rest(part)
+                for place, item in enumerate(value):
+                    schema_here = prefix[place] if place < len(prefix) else rest
+                    if schema_here is not None and not self.holds(item, schema_here, f"{where}/items"):
+                        return False
+        return True
+
+    def _string_holds(self, value: str, part: dict[str, Any], where: str) -> bool:
+        low, high = self.lengths([(part, where)], "minLength", "maxLength")
+        if not low <= len(value) <= (len(value) if high is None else high):
+            return False
+        automaton = self.string_automaton([(part, where)], lengths=False)
+        return automaton is None or automaton.matches(_inner(value))
+
+    def _number_holds(self, value: Any, part: dict[str, Any], where: str) -> bool:
+        low, high, divisors = self.bounds([(part, where)])
+        number = Decimal(str(value))
+        if low is not None and (number < low[0] or (low[1] and number == low[0])):
+            return False
+        if high is not None and (number > high[0] or (high[1] and number == high[0])):
+            return False
+        return all(divisor > 0 and number % divisor == 0 for divisor in divisors)
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, (int, float, Decimal)):
+        return "integer" if value == int(value) else "number"
+    return {str: "string", list: "array", dict: "object"}[type(value)]
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """JSON equality: 1 is 1.0, but true is not 1."""
+    if isinstance(first, bool) or isinstance(second, bool):
+        return first is second
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(_equal, first, second))
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
+    return type(first) is type(second) and first == second or (_number(first) and _number(second) and first == second)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
+
+
+def _inner(name: str) -> bytes:
+    """A string as it stands between JSON's quotes."""
+    return json.dumps(name, ensure_ascii=False)[1:-1].encode("utf-8", "surrogatepass")
+
+
+def _escaped(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")
