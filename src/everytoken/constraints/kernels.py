@@ -9,7 +9,7 @@ state of a matcher is a set of stacks. Below a stack's own frames there is
     BELOW     some caller, any caller: after an unknown pop the text goes on at one of the places that can follow the rule
 
 ``walk`` runs a set of stacks over a trie of tokens. Sets are kept by depth, so a prefix shared by many tokens is matched once;
-where a node loops on itself for every byte in a subtree, all its tokens are accepted without a look.
+where a node loops on itself for every byte (or every character) in a subtree, all its tokens are accepted without a look.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def close(
         ``(end, top, lowest)``: the set's new end, the arena's new top, and the least depth of a frame below ``base`` that was
         popped (0 for the bottom), or ``lowest`` if less.
     """
-    _, _, _, _, call_ptr, call_start, call_to, final, node_rule, follow_ptr, follow_to, _ = pda
+    _, _, _, _, call_ptr, call_start, call_to, final, node_rule, follow_ptr, follow_to, _, _ = pda
     i = begin
     while i < end:
         node, parent, below = sn[i], sp[i], sb[i]
@@ -114,8 +114,8 @@ def walk(pda: Any, trie: Any, fn: Any, fp: Any, fd: Any, top: int, sn: Any, sp: 
         ``(accepted, dependent, lowest)``: how many tokens, how many trie nodes, and the least depth of a given frame that was
         popped; ``accepted`` is OVERFLOW if a buffer was too small.
     """
-    byte_of, depth_of, skip, token_ptr, token_ids, subtree, levels = trie
-    loop = pda[11]
+    byte_of, depth_of, skip, token_ptr, token_ids, subtree, characters, levels = trie
+    loop, any_character = pda[11], pda[12]
     ends = np.empty(levels, np.int64)
     begins = np.empty(levels, np.int64)
     tops = np.empty(levels, np.int64)
@@ -132,33 +132,38 @@ def walk(pda: Any, trie: Any, fn: Any, fp: Any, fd: Any, top: int, sn: Any, sp: 
                 return OVERFLOW, 0, 0
             ends[above], tops[above], closed[above] = end, peak, True
         start = ends[above]
-        end = _step(pda, sn, sp, sb, begins[above], start, byte_of[i])
-        if end == OVERFLOW:
-            return OVERFLOW, 0, 0
-        if end == start:
-            i = skip[i]
-            continue
-        known = False
         covered = False
-        for s in range(start, end):
-            if sb[s] == 0:
-                known = True
-                node = sn[s]
+        for p in range(begins[above], start):
+            if sb[p] == 0:
+                node = sn[p]
                 if (
                     loop[node, 0] & subtree[i, 0] == subtree[i, 0]
                     and loop[node, 1] & subtree[i, 1] == subtree[i, 1]
-                    and loop[node, 2] & subtree[i, 2] == subtree[i, 2]
-                    and loop[node, 3] & subtree[i, 3] == subtree[i, 3]
+                    and (
+                        (characters[i] and any_character[node])
+                        or (loop[node, 2] & subtree[i, 2] == subtree[i, 2] and loop[node, 3] & subtree[i, 3] == subtree[i, 3])
+                    )
                 ):
                     covered = True
                     break
         if covered:
             for t in range(token_ptr[i], token_ptr[skip[i]]):
                 words[token_ids[t] >> 5] |= np.uint32(1) << np.uint32(token_ids[t] & 31)
-                accepted += 1
+            accepted += token_ptr[skip[i]] - token_ptr[i]
+            i = skip[i]
+            continue
+        end = _step(pda, sn, sp, sb, begins[above], start, byte_of[i])
+        if end == OVERFLOW:
+            return OVERFLOW, 0, 0
+        if end == start:
             i = skip[i]
             continue
         if token_ptr[i] < token_ptr[i + 1]:
+            known = False
+            for p in range(start, end):
+                if sb[p] == 0:
+                    known = True
+                    break
             if known:
                 for t in range(token_ptr[i], token_ptr[i + 1]):
                     words[token_ids[t] >> 5] |= np.uint32(1) << np.uint32(token_ids[t] & 31)
@@ -297,8 +302,14 @@ def survives(pda: Any, data: Any, fn: Any, fp: Any, fd: Any, top: int, sn: Any, 
 
 
 @njit(cache=True, nogil=True)
-def build_trie(data: Any, offsets: Any, shared: Any, byte_of: Any, depth_of: Any, skip: Any, parent: Any, first: Any, subtree: Any) -> int:
-    """Trie nodes in preorder from sorted distinct byte strings; ``shared[k]`` is the prefix that k has in common with k - 1."""
+def build_trie(
+    data: Any, offsets: Any, shared: Any, byte_of: Any, depth_of: Any, skip: Any, parent: Any, first: Any, subtree: Any, characters: Any
+) -> int:
+    """Trie nodes in preorder from sorted distinct byte strings; ``shared[k]`` is the prefix that k has in common with k - 1.
+
+    ``subtree`` receives the bytes of a node and of all below it, ``characters`` whether they are UTF-8 (the last character may
+    be unfinished) when a character starts at the node.
+    """
     path = np.empty(1 << 16, np.int64)
     count = 0
     for k in range(offsets.shape[0] - 1):
@@ -311,17 +322,157 @@ def build_trie(data: Any, offsets: Any, shared: Any, byte_of: Any, depth_of: Any
             path[place] = count
             count += 1
         first[path[length - 1]] = k
+    sound = np.ones((count, 8), np.bool_)  # by the state of a UTF-8 decoder before the node's byte
     for i in range(count - 1, -1, -1):
         j = i + 1
         while j < count and depth_of[j] > depth_of[i]:
             j = skip[j]
         skip[i] = j
+        byte = byte_of[i]
+        subtree[i, byte >> 6] |= np.uint64(1) << np.uint64(byte & 63)
+        for state in range(8):
+            after = _utf8(state, byte)
+            good = after >= 0
+            j = i + 1
+            while good and j < skip[i]:
+                good = sound[j, after]
+                j = skip[j]
+            sound[i, state] = good
+        characters[i] = sound[i, 0]
         p = parent[i]
         if p >= 0:
             for w in range(4):
                 subtree[p, w] |= subtree[i, w]
-            subtree[p, byte_of[i] >> 6] |= np.uint64(1) << np.uint64(byte_of[i] & 63)
     return count
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _utf8(state: int, byte: int) -> int:
+    """UTF-8's decoder: 0 between characters; 1, 2, 3 bytes to come; 4 to 7 the same with a restricted next byte. -1: invalid."""
+    if state == 0:
+        if byte < 0x80:
+            return 0
+        if 0xC2 <= byte <= 0xDF:
+            return 1
+        if byte == 0xE0:
+            return 4
+        if byte == 0xED:
+            return 5
+        if 0xE1 <= byte <= 0xEF:
+            return 2
+        if byte == 0xF0:
+            return 6
+        if byte == 0xF4:
+            return 7
+        return 3 if 0xF1 <= byte <= 0xF3 else -1
+    if byte < 0x80 or byte > 0xBF:
+        return -1
+    if state <= 3:
+        return state - 1
+    if state == 4:
+        return 1 if byte >= 0xA0 else -1
+    if state == 5:
+        return 1 if byte <= 0x9F else -1
+    if state == 6:
+        return 2 if byte >= 0x90 else -1
+    return 2 if byte <= 0x8F else -1
+
+
+@njit(cache=True, nogil=True)
+def character_loops(edge_ptr: Any, edge_lo: Any, edge_hi: Any, edge_to: Any, output: Any) -> None:
+    """Marks nodes from which every non-ASCII character leads back to the node itself (and to nothing else)."""
+    place = np.empty(8, np.int64)
+    for node in range(output.shape[0]):
+        place[:] = -1
+        place[0] = node
+        good = edge_ptr[node + 1] > edge_ptr[node]
+        for state in (0, 3, 6, 7, 2, 4, 5, 1):  # each is entered before it is left
+            if not good:
+                break
+            if place[state] < 0:
+                good = False
+                break
+            here = place[state]
+            for byte in range(0x80, 0x100):
+                after = _utf8(state, byte)
+                if after < 0:
+                    continue
+                found = -1
+                for e in range(edge_ptr[here], edge_ptr[here + 1]):
+                    if edge_lo[e] <= byte and byte <= edge_hi[e]:
+                        if found >= 0:
+                            found = -2
+                            break
+                        found = edge_to[e]
+                if found < 0 or (place[after] >= 0 and place[after] != found):
+                    good = False
+                    break
+                place[after] = found
+        output[node] = good
+
+
+@njit(cache=True, nogil=True)
+def extract(nodes: Any, parent: Any, byte_of: Any, depth_of: Any, skip: Any, token_ptr: Any, token_ids: Any) -> Any:
+    """The trie of the tokens at some nodes alone: ``(byte, depth, skip, token_ptr, token_ids, levels)``."""
+    room = 0
+    last = -1
+    for k in range(nodes.shape[0]):  # an upper bound, then the nodes themselves: ancestors not listed yet, then the node
+        i = nodes[k]
+        while i > last:
+            room += 1
+            i = parent[i]
+        last = nodes[k]
+    kept = np.empty(room, np.int64)
+    ends = np.zeros(room, np.bool_)
+    count, total = 0, 0
+    for k in range(nodes.shape[0]):
+        i = nodes[k]
+        start = count
+        known = kept[count - 1] if count else -1
+        while i > known:
+            kept[count] = i
+            count += 1
+            i = parent[i]
+        for a in range((count - start) // 2):
+            kept[start + a], kept[count - 1 - a] = kept[count - 1 - a], kept[start + a]
+        ends[count - 1] = True
+        total += token_ptr[nodes[k] + 1] - token_ptr[nodes[k]]
+    new_byte, new_depth = np.empty(count, np.uint8), np.empty(count, np.int32)
+    new_skip, new_ptr = np.empty(count, np.int32), np.zeros(count + 1, np.int32)
+    new_ids = np.empty(total, np.int32)
+    size, levels = 0, 1
+    for a in range(count):
+        i = kept[a]
+        new_byte[a], new_depth[a] = byte_of[i], depth_of[i]
+        levels = max(levels, depth_of[i] + 1)
+        if ends[a]:
+            for t in range(token_ptr[i], token_ptr[i + 1]):
+                new_ids[size] = token_ids[t]
+                size += 1
+        new_ptr[a + 1] = size
+    for a in range(count - 1, -1, -1):
+        b = a + 1
+        while b < count and new_depth[b] > new_depth[a]:
+            b = new_skip[b]
+        new_skip[a] = b
+    return new_byte, new_depth, new_skip, new_ptr, new_ids, levels
+
+
+@njit(cache=True, nogil=True)
+def members(bits: Any, size: int, wanted: int, count: int) -> Any:
+    """The ids below ``size`` whose bit is ``wanted`` (there are ``count``)."""
+    output = np.empty(count, np.int32)
+    place = 0
+    for word in range(bits.shape[0]):
+        value = bits[word] if wanted else ~bits[word]
+        if value == 0:
+            continue
+        for bit in range(32):
+            index = 32 * word + bit
+            if index < size and (value >> np.uint32(bit)) & np.uint32(1):
+                output[place] = index
+                place += 1
+    return output
 
 
 @njit(cache=True, nogil=True)
@@ -331,7 +482,7 @@ def lookahead_classes(pda: Any, rounds: int) -> Any:
     Long counted repetitions are chains of nodes that differ only in how far the end is: all that are further from it than the
     longest token share one mask.
     """
-    edge_ptr, edge_lo, edge_hi, edge_to, call_ptr, call_start, call_to, final, node_rule, _, _, _ = pda
+    edge_ptr, edge_lo, edge_hi, edge_to, call_ptr, call_start, call_to, final, node_rule, _, _, _, _ = pda
     count = final.shape[0]
     value = np.empty(count, np.uint64)
     fresh = np.empty(count, np.uint64)

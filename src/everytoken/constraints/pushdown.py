@@ -14,10 +14,10 @@ from .grammar.grammar import Grammar, rule_automata
 
 _FIELDS = (
     "edge_ptr", "edge_lo", "edge_hi", "edge_to", "call_ptr", "call_start", "call_to", "final", "node_rule", "follow_ptr",
-    "follow_to", "loop",
+    "follow_to", "loop", "any_character",
 )  # fmt: skip
 _TYPES = (
-    np.int32, np.uint8, np.uint8, np.int32, np.int32, np.int32, np.int32, np.uint8, np.int32, np.int32, np.int32, np.uint64,
+    np.int32, np.uint8, np.uint8, np.int32, np.int32, np.int32, np.int32, np.uint8, np.int32, np.int32, np.int32, np.uint64, np.bool_,
 )  # fmt: skip
 
 
@@ -27,9 +27,10 @@ class Pushdown:
 
     Attributes:
         tables: ``(edge_ptr, edge_lo, edge_hi, edge_to, call_ptr, call_start, call_to, final, node_rule, follow_ptr,
-            follow_to, loop)``. Edges and calls of node n lie at ``ptr[n] .. ptr[n + 1]``; a call's ``call_to`` is -1 where
+            follow_to, loop, any_character)``. Edges and calls of node n lie at ``ptr[n] .. ptr[n + 1]``; a call's ``call_to`` is -1 where
             nothing is left to do on return (a tail call); ``follow`` lists the nodes at which the text can go on after a rule;
-            ``loop`` are the 256 bits of bytes that lead from a node to itself.
+            ``loop`` are the 256 bits of bytes that lead from a node to itself,
+            and ``any_character`` says whether every non-ASCII character does.
         rules: names, by number.
     """
 
@@ -38,11 +39,13 @@ class Pushdown:
 
     @property
     def size(self) -> int:
-        return len(self.tables[7])
+        return len(self.tables[7])  # final
 
     @classmethod
     def from_grammar(cls, grammar: Grammar) -> Pushdown:
         """Compiles; see ``rule_automata`` for what it raises."""
+        from .kernels import character_loops
+
         automata = rule_automata(grammar)
         starts, total = {}, 0
         for name, automaton in automata.items():
@@ -77,9 +80,13 @@ class Pushdown:
                 loop[to, word] |= np.uint64(bits >> (64 * word) & 0xFFFFFFFFFFFFFFFF)
         follow_ptr = np.cumsum([0, *(len(following[name]) for name in names)]).astype(np.int32)
         follow_to = np.array([node for name in names for node in following[name]], np.int32)
+        lows, highs, targets = table[:, 0].astype(np.uint8), table[:, 1].astype(np.uint8), table[:, 2].astype(np.int32)
+        any_character = np.zeros(total, np.bool_)
+        character_loops(edge_ptr, lows, highs, targets, any_character)
         tables = (
-            edge_ptr, table[:, 0].astype(np.uint8), table[:, 1].astype(np.uint8), table[:, 2].astype(np.int32), call_ptr,
+            edge_ptr, lows, highs, targets, call_ptr,
             np.ascontiguousarray(called[:, 0]), np.ascontiguousarray(called[:, 1]), final, node_rule, follow_ptr, follow_to, loop,
+            any_character,
         )  # fmt: skip
         return cls(tables, names)
 
@@ -103,7 +110,7 @@ class Pushdown:
                 np.frombuffer(base64.b64decode(content[name], validate=True), kind).copy()
                 for name, kind in zip(_FIELDS, _TYPES, strict=True)
             ]
-            arrays[-1] = arrays[-1].reshape(-1, 4)
+            arrays[-2] = arrays[-2].reshape(-1, 4)
             result = cls(tuple(arrays), list(content["rules"]))
             result.check()
             return result
@@ -112,12 +119,12 @@ class Pushdown:
 
     def check(self) -> None:
         """Raises ValueError unless all tables fit together (the kernels do not check bounds)."""
-        edge_ptr, edge_lo, edge_hi, edge_to, call_ptr, call_start, call_to, _, node_rule, follow_ptr, follow_to, loop = self.tables
+        edge_ptr, edge_lo, edge_hi, edge_to, call_ptr, call_start, call_to, _, node_rule, follow_ptr, follow_to, loop, characters = self.tables
         size = self.size
         sound = (
             size > 0
             and len(edge_ptr) == len(call_ptr) == size + 1
-            and len(node_rule) == len(loop) == size
+            and len(node_rule) == len(loop) == len(characters) == size
             and len(follow_ptr) == len(self.rules) + 1
             and all(
                 pointer[0] == 0 and (np.diff(pointer) >= 0).all() and pointer[-1] == len(target) and len(other) == len(target)

@@ -15,8 +15,8 @@ import numpy as np
 
 from ..core.errors import BadInputError
 
-Trie = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]
-"""``(byte, depth, skip, token_ptr, token_ids, subtree bytes, levels)``, nodes in preorder."""
+Trie = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]
+"""``(byte, depth, skip, token_ptr, token_ids, subtree bytes, UTF-8 or not, levels)``, nodes in preorder."""
 
 
 class TokenizerInfo:
@@ -134,38 +134,24 @@ class TokenizerInfo:
         room = int(sum(map(len, distinct)) - shared.sum())
         byte_of, depth_of = np.zeros(room, np.uint8), np.zeros(room, np.int32)
         skip, parent, first = (np.zeros(room, np.int32) for _ in range(3))
-        subtree = np.zeros((room, 4), np.uint64)
-        build_trie(data, offsets, shared, byte_of, depth_of, skip, parent, first, subtree)
+        subtree, characters = np.zeros((room, 4), np.uint64), np.zeros(room, np.bool_)
+        build_trie(data, offsets, shared, byte_of, depth_of, skip, parent, first, subtree, characters)
         self._parent = parent
         counts = np.zeros(room + 1, np.int64)
         sizes = np.diff([*starts, len(ids)])
         counts[1:][first >= 0] = sizes[first[first >= 0]]
         token_ptr = np.cumsum(counts).astype(np.int32)
-        return byte_of, depth_of, skip, token_ptr, np.array(ids, np.int32), subtree, int(depth_of.max()) + 1
+        return byte_of, depth_of, skip, token_ptr, np.array(ids, np.int32), subtree, characters, int(depth_of.max()) + 1
 
     def part(self, nodes: np.ndarray) -> Trie:
         """The trie of the tokens at some of its nodes (in preorder) alone."""
-        byte_of, depth_of, _, token_ptr, token_ids, _, _ = self.trie
-        parents = self._parent
-        wanted = np.zeros(len(byte_of), np.bool_)
-        level = nodes
-        while level.size:
-            level = level[~wanted[level]]
-            wanted[level] = True
-            level = parents[level]
-            level = np.unique(level[level >= 0])
-        kept = np.flatnonzero(wanted)
-        depth = depth_of[kept]
-        ends = np.zeros(len(byte_of), np.bool_)
-        ends[nodes] = True
-        sizes = np.where(ends[kept], token_ptr[kept + 1] - token_ptr[kept], 0)
-        pointers = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
-        starts = np.repeat(token_ptr[kept] - pointers[:-1], sizes)
-        ids = token_ids[np.arange(pointers[-1]) + starts]
-        original_skip = self.trie[2][kept]
-        skip = np.searchsorted(kept, original_skip).astype(np.int32)
-        full = np.full((len(kept), 4), np.uint64(0xFFFFFFFFFFFFFFFF))  # few nodes: no short cuts
-        return byte_of[kept], depth, skip, pointers, ids.astype(np.int32), full, int(depth.max()) + 1
+        from .kernels import extract
+
+        byte_of, depth_of, skip, token_ptr, token_ids, *_ = self.trie
+        *arrays, levels = extract(nodes, self._parent, byte_of, depth_of, skip, token_ptr, token_ids)
+        size = len(arrays[0])
+        full = np.full((size, 4), np.uint64(0xFFFFFFFFFFFFFFFF))  # few nodes: no short cuts
+        return (*arrays, full, np.zeros(size, np.bool_), int(levels))
 
     def __repr__(self) -> str:
         return f"TokenizerInfo({self.vocab_size} tokens, stop tokens {self.stop_token_ids})"

@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import OrderedDict
+import time
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -40,7 +41,9 @@ from .vocabulary import TokenizerInfo, Trie
 MAX_STACKS = 1 << 18
 """A state set, with what it reaches without reading, may hold so many stacks; more means a hopelessly ambiguous grammar."""
 MEMO = 2048
-"""Masks remembered for each automaton entry, and for each family of matchers."""
+"""Masks remembered for each automaton entry, and for states."""
+RENEW_FRAMES, RENEW_STATES = 1 << 20, 1 << 15
+"""New matchers get fresh buffers once the shared ones have grown to this size."""
 
 
 @dataclass
@@ -53,25 +56,31 @@ class TokenSet:
 
     @classmethod
     def from_bits(cls, bits: np.ndarray, accepted: int, vocab_size: int) -> TokenSet:
-        words = len(bits)
-        if accepted <= words:
-            return cls("accepted", np.flatnonzero(_to_bool(bits)[:vocab_size]).astype(np.int32), vocab_size)
-        if vocab_size - accepted <= words:
-            return cls("rejected", np.flatnonzero(~_to_bool(bits)[:vocab_size]).astype(np.int32), vocab_size)
+        from .kernels import members
+
+        if accepted <= len(bits):
+            return cls("accepted", members(bits, vocab_size, 1, accepted), vocab_size)
+        if vocab_size - accepted <= len(bits):
+            return cls("rejected", members(bits, vocab_size, 0, vocab_size - accepted), vocab_size)
         return cls("bits", bits, vocab_size)
 
     def bits(self) -> np.ndarray:
         """``[W]`` uint32; a fresh array unless stored as bits."""
         if self.kind == "bits":
             return self.data
-        chosen = np.zeros(((self.size + 31) // 32) * 32, np.bool_)
-        chosen[: self.size] = self.kind == "rejected"
-        chosen[self.data] = self.kind == "accepted"
-        return np.packbits(chosen, bitorder="little").view(np.uint32)
+        words = np.zeros((self.size + 31) // 32, np.uint32)
+        if self.kind == "accepted":
+            np.bitwise_or.at(words, self.data >> 5, np.uint32(1) << (self.data & 31).astype(np.uint32))
+            return words
+        words[:] = 0xFFFFFFFF
+        if self.size % 32:
+            words[-1] = (1 << (self.size % 32)) - 1
+        np.bitwise_and.at(words, self.data >> 5, ~(np.uint32(1) << (self.data & 31).astype(np.uint32)))
+        return words
 
 
-def _to_bool(bits: np.ndarray) -> np.ndarray:
-    return np.unpackbits(bits.view(np.uint8), bitorder="little").view(np.bool_)
+_BIT = np.left_shift(np.uint32(1), np.arange(32, dtype=np.uint32)).view(np.int32)
+_NO_BYTES = np.zeros(0, np.uint8)
 
 
 class _Entry:
@@ -83,8 +92,21 @@ class _Entry:
         self.depths: list[int] = []
 
 
+class _State:
+    """A set of stacks, and what has been found out about it: together, states are a lazily built deterministic automaton."""
+
+    __slots__ = ("ending", "mask", "moves", "restricted", "stacks")
+
+    def __init__(self, stacks: tuple[int, ...]):
+        self.stacks = stacks  # (node, frame, node, frame, ...), sorted
+        self.mask: np.ndarray | None = None
+        self.restricted = True
+        self.ending: bool | None = None
+        self.moves: dict[int, _State] = {}
+
+
 class _Arena:
-    """Frames and buffers of a family of matchers (a matcher and its forks)."""
+    """Frames, states and buffers that all matchers of a grammar share: what one has seen, the next one knows."""
 
     def __init__(self, room: int = 1 << 12):
         self.fn, self.fp, self.fd = (np.zeros(room, np.int32) for _ in range(3))
@@ -93,8 +115,22 @@ class _Arena:
         self.sb = np.zeros(1 << 12, np.uint8)
         self.top = 0
         self.lock = threading.RLock()
-        self.masks: OrderedDict[tuple[int, ...], tuple[np.ndarray, bool]] = OrderedDict()
-        self.endings: dict[tuple[int, ...], bool] = {}
+        self.states: dict[tuple[int, ...], _State] = {}
+        self.masked: deque[_State] = deque()
+        self.moves = 0
+
+    @property
+    def full(self) -> bool:
+        return self.top > RENEW_FRAMES or len(self.states) > RENEW_STATES or self.moves > 8 * RENEW_STATES
+
+    def state(self, stacks: tuple[int, ...]) -> _State:
+        return self.states.setdefault(stacks, _State(stacks)) if stacks not in self.states else self.states[stacks]
+
+    def remember(self, state: _State, mask: np.ndarray, restricted: bool) -> None:
+        state.mask, state.restricted = mask, restricted
+        self.masked.append(state)
+        if len(self.masked) > MEMO:
+            self.masked.popleft().mask = None
 
     def load(self, state: tuple[int, ...]) -> int:
         count = len(state) // 2
@@ -151,6 +187,14 @@ class CompiledGrammar:
         self._entries: dict[int, _Entry] = {}
         self._lock = threading.Lock()
         self._scratch = threading.local()
+        self._shared = _Arena()
+
+    def arena(self) -> _Arena:
+        """The buffers for a new matcher."""
+        with self._lock:
+            if self._shared.full:
+                self._shared = _Arena()
+            return self._shared
 
     # -- entries ---------------------------------------------------------------------------------------------------------
     def entry(self, node: int) -> _Entry:
@@ -230,18 +274,17 @@ class CompiledGrammar:
             parent = arena.fp.item(parent)
         return tuple(key)
 
-    def warm(self, threads: int = 1) -> CompiledGrammar:
-        """Computes the entries of all nodes now (they are otherwise made when first met); returns itself."""
-        nodes = list({group: node for node, group in enumerate(self.classes)}.values())
-        if threads <= 1:
-            for node in nodes:
-                self.entry(node)
-        else:
-            from concurrent.futures import ThreadPoolExecutor
+    def warm(self, seconds: float | None = None) -> CompiledGrammar:
+        """Computes the entries of nodes now that are otherwise made when first met; returns itself.
 
-            self.tokenizer_info.trie  # noqa: B018  built once, before the threads need it
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(self.entry, nodes))
+        Args:
+            seconds: stop after so long; None computes all.
+        """
+        began = time.perf_counter()
+        for node in {group: node for node, group in enumerate(self.classes)}.values():
+            self.entry(node)
+            if seconds is not None and time.perf_counter() - began > seconds:
+                break
         return self
 
     @property
@@ -283,10 +326,11 @@ class GrammarCompiler:
     Args:
         tokenizer_info: the vocabulary.
         cache_limit: grammars to remember; 0 remembers none.
+        warm_seconds: time to spend on masks ahead, for each grammar; what is left is computed when it is first needed.
     """
 
-    def __init__(self, tokenizer_info: TokenizerInfo, cache_limit: int = 256):
-        self.tokenizer_info, self.cache_limit = tokenizer_info, cache_limit
+    def __init__(self, tokenizer_info: TokenizerInfo, cache_limit: int = 256, warm_seconds: float = 0.1):
+        self.tokenizer_info, self.cache_limit, self.warm_seconds = tokenizer_info, cache_limit, warm_seconds
         self._cache: OrderedDict[Any, CompiledGrammar] = OrderedDict()
         self._busy: dict[Any, threading.Lock] = {}
         self._lock = threading.Lock()
@@ -302,7 +346,7 @@ class GrammarCompiler:
                 if key in self._cache:
                     return self._cache[key]
             try:
-                compiled = CompiledGrammar(Pushdown.from_grammar(make()), self.tokenizer_info)
+                compiled = self._compile(make())
                 with self._lock:
                     if self.cache_limit:
                         self._cache[key] = compiled
@@ -313,10 +357,13 @@ class GrammarCompiler:
                     self._busy.pop(key, None)
             return compiled
 
+    def _compile(self, grammar: Grammar) -> CompiledGrammar:
+        return CompiledGrammar(Pushdown.from_grammar(grammar), self.tokenizer_info).warm(self.warm_seconds)
+
     def compile_grammar(self, grammar: Grammar | str, root_rule_name: str = "root") -> CompiledGrammar:
         """From a ``Grammar`` or EBNF text."""
         if isinstance(grammar, Grammar):
-            return CompiledGrammar(Pushdown.from_grammar(grammar), self.tokenizer_info)
+            return self._compile(grammar)
         return self._cached(("ebnf", grammar, root_rule_name), lambda: Grammar.from_ebnf(grammar, root_rule_name))
 
     def compile_regex(self, pattern: str) -> CompiledGrammar:
@@ -352,7 +399,7 @@ class _Step:
 
     __slots__ = ("previous", "state", "stopped")
 
-    def __init__(self, state: tuple[int, ...], stopped: bool, previous: _Step | None):
+    def __init__(self, state: _State, stopped: bool, previous: _Step | None):
         self.state, self.stopped, self.previous = state, stopped, previous
 
 
@@ -364,7 +411,7 @@ class GrammarMatcher:
         override_stop_tokens: tokens that end the text, instead of the vocabulary's.
         terminate_without_stop_token: the text counts as finished as soon as it may end.
 
-    A matcher is for one thread at a time; ``fork`` gives independent ones that share what they can.
+    A matcher is for one thread at a time; different ones, forks included, may run in different threads.
     """
 
     START: ClassVar[tuple[int, ...]] = (0, -1)
@@ -377,38 +424,33 @@ class GrammarMatcher:
         self.compiled = compiled
         info = compiled.tokenizer_info
         self.stop_token_ids = list(info.stop_token_ids if override_stop_tokens is None else override_stop_tokens)
+        for token in self.stop_token_ids:
+            if not 0 <= token < info.vocab_size:
+                raise BadInputError(f"The stop token {token} is outside the vocabulary of {info.vocab_size} tokens.")
         self.terminate_without_stop_token = terminate_without_stop_token
         if not self.stop_token_ids and not terminate_without_stop_token:
             raise BadInputError(
                 "There is no stop token: the text could never end.",
                 "Give TokenizerInfo stop_token_ids, or set terminate_without_stop_token=True.",
             )
-        self._arena = _Arena()
-        self._step = _Step(self.START, False, None)
+        self.reset()
 
     # -- what may come next ----------------------------------------------------------------------------------------------
-    def _mask(self) -> tuple[np.ndarray, bool]:
-        """``(words, whether anything is forbidden)`` of the state."""
-        arena, state = self._arena, self._step.state
-        found = arena.masks.get(state)
-        if found is not None:
-            return found
+    def _mask(self, state: _State) -> np.ndarray:
+        """``[W]`` int32: the tokens that go on with the text (stop tokens aside)."""
+        if state.mask is not None:
+            return state.mask
+        arena, stacks = self._arena, state.stacks
         with arena.lock:
-            if len(state) == 2:
-                words = self.compiled.stack_mask(arena, state[0], state[1])
-            else:
-                words = self.compiled.stack_mask(arena, state[0], state[1]).copy()
-                for place in range(2, len(state), 2):
-                    words |= self.compiled.stack_mask(arena, state[place], state[place + 1])
-            if self._can_end(state) and self.stop_token_ids:
+            words = self.compiled.stack_mask(arena, stacks[0], stacks[1])
+            if len(stacks) > 2:
                 words = words.copy()
-                for token in self.stop_token_ids:
-                    words[token >> 5] |= np.uint32(1 << (token & 31))
+                for place in range(2, len(stacks), 2):
+                    words |= self.compiled.stack_mask(arena, stacks[place], stacks[place + 1])
             restricted = int(np.bitwise_count(words).sum()) < self.compiled.tokenizer_info.vocab_size
-            if len(arena.masks) >= MEMO:
-                arena.masks.popitem(last=False)
-            found = arena.masks[state] = (words.view(np.int32), restricted)
-        return found
+            mask = words.view(np.int32)
+            arena.remember(state, mask, restricted)
+        return mask
 
     def fill_next_token_bitmask(self, bitmask: Any, index: int = 0) -> bool:
         """Writes the allowed tokens into a row of an int32 bitmask (torch on the CPU, or numpy).
@@ -419,20 +461,27 @@ class GrammarMatcher:
         Raises:
             BadInputError: the text is finished already, or the bitmask has the wrong shape or type.
         """
-        if self.is_terminated():
+        step = self._step
+        state = step.state
+        if step.stopped or (self.terminate_without_stop_token and self._can_end(state)):
             raise BadInputError("The text is finished; there is no next token.", "Check is_terminated() first, or reset().")
-        words, restricted = self._mask()
+        words = state.mask if state.mask is not None else self._mask(state)
         rows = bitmask if isinstance(bitmask, np.ndarray) else self._numpy(bitmask)
         row = rows[index] if rows.ndim == 2 else rows
-        if row.dtype != np.int32 or len(row) < len(words):
+        size = len(words)
+        if row.dtype != np.int32 or len(row) < size:
             raise BadInputError(
-                f"The bitmask has {len(row)} words of {row.dtype}; {len(words)} of int32 are needed.",
+                f"The bitmask has {len(row)} words of {row.dtype}; {size} of int32 are needed.",
                 "Allocate it with allocate_token_bitmask(batch_size, tokenizer_info.vocab_size).",
             )
-        row[: len(words)] = words
-        if len(row) > len(words):
-            row[len(words) :] = 0
-        return restricted
+        if len(row) == size:
+            row[:] = words
+        else:
+            row[:size], row[size:] = words, 0
+        if self.stop_token_ids and self._can_end(state):
+            for token in self.stop_token_ids:
+                row[token >> 5] |= _BIT[token & 31]
+        return state.restricted
 
     @staticmethod
     def _numpy(bitmask: Any) -> np.ndarray:
@@ -445,7 +494,9 @@ class GrammarMatcher:
         """Ids of the tokens that may come next."""
         if self.is_terminated():
             return np.zeros(0, np.int64)
-        return np.flatnonzero(_to_bool(self._mask()[0])[: self.compiled.tokenizer_info.vocab_size])
+        row = np.zeros(self.compiled.tokenizer_info.words, np.int32)
+        self.fill_next_token_bitmask(row)
+        return np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")[: self.compiled.tokenizer_info.vocab_size])
 
     def accepts(self, token_id: int) -> bool:
         """Whether a token may come next; far cheaper than a mask the first time, and nothing is kept."""
@@ -455,12 +506,12 @@ class GrammarMatcher:
             return False
         if token_id in self.stop_token_ids:
             return self._can_end(state)
-        known = self._arena.masks.get(state)
-        if known is not None:
-            return bool(known[0].item(token_id >> 5) >> (token_id & 31) & 1)
-        if token_id >= len(info.arrays) or not len(info.arrays[token_id]):
-            return False
-        return self._survives(info.arrays[token_id]) == len(info.arrays[token_id])
+        if state.mask is not None:
+            return bool(state.mask.item(token_id >> 5) >> (token_id & 31) & 1)
+        if token_id in state.moves:
+            return True
+        data = info.arrays[token_id] if token_id < len(info.arrays) else _NO_BYTES
+        return len(data) > 0 and self._survives(data) == len(data)
 
     def _survives(self, data: np.ndarray) -> int:
         from .kernels import OVERFLOW, survives
@@ -468,30 +519,26 @@ class GrammarMatcher:
         arena = self._arena
         with arena.lock:
             while True:
-                count = arena.load(self._step.state)
+                count = arena.load(self._step.state.stacks)
                 read = survives(self.compiled.pushdown.tables, data, *arena.frames, arena.sn, arena.sp, arena.sb, count)
                 if read != OVERFLOW:
                     return int(read)
                 arena.grow()
 
-    def _can_end(self, state: tuple[int, ...]) -> bool:
-        from .kernels import OVERFLOW, can_end
+    def _can_end(self, state: _State) -> bool:
+        if state.ending is None:
+            from .kernels import OVERFLOW, can_end
 
-        arena = self._arena
-        known = arena.endings.get(state)
-        if known is None:
+            arena = self._arena
             with arena.lock:
-                while (
-                    result := can_end(
-                        self.compiled.pushdown.tables, *arena.frames, arena.sn, arena.sp, arena.sb, arena.load(state)
-                    )
-                ) == OVERFLOW:
+                while True:
+                    count = arena.load(state.stacks)
+                    result = can_end(self.compiled.pushdown.tables, *arena.frames, arena.sn, arena.sp, arena.sb, count)
+                    if result != OVERFLOW:
+                        break
                     arena.grow()
-            known = result == 1
-            if len(arena.endings) >= 4 * MEMO:
-                arena.endings.clear()
-            arena.endings[state] = known
-        return known
+            state.ending = result == 1
+        return state.ending
 
     def can_end(self) -> bool:
         """Whether the text so far is a complete one."""
@@ -501,49 +548,68 @@ class GrammarMatcher:
     def accept_token(self, token_id: int) -> bool:
         """Moves on; False (and no change) if the token is not allowed."""
         token_id = int(token_id)
-        info = self.compiled.tokenizer_info
-        if self.is_terminated() or not 0 <= token_id < info.vocab_size:
+        step = self._step
+        state = step.state
+        if step.stopped or (self.terminate_without_stop_token and self._can_end(state)):
             return False
-        if token_id in self.stop_token_ids:
-            if not self._can_end(self._step.state):
+        following = state.moves.get(token_id)
+        if following is None:
+            info = self.compiled.tokenizer_info
+            if token_id in self.stop_token_ids:
+                if not self._can_end(state):
+                    return False
+                self._step = _Step(state, True, step)
+                return True
+            if not 0 <= token_id < len(info.arrays) or not len(info.arrays[token_id]):
                 return False
-            self._step = _Step(self._step.state, True, self._step)
-            return True
-        if token_id >= len(info.arrays) or not len(info.arrays[token_id]):
-            return False
-        return self._read(info.arrays[token_id])
+            following = self._read(state, info.arrays[token_id])
+            if following is None:
+                return False
+            state.moves[token_id] = following
+            self._arena.moves += 1
+        elif token_id in self.stop_token_ids:
+            return self._can_end(state) and self._stop(step)
+        self._step = _Step(following, False, step)
+        return True
+
+    def _stop(self, step: _Step) -> bool:
+        self._step = _Step(step.state, True, step)
+        return True
 
     def accept_string(self, text: str | bytes) -> bool:
         """Moves over a text (one step for ``rollback``); False (and no change) if it is not allowed."""
         data = text.encode("utf-8") if isinstance(text, str) else bytes(text)
-        if self.is_terminated() and data:
+        if not data:
+            return True
+        if self.is_terminated():
             return False
-        return self._read(np.frombuffer(data, np.uint8)) if data else True
+        following = self._read(self._step.state, np.frombuffer(data, np.uint8))
+        if following is None:
+            return False
+        self._step = _Step(following, False, self._step)
+        return True
 
-    def _read(self, data: np.ndarray) -> bool:
+    def _read(self, state: _State, data: np.ndarray) -> _State | None:
         from .kernels import OVERFLOW, advance
 
         arena = self._arena
-        state = self._step.state
         with arena.lock:
             arena.ensure()
             while True:
-                count, top, read = advance(
-                    self.compiled.pushdown.tables, data, *arena.frames, arena.table, arena.sn, arena.sp, arena.sb, arena.load(state)
-                )
+                count, top, _ = advance(
+                    self.compiled.pushdown.tables, data, *arena.frames, arena.table, arena.sn, arena.sp, arena.sb,
+                    arena.load(state.stacks),
+                )  # fmt: skip
                 arena.top = int(top)
                 if count != OVERFLOW:
                     break
                 arena.grow()
             if count == 0:
-                return False
+                return None
             if count == 1:
-                fresh: tuple[int, ...] = (arena.sn.item(0), arena.sp.item(0))
-            else:
-                order = np.lexsort((arena.sp[:count], arena.sn[:count]))  # a set has one name
-                fresh = tuple(np.stack([arena.sn[order], arena.sp[order]], 1).reshape(-1).tolist())
-        self._step = _Step(fresh, False, self._step)
-        return True
+                return arena.state((arena.sn.item(0), arena.sp.item(0)))
+            order = np.lexsort((arena.sp[:count], arena.sn[:count]))  # a set has one name
+            return arena.state(tuple(np.stack([arena.sn[order], arena.sp[order]], 1).reshape(-1).tolist()))
 
     def longest_prefix(self, text: str | bytes) -> int:
         """How many bytes of a text could be accepted from here."""
@@ -564,9 +630,9 @@ class GrammarMatcher:
         self._step = step
 
     def reset(self) -> None:
-        """Back to the start (and to fresh buffers)."""
-        self._arena = _Arena()
-        self._step = _Step(self.START, False, None)
+        """Back to the start."""
+        self._arena = self.compiled.arena()
+        self._step = _Step(self._arena.state(self.START), False, None)
 
     def fork(self) -> GrammarMatcher:
         """An independent matcher in the same state; costs the same however long the text is."""
@@ -590,7 +656,7 @@ class GrammarMatcher:
         output = np.zeros(4096, np.uint8)
         with arena.lock:
             while True:
-                count = arena.load(self._step.state)
+                count = arena.load(self._step.state.stacks)
                 size = forced(self.compiled.pushdown.tables, *arena.frames, arena.sn, arena.sp, arena.sb, count, output)
                 if size != OVERFLOW:
                     break

@@ -172,9 +172,9 @@ class _Converter:
         self.names: dict[tuple[frozenset[Member], int], str] = {}
         self.pending: list[tuple[str, frozenset[Member], int]] = []
         self.rules: dict[str, Any] = {}
-        self.ids: dict[str, tuple[Any, str]] | None = None
         self.warned: set[str] = set()
         self.flat: dict[int, tuple[int, ...]] = {}
+        self._collect_resources()
 
     # -- bookkeeping -----------------------------------------------------------------------------------------------------
     def fail(self, pointer: str, message: str, hint: str | None = None) -> Any:
@@ -270,31 +270,28 @@ class _Converter:
         members: dict[int, None] = {index: None}
         if isinstance(schema, dict):
             if "$ref" in schema:
-                target, where = self.resolve(schema["$ref"], pointer)
+                target, where = self.resolve(schema["$ref"], schema, pointer)
                 members |= dict.fromkeys(self.flatten(self.number(target, where), (*path, index)))
             for place, part in enumerate(schema.get("allOf", ())):
                 members |= dict.fromkeys(self.flatten(self.number(part, f"{pointer}/allOf/{place}"), (*path, index)))
         self.flat[index] = tuple(members)
         return self.flat[index]
 
-    def resolve(self, reference: str, pointer: str) -> tuple[Any, str]:
-        base, hash_sign, fragment = reference.partition("#")
-        if self.ids is None:
-            self.ids = {}
-            self._collect_ids(self.document)
-        target, where = self.document, "#"
-        if base:
-            known = self.ids.get(base) or next((v for k, v in self.ids.items() if k.rsplit("/", 1)[-1] == base), None)
-            if known is None:
-                self.fail(pointer, f"$ref {reference!r} leads outside the document.", "Copy the schema under $defs and refer to that.")
-            assert known is not None
-            target, where = known
-        if fragment and not fragment.startswith("/"):
-            if f"#{fragment}" not in self.ids:
-                self.fail(pointer, f"$ref {reference!r}: there is no such anchor.", "Check its spelling.")
-            return self.ids[f"#{fragment}"]
-        from urllib.parse import unquote
+    def resolve(self, reference: str, schema: dict[str, Any], pointer: str) -> tuple[Any, str]:
+        """The schema that a ``$ref`` names, within this document."""
+        from urllib.parse import unquote, urljoin
 
+        base, _, fragment = reference.partition("#")
+        uri = self.bases.get(id(schema), "")
+        if base:
+            uri = urljoin(uri, base)
+        if uri not in self.resources:
+            self.fail(pointer, f"$ref {reference!r} leads outside the document.", "Copy that schema under $defs and refer to it.")
+        if fragment and not fragment.startswith("/"):
+            if (uri, fragment) not in self.anchors:
+                self.fail(pointer, f"$ref {reference!r}: there is no such anchor.", "Check its spelling.")
+            return self.anchors[uri, fragment]
+        target, where = self.resources[uri]
         for part in fragment.split("/")[1:]:
             part = unquote(part).replace("~1", "/").replace("~0", "~")
             try:
@@ -302,23 +299,35 @@ class _Converter:
             except (KeyError, IndexError, ValueError, TypeError):
                 available = ", ".join(list(target)[:8]) if isinstance(target, dict) else "nothing"
                 self.fail(pointer, f"$ref {reference!r} leads nowhere: no {part!r} in {where}.", f"There is: {available}.")
-            where += "/" + part.replace("~", "~0").replace("/", "~1")
+            where += "/" + _escaped(part)
         return target, where
 
-    def _collect_ids(self, document: Any) -> None:
-        assert self.ids is not None
-        pending = [(document, "#")]
+    def _collect_resources(self) -> None:
+        """Base URIs of all sub-schemas, and what ``$id`` and ``$anchor`` name."""
+        from urllib.parse import urljoin
+
+        self.bases: dict[int, str] = {}
+        self.resources: dict[str, tuple[Any, str]] = {"": (self.document, "#")}
+        self.anchors: dict[tuple[str, str], tuple[Any, str]] = {}
+        pending: list[tuple[Any, str, str]] = [(self.document, "#", "")]
         while pending:
-            node, where = pending.pop()
+            node, where, base = pending.pop()
             if isinstance(node, dict):
-                for key in ("$id", "id"):
-                    if isinstance(node.get(key), str) and node[key]:
-                        self.ids.setdefault(node[key].rstrip("#"), (node, where))
-                if isinstance(node.get("$anchor"), str):
-                    self.ids.setdefault("#" + node["$anchor"], (node, where))
-                pending += [(value, f"{where}/{key}") for key, value in node.items() if key not in ("enum", "const")]
+                name = node.get("$id", node.get("id"))
+                if isinstance(name, str) and name and not name.startswith("#"):
+                    base = urljoin(base, name.split("#")[0])
+                    self.resources.setdefault(base, (node, where))
+                self.bases[id(node)] = base
+                for key in ("$anchor", "$dynamicAnchor"):
+                    if isinstance(node.get(key), str):
+                        self.anchors.setdefault((base, node[key]), (node, where))
+                pending += [
+                    (value, f"{where}/{_escaped(key)}", base)
+                    for key, value in node.items()
+                    if key not in ("enum", "const", "default", "examples") and isinstance(value, (dict, list))
+                ]
             elif isinstance(node, list):
-                pending += [(value, f"{where}/{place}") for place, value in enumerate(node)]
+                pending += [(value, f"{where}/{place}", base) for place, value in enumerate(node)]
 
     def members(self, schemas: Iterable[tuple[Any, str]]) -> frozenset[Member] | None:
         """The set for schemas that apply together; None if one of them is ``false``."""
@@ -653,9 +662,33 @@ class _Converter:
         """What applies to a property or item that no part mentions."""
         given = [(schema[key], f"{pointer}/{key}") for schema, pointer in parts if key in schema]
         if given:
+            self.check_unevaluated(parts, key)
             return given
         closed = self.options.strict_mode and any(name in schema for schema, _ in parts for name in closing)
         return [(False, "")] if closed else []
+
+    def check_unevaluated(self, parts: Sequence[tuple[dict[str, Any], str]], key: str) -> None:
+        """``unevaluated*`` looks at its own schema and what that includes, and at nothing beside it.
+
+        Exact where all parts come from the one schema that has the keyword, by $ref, allOf or oneOf.
+        """
+        owners = [(schema, pointer) for schema, pointer in parts if key in schema]
+        inside: set[int] = set()
+        pending = list(self.flatten(self.numbers[id(owners[0][0])]))
+        while pending:
+            index = pending.pop()
+            if index not in inside:
+                inside.add(index)
+                schema, pointer = self.schemas[index], self.pointers[index]
+                for place, branch in enumerate(schema.get("oneOf", ()) if isinstance(schema, dict) else ()):
+                    if not isinstance(branch, bool):
+                        pending += self.flatten(self.number(branch, f"{pointer}/oneOf/{place}"))
+        if (
+            len(owners) > 1
+            or any(self.numbers[id(schema)] not in inside for schema, _ in parts)
+            or any(word in schema for schema, _ in parts for word in ("anyOf", "not", "if", "dependentSchemas", "contains"))
+        ):
+            self.unsupported(owners[0][1], f"{key} beside other schemas", "Use additionalProperties: false, or items: false.")
 
     def key_matches(self, pattern: str, name: str, pointer: str) -> bool:
         return self.key_automaton(pattern, pointer).matches(_inner(name))
