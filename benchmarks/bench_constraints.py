@@ -22,7 +22,7 @@ import numpy as np
 from common import report
 from everytoken.constraints.grammar import Grammar
 from everytoken.constraints.vocabulary import TokenizerInfo
-from everytoken.constraints.xgrammar import GrammarCompiler, GrammarMatcher
+from everytoken.constraints.matcher import GrammarCompiler, GrammarMatcher
 from everytoken.core.loading import load_tokenizer
 
 PERSON = {

@@ -11,6 +11,15 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "AWRS": "everytoken.constraints.awrs",
+    "CallableConstraint": "everytoken.constraints.base",
+    "Grammar": "everytoken.constraints.grammar",
+    "GrammarCompiler": "everytoken.constraints.matcher",
+    "GrammarLogitsProcessor": "everytoken.constraints.sources",
+    "GrammarMatcher": "everytoken.constraints.matcher",
+    "StructuralTag": "everytoken.constraints.grammar",
+    "TokenizerInfo": "everytoken.constraints.vocabulary",
+    "XGrammar": "everytoken.constraints.xgrammar",
     "DySpec": "everytoken.generation.dyspec",
     "StochasTok": "everytoken.tokenization.stochastok",
     "TDPOLoss": "everytoken.preference.tdpo",

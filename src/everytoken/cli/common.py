@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -24,14 +25,18 @@ def method_names(incomplete: str) -> list[str]:
     return [card.slug for card in load_catalog().values() if card.implementation and card.slug.startswith(incomplete)]
 
 
-def build_trial(card: Card, pairs: list[str], name: str | None = None) -> Trial:
-    """A card and its ``--set`` pairs as a trial; settings are checked before anything is loaded."""
+def build_trial(card: Card, pairs: list[str], name: str | None = None, extra: dict[str, Any] | None = None) -> Trial:
+    """A card, its ``--set`` pairs and further settings as a trial; all are checked before anything is loaded."""
     factory = card.load()
     if not settable(factory):
         raise BadInputError(
             f"{card.slug} is not a method that can be tried.", "See `everytoken papers --status implemented`."
         )
     settings = parse_settings(card.slug, factory, pairs)
+    for key, value in (extra or {}).items():
+        if key not in {item.name for item in dataclasses.fields(factory)}:
+            raise BadInputError(f"{card.slug} takes no --{key}.", "Constraints (xgrammar, awrs) do.")
+        settings[key] = value
     if card.station != "tokenization":
         factory(**settings)  # out-of-range values are refused now, not after the model has loaded
     return Trial(name or card.slug, factory, settings)

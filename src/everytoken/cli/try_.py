@@ -22,7 +22,8 @@ from .common import (
 
 EXAMPLES = (
     "Examples:  everytoken try dyspec  ·  everytoken try dyspec --prompt 'Tell me about owls' --set budget=12 --trace owls.html  ·  "
-    "everytoken try stochastok --prompt 'unbelievable strawberries' --set expand_prop=0.5  ·  everytoken try tdpo --data pairs.jsonl"
+    "everytoken try stochastok --prompt 'unbelievable strawberries' --set expand_prop=0.5  ·  everytoken try tdpo --data pairs.jsonl  ·  "
+    "everytoken try xgrammar --schema person.json  ·  everytoken try awrs --constraint checks:is_sql"
 )
 
 
@@ -38,6 +39,10 @@ def try_method(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the method, key=value; repeatable.")
     ] = None,
+    schema: Annotated[str | None, typer.Option(help="Constraints: a JSON Schema, as a file or as text.")] = None,
+    regex: Annotated[str | None, typer.Option(help="Constraints: a regular expression for the whole text.")] = None,
+    grammar: Annotated[str | None, typer.Option(help="Constraints: an EBNF grammar, as a file or as text.")] = None,
+    constraint: Annotated[str | None, typer.Option(help="Constraints: a Python function text -> bool, module:function.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write the trace as one HTML file (or .jsonl, .parquet).")] = None,
     column: Annotated[str | None, typer.Option(help="The trace's column to colour by.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
@@ -49,7 +54,8 @@ def try_method(
 ) -> None:
     """Try a method on your own prompt or data, next to its baseline."""
     card = find_card(name)
-    item = build_trial(card, settings or [])
+    given = {"schema": schema, "regex": regex, "grammar": grammar, "constraint": constraint}
+    item = build_trial(card, settings or [], extra={key: value for key, value in given.items() if value is not None})
     check_outputs(trace)
     console = Console()
     status = Console(stderr=True)

@@ -274,12 +274,32 @@ def forced(pda: Any, fn: Any, fp: Any, fd: Any, top: int, sn: Any, sp: Any, sb: 
 
 
 @njit(cache=True, nogil=True)
-def can_end(pda: Any, fn: Any, fp: Any, fd: Any, top: int, sn: Any, sp: Any, sb: Any, count: int) -> int:
-    """1 if the text may end here, 0 if not, or OVERFLOW."""
-    end, _, lowest = close(pda, fn, fp, fd, top, 0, sn, sp, sb, 0, count, 1 << 30)
-    if end == OVERFLOW:
-        return OVERFLOW
-    return 1 if lowest == 0 else 0
+def closing_nodes(call_ptr: Any, call_start: Any, call_to: Any, final: Any) -> Any:
+    """Whether a node's rule can be finished from it without reading anything."""
+    closes = final.astype(np.bool_)
+    changed = True
+    while changed:
+        changed = False
+        for node in range(closes.shape[0]):
+            if closes[node]:
+                continue
+            for c in range(call_ptr[node], call_ptr[node + 1]):
+                if closes[call_start[c]] and (call_to[c] < 0 or closes[call_to[c]]):
+                    closes[node] = True
+                    changed = True
+                    break
+    return closes
+
+
+@njit(cache=True, nogil=True)
+def set_bits(words: Any, ids: Any, wanted: bool) -> None:
+    """Sets or clears the bits of some tokens."""
+    for i in range(ids.shape[0]):
+        bit = np.uint32(1) << np.uint32(ids[i] & 31)
+        if wanted:
+            words[ids[i] >> 5] |= bit
+        else:
+            words[ids[i] >> 5] &= ~bit
 
 
 @njit(cache=True, nogil=True)

@@ -16,659 +16,205 @@ and each result is remembered under the frames of r that the run looked at, so i
 Sets are stored as whichever is smallest of a list of accepted tokens, of rejected tokens, and a bitset. Stacks are nodes of a
 tree with parent pointers, so branches share them and rolling back any number of tokens is a change of pointers.
 
-Choices of ours: entries are computed on first use (``warm`` computes all); nodes that behave alike for as many bytes as the
-longest token share an entry, so that a string of up to 10,000 characters needs few; automata are deterministic within a rule.
+In a decoder the mask of the next token is computed while the model runs::
+
+    model.generate(**inputs, logits_processor=[GrammarLogitsProcessor(compiled)])    # any batch, any sampling, beams
+    model.generate(**inputs, custom_generate=XGrammar(compiled))                     # masks cost no time; jumps
+
+Choices of ours: entries are computed on first use (``warm`` computes all); those of nodes that behave alike for
+as many bytes as the longest token are shared, so that a string of up to 10,000 characters needs few; automata are deterministic within a rule.
 """
 
 from __future__ import annotations
 
-import json
-import threading
 import time
-from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
+import torch
+from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
-from ..core.errors import BadInputError, EverytokenError
-from .base import DeadEndError
-from .grammar import Grammar, StructuralTag
-from .pushdown import Pushdown
-from .vocabulary import TokenizerInfo, Trie
+from ..core.errors import BadInputError
+from ..core.trace import TokenTrace
+from ..generation.base import Decoder, DecodingStats, check_prompt, join_rows, refuse_unsupported, split_rows
+from .base import apply_token_bitmask_inplace, bitmask_to_bool
+from .matcher import CompiledGrammar, GrammarCompiler, GrammarMatcher
+from .sources import ConstrainedOutput, GrammarLogitsProcessor, only_one, parse_source
+from .vocabulary import TokenizerInfo
 
-MAX_STACKS = 1 << 18
-"""A state set, with what it reaches without reading, may hold so many stacks; more means a hopelessly ambiguous grammar."""
-MEMO = 2048
-"""Masks remembered for each automaton entry, and for states."""
-RENEW_FRAMES, RENEW_STATES = 1 << 20, 1 << 15
-"""New matchers get fresh buffers once the shared ones have grown to this size."""
+__all__ = ["GrammarLogitsProcessor", "XGrammar"]
 
 
 @dataclass
-class TokenSet:
-    """Tokens, stored as ``kind``: ``"accepted"`` ids, ``"rejected"`` ids, or ``"bits"``."""
+class XGrammar(Decoder):
+    """Decoding under a grammar whose masks are computed while the model runs.
 
-    kind: str
-    data: np.ndarray
-    size: int
+    Args:
+        constraint: a ``CompiledGrammar``, or one for each row of the batch.
+        schema, regex, grammar: instead of ``constraint``: a JSON Schema, a regular expression, EBNF; the text or a file's name.
+            ``prepare`` compiles them once the tokenizer is known.
+        jump_forward: append text that must come next at once, tokenised as the tokenizer would, instead of sampling it token
+            by token. The text's distribution stays what it is; fewer forward passes are needed.
+        any_whitespace: for ``schema``: free white space between JSON tokens.
+        strict_mode: for ``schema``: objects are closed unless the schema says otherwise.
 
-    @classmethod
-    def from_bits(cls, bits: np.ndarray, accepted: int, vocab_size: int) -> TokenSet:
-        from .kernels import members
-
-        if accepted <= len(bits):
-            return cls("accepted", members(bits, vocab_size, 1, accepted), vocab_size)
-        if vocab_size - accepted <= len(bits):
-            return cls("rejected", members(bits, vocab_size, 0, vocab_size - accepted), vocab_size)
-        return cls("bits", bits, vocab_size)
-
-    def bits(self) -> np.ndarray:
-        """``[W]`` uint32; a fresh array unless stored as bits."""
-        if self.kind == "bits":
-            return self.data
-        words = np.zeros((self.size + 31) // 32, np.uint32)
-        if self.kind == "accepted":
-            np.bitwise_or.at(words, self.data >> 5, np.uint32(1) << (self.data & 31).astype(np.uint32))
-            return words
-        words[:] = 0xFFFFFFFF
-        if self.size % 32:
-            words[-1] = (1 << (self.size % 32)) - 1
-        np.bitwise_and.at(words, self.data >> 5, ~(np.uint32(1) << (self.data & 31).astype(np.uint32)))
-        return words
-
-
-_BIT = np.left_shift(np.uint32(1), np.arange(32, dtype=np.uint32)).view(np.int32)
-_NO_BYTES = np.zeros(0, np.uint8)
-
-
-class _Entry:
-    """What a node says about tokens: those settled by itself, and the trie of those that depend on the stack."""
-
-    def __init__(self, accepted: TokenSet, part: Trie | None):
-        self.accepted, self.part = accepted, part
-        self.resolved: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()
-        self.depths: list[int] = []
-
-
-class _State:
-    """A set of stacks, and what has been found out about it: together, states are a lazily built deterministic automaton."""
-
-    __slots__ = ("ending", "mask", "moves", "restricted", "stacks")
-
-    def __init__(self, stacks: tuple[int, ...]):
-        self.stacks = stacks  # (node, frame, node, frame, ...), sorted
-        self.mask: np.ndarray | None = None
-        self.restricted = True
-        self.ending: bool | None = None
-        self.moves: dict[int, _State] = {}
-
-
-class _Arena:
-    """Frames, states and buffers that all matchers of a grammar share: what one has seen, the next one knows."""
-
-    def __init__(self, room: int = 1 << 12):
-        self.fn, self.fp, self.fd = (np.zeros(room, np.int32) for _ in range(3))
-        self.table = np.full(4 * room, -1, np.int64)
-        self.sn, self.sp = np.zeros(1 << 12, np.int32), np.zeros(1 << 12, np.int32)
-        self.sb = np.zeros(1 << 12, np.uint8)
-        self.top = 0
-        self.lock = threading.RLock()
-        self.states: dict[tuple[int, ...], _State] = {}
-        self.masked: deque[_State] = deque()
-        self.moves = 0
-
-    @property
-    def full(self) -> bool:
-        return self.top > RENEW_FRAMES or len(self.states) > RENEW_STATES or self.moves > 8 * RENEW_STATES
-
-    def state(self, stacks: tuple[int, ...]) -> _State:
-        return self.states.setdefault(stacks, _State(stacks)) if stacks not in self.states else self.states[stacks]
-
-    def remember(self, state: _State, mask: np.ndarray, restricted: bool) -> None:
-        state.mask, state.restricted = mask, restricted
-        self.masked.append(state)
-        if len(self.masked) > MEMO:
-            self.masked.popleft().mask = None
-
-    def load(self, state: tuple[int, ...]) -> int:
-        count = len(state) // 2
-        if count == 1:
-            self.sn[0], self.sp[0], self.sb[0] = state[0], state[1], 0
-        else:
-            pairs = np.array(state, np.int32).reshape(-1, 2)
-            self.sn[:count], self.sp[:count], self.sb[:count] = pairs[:, 0], pairs[:, 1], 0
-        return count
-
-    def ensure(self) -> None:
-        if self.top + 1024 > len(self.fn) or 2 * len(self.fn) > len(self.table):
-            self.grow()
-
-    def grow(self) -> None:
-        """Twice the room for frames and stacks.
-
-        Raises:
-            EverytokenError: the state set has grown beyond any use.
-        """
-        from .kernels import rehash
-
-        if len(self.sn) >= MAX_STACKS:
-            raise EverytokenError(
-                f"The grammar is so ambiguous here that more than {MAX_STACKS:,} parses are alive.",
-                "Make repeated alternatives distinct, or replace nested repetitions such as (a* b*)*.",
-            )
-        room = 2 * len(self.fn)
-        self.fn, self.fp, self.fd = (np.concatenate([a, np.zeros(room - len(a), a.dtype)]) for a in (self.fn, self.fp, self.fd))
-        self.table = np.full(4 * room, -1, np.int64)
-        rehash(self.table, self.fn, self.fp, self.top)
-        size = 2 * len(self.sn)
-        self.sn, self.sp, self.sb = (np.concatenate([a, np.zeros(size - len(a), a.dtype)]) for a in (self.sn, self.sp, self.sb))
-
-    @property
-    def frames(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        return self.fn, self.fp, self.fd, self.top
-
-
-class CompiledGrammar:
-    """A grammar ready for one vocabulary. Shared freely between matchers and threads.
-
-    Attributes:
-        pushdown: the automaton.
-        tokenizer_info: the vocabulary.
+    With ``jump_forward=False`` the tokens are those of ``generate`` with a ``GrammarLogitsProcessor``. Rows of a batch are
+    decoded one after the other.
     """
 
-    def __init__(self, pushdown: Pushdown, tokenizer_info: TokenizerInfo):
-        from .kernels import lookahead_classes
+    lossless: ClassVar[bool] = False
+    constraint: CompiledGrammar | Sequence[CompiledGrammar] | None = None
+    schema: str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    jump_forward: bool = False
+    any_whitespace: bool = True
+    strict_mode: bool = True
+    tokenizer: Any = field(default=None, repr=False)
 
-        self.pushdown, self.tokenizer_info = pushdown, tokenizer_info
-        values = lookahead_classes(pushdown.tables, tokenizer_info.longest + 1)
-        self.classes: list[int] = np.unique(values, return_inverse=True)[1].reshape(-1).tolist()
-        self._entries: dict[int, _Entry] = {}
-        self._lock = threading.Lock()
-        self._scratch = threading.local()
-        self._shared = _Arena()
+    def __post_init__(self) -> None:
+        only_one("XGrammar", constraint=self.constraint, schema=self.schema, regex=self.regex, grammar=self.grammar)
+        self._complete: list[bool] = []
+        if self.constraint is None:  # syntax errors are reported now, not after the model has loaded
+            self._grammar = parse_source(self.schema, self.regex, self.grammar, self.any_whitespace, self.strict_mode)
 
-    def arena(self) -> _Arena:
-        """The buffers for a new matcher."""
-        with self._lock:
-            if self._shared.full:
-                self._shared = _Arena()
-            return self._shared
-
-    # -- entries ---------------------------------------------------------------------------------------------------------
-    def entry(self, node: int) -> _Entry:
-        """The tokens that a node settles, computed on first use."""
-        found = self._entries.get(self.classes[node])
-        if found is None:
-            found = self._compute(node)
-            with self._lock:
-                found = self._entries.setdefault(self.classes[node], found)
-        return found
-
-    def _compute(self, node: int) -> _Entry:
-        from .kernels import OVERFLOW, UNKNOWN, walk
-
-        info = self.tokenizer_info
-        arena = getattr(self._scratch, "arena", None)
-        if arena is None:
-            arena = self._scratch.arena = _Arena()
-            self._scratch.depend = np.zeros(len(info.trie[0]), np.int32)
-        bits = np.zeros(info.words, np.uint32)
-        while True:
-            count = arena.load((node, UNKNOWN))
-            accepted, dependent, _ = walk(
-                self.pushdown.tables, info.trie, *arena.frames, arena.sn, arena.sp, arena.sb, count, bits, self._scratch.depend
-            )
-            if accepted != OVERFLOW:
-                break
-            arena.grow()
-        part = info.part(self._scratch.depend[:dependent]) if dependent else None
-        return _Entry(TokenSet.from_bits(bits, int(accepted), info.vocab_size), part)
-
-    def stack_mask(self, arena: _Arena, node: int, parent: int) -> np.ndarray:
-        """``[W]`` uint32: the tokens allowed on one stack (do not change it)."""
-        entry = self.entry(node)
-        part = entry.part
-        if part is None:
-            known = entry.resolved.get(())
-            if known is None:
-                known = entry.resolved[()] = entry.accepted.bits()
-            return known
-        for depth in entry.depths:
-            known = entry.resolved.get(self._visible(arena, parent, depth))
-            if known is not None:
-                return known
-        from .kernels import OVERFLOW, walk
-
-        bits = entry.accepted.bits().copy()
-        depend = np.zeros(len(part[0]), np.int32)
-        while True:
-            count = arena.load((node, parent))
-            accepted, _, lowest = walk(
-                self.pushdown.tables, part, *arena.frames, arena.sn, arena.sp, arena.sb, count, bits, depend
-            )
-            if accepted != OVERFLOW:
-                break
-            arena.grow()
-        height = int(arena.fd[parent]) if parent >= 0 else 0
-        depth = height - int(lowest) + 1 if lowest <= height else 0
-        with self._lock:
-            if depth not in entry.depths:
-                entry.depths.append(depth)
-            if len(entry.resolved) >= MEMO:
-                entry.resolved.popitem(last=False)
-            entry.resolved[self._visible(arena, parent, depth)] = bits
-        return bits
-
-    def _visible(self, arena: _Arena, parent: int, depth: int) -> tuple[int, ...]:
-        """The top ``depth`` frames below a node, by what they return to (-1: the bottom)."""
-        if depth == 1:  # the usual case
-            return (depth, self.classes[arena.fn.item(parent)]) if parent >= 0 else (depth, -1)
-        key = [depth]
-        for _ in range(depth):
-            if parent < 0:
-                key.append(-1)
-                break
-            key.append(self.classes[arena.fn.item(parent)])
-            parent = arena.fp.item(parent)
-        return tuple(key)
-
-    def warm(self, seconds: float | None = None) -> CompiledGrammar:
-        """Computes the entries of nodes now that are otherwise made when first met; returns itself.
-
-        Args:
-            seconds: stop after so long; None computes all.
-        """
-        began = time.perf_counter()
-        for node in {group: node for node, group in enumerate(self.classes)}.values():
-            self.entry(node)
-            if seconds is not None and time.perf_counter() - began > seconds:
-                break
+    def prepare(self, tokenizer: Any, vocab_size: int) -> XGrammar:
+        """Compiles for a tokenizer and a model's vocabulary size; returns itself."""
+        self.tokenizer = tokenizer
+        if self.constraint is None:
+            info = TokenizerInfo.from_huggingface(tokenizer, vocab_size)
+            self.constraint = GrammarCompiler(info).compile_grammar(self._grammar)
         return self
 
-    @property
-    def memory_size_bytes(self) -> int:
-        """Tables, entries and remembered masks."""
-        total = sum(array.nbytes for array in self.pushdown.tables)
-        for entry in list(self._entries.values()):
-            total += entry.accepted.data.nbytes + sum(bits.nbytes for bits in list(entry.resolved.values()))
-            total += sum(a.nbytes for a in entry.part if isinstance(a, np.ndarray)) if entry.part is not None else 0
-        return total
-
-    def serialise(self) -> str:
-        """As JSON text, for ``deserialise`` with the same vocabulary."""
-        return json.dumps({"vocabulary": self.tokenizer_info.fingerprint, "pushdown": self.pushdown.serialise()})
-
-    @classmethod
-    def deserialise(cls, data: str, tokenizer_info: TokenizerInfo) -> CompiledGrammar:
-        """From ``serialise``.
+    @torch.inference_mode()
+    def __call__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        generation_config: Any = None,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> ConstrainedOutput | torch.Tensor:
+        """Decodes as ``generate`` would, within the grammar; see ``Decoder``.
 
         Raises:
-            BadInputError: damaged, or made for another vocabulary.
+            BadInputError: no compiled grammar, an empty prompt, or a generation mode that one path cannot honour.
         """
-        try:
-            content = json.loads(data)
-            fingerprint, pushdown = content["vocabulary"], content["pushdown"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadInputError(f"This is no serialised grammar: {error}", "Compile the grammar again.") from error
-        if fingerprint != tokenizer_info.fingerprint:
-            raise BadInputError("This grammar was compiled for another vocabulary.", "Compile it for this one.")
-        return cls(Pushdown.deserialise(pushdown), tokenizer_info)
+        start = time.perf_counter()
+        config = generation_config if generation_config is not None else model.generation_config
+        refuse_unsupported("XGrammar", config, synced_gpus)
+        check_prompt(model, input_ids.shape[1])
+        if self.constraint is None:
+            raise BadInputError("The grammar is not compiled.", "Call decoder.prepare(tokenizer, model.config.vocab_size) first.")
+        if self.jump_forward and self.tokenizer is None:
+            raise BadInputError("jump_forward needs the tokenizer.", "Call prepare(tokenizer, vocab_size), or pass tokenizer=.")
+        grammars = [self.constraint] if isinstance(self.constraint, CompiledGrammar) else list(self.constraint)
+        rows = split_rows(input_ids, model_kwargs.get("attention_mask"))
+        if len(grammars) not in (1, len(rows)):
+            raise BadInputError(f"{len(grammars)} grammars do not fit a batch of {len(rows)} rows.", "Give one, or one a row.")
+        if streamer is not None and len(rows) > 1:
+            raise BadInputError("A streamer follows one row only.", "Decode one prompt at a time.")
+        cache = model_kwargs.get("past_key_values")
+        if len(rows) > 1 and cache is not None and cache.get_seq_length() > 0:
+            raise BadInputError("XGrammar continues a filled cache for one row only.", "Pass the rows one at a time.")
+        self.stats, self.trace, self._complete = DecodingStats(), [], []
+        processors, criteria = LogitsProcessorList(logits_processor or []), StoppingCriteriaList(stopping_criteria or [])
+        new = []
+        with ThreadPoolExecutor(1) as pool:
+            for place, (ids, padding) in enumerate(rows):
+                mine = cache if len(rows) == 1 and cache is not None else DynamicCache()
+                matcher = GrammarMatcher(grammars[min(place, len(grammars) - 1)])
+                new.append(
+                    self._row(model, ids, padding, mine, matcher, processors, criteria, bool(config.do_sample), streamer, pool)
+                )
+        if streamer is not None:
+            streamer.end()
+        self.stats.seconds = time.perf_counter() - start
+        self.stats.new_tokens = sum(map(len, new))
+        sequences = join_rows(input_ids, new, config)
+        if not config.return_dict_in_generate:
+            return sequences
+        return ConstrainedOutput(
+            sequences=sequences, past_key_values=mine if len(rows) == 1 else None, stats=self.stats, trace=self.trace or None
+        )
 
-    serialize_json = serialise
-    deserialize_json = deserialise
+    def _row(
+        self, model: Any, ids: torch.Tensor, padding: torch.Tensor, cache: Any, matcher: GrammarMatcher, processors: Any, criteria: Any,
+        do_sample: bool, streamer: Any, pool: ThreadPoolExecutor,
+    ) -> list[int]:  # fmt: skip
+        device, past = ids.device, cache.get_seq_length()
+        text = torch.cat([padding, ids])[None]
+        pending = ids[past:]
+        if pending.numel() == 0:
+            raise BadInputError("The cache already holds the whole prompt.", "Pass at least one token beyond the cache.")
+        vocab = model.config.get_text_config().vocab_size
+        bitmask = torch.zeros(1, (vocab + 31) // 32, dtype=torch.int32)
+        new: list[int] = []
+        columns: dict[str, list[Any]] = {"allowed": [], "source": [], "allowed_mass": []}
+        stop = False
 
+        def append(token: int, allowed: int, source: str, mass: float | None) -> bool:
+            nonlocal text
+            new.append(token)
+            text = torch.cat([text, torch.tensor([[token]], device=device)], 1)
+            if streamer is not None:
+                streamer.put(torch.tensor([token]))
+            if self.trace_enabled:
+                for name, value in zip(columns, (allowed, source, mass), strict=True):
+                    columns[name].append(value)
+            return bool(criteria(text, None).all()) or matcher.is_terminated()
 
-class GrammarCompiler:
-    """Compiles for one vocabulary and remembers what it compiled; safe to share between threads.
-
-    Args:
-        tokenizer_info: the vocabulary.
-        cache_limit: grammars to remember; 0 remembers none.
-        warm_seconds: time to spend on masks ahead, for each grammar; what is left is computed when it is first needed.
-    """
-
-    def __init__(self, tokenizer_info: TokenizerInfo, cache_limit: int = 256, warm_seconds: float = 0.1):
-        self.tokenizer_info, self.cache_limit, self.warm_seconds = tokenizer_info, cache_limit, warm_seconds
-        self._cache: OrderedDict[Any, CompiledGrammar] = OrderedDict()
-        self._busy: dict[Any, threading.Lock] = {}
-        self._lock = threading.Lock()
-
-    def _cached(self, key: Any, make: Any) -> CompiledGrammar:
-        with self._lock:
-            if key in self._cache:
-                self._cache.move_to_end(key)
-                return self._cache[key]
-            busy = self._busy.setdefault(key, threading.Lock())
-        with busy:  # two threads that want the same grammar: one compiles, the other waits
-            with self._lock:
-                if key in self._cache:
-                    return self._cache[key]
-            try:
-                compiled = self._compile(make())
-                with self._lock:
-                    if self.cache_limit:
-                        self._cache[key] = compiled
-                        while len(self._cache) > self.cache_limit:
-                            self._cache.popitem(last=False)
-            finally:
-                with self._lock:
-                    self._busy.pop(key, None)
-            return compiled
-
-    def _compile(self, grammar: Grammar) -> CompiledGrammar:
-        return CompiledGrammar(Pushdown.from_grammar(grammar), self.tokenizer_info).warm(self.warm_seconds)
-
-    def compile_grammar(self, grammar: Grammar | str, root_rule_name: str = "root") -> CompiledGrammar:
-        """From a ``Grammar`` or EBNF text."""
-        if isinstance(grammar, Grammar):
-            return self._compile(grammar)
-        return self._cached(("ebnf", grammar, root_rule_name), lambda: Grammar.from_ebnf(grammar, root_rule_name))
-
-    def compile_regex(self, pattern: str) -> CompiledGrammar:
-        """Texts that the pattern matches as a whole."""
-        return self._cached(("regex", pattern), lambda: Grammar.from_regex(pattern))
-
-    def compile_json_schema(self, schema: Any, **options: Any) -> CompiledGrammar:
-        """Documents of a schema; options as for ``SchemaOptions``."""
-        try:
-            text = schema if isinstance(schema, str) else json.dumps(schema)
-        except (TypeError, ValueError) as error:
-            raise BadInputError(f"The schema is not JSON: {error}", "Pass a dict, a bool or JSON text.") from error
-        except RecursionError as error:
-            raise BadInputError("The schema is nested too deeply.", "Move inner parts under $defs.") from error
-        key = ("schema", text, tuple(sorted((name, str(value)) for name, value in options.items())))
-        return self._cached(key, lambda: Grammar.from_json_schema(schema, **options))
-
-    def compile_builtin_json_grammar(self, **options: Any) -> CompiledGrammar:
-        """Any JSON value."""
-        return self.compile_json_schema(True, **options)
-
-    def compile_structural_tag(self, tags: Sequence[StructuralTag], triggers: Sequence[str], **options: Any) -> CompiledGrammar:
-        """Free text with tags; see ``Grammar.from_structural_tag``."""
-        return self.compile_grammar(Grammar.from_structural_tag(tags, triggers, **options))
-
-    def clear_cache(self) -> None:
-        with self._lock:
-            self._cache.clear()
-
-
-class _Step:
-    """One accepted token: the state after it, and the step before."""
-
-    __slots__ = ("previous", "state", "stopped")
-
-    def __init__(self, state: _State, stopped: bool, previous: _Step | None):
-        self.state, self.stopped, self.previous = state, stopped, previous
-
-
-class GrammarMatcher:
-    """Follows one text under a grammar (a ``Matcher``).
-
-    Args:
-        compiled: the grammar.
-        override_stop_tokens: tokens that end the text, instead of the vocabulary's.
-        terminate_without_stop_token: the text counts as finished as soon as it may end.
-
-    A matcher is for one thread at a time; different ones, forks included, may run in different threads.
-    """
-
-    START: ClassVar[tuple[int, ...]] = (0, -1)
-
-    def __init__(
-        self, compiled: CompiledGrammar, override_stop_tokens: Sequence[int] | None = None, terminate_without_stop_token: bool = False
-    ):
-        if not isinstance(compiled, CompiledGrammar):
-            raise BadInputError(f"GrammarMatcher needs a CompiledGrammar; got {type(compiled).__name__}.", "Use GrammarCompiler.")
-        self.compiled = compiled
-        info = compiled.tokenizer_info
-        self.stop_token_ids = list(info.stop_token_ids if override_stop_tokens is None else override_stop_tokens)
-        for token in self.stop_token_ids:
-            if not 0 <= token < info.vocab_size:
-                raise BadInputError(f"The stop token {token} is outside the vocabulary of {info.vocab_size} tokens.")
-        self.terminate_without_stop_token = terminate_without_stop_token
-        if not self.stop_token_ids and not terminate_without_stop_token:
-            raise BadInputError(
-                "There is no stop token: the text could never end.",
-                "Give TokenizerInfo stop_token_ids, or set terminate_without_stop_token=True.",
+        while not stop:
+            masking = pool.submit(matcher.fill_next_token_bitmask, bitmask)  # while the model reads the last tokens
+            positions = torch.arange(past, past + len(pending), device=device)[None]
+            output = model(
+                input_ids=pending[None], position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
-        self.reset()
-
-    # -- what may come next ----------------------------------------------------------------------------------------------
-    def _mask(self, state: _State) -> np.ndarray:
-        """``[W]`` int32: the tokens that go on with the text (stop tokens aside)."""
-        if state.mask is not None:
-            return state.mask
-        arena, stacks = self._arena, state.stacks
-        with arena.lock:
-            words = self.compiled.stack_mask(arena, stacks[0], stacks[1])
-            if len(stacks) > 2:
-                words = words.copy()
-                for place in range(2, len(stacks), 2):
-                    words |= self.compiled.stack_mask(arena, stacks[place], stacks[place + 1])
-            restricted = int(np.bitwise_count(words).sum()) < self.compiled.tokenizer_info.vocab_size
-            mask = words.view(np.int32)
-            arena.remember(state, mask, restricted)
-        return mask
-
-    def fill_next_token_bitmask(self, bitmask: Any, index: int = 0) -> bool:
-        """Writes the allowed tokens into a row of an int32 bitmask (torch on the CPU, or numpy).
-
-        Returns:
-            Whether any token is forbidden (if not, applying the mask can be left out).
-
-        Raises:
-            BadInputError: the text is finished already, or the bitmask has the wrong shape or type.
-        """
-        step = self._step
-        state = step.state
-        if step.stopped or (self.terminate_without_stop_token and self._can_end(state)):
-            raise BadInputError("The text is finished; there is no next token.", "Check is_terminated() first, or reset().")
-        words = state.mask if state.mask is not None else self._mask(state)
-        rows = bitmask if isinstance(bitmask, np.ndarray) else self._numpy(bitmask)
-        row = rows[index] if rows.ndim == 2 else rows
-        size = len(words)
-        if row.dtype != np.int32 or len(row) < size:
-            raise BadInputError(
-                f"The bitmask has {len(row)} words of {row.dtype}; {size} of int32 are needed.",
-                "Allocate it with allocate_token_bitmask(batch_size, tokenizer_info.vocab_size).",
-            )
-        if len(row) == size:
-            row[:] = words
-        else:
-            row[:size], row[size:] = words, 0
-        if self.stop_token_ids and self._can_end(state):
-            for token in self.stop_token_ids:
-                row[token >> 5] |= _BIT[token & 31]
-        return state.restricted
-
-    @staticmethod
-    def _numpy(bitmask: Any) -> np.ndarray:
-        try:
-            return bitmask.numpy()
-        except (AttributeError, TypeError, RuntimeError) as error:
-            raise BadInputError(f"The bitmask must be an int32 tensor on the CPU: {error}") from error
-
-    def allowed_tokens(self) -> np.ndarray:
-        """Ids of the tokens that may come next."""
-        if self.is_terminated():
-            return np.zeros(0, np.int64)
-        row = np.zeros(self.compiled.tokenizer_info.words, np.int32)
-        self.fill_next_token_bitmask(row)
-        return np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")[: self.compiled.tokenizer_info.vocab_size])
-
-    def accepts(self, token_id: int) -> bool:
-        """Whether a token may come next; far cheaper than a mask the first time, and nothing is kept."""
-        state = self._step.state
-        info = self.compiled.tokenizer_info
-        if self.is_terminated() or not 0 <= token_id < info.vocab_size:
-            return False
-        if token_id in self.stop_token_ids:
-            return self._can_end(state)
-        if state.mask is not None:
-            return bool(state.mask.item(token_id >> 5) >> (token_id & 31) & 1)
-        if token_id in state.moves:
-            return True
-        data = info.arrays[token_id] if token_id < len(info.arrays) else _NO_BYTES
-        return len(data) > 0 and self._survives(data) == len(data)
-
-    def _survives(self, data: np.ndarray) -> int:
-        from .kernels import OVERFLOW, survives
-
-        arena = self._arena
-        with arena.lock:
-            while True:
-                count = arena.load(self._step.state.stacks)
-                read = survives(self.compiled.pushdown.tables, data, *arena.frames, arena.sn, arena.sp, arena.sb, count)
-                if read != OVERFLOW:
-                    return int(read)
-                arena.grow()
-
-    def _can_end(self, state: _State) -> bool:
-        if state.ending is None:
-            from .kernels import OVERFLOW, can_end
-
-            arena = self._arena
-            with arena.lock:
-                while True:
-                    count = arena.load(state.stacks)
-                    result = can_end(self.compiled.pushdown.tables, *arena.frames, arena.sn, arena.sp, arena.sb, count)
-                    if result != OVERFLOW:
+            self.stats.target_forwards += 1
+            past += len(pending)
+            logits = output.logits[:, -1, :vocab].float()
+            restricted = masking.result()
+            mass, allowed = 1.0, vocab
+            if restricted:
+                if self.trace_enabled:
+                    keep = bitmask_to_bool(bitmask, vocab).to(device)
+                    allowed = int(keep.sum())
+                    mass = float(torch.softmax(logits, -1)[keep].sum())
+                apply_token_bitmask_inplace(logits, bitmask.to(device))
+            scores = processors(text, logits)
+            token = int(torch.multinomial(torch.softmax(scores, -1), 1)) if do_sample else int(scores.argmax(-1))
+            if not matcher.accept_token(token):
+                raise BadInputError(
+                    f"A logits processor chose token {token}, which the grammar forbids.", "Drop forced tokens, or the processor."
+                )
+            stop = append(token, allowed, "forced" if allowed == 1 else "model", mass)
+            pending = torch.tensor([token], device=device)
+            if self.jump_forward and not stop:
+                for jumped in self._jump(matcher):
+                    matcher.accept_token(jumped)
+                    self.stats.accepted += 1
+                    pending = torch.cat([pending, torch.tensor([jumped], device=device)])
+                    if stop := append(jumped, 1, "jump", None):
                         break
-                    arena.grow()
-            state.ending = result == 1
-        return state.ending
+        self._complete.append(matcher.can_end())
+        if self.trace_enabled:
+            self.trace.append(TokenTrace(new, columns=columns, station="constraints"))
+        return new
 
-    def can_end(self) -> bool:
-        """Whether the text so far is a complete one."""
-        return self._can_end(self._step.state)
+    def figures(self) -> dict[str, float]:
+        jumped = {"tokens jumped": float(self.stats.accepted)} if self.jump_forward else {}
+        return {"target forwards": float(self.stats.target_forwards), **jumped, "complete texts": float(sum(self._complete))}
 
-    # -- moving ----------------------------------------------------------------------------------------------------------
-    def accept_token(self, token_id: int) -> bool:
-        """Moves on; False (and no change) if the token is not allowed."""
-        token_id = int(token_id)
-        step = self._step
-        state = step.state
-        if step.stopped or (self.terminate_without_stop_token and self._can_end(state)):
-            return False
-        following = state.moves.get(token_id)
-        if following is None:
-            info = self.compiled.tokenizer_info
-            if token_id in self.stop_token_ids:
-                if not self._can_end(state):
-                    return False
-                self._step = _Step(state, True, step)
-                return True
-            if not 0 <= token_id < len(info.arrays) or not len(info.arrays[token_id]):
-                return False
-            following = self._read(state, info.arrays[token_id])
-            if following is None:
-                return False
-            state.moves[token_id] = following
-            self._arena.moves += 1
-        elif token_id in self.stop_token_ids:
-            return self._can_end(state) and self._stop(step)
-        self._step = _Step(following, False, step)
-        return True
-
-    def _stop(self, step: _Step) -> bool:
-        self._step = _Step(step.state, True, step)
-        return True
-
-    def accept_string(self, text: str | bytes) -> bool:
-        """Moves over a text (one step for ``rollback``); False (and no change) if it is not allowed."""
-        data = text.encode("utf-8") if isinstance(text, str) else bytes(text)
-        if not data:
-            return True
-        if self.is_terminated():
-            return False
-        following = self._read(self._step.state, np.frombuffer(data, np.uint8))
-        if following is None:
-            return False
-        self._step = _Step(following, False, self._step)
-        return True
-
-    def _read(self, state: _State, data: np.ndarray) -> _State | None:
-        from .kernels import OVERFLOW, advance
-
-        arena = self._arena
-        with arena.lock:
-            arena.ensure()
-            while True:
-                count, top, _ = advance(
-                    self.compiled.pushdown.tables, data, *arena.frames, arena.table, arena.sn, arena.sp, arena.sb,
-                    arena.load(state.stacks),
-                )  # fmt: skip
-                arena.top = int(top)
-                if count != OVERFLOW:
-                    break
-                arena.grow()
-            if count == 0:
-                return None
-            if count == 1:
-                return arena.state((arena.sn.item(0), arena.sp.item(0)))
-            order = np.lexsort((arena.sp[:count], arena.sn[:count]))  # a set has one name
-            return arena.state(tuple(np.stack([arena.sn[order], arena.sp[order]], 1).reshape(-1).tolist()))
-
-    def longest_prefix(self, text: str | bytes) -> int:
-        """How many bytes of a text could be accepted from here."""
-        data = np.frombuffer(text.encode("utf-8") if isinstance(text, str) else bytes(text), np.uint8)
-        return self._survives(data) if not self.is_terminated() else 0
-
-    def rollback(self, num_tokens: int = 1) -> None:
-        """Takes back the last accepted tokens.
-
-        Raises:
-            BadInputError: fewer have been accepted.
-        """
-        step = self._step
-        for taken in range(num_tokens):
-            if step.previous is None:
-                raise BadInputError(f"Cannot take back {num_tokens} tokens: only {taken} have been accepted.")
-            step = step.previous
-        self._step = step
-
-    def reset(self) -> None:
-        """Back to the start."""
-        self._arena = self.compiled.arena()
-        self._step = _Step(self._arena.state(self.START), False, None)
-
-    def fork(self) -> GrammarMatcher:
-        """An independent matcher in the same state; costs the same however long the text is."""
-        other = object.__new__(GrammarMatcher)
-        other.__dict__.update(self.__dict__)
-        return other
-
-    def is_terminated(self) -> bool:
-        """Whether the text is finished: a stop token was accepted (or, without stop tokens, the text may end)."""
-        if self._step.stopped:
-            return True
-        return self.terminate_without_stop_token and self._can_end(self._step.state)
-
-    def find_jump_forward_string(self) -> str:
-        """The text that must come next because nothing else is possible (up to 4,096 bytes; empty if there is a choice)."""
-        from .kernels import OVERFLOW, forced
-
-        if self.is_terminated():
-            return ""
-        arena = self._arena
-        output = np.zeros(4096, np.uint8)
-        with arena.lock:
-            while True:
-                count = arena.load(self._step.state.stacks)
-                size = forced(self.compiled.pushdown.tables, *arena.frames, arena.sn, arena.sp, arena.sb, count, output)
-                if size != OVERFLOW:
-                    break
-                arena.grow()
-        data = output[:size].tobytes()
-        for cut in range(min(4, len(data) + 1)):  # not into the middle of a character
-            try:
-                return data[: len(data) - cut].decode("utf-8")
-            except UnicodeDecodeError:
-                continue
-        return ""
-
-    def dead_end(self, text: bytes) -> DeadEndError:
-        """The error for a text that cannot go on (from a callable constraint; a grammar has no dead ends)."""
-        return DeadEndError("No token can follow.", text)
+    def _jump(self, matcher: GrammarMatcher) -> list[int]:
+        """The tokens of the text that must come next, but for the last one: what follows may change its cut."""
+        forced = matcher.find_jump_forward_string()
+        if not forced:
+            return []
+        tokens = self.tokenizer(forced, add_special_tokens=False)["input_ids"][:-1]
+        probe = matcher.fork()
+        return tokens if all(probe.accept_token(token) for token in tokens) else []

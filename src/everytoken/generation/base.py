@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.errors import BadInputError, TokenizerMismatchError, UnsupportedModelError
 from ..core.trace import TokenTrace
@@ -70,6 +70,22 @@ class Decoder:
     trace_enabled: bool = field(default=False, kw_only=True)
     stats: DecodingStats = field(default_factory=DecodingStats, init=False, repr=False)
     trace: list[TokenTrace] = field(default_factory=list, init=False, repr=False)
+
+    lossless: ClassVar[bool] = True
+    """Whether greedy decoding gives the text of plain greedy decoding."""
+    samples_only: ClassVar[bool] = False
+    """Whether greedy decoding is refused."""
+
+    def prepare(self, tokenizer: Any, vocab_size: int) -> Any:
+        """Tells the decoder of the tokenizer and the width of the logits, where it needs them; returns it."""
+        return self
+
+    def figures(self) -> dict[str, float]:
+        """What is worth comparing after a call, beside speed."""
+        figures = {"target forwards": float(self.stats.target_forwards)}
+        if self.stats.draft_forwards:
+            figures |= {"accepted a round": self.stats.mean_accepted, "proposed": float(self.stats.proposed)}
+        return figures
 
     def __call__(
         self,
@@ -127,7 +143,41 @@ def refuse_unsupported(decoder: str, config: GenerationConfig, synced_gpus: bool
         )
 
 
-def check_prompt(model: PreTrainedModel, length: int, max_length: int | None) -> None:
+def split_rows(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A left-padded batch ``[B, T]`` as one ``(tokens, padding)`` a row.
+
+    Raises:
+        BadInputError: padding on the right or inside, or an empty row.
+    """
+    rows = []
+    for row in range(input_ids.shape[0]):
+        ids = input_ids[row]
+        if mask is None:
+            rows.append((ids, ids[:0]))
+            continue
+        keep = mask[row, -ids.shape[0] :].bool()
+        if not bool(keep[keep.int().argmax() :].all()):
+            raise BadInputError("Padding must be on the left.", "Set padding_side='left' on the tokenizer.")
+        if not bool(keep.any()):
+            raise BadInputError(f"Row {row} of the batch is empty.", "Give at least one token.")
+        rows.append((ids[keep], ids[~keep]))
+    return rows
+
+
+def join_rows(input_ids: torch.Tensor, new: list[list[int]], config: GenerationConfig) -> torch.Tensor:
+    """The prompts with each row's new tokens behind them, padded on the right: ``[B, T + longest]``."""
+    import torch
+
+    pad = getattr(config, "_pad_token_tensor", None)
+    pad_id = int(pad) if pad is not None else (config.pad_token_id or 0)
+    longest = max(map(len, new))
+    block = torch.full((len(new), longest), pad_id, dtype=input_ids.dtype, device=input_ids.device)
+    for row, tokens in enumerate(new):
+        block[row, : len(tokens)] = torch.tensor(tokens, dtype=input_ids.dtype)
+    return torch.cat([input_ids, block], dim=1)
+
+
+def check_prompt(model: PreTrainedModel, length: int) -> None:
     """Raises BadInputError for an empty prompt, or one that leaves no room in the model's context."""
     if length == 0:
         raise BadInputError("The prompt is empty.", "Give at least one token (a BOS token will do).")

@@ -50,7 +50,9 @@ from .base import (
     check_croppable,
     check_prompt,
     check_same_vocabulary,
+    join_rows,
     refuse_unsupported,
+    split_rows,
 )
 from .drafting import DraftSession
 from .trees import Candidates, Expand, TokenTree, grow_tree
@@ -134,7 +136,7 @@ class DySpec(Decoder):
         config = generation_config if generation_config is not None else model.generation_config
         refuse_unsupported("DySpec", config, synced_gpus)
         mask = model_kwargs.get("attention_mask")
-        check_prompt(model, input_ids.shape[1], config.max_length)
+        check_prompt(model, input_ids.shape[1])
         if self.draft_model is None:
             from .drafts import load_draft
 
@@ -151,18 +153,7 @@ class DySpec(Decoder):
             raise BadInputError("A streamer follows one row only.", "Decode one prompt at a time.")
         self.stats, self.trace = DecodingStats(), []
         results = []
-        for row in range(rows):
-            ids = input_ids[row]
-            if mask is not None:
-                keep = mask[row, -ids.shape[0] :].bool()
-                if not bool(keep[keep.int().argmax() :].all()):
-                    raise BadInputError("Padding must be on the left.", "Set padding_side='left' on the tokenizer.")
-                padding = ids[~keep]
-                ids = ids[keep]
-                if ids.numel() == 0:
-                    raise BadInputError(f"Row {row} of the batch is empty.", "Give at least one token.")
-            else:
-                padding = ids[:0]
+        for ids, padding in split_rows(input_ids, mask):
             run = _Row(
                 self,
                 model,
@@ -187,13 +178,7 @@ class DySpec(Decoder):
 
     def _collect(self, results: list[_Row], input_ids: torch.Tensor, config: Any) -> DySpecOutput | torch.Tensor:
         """Pads the rows' new tokens to one tensor and wraps what was asked for."""
-        pad = getattr(config, "_pad_token_tensor", None)
-        pad_id = int(pad) if pad is not None else (config.pad_token_id or 0)
-        longest = max(len(result.new) for result in results)
-        new = torch.full((len(results), longest), pad_id, dtype=input_ids.dtype, device=input_ids.device)
-        for row, result in enumerate(results):
-            new[row, : len(result.new)] = torch.tensor(result.new, dtype=input_ids.dtype)
-        sequences = torch.cat([input_ids, new], dim=1)
+        sequences = join_rows(input_ids, [result.new for result in results], config)
         if not config.return_dict_in_generate:
             return sequences
 
@@ -201,9 +186,8 @@ class DySpec(Decoder):
             columns = [getattr(result, name) for result in results]
             if columns[0] is None:
                 return None
-            return tuple(
-                torch.stack([column[min(step, len(column) - 1)] for column in columns]) for step in range(longest)
-            )
+            longest = range(max(map(len, columns)))
+            return tuple(torch.stack([column[min(step, len(column) - 1)] for column in columns]) for step in longest)
 
         return DySpecOutput(
             sequences=sequences,

@@ -29,7 +29,17 @@ def encode_prompt(tokenizer: Any, prompt: str) -> dict[str, Any]:
 
 def trial(request: TrialRequest) -> TrialResult:
     """Runs plain decoding, then every decoder; see ``core.trials``."""
-    prompt = EXAMPLE if request.prompt is None else request.prompt
+    return run_decoders(request, EXAMPLE, "source")
+
+
+def run_decoders(request: TrialRequest, example: str, column: str) -> TrialResult:
+    """Plain decoding and every decoder on one prompt.
+
+    Args:
+        example: the prompt if none is given.
+        column: the trace's column to colour by.
+    """
+    prompt = example if request.prompt is None else request.prompt
     if not prompt.strip():
         raise BadInputError("The prompt is empty.", 'Give some text: --prompt "Why is the sky blue?"')
     decoders = {item.name: item.factory(**item.settings, trace_enabled=True) for item in request.trials}
@@ -64,7 +74,7 @@ def trial(request: TrialRequest) -> TrialResult:
     request.report("warming up")
     model.generate(**inputs, max_new_tokens=4, do_sample=False)
     rows: dict[str, dict[str, float]] = {}
-    result = TrialResult(rows, "tokens per second", column="source")
+    result = TrialResult(rows, "tokens per second", column=column)
     seed = int(options.get("seed", 0))
 
     def record(name: str, output: Any, seconds: float, extra: dict[str, float]) -> None:
@@ -83,20 +93,23 @@ def trial(request: TrialRequest) -> TrialResult:
             from .drafts import load_draft
 
             decoder.draft_model = load_draft(model)  # loading is not decoding: keep it out of the time
-        seed_everything(seed)
         began = time.perf_counter()
-        streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        output = decoder.generate(model, **inputs, **arguments, streamer=streamer)
-        seconds = time.perf_counter() - began
-        stats = decoder.stats
-        extra = {"target forwards": float(stats.target_forwards)}
-        if stats.rounds:
-            extra |= {"accepted a round": stats.mean_accepted, "proposed": float(stats.proposed)}
-        record(name, output, seconds, extra)
+        decoder.prepare(tokenizer, model.config.get_text_config().vocab_size)
+        if (spent := time.perf_counter() - began) > 1e-3:
+            result.notes.append(f"{name}: prepared in {1e3 * spent:.0f} ms.")
+        mine = arguments
+        if decoder.samples_only and temperature == 0:
+            mine = arguments | {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+            result.notes.append(f"{name} samples; it ran at temperature 1 (choose with --temperature).")
+        seed_everything(seed)
+        streamer = None if getattr(decoder, "particles", 1) > 1 else Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        began = time.perf_counter()
+        output = decoder.generate(model, **inputs, **mine, streamer=streamer)
+        record(name, output, time.perf_counter() - began, decoder.figures())
         for trace in decoder.trace:
             trace.title = f"{name}: {prompt}"
             result.traces.append(trace.with_text(tokenizer))
-        if temperature == 0:
+        if temperature == 0 and decoder.lossless:
             same = result.texts[name] == result.texts["plain generate"]
             result.notes.append(
                 f"{name}: the text is {'identical to' if same else 'different from'} plain greedy decoding"

@@ -1,0 +1,1 @@
+"""Which tokens are allowed: the grammar engine (XGrammar) and adaptive weighted rejection sampling (AWRS)."""

@@ -1,0 +1,14 @@
+"""Trials of constraints: plain decoding and each method on the same prompt."""
+
+from __future__ import annotations
+
+from ..core.trials import TrialRequest, TrialResult
+from ..generation.trial import run_decoders
+
+EXAMPLE = "Describe a person as JSON with a name, an age and a list of hobbies."
+
+
+def trial(request: TrialRequest) -> TrialResult:
+    """Runs plain decoding, then every method; see ``core.trials``."""
+    sampled = all(getattr(item.factory, "samples_only", False) for item in request.trials)
+    return run_decoders(request, EXAMPLE, "evaluations" if sampled else "allowed")
