@@ -26,6 +26,7 @@ demo: $(VENV)/.base ## install, then the main job, offline, on the embedded mode
 	@echo "  $(BIN)/everytoken compare dyspec dyspec:threshold=none dyspec:budget=4 --plot dyspec.svg"
 
 test: $(VENV)/.dev ## the test suite, fast tests first, then the slow ones
+	$(BIN)/python scripts/fetch_suite.py $(VENV)/json-schema-test-suite
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m ""
 
 lint: $(VENV)/.dev
@@ -34,6 +35,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev ## all benchmarks, peers in the same run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps dashscope  # for its large vocabulary file
 	for file in benchmarks/bench_*.py; do HF_HUB_OFFLINE=1 $(BIN)/python $$file || exit 1; done
 
 docs: $(VENV)/.dev ## the site, warnings as errors

@@ -36,10 +36,10 @@ def test_refusals_name_what_they_refuse():
 
 
 def test_prompts():
-    check_prompt(tiny_llama(9), 255, None)
+    check_prompt(tiny_llama(9), 255)
     for length, word in ((0, "empty"), (256, "context")):
         with pytest.raises(BadInputError, match=word):
-            check_prompt(tiny_llama(9), length, None)
+            check_prompt(tiny_llama(9), length)
 
 
 def test_vocabularies_may_differ_by_padding_only():

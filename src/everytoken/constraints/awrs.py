@@ -245,7 +245,7 @@ class AWRS(Decoder):
         seed: of the random numbers; None draws one from torch's generator.
 
     After a call: ``particles_`` (token lists with normalised weights), ``log_marginal`` (estimate of the log-probability that
-    the model's text satisfies the constraint), ``evaluations`` (tests of the constraint). The returned sequence is one particle,
+    the model's text satisfies the constraint), ``evaluations`` (tests of the constraint) and ``seconds_testing`` (drawing and testing, without the model). The returned sequence is one particle,
     drawn by weight. Greedy decoding (``do_sample=False``) is not what this samples from: it is refused.
     """
 
@@ -277,7 +277,7 @@ class AWRS(Decoder):
             raise BadInputError(f"ess_threshold is a share between 0 and 1; got {self.ess_threshold}.")
         awrs(np.zeros(1), lambda _token: True, np.random.default_rng(0), True, self.max_accepts, self.max_rejects or math.inf)
         self.particles_: list[tuple[list[int], float]] = []
-        self.log_marginal, self.evaluations = -math.inf, 0
+        self.log_marginal, self.evaluations, self.seconds_testing = -math.inf, 0, 0.0
         self._compiled: CompiledGrammar | Constraint | None = None
         self._grammar: Grammar | None = None
         only_one("AWRS", constraint=self.constraint, schema=self.schema, regex=self.regex, grammar=self.grammar)
@@ -338,7 +338,7 @@ class AWRS(Decoder):
         if streamer is not None and len(rows) > 1:
             raise BadInputError("A streamer follows one row only.", "Decode one prompt at a time.")
         rng = np.random.default_rng(int(torch.randint(1 << 62, (1,))) if self.seed is None else self.seed)
-        self.stats, self.trace, self.evaluations = DecodingStats(), [], 0
+        self.stats, self.trace, self.evaluations, self.seconds_testing = DecodingStats(), [], 0, 0.0
         processors, criteria = LogitsProcessorList(logits_processor or []), StoppingCriteriaList(stopping_criteria or [])
         new = [self._row(model, ids, padding, processors, criteria, streamer, rng) for ids, padding in rows]
         if streamer is not None:
@@ -413,10 +413,12 @@ class AWRS(Decoder):
     def _extend(
         self, particle: _Particle, logps: np.ndarray, rng: np.random.Generator, criteria: Any, prompt: torch.Tensor, streamer: Any
     ) -> None:
+        began = time.perf_counter()
         draw = awrs(
             logps, particle.judge.accepts, rng, self.proper_weights, self.max_accepts,
             math.inf if self.max_rejects is None else self.max_rejects,
         )  # fmt: skip
+        self.seconds_testing += time.perf_counter() - began
         self.stats.rounds += 1
         particle.log_weight += draw.log_weight
         if draw.token is None:

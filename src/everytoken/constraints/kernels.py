@@ -20,8 +20,12 @@ import numpy as np
 from numba import njit
 
 BOTTOM, UNKNOWN, BELOW = -1, -2, -3
-OVERFLOW = -7
-"""Returned when a buffer is too small; the caller grows it and calls again."""
+OVERFLOW, CROWDED, AMBIGUOUS = -7, -8, -9
+"""Returned when a buffer is too small (the caller grows it and calls again), when too many places can follow a rule, and when
+a set would hold more than ``MAX_STACKS``."""
+MAX_STACKS = 2048
+CROWD = 1024
+"""Places below an unknown frame that are followed; beyond, ``walk`` is called again with ``loose``."""
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -32,15 +36,21 @@ def _put(sn: Any, sp: Any, sb: Any, begin: int, end: int, node: int, parent: int
             return end
     if end >= sn.shape[0]:
         return OVERFLOW
+    if end - begin >= MAX_STACKS:
+        return AMBIGUOUS
     sn[end], sp[end], sb[end] = node, parent, below
     return end + 1
 
 
 @njit(cache=True, nogil=True)
 def close(
-    pda: Any, fn: Any, fp: Any, fd: Any, top: int, base: int, sn: Any, sp: Any, sb: Any, begin: int, end: int, lowest: int
+    pda: Any, fn: Any, fp: Any, fd: Any, top: int, base: int, sn: Any, sp: Any, sb: Any, begin: int, end: int, lowest: int,
+    loose: bool,
 ) -> Any:
     """Adds what is reached without reading: rules called, and returns from finished rules.
+
+    Args:
+        loose: do not follow pops of unknown frames, report them as a ``lowest`` of -1.
 
     Returns:
         ``(end, top, lowest)``: the set's new end, the arena's new top, and the least depth of a frame below ``base`` that was
@@ -66,23 +76,27 @@ def close(
                     under = top
                     top += 1
             end = _put(sn, sp, sb, begin, end, call_start[c], under, below)
-            if end == OVERFLOW:
-                return OVERFLOW, top, lowest
+            if end < 0:
+                return end, top, lowest
         if final[node]:
             if parent >= 0:
                 if parent < base and fd[parent] < lowest:
                     lowest = fd[parent]
                 end = _put(sn, sp, sb, begin, end, fn[parent], fp[parent], below)
-                if end == OVERFLOW:
-                    return OVERFLOW, top, lowest
+                if end < 0:
+                    return end, top, lowest
             elif parent == BOTTOM:
                 lowest = 0
+            elif loose:
+                lowest = -1
             else:
+                if end - begin > CROWD:
+                    return CROWDED, top, lowest
                 rule = node_rule[node]
                 for f in range(follow_ptr[rule], follow_ptr[rule + 1]):
                     end = _put(sn, sp, sb, begin, end, follow_to[f], BELOW, 1)
-                    if end == OVERFLOW:
-                        return OVERFLOW, top, lowest
+                    if end < 0:
+                        return end, top, lowest
         i += 1
     return end, top, lowest
 
@@ -97,22 +111,23 @@ def _step(pda: Any, sn: Any, sp: Any, sb: Any, begin: int, end: int, byte: int) 
         for e in range(edge_ptr[node], edge_ptr[node + 1]):
             if edge_lo[e] <= byte and byte <= edge_hi[e]:
                 fresh = _put(sn, sp, sb, end, fresh, edge_to[e], sp[i], sb[i])
-                if fresh == OVERFLOW:
-                    return OVERFLOW
+                if fresh < 0:
+                    return fresh
     return fresh
 
 
 @njit(cache=True, nogil=True)
-def walk(pda: Any, trie: Any, fn: Any, fp: Any, fd: Any, top: int, sn: Any, sp: Any, sb: Any, count: int, words: Any, depend: Any) -> Any:
+def walk(pda: Any, trie: Any, fn: Any, fp: Any, fd: Any, top: int, sn: Any, sp: Any, sb: Any, count: int, words: Any, depend: Any, loose: bool) -> Any:
     """Runs the set in ``sn[:count]`` over all tokens of a trie.
 
     Args:
         words: ``[W]`` uint32, the bits of accepted tokens are set.
         depend: receives the trie nodes of tokens that survive only below an unknown frame.
+        loose: take every token that pops an unknown frame for dependent, without asking what can follow.
 
     Returns:
         ``(accepted, dependent, lowest)``: how many tokens, how many trie nodes, and the least depth of a given frame that was
-        popped; ``accepted`` is OVERFLOW if a buffer was too small.
+        popped; ``accepted`` is OVERFLOW if a buffer was too small, CROWDED if ``loose`` is needed.
     """
     byte_of, depth_of, skip, token_ptr, token_ids, subtree, characters, levels = trie
     loop, any_character = pda[11], pda[12]
@@ -120,6 +135,7 @@ def walk(pda: Any, trie: Any, fn: Any, fp: Any, fd: Any, top: int, sn: Any, sp: 
     begins = np.empty(levels, np.int64)
     tops = np.empty(levels, np.int64)
     closed = np.zeros(levels, np.bool_)
+    popped = np.zeros(levels, np.bool_)
     begins[0], ends[0], tops[0] = 0, count, top
     base, lowest, accepted, dependent = top, 1 << 30, 0, 0
     i = 0
@@ -127,9 +143,14 @@ def walk(pda: Any, trie: Any, fn: Any, fp: Any, fd: Any, top: int, sn: Any, sp: 
         depth = depth_of[i]
         above = depth - 1
         if not closed[above]:
-            end, peak, lowest = close(pda, fn, fp, fd, tops[above], base, sn, sp, sb, begins[above], ends[above], lowest)
-            if end == OVERFLOW:
-                return OVERFLOW, 0, 0
+            end, peak, reached = close(
+                pda, fn, fp, fd, tops[above], base, sn, sp, sb, begins[above], ends[above], 1 << 30, loose
+            )
+            if end < 0:
+                return end, 0, 0
+            popped[above] |= reached == -1
+            if reached >= 0:
+                lowest = min(lowest, reached)
             ends[above], tops[above], closed[above] = end, peak, True
         start = ends[above]
         covered = False
@@ -153,9 +174,9 @@ def walk(pda: Any, trie: Any, fn: Any, fp: Any, fd: Any, top: int, sn: Any, sp: 
             i = skip[i]
             continue
         end = _step(pda, sn, sp, sb, begins[above], start, byte_of[i])
-        if end == OVERFLOW:
-            return OVERFLOW, 0, 0
-        if end == start:
+        if end < 0:
+            return end, 0, 0
+        if end == start and not popped[above]:
             i = skip[i]
             continue
         if token_ptr[i] < token_ptr[i + 1]:
@@ -171,7 +192,7 @@ def walk(pda: Any, trie: Any, fn: Any, fp: Any, fd: Any, top: int, sn: Any, sp: 
             else:
                 depend[dependent] = i
                 dependent += 1
-        begins[depth], ends[depth], tops[depth], closed[depth] = start, end, tops[above], False
+        begins[depth], ends[depth], tops[depth], closed[depth], popped[depth] = start, end, tops[above], False, popped[above]
         i += 1
     return accepted, dependent, lowest
 
@@ -200,17 +221,17 @@ def advance(pda: Any, data: Any, fn: Any, fp: Any, fd: Any, top: int, table: Any
 
     Returns:
         ``(count, top, read)``: the new set is in ``sn[:count]``; ``read`` bytes were read before the set died (all, if it did
-        not); ``count`` is OVERFLOW if a buffer was too small (nothing has changed then but free room).
+        not); ``count`` is OVERFLOW or AMBIGUOUS if there is no room (nothing has changed then but free room).
     """
     mark = np.empty(fn.shape[0] - top + 1, np.int64)
     for read in range(data.shape[0]):
         base = top
-        end, peak, _ = close(pda, fn, fp, fd, top, base, sn, sp, sb, 0, count, 1 << 30)
-        if end == OVERFLOW:
-            return OVERFLOW, top, read
+        end, peak, _ = close(pda, fn, fp, fd, top, base, sn, sp, sb, 0, count, 1 << 30, False)
+        if end < 0:
+            return end, top, read
         fresh = _step(pda, sn, sp, sb, 0, end, data[read])
-        if fresh == OVERFLOW:
-            return OVERFLOW, top, read
+        if fresh < 0:
+            return fresh, top, read
         if fresh == end:
             return 0, top, read
         if peak > base:
@@ -251,9 +272,9 @@ def forced(pda: Any, fn: Any, fp: Any, fd: Any, top: int, sn: Any, sp: Any, sb: 
     size = 0
     base = top
     while size < output.shape[0]:
-        end, top, lowest = close(pda, fn, fp, fd, top, base, sn, sp, sb, 0, count, 1 << 30)
-        if end == OVERFLOW:
-            return OVERFLOW
+        end, top, lowest = close(pda, fn, fp, fd, top, base, sn, sp, sb, 0, count, 1 << 30, False)
+        if end < 0:
+            return end
         if lowest == 0:
             break
         byte = -1
@@ -263,8 +284,8 @@ def forced(pda: Any, fn: Any, fp: Any, fd: Any, top: int, sn: Any, sp: Any, sb: 
                     return size
                 byte = edge_lo[e]
         fresh = _step(pda, sn, sp, sb, 0, end, byte)
-        if fresh == OVERFLOW:
-            return OVERFLOW
+        if fresh < 0:
+            return fresh
         count = fresh - end
         for s in range(count):
             sn[s], sp[s], sb[s] = sn[end + s], sp[end + s], 0
@@ -307,12 +328,12 @@ def survives(pda: Any, data: Any, fn: Any, fp: Any, fd: Any, top: int, sn: Any, 
     """How many of the bytes can be read from the set before it dies, or OVERFLOW; nothing is kept."""
     base = top
     for read in range(data.shape[0]):
-        end, top, _ = close(pda, fn, fp, fd, top, base, sn, sp, sb, 0, count, 1 << 30)
-        if end == OVERFLOW:
-            return OVERFLOW
+        end, top, _ = close(pda, fn, fp, fd, top, base, sn, sp, sb, 0, count, 1 << 30, False)
+        if end < 0:
+            return end
         fresh = _step(pda, sn, sp, sb, 0, end, data[read])
-        if fresh == OVERFLOW:
-            return OVERFLOW
+        if fresh < 0:
+            return fresh
         if fresh == end:
             return read
         count = fresh - end
@@ -509,7 +530,7 @@ def lookahead_classes(pda: Any, rounds: int) -> Any:
     for n in range(count):
         value[n] = np.uint64(node_rule[n] * 2 + final[n] + 11)
     distinct = 0
-    for _ in range(rounds):
+    for done in range(rounds):
         for n in range(count):
             h = value[n] * np.uint64(0x9E3779B97F4A7C15)
             for e in range(edge_ptr[n], edge_ptr[n + 1]):
@@ -523,6 +544,8 @@ def lookahead_classes(pda: Any, rounds: int) -> Any:
                 h += x ^ (x >> np.uint64(32))
             fresh[n] = h ^ (h >> np.uint64(27))
         value, fresh = fresh, value
+        if done % 8 != 7:
+            continue
         now = np.unique(value).shape[0]
         if now == distinct or now == count:
             break

@@ -22,8 +22,6 @@ from .grammar import Grammar, StructuralTag
 from .pushdown import Pushdown
 from .vocabulary import TokenizerInfo, Trie
 
-MAX_STACKS = 1 << 18
-"""A state set, with what it reaches without reading, may hold so many stacks; more means a hopelessly ambiguous grammar."""
 MEMO = 2048
 """Masks remembered for each automaton entry, and for states."""
 RENEW_FRAMES, RENEW_STATES = 1 << 20, 1 << 15
@@ -129,15 +127,15 @@ class _Arena:
         if self.top + 1024 > len(self.fn) or 2 * len(self.fn) > len(self.table):
             self.grow()
 
-    def grow(self) -> None:
-        """Twice the room for frames and stacks.
+    def grow(self, code: int = 0) -> None:
+        """Twice the room for frames and stacks; ``code`` is the kernel's reason.
 
         Raises:
             EverytokenError: the state set has grown beyond any use.
         """
-        from .kernels import rehash
+        from .kernels import AMBIGUOUS, MAX_STACKS, rehash
 
-        if len(self.sn) >= MAX_STACKS:
+        if code == AMBIGUOUS:
             raise EverytokenError(
                 f"The grammar is so ambiguous here that more than {MAX_STACKS:,} parses are alive.",
                 "Make repeated alternatives distinct, or replace nested repetitions such as (a* b*)*.",
@@ -193,22 +191,25 @@ class CompiledGrammar:
         return found
 
     def _compute(self, node: int) -> _Entry:
-        from .kernels import OVERFLOW, UNKNOWN, walk
+        from .kernels import CROWDED, UNKNOWN, walk
 
         info = self.tokenizer_info
         arena = getattr(self._scratch, "arena", None)
         if arena is None:
             arena = self._scratch.arena = _Arena()
             self._scratch.depend = np.zeros(len(info.trie[0]), np.int32)
-        bits = np.zeros(info.words, np.uint32)
+        bits, loose = np.zeros(info.words, np.uint32), False
         while True:
             count = arena.load((node, UNKNOWN))
             accepted, dependent, _ = walk(
-                self.pushdown.tables, info.trie, *arena.frames, arena.sn, arena.sp, arena.sb, count, bits, self._scratch.depend
+                self.pushdown.tables, info.trie, *arena.frames, arena.sn, arena.sp, arena.sb, count, bits, self._scratch.depend, loose
             )
-            if accepted != OVERFLOW:
+            if accepted >= 0:
                 break
-            arena.grow()
+            bits[:] = 0
+            if accepted != CROWDED:
+                arena.grow(accepted)
+            loose = loose or accepted == CROWDED
         part = info.part(self._scratch.depend[:dependent]) if dependent else None
         return _Entry(TokenSet.from_bits(bits, int(accepted), info.vocab_size), part)
 
@@ -225,18 +226,19 @@ class CompiledGrammar:
             known = entry.resolved.get(self._visible(arena, parent, depth))
             if known is not None:
                 return known
-        from .kernels import OVERFLOW, walk
+        from .kernels import walk
 
         bits = entry.accepted.bits().copy()
         depend = np.zeros(len(part[0]), np.int32)
         while True:
             count = arena.load((node, parent))
             accepted, _, lowest = walk(
-                self.pushdown.tables, part, *arena.frames, arena.sn, arena.sp, arena.sb, count, bits, depend
+                self.pushdown.tables, part, *arena.frames, arena.sn, arena.sp, arena.sb, count, bits, depend, False
             )
-            if accepted != OVERFLOW:
+            if accepted >= 0:
                 break
-            arena.grow()
+            bits = entry.accepted.bits().copy()
+            arena.grow(accepted)
         height = int(arena.fd[parent]) if parent >= 0 else 0
         depth = height - int(lowest) + 1 if lowest <= height else 0
         with self._lock:
@@ -502,16 +504,16 @@ class GrammarMatcher:
         return len(data) > 0 and self._survives(data) == len(data)
 
     def _survives(self, data: np.ndarray) -> int:
-        from .kernels import OVERFLOW, survives
+        from .kernels import survives
 
         arena = self._arena
         with arena.lock:
             while True:
                 count = arena.load(self._step.state.stacks)
                 read = survives(self.compiled.pushdown.tables, data, *arena.frames, arena.sn, arena.sp, arena.sb, count)
-                if read != OVERFLOW:
+                if read >= 0:
                     return int(read)
-                arena.grow()
+                arena.grow(read)
 
     def _can_end(self, state: _State) -> bool:
         if state.ending is None:
@@ -576,7 +578,7 @@ class GrammarMatcher:
         return True
 
     def _read(self, state: _State, data: np.ndarray) -> _State | None:
-        from .kernels import OVERFLOW, advance
+        from .kernels import advance
 
         arena = self._arena
         with arena.lock:
@@ -587,9 +589,9 @@ class GrammarMatcher:
                     arena.load(state.stacks),
                 )  # fmt: skip
                 arena.top = int(top)
-                if count != OVERFLOW:
+                if count >= 0:
                     break
-                arena.grow()
+                arena.grow(count)
             if count == 0:
                 return None
             if count == 1:
@@ -634,7 +636,7 @@ class GrammarMatcher:
 
     def find_jump_forward_string(self) -> str:
         """The text that must come next because nothing else is possible (up to 4,096 bytes; empty if there is a choice)."""
-        from .kernels import OVERFLOW, forced
+        from .kernels import forced
 
         if self.is_terminated():
             return ""
@@ -644,9 +646,9 @@ class GrammarMatcher:
             while True:
                 count = arena.load(self._step.state.stacks)
                 size = forced(self.compiled.pushdown.tables, *arena.frames, arena.sn, arena.sp, arena.sb, count, output)
-                if size != OVERFLOW:
+                if size >= 0:
                     break
-                arena.grow()
+                arena.grow(size)
         data = output[:size].tobytes()
         for cut in range(min(4, len(data) + 1)):  # not into the middle of a character
             try:

@@ -46,6 +46,11 @@ class GrammarLogitsProcessor(LogitsProcessor):
             self._prompt, self._matchers = input_ids.clone(), {}
             length = input_ids.shape[1]
         info = self.compiled[0].tokenizer_info
+        if info.vocab_size > scores.shape[-1]:
+            raise BadInputError(
+                f"The grammar was compiled for {info.vocab_size} tokens but the model has {scores.shape[-1]}.",
+                "Build TokenizerInfo with vocab_size=model.config.vocab_size.",
+            )
         bitmask = torch.full((rows, (scores.shape[-1] + 31) // 32), -1, dtype=torch.int32)
         fresh = {}
         for row, text in enumerate(input_ids[:, length:].tolist()):
@@ -58,11 +63,6 @@ class GrammarLogitsProcessor(LogitsProcessor):
             if not matcher.is_terminated():  # a finished row is padded by generate, whatever the scores
                 matcher.fill_next_token_bitmask(bitmask, row)
         self._matchers = fresh
-        if info.vocab_size > scores.shape[-1] + 31:
-            raise BadInputError(
-                f"The grammar was compiled for {info.vocab_size} tokens but the model has {scores.shape[-1]}.",
-                "Build TokenizerInfo with vocab_size=model.config.vocab_size.",
-            )
         scores = scores.clone()
         apply_token_bitmask_inplace(scores, bitmask.to(scores.device))
         return scores

@@ -332,8 +332,32 @@ def build(item: Any, inline: Callable[[str], Any | None] = lambda _name: None) -
         return item
     if literals := _literals(item):
         return trie(literals)
+    if type(item) is Repeat and item.high is not None and item.high >= 4 and type(item.item) is not Automaton:
+        unit = minimise(build(item.item, inline))
+        if unit.separable and is_deterministic(unit):
+            return _chain(unit, item.low, item.high)
     builder = Builder(inline)
     return trim(builder.determinise(builder.add(item, 0)))
+
+
+def _chain(unit: Automaton, low: int, high: int) -> Automaton:
+    """Copies of an automaton one after the other, each one's end the next one's start; deterministic if the copies are."""
+    inner = len(unit) - 1  # the end of a copy is the start of the next
+    end = unit.finals.index(True)
+    local = [state if state <= end else state - 1 for state in range(len(unit))]
+    local[end] = inner
+    order = [state for state in range(len(unit)) if state != end]
+    pattern = [[(a, b, local[to]) for a, b, to in unit.edges[state]] for state in order]
+    calls = [[(name, local[to]) for name, to in unit.calls[state]] for state in order]
+    size = inner * high + 1
+    if size > MAX_STATES:
+        raise GrammarError(f"A repetition needs more than {MAX_STATES:,} states.", "Lower its upper bound.")
+    edges = [[(a, b, to + base) for a, b, to in here] for base in range(0, size - 1, inner) for here in pattern]
+    called = [[(name, to + base) for name, to in here] for base in range(0, size - 1, inner) for here in calls]
+    finals = [False] * size
+    for count in range(low, high + 1):
+        finals[count * inner] = True
+    return Automaton([*edges, []], [*called, []], finals)
 
 
 def _literals(item: Any) -> list[bytes] | None:

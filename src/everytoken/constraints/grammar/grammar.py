@@ -12,7 +12,7 @@ from .expressions import Bytes, GrammarError, Ref, alt, expression_size, referen
 from .regex import regex_automaton
 from .structural_tags import StructuralTag, structural_expression
 
-INLINE_ONCE, INLINE_ALWAYS = 20_000, 16
+INLINE_ONCE, INLINE_ALWAYS = 2_000, 16
 """Rules up to these sizes are built into the rules that mention them: those mentioned once, and all."""
 
 
@@ -248,7 +248,7 @@ def _recursive(rules: dict[str, Any]) -> set[str]:
     return found
 
 
-UNROLL = 40_000
+UNROLL = 800_000
 """A bounded repetition is unrolled up to so many states; beyond, it becomes rules that double their length."""
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from itertools import combinations
@@ -65,8 +65,11 @@ BY_TYPE = {
     "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
 }  # fmt: skip
 MAX_ANY_ORDER = 10
+MAX_CASES = 20_000
+MAX_OPTIONAL = 1_000
+"""After any of them each later one may follow, which makes the automaton's size the square of their number."""
 MAX_PATTERNS = 4
-MAX_INDENT_DEPTH = 40
+MAX_INDENT_DEPTH = 12
 WS = ByteSet(((0x09, 0x0A), (0x0D, 0x0D), (0x20, 0x20)))
 
 _PLAIN = ((0x20, 0x21), (0x23, 0x5B), (0x5D, LAST_CHAR))
@@ -111,7 +114,8 @@ class SchemaOptions:
     Attributes:
         any_whitespace: white space anywhere between tokens, as JSON allows; otherwise exactly ``separators``.
         max_whitespace: with ``any_whitespace``, at most so many blanks at a place (models can loop in them); None: no limit.
-        indent: pretty-print with so many spaces a level, as ``json.dumps(indent=...)`` (implies no other white space).
+        indent: pretty-print with so many spaces a level, as ``json.dumps(indent=...)`` (implies no other white space); such
+            documents are nested at most 12 levels deep.
         separators: between items and after keys; default ``(", ", ": ")``, or ``(",", ": ")`` with ``indent``.
         strict_mode: objects that list ``properties`` (and arrays that list ``prefixItems``) are closed unless they say
             otherwise, as in structured-output services; False reads the schema as the standard does.
@@ -174,6 +178,8 @@ class _Converter:
         self.rules: dict[str, Any] = {}
         self.warned: set[str] = set()
         self.flat: dict[int, tuple[int, ...]] = {}
+        self.walked: dict[int, bool] = {}
+        self.cases = 0
         self._collect_resources()
 
     # -- bookkeeping -----------------------------------------------------------------------------------------------------
@@ -213,22 +219,22 @@ class _Converter:
         for key, shape in shapes.items():
             if key in schema and not isinstance(schema[key], shape):
                 wanted = {dict: "an object", list: "a list", str: "a string"}[shape]
-                self.fail(f"{pointer}/{key}", f"{key} must be {wanted}, not {type(schema[key]).__name__}.")
+                self.fail(_at(pointer, key), f"{key} must be {wanted}, not {type(schema[key]).__name__}.")
         for key in ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"):
             if key in schema:
                 value = schema[key]
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 0:
-                    self.fail(f"{pointer}/{key}", f"{key} must be a whole number of at least 0; got {value!r}.")
+                    self.fail(_at(pointer, key), f"{key} must be a whole number of at least 0; got {value!r}.")
         for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"):
             if key in schema and (isinstance(schema[key], bool) or not isinstance(schema[key], (int, float, Decimal))):
-                self.fail(f"{pointer}/{key}", f"{key} must be a number; got {schema[key]!r}.", "Draft 4's booleans are not known.")
+                self.fail(_at(pointer, key), f"{key} must be a number; got {schema[key]!r}.", "Draft 4's booleans are not known.")
         for key in ("anyOf", "oneOf", "allOf"):
             if schema.get(key) == []:
-                self.fail(f"{pointer}/{key}", f"{key} must not be empty.")
+                self.fail(_at(pointer, key), f"{key} must not be empty.")
         given = schema.get("type", [])
         for name in given if isinstance(given, list) else [given]:
             if name not in TYPES:
-                self.fail(f"{pointer}/type", f"unknown type {name!r}.", f"Known: {', '.join(TYPES)}.")
+                self.fail(_at(pointer, "type"), f"unknown type {name!r}.", f"Known: {', '.join(TYPES)}.")
         for key in schema:
             if key in KNOWN or key in ANNOTATIONS:
                 continue
@@ -273,7 +279,7 @@ class _Converter:
                 target, where = self.resolve(schema["$ref"], schema, pointer)
                 members |= dict.fromkeys(self.flatten(self.number(target, where), (*path, index)))
             for place, part in enumerate(schema.get("allOf", ())):
-                members |= dict.fromkeys(self.flatten(self.number(part, f"{pointer}/allOf/{place}"), (*path, index)))
+                members |= dict.fromkeys(self.flatten(self.number(part, _at(pointer, f"allOf/{place}")), (*path, index)))
         self.flat[index] = tuple(members)
         return self.flat[index]
 
@@ -299,7 +305,7 @@ class _Converter:
             except (KeyError, IndexError, ValueError, TypeError):
                 available = ", ".join(list(target)[:8]) if isinstance(target, dict) else "nothing"
                 self.fail(pointer, f"$ref {reference!r} leads nowhere: no {part!r} in {where}.", f"There is: {available}.")
-            where += "/" + _escaped(part)
+            where = _at(where, _escaped(part))
         return target, where
 
     def _collect_resources(self) -> None:
@@ -322,12 +328,12 @@ class _Converter:
                     if isinstance(node.get(key), str):
                         self.anchors.setdefault((base, node[key]), (node, where))
                 pending += [
-                    (value, f"{where}/{_escaped(key)}", base)
+                    (value, _at(where, f"{_escaped(key)}"), base)
                     for key, value in node.items()
                     if key not in ("enum", "const", "default", "examples") and isinstance(value, (dict, list))
                 ]
             elif isinstance(node, list):
-                pending += [(value, f"{where}/{place}", base) for place, value in enumerate(node)]
+                pending += [(value, _at(where, f"{place}"), base) for place, value in enumerate(node)]
 
     def members(self, schemas: Iterable[tuple[Any, str]]) -> frozenset[Member] | None:
         """The set for schemas that apply together; None if one of them is ``false``."""
@@ -351,7 +357,7 @@ class _Converter:
             return NOTHING
         depth = depth if self.options.indent is not None else 0
         if depth > MAX_INDENT_DEPTH:
-            self.fail("", f"indent cannot be combined with nesting deeper than {MAX_INDENT_DEPTH}, or with recursion.", "Leave indent out.")
+            return NOTHING
         key = (members, depth)
         if key not in self.names:
             where = self.pointers[min(members)[0]] if members else "any"
@@ -448,17 +454,20 @@ class _Converter:
         self.unsupported(pointer, "not", "Say what is allowed instead.")
 
     def branches(self, members: frozenset[Member], index: int, schema: dict[str, Any], pointer: str, depth: int) -> Any:
+        self.refuse_cycle(index)
         rest = (members - {(index, False)}) | {(index, True)}
         choices: list[list[tuple[Any, str]]] = [[]]
         for key in ("anyOf", "oneOf"):
             if key not in schema:
                 continue
-            options = [(branch, f"{pointer}/{key}/{place}") for place, branch in enumerate(schema[key])]
+            options = [(branch, _at(pointer, f"{key}/{place}")) for place, branch in enumerate(schema[key])]
             if key == "oneOf":
                 options = self.exclusive(options, pointer)
             choices = [[*chosen, option] for chosen in choices for option in options]
-        if len(choices) > 20_000:
-            self.fail(pointer, "anyOf and oneOf together make more than 20,000 cases.", "Split the schema.")
+        if sum(not decided for _, decided in members) > 1:
+            self.cases += len(choices)
+        if len(choices) > MAX_CASES or self.cases > MAX_CASES:
+            self.fail(pointer, f"anyOf and oneOf that hold together make more than {MAX_CASES:,} cases.", "Split the schema.")
         made = []
         for chosen in choices:
             extra = self.members(chosen)
@@ -466,6 +475,30 @@ class _Converter:
                 undecided = {member for member in extra if (member[0], True) not in rest}
                 made.append(self.rule(frozenset(rest | undecided), depth))
         return alt(*made)
+
+    def refuse_cycle(self, index: int) -> None:
+        """Raises where anyOf, oneOf, allOf and $ref lead from a schema back to itself at the same place of the document."""
+        stack = [(index, self.in_place(index))] if index not in self.walked else []
+        self.walked.setdefault(index, False)  # open; True once nothing below leads back
+        while stack:
+            current, following = stack[-1]
+            member = next(following, None)
+            if member is None:
+                self.walked[current] = True
+                stack.pop()
+            elif member not in self.walked:
+                self.walked[member] = False
+                stack.append((member, self.in_place(member)))
+            elif not self.walked[member]:
+                self.fail(self.pointers[member], "a $ref leads back to itself without describing anything.", "Break the cycle.")
+
+    def in_place(self, index: int) -> Iterator[int]:
+        """The sub-schemas that the branches of one bring along for the same place of the document."""
+        schema, pointer = self.schemas[index], self.pointers[index]
+        for key in ("anyOf", "oneOf"):
+            for place, branch in enumerate(schema.get(key, ()) if isinstance(schema, dict) else ()):
+                if not isinstance(branch, bool):
+                    yield from self.flatten(self.number(branch, _at(pointer, f"{key}/{place}")))
 
     def exclusive(self, options: list[tuple[Any, str]], pointer: str) -> list[tuple[Any, str]]:
         """oneOf is anyOf where no two branches can hold at once; that must be evident."""
@@ -495,7 +528,7 @@ class _Converter:
             for schema, pointer in parts:
                 for key in ("anyOf", "oneOf"):
                     if key in schema and all(
-                        self.disjoint([(branch, f"{pointer}/{key}/{i}")], other, level + 1) for i, branch in enumerate(schema[key])
+                        self.disjoint([(branch, _at(pointer, f"{key}/{i}"))], other, level + 1) for i, branch in enumerate(schema[key])
                     ):
                         return True
                 values = schema.get("enum", [schema["const"]] if "const" in schema else None)
@@ -566,7 +599,7 @@ class _Converter:
                     value = Decimal(str(schema[key]))
                     assert value.is_finite() and abs(value.adjusted()) < 400
                 except (InvalidOperation, AssertionError):
-                    self.fail(f"{pointer}/{key}", f"{key} must be a finite number; got {schema[key]!r}.")
+                    self.fail(_at(pointer, key), f"{key} must be a finite number; got {schema[key]!r}.")
                 exclusive = key.startswith("exclusive")
                 if key == "multipleOf":
                     divisors.append(value)
@@ -599,11 +632,11 @@ class _Converter:
                 try:
                     found.append(regex_automaton(schema["pattern"], True, CANONICAL, spell))
                 except GrammarError as error:
-                    self.unsupported(f"{pointer}/pattern", f"this pattern ({error.message})", error.hint or "")
+                    self.unsupported(_at(pointer, "pattern"), f"this pattern ({error.message})", error.hint or "")
             if "format" in schema:
                 pattern = FORMATS.get(schema["format"])
                 if pattern is None:
-                    self.unsupported(f"{pointer}/format", f"the format {schema['format']!r}", f"Known: {', '.join(FORMATS)}.")
+                    self.unsupported(_at(pointer, "format"), f"the format {schema['format']!r}", f"Known: {', '.join(FORMATS)}.")
                 else:
                     found.append(regex_automaton(pattern, False, CANONICAL, spell))
         if not found:
@@ -630,11 +663,10 @@ class _Converter:
             return Ref("string")
         if high is not None and high < low:
             return NOTHING
-        return seq(QUOTE, Repeat(COUNTED if (high or 0) <= 5_000 and low <= 5_000 else Ref(self._char_rule()), low, high), QUOTE)
-
-    def _char_rule(self) -> str:
-        self.rules["char"] = COUNTED
-        return "char"
+        name = f"chars_{low}_{high}"
+        if name not in self.rules:  # a rule of its own: strings of equal length share it
+            self.rules[name] = Repeat(COUNTED, low, high)
+        return seq(QUOTE, Ref(name), QUOTE)
 
     # -- objects ---------------------------------------------------------------------------------------------------------
     def required(self, parts: Sequence[tuple[dict[str, Any], str]]) -> list[str]:
@@ -647,20 +679,20 @@ class _Converter:
         for schema, pointer in parts:
             before = len(found)
             if name in schema.get("properties", {}):
-                found.append((schema["properties"][name], f"{pointer}/properties/{_escaped(name)}"))
+                found.append((schema["properties"][name], _at(pointer, f"properties/{_escaped(name)}")))
             for pattern, value in schema.get("patternProperties", {}).items():
                 if self.key_matches(pattern, name, pointer):
-                    found.append((value, f"{pointer}/patternProperties/{_escaped(pattern)}"))
+                    found.append((value, _at(pointer, f"patternProperties/{_escaped(pattern)}")))
                     declared = True
             if len(found) == before and "additionalProperties" in schema:
-                found.append((schema["additionalProperties"], f"{pointer}/additionalProperties"))
+                found.append((schema["additionalProperties"], _at(pointer, "additionalProperties")))
         if not declared and not any("additionalProperties" in schema for schema, _ in parts):
             found += self.otherwise(parts, "unevaluatedProperties", ("properties", "patternProperties"))
         return found
 
     def otherwise(self, parts: Sequence[tuple[dict[str, Any], str]], key: str, closing: tuple[str, ...]) -> list[tuple[Any, str]]:
         """What applies to a property or item that no part mentions."""
-        given = [(schema[key], f"{pointer}/{key}") for schema, pointer in parts if key in schema]
+        given = [(schema[key], _at(pointer, f"{key}")) for schema, pointer in parts if key in schema]
         if given:
             self.check_unevaluated(parts, key)
             return given
@@ -682,7 +714,7 @@ class _Converter:
                 schema, pointer = self.schemas[index], self.pointers[index]
                 for place, branch in enumerate(schema.get("oneOf", ()) if isinstance(schema, dict) else ()):
                     if not isinstance(branch, bool):
-                        pending += self.flatten(self.number(branch, f"{pointer}/oneOf/{place}"))
+                        pending += self.flatten(self.number(branch, _at(pointer, f"oneOf/{place}")))
         if (
             len(owners) > 1
             or any(self.numbers[id(schema)] not in inside for schema, _ in parts)
@@ -699,7 +731,7 @@ class _Converter:
             try:
                 cache[pattern] = regex_automaton(pattern, True, CANONICAL, spell)
             except GrammarError as error:
-                self.fail(f"{pointer}/patternProperties", error.message, error.hint)
+                self.fail(_at(pointer, "patternProperties"), error.message, error.hint)
         return cache[pattern]
 
     def object(self, parts: Sequence[tuple[dict[str, Any], str]], depth: int) -> Any:
@@ -707,7 +739,7 @@ class _Converter:
         required = set(self.required(parts))
         names = list(dict.fromkeys(name for schema, _ in parts for name in schema.get("properties", ())))
         names += [name for name in self.required(parts) if name not in set(names)]
-        naming = [(s["propertyNames"], f"{p}/propertyNames") for s, p in parts if "propertyNames" in s]
+        naming = [(s["propertyNames"], _at(p, "propertyNames")) for s, p in parts if "propertyNames" in s]
         entries: list[tuple[str, Any]] = []
         for name in names:
             allowed = not naming or self.satisfies(name, self.expand(naming))
@@ -717,6 +749,8 @@ class _Converter:
                     return NOTHING
                 continue
             entries.append((name, seq(self.key(name), colon, self.rule(value, depth + 1))))
+        if sum(name not in required for name, _ in entries) > MAX_OPTIONAL:
+            self.fail(parts[0][1], f"more than {MAX_OPTIONAL:,} optional properties in one object.", "Make some required, or group them.")
         low, high = self.lengths(parts, "minProperties", "maxProperties")
         extra = self.further(parts, names, naming, depth, colon)
         if high is not None and high < len([name for name, _ in entries if name in required]):
@@ -827,9 +861,9 @@ class _Converter:
                 schemas: list[tuple[Any, str]] = []
                 for schema, pointer in parts:
                     mine = [p for p in schema.get("patternProperties", {}) if p in chosen]
-                    schemas += [(schema["patternProperties"][p], f"{pointer}/patternProperties/{_escaped(p)}") for p in mine]
+                    schemas += [(schema["patternProperties"][p], _at(pointer, f"patternProperties/{_escaped(p)}")) for p in mine]
                     if not mine and "additionalProperties" in schema:
-                        schemas.append((schema["additionalProperties"], f"{pointer}/additionalProperties"))
+                        schemas.append((schema["additionalProperties"], _at(pointer, "additionalProperties")))
                 if not chosen and not any("additionalProperties" in schema for schema, _ in parts):
                     schemas += self.otherwise(parts, "unevaluatedProperties", ("properties", "patternProperties"))
                 value = self.members(schemas)
@@ -884,10 +918,10 @@ class _Converter:
             mentioned = False
             for prefix, rest, pointer in prefixes:
                 if place < len(prefix):
-                    found.append((prefix[place], f"{pointer}/prefixItems/{place}"))
+                    found.append((prefix[place], _at(pointer, f"prefixItems/{place}")))
                     mentioned = True
                 elif rest is not None:
-                    found.append((rest, f"{pointer}/items"))
+                    found.append((rest, _at(pointer, "items")))
                     mentioned = True
             if not mentioned:
                 found += self.otherwise(parts, "unevaluatedItems", ("prefixItems",))
@@ -957,10 +991,10 @@ class _Converter:
                 return False
             for key, enough in (("anyOf", lambda n: n >= 1), ("oneOf", lambda n: n == 1)):
                 if key in part:
-                    held = sum(self.holds(value, branch, f"{where}/{key}/{i}") for i, branch in enumerate(part[key]))
+                    held = sum(self.holds(value, branch, _at(where, f"{key}/{i}")) for i, branch in enumerate(part[key]))
                     if not enough(held):
                         return False
-            if "not" in part and self.holds(value, part["not"], f"{where}/not"):
+            if "not" in part and self.holds(value, part["not"], _at(where, "not")):
                 return False
             if isinstance(value, str) and not self._string_holds(value, part, where):
                 return False
@@ -986,7 +1020,7 @@ class _Converter:
                 prefix, rest = self._prefix(part), self._rest(part)
                 for place, item in enumerate(value):
                     schema_here = prefix[place] if place < len(prefix) else rest
-                    if schema_here is not None and not self.holds(item, schema_here, f"{where}/items"):
+                    if schema_here is not None and not self.holds(item, schema_here, _at(where, "items")):
                         return False
         return True
 
@@ -1039,3 +1073,9 @@ def _inner(name: str) -> bytes:
 
 def _escaped(name: str) -> str:
     return name.replace("~", "~0").replace("/", "~1")
+
+
+def _at(pointer: str, part: str) -> str:
+    """A JSON pointer one step further; the middle of very long ones is left out (nested schemas would cost quadratic memory)."""
+    longer = f"{pointer}/{part}"
+    return longer if len(longer) < 400 else f"{longer[:100]}/.../{longer[-200:].partition('/')[2]}"

@@ -6,7 +6,7 @@ from decimal import Decimal
 from typing import Any
 
 from .automata import Automaton, build, intersection, is_deterministic, minimise, trim
-from .expressions import EMPTY, NOTHING, Bytes, ByteSet, GrammarError, alt, optional, seq, star
+from .expressions import EMPTY, NOTHING, Bytes, ByteSet, Graph, GrammarError, Repeat, alt, optional, seq, star
 
 MAX_DIVISOR = 2_000
 DIGITS = ByteSet(((0x30, 0x39),))
@@ -28,62 +28,70 @@ def _split(bound: Decimal) -> tuple[str, str]:
     return whole.lstrip("0") or "0", fraction.rstrip("0")
 
 
-def _repeat(item: Any, times: int) -> Any:
-    return seq(*[item] * times)
+def _whole(digits: str, above: bool, tail: Any, equal: Any) -> Graph:
+    """Numbers of as many digits: those that differ upwards (or downwards), then ``tail``; the same digits, then ``equal``.
+
+    States: i digits equal so far; then, already different, so many digits to go; the end.
+    """
+    size = len(digits)
+    end = 2 * size + 1
+    edges: list[tuple[int, Any, int]] = []
+    for place, digit in enumerate(map(int, digits)):
+        edges.append((place, Bytes(digits[place].encode()), place + 1))
+        least = 1 if place == 0 and size > 1 else 0
+        differing = _span(digit + 1, 9) if above else _span(least, digit - 1)
+        edges.append((place, differing, size + 1 + (size - place - 1)))
+    edges += [(size + 1 + left, DIGITS, size + left) for left in range(1, size)]
+    edges += [(size + 1, tail, end), (size, equal, end)]
+    return Graph(end + 1, tuple(edges), frozenset({end}))
+
+
+def _digits_after(digits: str, above: bool, exclusive: bool) -> Graph:
+    """Fractions (with their point) at least, or at most, 0.DIGITS; ``digits`` does not end in 0."""
+    size = len(digits)
+    free, end = size + 2, size + 3
+    edges: list[tuple[int, Any, int]] = [(0, Bytes(b"."), 1), (free, DIGITS, free), (free, EMPTY, end)]
+    for place, digit in enumerate(map(int, digits), 1):
+        edges.append((place, Bytes(digits[place - 1].encode()), place + 1))
+        edges.append((place, _span(digit + 1, 9) if above else _span(0, digit - 1), free))
+        if not above and place > 1:
+            edges.append((place, EMPTY, end))  # a shorter fraction is smaller
+    zeros = star(Bytes(b"0"))
+    if above:
+        edges.append((size + 1, seq(zeros, POSITIVE, star(DIGITS)) if exclusive else star(DIGITS), end))
+    elif not exclusive:
+        edges.append((size + 1, zeros, end))
+    return Graph(end + 1, tuple(edges), frozenset({end}))
 
 
 def at_least(bound: Decimal, exclusive: bool, fractions: bool) -> Any:
     """Non-negative decimals (no exponent) of at least ``bound`` >= 0."""
     whole, fraction = _split(bound)
     tail = optional(FRACTION) if fractions else EMPTY
-    size = len(whole)
-    options = [seq(POSITIVE, _repeat(DIGITS, size), star(DIGITS), tail)]  # more digits
-    for place, digit in enumerate(map(int, whole)):  # as many digits, the first difference is upwards
-        options.append(seq(Bytes(whole[:place].encode()), _span(digit + 1, 9), _repeat(DIGITS, size - place - 1), tail))
-    head = Bytes(whole.encode())
-    zeros = star(Bytes(b"0"))
-    if not fraction:
-        if not exclusive:
-            options.append(seq(head, tail))
-        elif fractions:
-            options.append(seq(head, Bytes(b"."), zeros, POSITIVE, star(DIGITS)))
+    equal: Any = NOTHING
+    if fraction:
+        equal = _digits_after(fraction, True, exclusive) if fractions else NOTHING
+    elif not exclusive:
+        equal = tail
     elif fractions:
-        for place, digit in enumerate(map(int, fraction)):
-            options.append(seq(head, Bytes(b"." + fraction[:place].encode()), _span(digit + 1, 9), star(DIGITS)))
-        exact = seq(head, Bytes(b"." + fraction.encode()))
-        options.append(seq(exact, zeros, POSITIVE, star(DIGITS)) if exclusive else seq(exact, star(DIGITS)))
-    return alt(*options)
+        equal = seq(Bytes(b"."), star(Bytes(b"0")), POSITIVE, star(DIGITS))
+    longer = seq(POSITIVE, Repeat(DIGITS, len(whole), None), tail)
+    return alt(longer, _whole(whole, True, tail, equal))
 
 
 def at_most(bound: Decimal, exclusive: bool, fractions: bool) -> Any:
     """Non-negative decimals (no exponent) of at most ``bound`` >= 0."""
     whole, fraction = _split(bound)
     tail = optional(FRACTION) if fractions else EMPTY
-    size = len(whole)
-    options = []
-    for digits in range(1, size):  # fewer digits
-        options.append(seq(WHOLE if digits == 1 else seq(POSITIVE, _repeat(DIGITS, digits - 1)), tail))
-        if digits == 1:
-            options[-1] = seq(DIGITS, tail)
-    for place, digit in enumerate(map(int, whole)):
-        least = 1 if place == 0 and size > 1 else 0
-        options.append(
-            seq(Bytes(whole[:place].encode()), _span(least, digit - 1), _repeat(DIGITS, size - place - 1), tail)
-        )
-    head = Bytes(whole.encode())
-    zeros = star(Bytes(b"0"))
-    if fractions and fraction:
-        options.append(head)
-        for place, digit in enumerate(map(int, fraction)):
-            before = Bytes(b"." + fraction[:place].encode())
-            options.append(seq(head, before, _span(0, digit - 1), star(DIGITS)))
-            if place:
-                options.append(seq(head, before))  # a shorter fraction is smaller
-        if not exclusive:
-            options.append(seq(head, Bytes(b"." + fraction.encode()), zeros))
-    elif not exclusive or fraction:
-        options.append(seq(head, optional(seq(Bytes(b"."), Bytes(b"0"), zeros))) if fractions else head)
-    return alt(*options)
+    equal: Any = NOTHING
+    if fraction:
+        equal = alt(EMPTY, _digits_after(fraction, False, exclusive)) if fractions else EMPTY
+    elif not exclusive:
+        equal = optional(seq(Bytes(b".0"), star(Bytes(b"0")))) if fractions else EMPTY
+    same = _whole(whole, False, tail, equal)
+    if len(whole) == 1:
+        return same
+    return alt(seq(alt(DIGITS, seq(POSITIVE, Repeat(DIGITS, 1, len(whole) - 2)) if len(whole) > 2 else NOTHING), tail), same)
 
 
 def multiples(divisor: int) -> Automaton:
@@ -141,19 +149,17 @@ def number_automaton(
     if low is None and high is None:
         result = build(seq(optional(Bytes(b"-")), WHOLE, tail))
     else:
-        zero = Decimal(0)
         positive: list[Any] = [seq(WHOLE, tail)]
-        negative: list[Any] = [seq(WHOLE, tail)]
+        negative: list[Any] = [at_least(Decimal(0), True, fractions)]  # -0 is written 0
         if low is not None:
             if low[0] >= 0:
                 positive.append(at_least(*low, fractions))
-                negative.append(at_most(zero, low[1], fractions) if low[0] == 0 else NOTHING)
+                negative.append(NOTHING)
             else:
                 negative.append(at_most(-low[0], low[1], fractions))
         if high is not None:
             if high[0] >= 0:
                 positive.append(at_most(*high, fractions))
-                negative.append(at_least(zero, high[1], fractions) if high[0] == 0 else seq(WHOLE, tail))
             else:
                 positive.append(NOTHING)
                 negative.append(at_least(-high[0], high[1], fractions))
