@@ -21,10 +21,11 @@ import numpy as np
 
 from common import report
 from everytoken.constraints.grammar import Grammar
-from everytoken.constraints.vocabulary import TokenizerInfo
 from everytoken.constraints.matcher import GrammarCompiler, GrammarMatcher
+from everytoken.constraints.vocabulary import TokenizerInfo
 from everytoken.core.loading import load_tokenizer
 
+TABLE = Path(__file__).resolve().parents[1] / "docs" / "assets" / "bench-constraints.md"
 PERSON = {
     "type": "object",
     "properties": {
@@ -35,7 +36,11 @@ PERSON = {
         "tags": {"type": "array", "items": {"type": "string"}, "maxItems": 8},
         "address": {
             "type": "object",
-            "properties": {"street": {"type": "string"}, "city": {"type": "string"}, "zip": {"type": "string", "pattern": "^[0-9]{5}$"}},
+            "properties": {
+                "street": {"type": "string"},
+                "city": {"type": "string"},
+                "zip": {"type": "string", "pattern": "^[0-9]{5}$"},
+            },
             "required": ["street", "city"],
         },
     },
@@ -45,7 +50,10 @@ TREE = {
     "$defs": {
         "node": {
             "type": "object",
-            "properties": {"value": {"type": "number"}, "children": {"type": "array", "items": {"$ref": "#/$defs/node"}}},
+            "properties": {
+                "value": {"type": "number"},
+                "children": {"type": "array", "items": {"$ref": "#/$defs/node"}},
+            },
             "required": ["value", "children"],
         }
     },
@@ -77,12 +85,23 @@ person = {
     "name": "Ada Lovelace-King", "age": 36, "email": "ada.king@analytical.org", "colour": "green",
     "tags": ["mathematics", "engines", "poetry and science"], "address": {"street": "12 St James's Square", "city": "London", "zip": "20500"},
 }  # fmt: skip
-tree = {"value": 1.5, "children": [{"value": -2, "children": []}, {"value": 3e2, "children": [{"value": 0, "children": []}]}]}
+tree = {
+    "value": 1.5,
+    "children": [{"value": -2, "children": []}, {"value": 3e2, "children": [{"value": 0, "children": []}]}],
+}
 calls = [
     {"tool": "weather", "arguments": {"city": "Reykjavík", "days": 3, "metric": True}},
-    {"tool": "send_mail", "arguments": {"to": "bob", "subject": "Lunch?", "body": "Are you free on Tuesday? I found a place.\nA."}},
+    {
+        "tool": "send_mail",
+        "arguments": {"to": "bob", "subject": "Lunch?", "body": "Are you free on Tuesday? I found a place.\nA."},
+    },
 ]
-anything = {"id": 17, "ok": True, "items": [{"k": "v", "n": None}, [1, 2.25, "three"], {}], "text": "Zwölf Boxkämpfer jagen \"Viktor\""}
+anything = {
+    "id": 17,
+    "ok": True,
+    "items": [{"k": "v", "n": None}, [1, 2.25, "three"], {}],
+    "text": 'Zwölf Boxkämpfer jagen "Viktor"',
+}
 CASES: dict[str, tuple[Any, list[Any]]] = {
     "any JSON": (True, [anything, person, tree]),
     "person": (PERSON, [person, {"name": "Bo", "age": 7}]),
@@ -110,12 +129,16 @@ def xgrammar(info: TokenizerInfo) -> Any:
     import xgrammar as xgr
 
     vocabulary = [token or b"" for token in info.vocabulary] + [b""] * (info.vocab_size - len(info.vocabulary))
-    theirs = xgr.TokenizerInfo(vocabulary, xgr.VocabType.RAW, vocab_size=info.vocab_size, stop_token_ids=info.stop_token_ids)
+    theirs = xgr.TokenizerInfo(
+        vocabulary, xgr.VocabType.RAW, vocab_size=info.vocab_size, stop_token_ids=info.stop_token_ids
+    )
 
     def compile_(schema: Any) -> Any:
         compiler = xgr.GrammarCompiler(theirs, max_threads=2, cache_enabled=False)
         compiled = (
-            compiler.compile_builtin_json_grammar() if schema is True else compiler.compile_json_schema(json.dumps(schema))
+            compiler.compile_builtin_json_grammar()
+            if schema is True
+            else compiler.compile_json_schema(json.dumps(schema))
         )
 
         def start() -> Any:
@@ -145,7 +168,9 @@ def llguidance(info: TokenizerInfo) -> Any:
 
     def compile_(schema: Any) -> Any:
         options = {"whitespace_flexible": True}
-        grammar = llg.LLMatcher.grammar_from_json_schema(json.dumps({} if schema is True else schema), overrides=options)
+        grammar = llg.LLMatcher.grammar_from_json_schema(
+            json.dumps({} if schema is True else schema), overrides=options
+        )
         first = llg.LLMatcher(tokenizer, grammar)
         assert not first.is_error(), first.get_error()
 
@@ -173,7 +198,9 @@ def greedy_ids(info: TokenizerInfo, text: bytes) -> list[int]:
     table = info.__dict__.setdefault("_ids", {token: index for index, token in enumerate(info.vocabulary) if token})
     ids, place = [], 0
     while place < len(text):
-        size = next(size for size in range(min(info.longest, len(text) - place), 0, -1) if text[place : place + size] in table)
+        size = next(
+            size for size in range(min(info.longest, len(text) - place), 0, -1) if text[place : place + size] in table
+        )
         ids.append(table[text[place : place + size]])
         place += size
     return ids
@@ -231,6 +258,19 @@ def main() -> None:
                         "memory, MB": memory() / 1e6 or float("nan"),
                     }
                 )
+    heads = ["vocabulary", "grammar", "engine", "compile, ms", "mask median, us", "mask p99, us", "first pass mean, us"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- | --- | --- |" + " ---: |" * 4]
+    for row in rows:
+        cells = [
+            f"{row[head]:.3g}"
+            if isinstance(row[head], float) and row[head] < 100
+            else f"{row[head]:,.0f}"
+            if isinstance(row[head], float)
+            else row[head]
+            for head in heads
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     report(
         "constraints",
         rows,

@@ -1,6 +1,6 @@
 """Fetches the JSON-Schema-Test-Suite for the tests: it ships inside the source distribution of the package jsonschema.
 
-    python scripts/fetch_suite.py FOLDER
+python scripts/fetch_suite.py FOLDER
 """
 
 from __future__ import annotations

@@ -43,11 +43,15 @@ def random_text(compiled, rng: random.Random, limit=400, stop=0.3):
         choices = [token for token in allowed.tolist() if token != EOS]
         closing = [token for token in choices if token in b'"}]']
         plain = [token for token in choices if 0x20 < token < 0x7F and token != 0x5C]
-        pick = rng.choice(closing if closing and rng.random() < 0.25 else plain if plain and rng.random() < 0.9 else choices)
+        pick = rng.choice(
+            closing if closing and rng.random() < 0.25 else plain if plain and rng.random() < 0.9 else choices
+        )
         assert matcher.accept_token(pick)
         output.append(pick)
     return None
 
 
 def bits(row, size):
-    return set(np.flatnonzero(np.unpackbits(np.asarray(row, np.int32).view(np.uint8), bitorder="little")[:size]).tolist())
+    return set(
+        np.flatnonzero(np.unpackbits(np.asarray(row, np.int32).view(np.uint8), bitorder="little")[:size]).tolist()
+    )

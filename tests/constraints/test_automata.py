@@ -24,8 +24,8 @@ from everytoken.constraints.grammar.expressions import (
     Alt,
     Bytes,
     Chars,
-    Graph,
     GrammarError,
+    Graph,
     Repeat,
     alt,
     expression_size,
@@ -96,7 +96,8 @@ def test_utf8_ranges_match_exactly_the_encodings(char, a, b):
     low, high = min(a, b), max(a, b)
     encoded = char.encode()
     matched = any(
-        len(sequence) == len(encoded) and all(lo <= byte <= hi for (lo, hi), byte in zip(sequence, encoded, strict=True))
+        len(sequence) == len(encoded)
+        and all(lo <= byte <= hi for (lo, hi), byte in zip(sequence, encoded, strict=True))
         for sequence in utf8_sequences(((low, high),))
     )
     assert matched == (low <= ord(char) <= high)
@@ -104,7 +105,11 @@ def test_utf8_ranges_match_exactly_the_encodings(char, a, b):
 
 def test_utf8_leaves_surrogates_out():
     automaton = build(Chars(((0, LAST_CHAR),)))
-    assert not automaton.matches(b"\xed\xa0\x80") and automaton.matches("\ud7ff".encode()) and automaton.matches("\ue000".encode())
+    assert (
+        not automaton.matches(b"\xed\xa0\x80")
+        and automaton.matches("\ud7ff".encode())
+        and automaton.matches("\ue000".encode())
+    )
     assert utf8_sequences(((0xD800, 0xDFFF),)) == ()
 
 

@@ -60,7 +60,9 @@ def test_weights_are_unbiased_for_every_token(form, number):
     assert abs(means.sum() - wanted.sum()) < 5 * math.sqrt((errors**2).sum() + 1e-12)
 
 
-@pytest.mark.parametrize("form", [{"proper_weights": False}, {"estimator": "recursive"}, {"estimator": "geometric"}], ids=str)
+@pytest.mark.parametrize(
+    "form", [{"proper_weights": False}, {"estimator": "recursive"}, {"estimator": "geometric"}], ids=str
+)
 @pytest.mark.parametrize("number", range(4))
 def test_tokens_follow_q_exactly(form, number):
     logps, allowed = list(problems())[number]
@@ -81,7 +83,9 @@ def test_pruned_candidates_count_their_mass():
     pruned = np.where([True, True, False, True], logps, -np.inf)
     rng = np.random.default_rng(0)
     for form in ({"estimator": "recursive"}, {"estimator": "geometric"}):
-        weights = [math.exp(awrs(pruned, [True, False, True, True].__getitem__, rng, **form).log_weight) for _ in range(RUNS)]
+        weights = [
+            math.exp(awrs(pruned, [True, False, True, True].__getitem__, rng, **form).log_weight) for _ in range(RUNS)
+        ]
         assert abs(np.mean(weights) - 0.5) < 5 * np.std(weights) / math.sqrt(RUNS)
 
 
@@ -145,7 +149,8 @@ def test_visiting_order_is_sampling_without_replacement():
 
 
 @pytest.mark.parametrize(
-    ("form", "message"), [({"max_accepts": 1}, "at least 2"), ({"max_rejects": 1}, "at least 2"), ({"estimator": "x"}, "estimator is")]
+    ("form", "message"),
+    [({"max_accepts": 1}, "at least 2"), ({"max_rejects": 1}, "at least 2"), ({"estimator": "x"}, "estimator is")],
 )
 def test_bad_settings(form, message):
     with pytest.raises(BadInputError, match=message):
@@ -216,11 +221,16 @@ def test_smc_estimates_the_marginal_likelihood_without_bias(model):
     for seed in range(400):
         decoder = AWRS(CONSTRAINT, particles=4, seed=seed, info=INFO)
         try:
-            model.generate(torch.tensor([prompt]), max_new_tokens=length, do_sample=True, top_k=0, custom_generate=decoder)
+            model.generate(
+                torch.tensor([prompt]), max_new_tokens=length, do_sample=True, top_k=0, custom_generate=decoder
+            )
             estimates.append(math.exp(decoder.log_marginal))
         except DeadEndError:
             estimates.append(0.0)
-    assert abs(np.mean(estimates) - total) < 4.5 * np.std(estimates) / math.sqrt(len(estimates)), (np.mean(estimates), total)
+    assert abs(np.mean(estimates) - total) < 4.5 * np.std(estimates) / math.sqrt(len(estimates)), (
+        np.mean(estimates),
+        total,
+    )
 
 
 def test_weighted_particles_follow_the_posterior(model):
@@ -232,7 +242,9 @@ def test_weighted_particles_follow_the_posterior(model):
     for seed in range(500):
         decoder = AWRS(CONSTRAINT, particles=4, seed=seed, info=INFO)
         try:
-            model.generate(torch.tensor([prompt]), max_new_tokens=length, do_sample=True, top_k=0, custom_generate=decoder)
+            model.generate(
+                torch.tensor([prompt]), max_new_tokens=length, do_sample=True, top_k=0, custom_generate=decoder
+            )
         except DeadEndError:
             evidence.append(0.0)
             continue
@@ -250,7 +262,9 @@ def test_outputs_satisfy_the_constraint_in_batches_with_padding(model):
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     decoder = AWRS(CONSTRAINT, trace_enabled=True, info=INFO)
     torch.manual_seed(0)
-    output = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=True, top_k=0, custom_generate=decoder)
+    output = model.generate(
+        ids, attention_mask=mask, max_new_tokens=6, do_sample=True, top_k=0, custom_generate=decoder
+    )
     for row, trace in zip(output[:, 4:].tolist(), decoder.trace, strict=True):
         tokens = row[: row.index(4) + 1] if 4 in row else [token for token in row if token != 0]
         assert allowed(tuple(tokens)) and trace.ids == tokens
@@ -263,7 +277,14 @@ def test_a_grammar_is_the_fast_constraint(model):
     compiled = compile_(Grammar.from_regex("(ab|c)*"), INFO)
     for particles in (1, 3):
         decoder = AWRS(compiled, particles=particles, seed=1)
-        output = model.generate(torch.tensor([[1, 2]]), max_new_tokens=8, do_sample=True, top_k=0, custom_generate=decoder, return_dict_in_generate=True)
+        output = model.generate(
+            torch.tensor([[1, 2]]),
+            max_new_tokens=8,
+            do_sample=True,
+            top_k=0,
+            custom_generate=decoder,
+            return_dict_in_generate=True,
+        )
         text = b"".join(VOCAB[token] or b"" for token in output.sequences[0, 2:].tolist())
         assert compiled and GrammarPrefix(compiled, text) and len(decoder.particles_) == particles
 
@@ -275,7 +296,9 @@ def GrammarPrefix(compiled, text):
 
 
 def test_a_critic_weighs_finished_texts(model):
-    decoder = AWRS(CONSTRAINT, particles=6, seed=2, critic=lambda text: 50.0 if text.startswith("c") else 0.0, info=INFO)
+    decoder = AWRS(
+        CONSTRAINT, particles=6, seed=2, critic=lambda text: 50.0 if text.startswith("c") else 0.0, info=INFO
+    )
     output = model.generate(torch.tensor([[1, 2]]), max_new_tokens=3, do_sample=True, top_k=0, custom_generate=decoder)
     assert output[0, 2].item() == 3 or not any(tokens[0] == 3 for tokens, _ in decoder.particles_)
 

@@ -26,7 +26,9 @@ def test_decode_prefix():
     assert decode_prefix(b"") == "" and decode_prefix("a😀".encode()[:3]) == "a" and decode_prefix(b"\x80") is None
 
 
-@pytest.mark.parametrize(("arguments", "message"), [((3,), "callable"), ((len, 3), "callable"), ((len, None, "words"), "on is")])
+@pytest.mark.parametrize(
+    ("arguments", "message"), [((3,), "callable"), ((len, 3), "callable"), ((len, None, "words"), "on is")]
+)
 def test_bad_constraints(arguments, message):
     with pytest.raises(BadInputError, match=message):
         CallableConstraint(*arguments)

@@ -23,7 +23,9 @@ from everytoken.core.errors import BadInputError, EverytokenError
 from .common import BYTES, EOS, bits, compile_, random_text
 from .oracle import ALPHABET, NAMES, Earley, grammars, productive, to_ebnf
 
-ABC = TokenizerInfo([None] + ["".join(t).encode() for n in (1, 2, 3) for t in itertools.product(ALPHABET, repeat=n)], [0])
+ABC = TokenizerInfo(
+    [None] + ["".join(t).encode() for n in (1, 2, 3) for t in itertools.product(ALPHABET, repeat=n)], [0]
+)
 PERSON = {
     "type": "object",
     "properties": {
@@ -33,7 +35,7 @@ PERSON = {
     "required": ["name", "age"], "additionalProperties": False,
 }  # fmt: skip
 PEOPLE = [
-    {"name": "Ann é \"q\" \\ 😀", "age": 31, "tags": ["red", "rose"], "mail": "a@b", "more": {"k": None}},
+    {"name": 'Ann é "q" \\ 😀', "age": 31, "tags": ["red", "rose"], "mail": "a@b", "more": {"k": None}},
     {"name": "", "age": 7},
 ]
 
@@ -134,7 +136,14 @@ def test_every_token_of_a_real_vocabulary(info, embedded_tokenizer, grammar):
             allowed = set(matcher.allowed_tokens().tolist())
             matcher._step.state.mask = None  # ask the plain run, not the mask
             known, matcher._step.state.moves = matcher._step.state.moves, {}
-            sample = rng.sample(range(info.vocab_size), 3000) + [0, 1, 2, token, *rng.sample(sorted(allowed), min(200, len(allowed)))]
+            sample = [
+                *rng.sample(range(info.vocab_size), 3000),
+                0,
+                1,
+                2,
+                token,
+                *rng.sample(sorted(allowed), min(200, len(allowed))),
+            ]
             for other in sample:
                 assert matcher.accepts(other) == (other in allowed), (info.vocabulary[other], other in allowed)
             matcher._step.state.moves = known
@@ -153,7 +162,9 @@ def peer(name, info, schema):
     if name == "xgrammar":
         import xgrammar as xgr
 
-        theirs = xgr.TokenizerInfo(vocabulary, xgr.VocabType.RAW, vocab_size=info.vocab_size, stop_token_ids=info.stop_token_ids)
+        theirs = xgr.TokenizerInfo(
+            vocabulary, xgr.VocabType.RAW, vocab_size=info.vocab_size, stop_token_ids=info.stop_token_ids
+        )
         matcher = xgr.GrammarMatcher(xgr.GrammarCompiler(theirs).compile_json_schema(json.dumps(schema)))
         tensor = torch.from_numpy(mask)
 
@@ -182,7 +193,9 @@ def peer(name, info, schema):
             return ids
 
     tokenizer = llg.LLTokenizer(llg.TokenizerWrapper(Shim()))
-    matcher = llg.LLMatcher(tokenizer, llg.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_flexible": True}))
+    matcher = llg.LLMatcher(
+        tokenizer, llg.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_flexible": True})
+    )
     assert not matcher.is_error(), matcher.get_error()
 
     def fill():
@@ -207,8 +220,17 @@ CALLS = {
 STEPPED = [
     (PERSON, PEOPLE),
     (TREE, [{"v": -1.5e3, "kids": [{"v": 0, "kids": []}, {"v": 2, "kids": [{"v": 1, "kids": []}]}]}]),
-    (CALLS, [{"tool": "search", "args": {"q": "ünï\tx", "n": -12}}, {"tool": "weather", "args": {"city": "Oslo", "metric": False}}]),
-    ({"type": "array", "items": {"type": "string", "minLength": 2, "maxLength": 6}, "minItems": 1, "maxItems": 3}, [["ab", "héllo"]]),
+    (
+        CALLS,
+        [
+            {"tool": "search", "args": {"q": "ünï\tx", "n": -12}},
+            {"tool": "weather", "args": {"city": "Oslo", "metric": False}},
+        ],
+    ),
+    (
+        {"type": "array", "items": {"type": "string", "minLength": 2, "maxLength": 6}, "minItems": 1, "maxItems": 3},
+        [["ab", "héllo"]],
+    ),
 ]
 
 
@@ -306,7 +328,12 @@ def test_stop_tokens_and_termination(info, person):
     free.accept_string('{"name": "", "age": 1')
     assert not free.is_terminated()
     free.accept_string("}")
-    assert free.is_terminated() and not free.accept_token(5) and free.find_jump_forward_string() == "" and not len(free.allowed_tokens())
+    assert (
+        free.is_terminated()
+        and not free.accept_token(5)
+        and free.find_jump_forward_string() == ""
+        and not len(free.allowed_tokens())
+    )
     with pytest.raises(BadInputError, match="finished"):
         free.fill_next_token_bitmask(allocate_token_bitmask(1, info.vocab_size))
     other = GrammarMatcher(person, override_stop_tokens=[7])
@@ -356,7 +383,11 @@ def test_bitmasks(person, info):
             matcher.fill_next_token_bitmask(bad)
     with pytest.raises(BadInputError, match="does not fit"):
         apply_token_bitmask_inplace(whole, mask[:2])
-    free = GrammarMatcher(compile_(Grammar.from_regex("[^]*"), TokenizerInfo([b"a", b"b"], [], None)), terminate_without_stop_token=False, override_stop_tokens=[1])
+    free = GrammarMatcher(
+        compile_(Grammar.from_regex("[^]*"), TokenizerInfo([b"a", b"b"], [], None)),
+        terminate_without_stop_token=False,
+        override_stop_tokens=[1],
+    )
     assert free.fill_next_token_bitmask(np.zeros(1, np.int32)) is False
 
 
@@ -397,7 +428,9 @@ def test_the_compiler_caches_and_threads_share_one_compilation(info, monkeypatch
     compiler = GrammarCompiler(info, cache_limit=2)
     made = []
     original = module.GrammarCompiler._compile
-    monkeypatch.setattr(module.GrammarCompiler, "_compile", lambda self, grammar: made.append(1) or original(self, grammar))
+    monkeypatch.setattr(
+        module.GrammarCompiler, "_compile", lambda self, grammar: made.append(1) or original(self, grammar)
+    )
     results = []
     threads = [threading.Thread(target=lambda: results.append(compiler.compile_json_schema(PERSON))) for _ in range(6)]
     for thread in threads:

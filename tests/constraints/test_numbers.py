@@ -15,7 +15,10 @@ from everytoken.constraints.grammar.numbers import number_automaton
 
 BOUNDS = st.one_of(
     st.none(),
-    st.tuples(st.sampled_from([Decimal(n) / 100 for n in range(-2500, 2501, 7)] + [Decimal(n) for n in range(-120, 121)]), st.booleans()),
+    st.tuples(
+        st.sampled_from([Decimal(n) / 100 for n in range(-2500, 2501, 7)] + [Decimal(n) for n in range(-120, 121)]),
+        st.booleans(),
+    ),
 )
 SPELLING = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
 

@@ -20,7 +20,9 @@ PATTERNS = st.recursive(
     lambda inner: st.one_of(
         st.lists(inner, min_size=1, max_size=3).map("".join),
         st.lists(inner, min_size=2, max_size=3).map(lambda parts: "(" + "|".join(parts) + ")"),
-        st.tuples(inner, st.sampled_from(["*", "+", "?", "{2}", "{1,2}", "{0,3}?", "*?"])).map(lambda p: f"(?:{p[0]}){p[1]}"),
+        st.tuples(inner, st.sampled_from(["*", "+", "?", "{2}", "{1,2}", "{0,3}?", "*?"])).map(
+            lambda p: f"(?:{p[0]}){p[1]}"
+        ),
     ),
     max_leaves=6,
 )
@@ -36,7 +38,9 @@ def test_equal_to_re(pattern, texts):
         assert anywhere.matches(sample.encode()) == bool(re.search(pattern, sample, re.ASCII))
 
 
-@pytest.mark.parametrize("pattern", ["^a", "a$", "^a|b$", "(^|,)a", "^$", "^(ab|c)+$", "x(^a)", "a(b|$)", "^^a", "(a|^b)c"])
+@pytest.mark.parametrize(
+    "pattern", ["^a", "a$", "^a|b$", "(^|,)a", "^$", "^(ab|c)+$", "x(^a)", "a(b|$)", "^^a", "(a|^b)c"]
+)
 def test_anchors_mean_what_they_say(pattern):
     automaton = regex_automaton(pattern, search=True)
     for sample in ("", "a", "b", "ab", "ba", ",a", "x,a", "xa", "abab", "abc", "bc", "abx", "xab", "c", "ac"):
@@ -47,11 +51,17 @@ def test_anchors_mean_what_they_say(pattern):
 def test_classes_escapes_and_unicode():
     assert accepts(compile_(Grammar.from_regex(r"\u0041\x42\cA\t\/\u{1F600}")), "AB\x01\t/😀")
     assert accepts(compile_(Grammar.from_regex(r"\ud83d\ude00")), "😀")
-    assert accepts(compile_(Grammar.from_regex(r"\p{Lu}\p{L}*")), "Éa") and not accepts(compile_(Grammar.from_regex(r"\p{Lu}")), "é")
-    assert accepts(compile_(Grammar.from_regex(r"[\w-]+")), "a-b") and accepts(compile_(Grammar.from_regex(r"[^\]]")), "x")
+    assert accepts(compile_(Grammar.from_regex(r"\p{Lu}\p{L}*")), "Éa") and not accepts(
+        compile_(Grammar.from_regex(r"\p{Lu}")), "é"
+    )
+    assert accepts(compile_(Grammar.from_regex(r"[\w-]+")), "a-b") and accepts(
+        compile_(Grammar.from_regex(r"[^\]]")), "x"
+    )
     assert accepts(compile_(Grammar.from_regex(r"(?<year>\d{4})-\d\d")), "2024-05")
     assert accepts(compile_(Grammar.from_regex(r"[\b]")), "\b") and accepts(compile_(Grammar.from_regex(r"\S")), "ü")
-    assert accepts(compile_(Grammar.from_regex(r"a{2,}")), "aaaa") and not accepts(compile_(Grammar.from_regex(r"a{2,}")), "a")
+    assert accepts(compile_(Grammar.from_regex(r"a{2,}")), "aaaa") and not accepts(
+        compile_(Grammar.from_regex(r"a{2,}")), "a"
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,7 +81,8 @@ def test_errors_say_what_and_where(pattern, message, place):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(a*)*b", "(a|a)*b", "((a+)+)+$", "(.*a){12}", "(x+x+)+y", "(a?){40}a{40}", "[ab]*a[ab]{60}", "(a|b|ab)*c" * 8]
+    "pattern",
+    ["(a*)*b", "(a|a)*b", "((a+)+)+$", "(.*a){12}", "(x+x+)+y", "(a?){40}a{40}", "[ab]*a[ab]{60}", "(a|b|ab)*c" * 8],
 )
 def test_patterns_that_hang_other_engines_compile_and_match_at_once(pattern):
     began = time.process_time()

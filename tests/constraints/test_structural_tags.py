@@ -37,12 +37,17 @@ def test_at_least_one_and_stop_after_first():
 
 
 def test_several_triggers():
-    tags = [StructuralTag("[call]", Grammar.from_choices(["x"]), ";"), StructuralTag("{{", Grammar.from_choices(["y"]), "}}")]
+    tags = [
+        StructuralTag("[call]", Grammar.from_choices(["x"]), ";"),
+        StructuralTag("{{", Grammar.from_choices(["y"]), "}}"),
+    ]
     compiled = compile_(Grammar.from_structural_tag(tags, ["[call]", "{{"]))
     assert accepts(compiled, "[cal [call]x;{ {{y}} [c[call]x;") and not accepts(compiled, "[call]y;")
 
 
-@given(st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=3, unique=True), st.text("abc", max_size=12))
+@given(
+    st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=3, unique=True), st.text("abc", max_size=12)
+)
 @settings(max_examples=200)
 def test_aho_corasick_notices_the_first_trigger(words, sample):
     if any(a != b and a in b for a in words for b in words):

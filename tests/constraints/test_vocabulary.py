@@ -22,7 +22,11 @@ def byte_level():
 
 
 def sentencepiece():
-    vocab = {"<unk>": 0, "</s>": 1} | {f"<0x{byte:02X}>": byte + 2 for byte in range(256)} | {"▁the": 258, "é": 259, "▁": 260}
+    vocab = (
+        {"<unk>": 0, "</s>": 1}
+        | {f"<0x{byte:02X}>": byte + 2 for byte in range(256)}
+        | {"▁the": 258, "é": 259, "▁": 260}
+    )
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens(["<unk>", "</s>"])
@@ -107,7 +111,10 @@ def test_fingerprints_differ():
         (lambda: TokenizerInfo([b"a", b"b", b"c"], vocab_size=2), "belongs to the model"),
         (lambda: TokenizerInfo.from_tiktoken({}), "empty"),
         (lambda: TokenizerInfo.from_huggingface(byte_level()), "no EOS"),
-        (lambda: TokenizerInfo.from_huggingface(Tokenizer(models.WordLevel({"a": 0}, "a")), stop_token_ids=[0]), "how this tokenizer"),
+        (
+            lambda: TokenizerInfo.from_huggingface(Tokenizer(models.WordLevel({"a": 0}, "a")), stop_token_ids=[0]),
+            "how this tokenizer",
+        ),
     ],
 )
 def test_bad_input(make, message):

@@ -61,7 +61,11 @@ def test_the_decoder_gives_what_generate_with_the_processor_gives(model, nest, p
 def test_batches_of_different_grammars_with_padding(model, nest):
     ids = torch.tensor([[0, 0, 1], [2, 3, 1], [0, 6, 6]])
     mask = torch.tensor([[0, 0, 1], [1, 1, 1], [0, 1, 1]])
-    grammars = [nest, compile_(Grammar.from_regex("(bc){2,5}"), INFO), compile_(Grammar.from_choices(["abab", "c"]), INFO)]
+    grammars = [
+        nest,
+        compile_(Grammar.from_regex("(bc){2,5}"), INFO),
+        compile_(Grammar.from_choices(["abab", "c"]), INFO),
+    ]
     common = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": True, "top_k": 0}
     for how in ({"logits_processor": [GrammarLogitsProcessor(grammars)]}, {"custom_generate": XGrammar(grammars)}):
         torch.manual_seed(0)
@@ -77,11 +81,15 @@ def test_batches_of_different_grammars_with_padding(model, nest):
 
 def test_beam_search_reorders_rows(model, nest):
     processor = GrammarLogitsProcessor(nest)
-    output = model.generate(torch.tensor([[1, 2]]), num_beams=4, max_new_tokens=12, do_sample=False, logits_processor=[processor])
+    output = model.generate(
+        torch.tensor([[1, 2]]), num_beams=4, max_new_tokens=12, do_sample=False, logits_processor=[processor]
+    )
     for text in (output[0, 2:].tolist(),):
         assert GrammarMatcher(nest).longest_prefix(spelled(text)) == len(spelled(text)) > 0
         assert EOS not in text or complete(nest, text[: text.index(EOS)])
-    again = model.generate(torch.tensor([[3]]), num_beams=2, max_new_tokens=12, do_sample=False, logits_processor=[processor])
+    again = model.generate(
+        torch.tensor([[3]]), num_beams=2, max_new_tokens=12, do_sample=False, logits_processor=[processor]
+    )
     assert GrammarMatcher(nest).longest_prefix(spelled(again[0, 1:].tolist())) == len(spelled(again[0, 1:].tolist()))
 
 
@@ -93,7 +101,9 @@ def test_sampling_follows_the_masked_model(model, nest):
     allowed = GrammarMatcher(nest).allowed_tokens().tolist()
     wanted = torch.softmax(logits[allowed].double(), -1).numpy()
     torch.manual_seed(0)
-    output = model.generate(ids.expand(1500, -1), custom_generate=XGrammar(nest), max_new_tokens=1, do_sample=True, top_k=0)
+    output = model.generate(
+        ids.expand(1500, -1), custom_generate=XGrammar(nest), max_new_tokens=1, do_sample=True, top_k=0
+    )
     counts = [int((output[:, 2] == token).sum()) for token in allowed]
     assert sum(counts) == 1500 and stats.chisquare(counts, wanted * 1500).pvalue > 1e-4
 
@@ -111,7 +121,9 @@ def test_cache_reuse_stopping_streams_and_traces(model, nest):
 
     ids = torch.tensor([[1, 2, 3]])
     decoder, sink = XGrammar(nest, trace_enabled=True), Sink()
-    output = decoder.generate(model, ids, streamer=sink, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
+    output = decoder.generate(
+        model, ids, streamer=sink, max_new_tokens=20, do_sample=False, return_dict_in_generate=True
+    )
     new = output.sequences[0, 3:].tolist()
     assert sink.tokens[-len(new) - 1 : -1] == new and sink.tokens[-1] == "end" and output.stats.new_tokens == len(new)
     trace = output.trace[0]
@@ -122,15 +134,25 @@ def test_cache_reuse_stopping_streams_and_traces(model, nest):
     assert decoder.figures()["complete texts"] == float(new[-1] == EOS)
     cache = output.past_key_values
     longer = torch.cat([output.sequences, torch.tensor([[1, 2]])], 1)
-    cached = model.generate(longer, past_key_values=cache, custom_generate=XGrammar(nest), max_new_tokens=10, do_sample=False)
-    assert torch.equal(cached, model.generate(longer, custom_generate=XGrammar(nest), max_new_tokens=10, do_sample=False))
-    short = model.generate(ids, custom_generate=XGrammar(compile_("root ::= [abc]*", INFO)), max_new_tokens=3, do_sample=False)
+    cached = model.generate(
+        longer, past_key_values=cache, custom_generate=XGrammar(nest), max_new_tokens=10, do_sample=False
+    )
+    assert torch.equal(
+        cached, model.generate(longer, custom_generate=XGrammar(nest), max_new_tokens=10, do_sample=False)
+    )
+    short = model.generate(
+        ids, custom_generate=XGrammar(compile_("root ::= [abc]*", INFO)), max_new_tokens=3, do_sample=False
+    )
     assert short.shape[1] <= 6
 
 
 def test_repetition_penalty_and_other_processors_apply_inside_the_grammar(model, nest):
     output = model.generate(
-        torch.tensor([[1, 2]]), custom_generate=XGrammar(nest), max_new_tokens=20, do_sample=False, repetition_penalty=3.0
+        torch.tensor([[1, 2]]),
+        custom_generate=XGrammar(nest),
+        max_new_tokens=20,
+        do_sample=False,
+        repetition_penalty=3.0,
     )
     assert GrammarMatcher(nest).longest_prefix(spelled(output[0, 2:].tolist())) == len(spelled(output[0, 2:].tolist()))
 
@@ -148,7 +170,9 @@ def test_the_embedded_model_writes_valid_json_and_jumps(embedded):
     inputs = tokenizer("Marie Curie as JSON:\n", return_tensors="pt")
     texts = {}
     for jump in (False, True):
-        decoder = XGrammar(schema=json.dumps(schema), any_whitespace=False, jump_forward=jump).prepare(tokenizer, model.config.vocab_size)
+        decoder = XGrammar(schema=json.dumps(schema), any_whitespace=False, jump_forward=jump).prepare(
+            tokenizer, model.config.vocab_size
+        )
         output = model.generate(**inputs, custom_generate=decoder, max_new_tokens=90, do_sample=False)
         texts[jump] = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         jsonschema.validate(json.loads(texts[jump]), schema)
@@ -178,7 +202,11 @@ def test_sources(tmp_path):
     path = tmp_path / "person.json"
     path.write_text('{"type": "null"}', encoding="utf-8")
     assert read_source(str(path)) == '{"type": "null"}' and read_source('{"a": 1}') == '{"a": 1}'
-    assert parse_source(str(path), None, None).rules and parse_source(None, "a+", None).rules and parse_source(None, None, 'root ::= "x"').rules
+    assert (
+        parse_source(str(path), None, None).rules
+        and parse_source(None, "a+", None).rules
+        and parse_source(None, None, 'root ::= "x"').rules
+    )
     with pytest.raises(BadInputError, match="no file"):
         read_source("nowhere.json")
     (tmp_path / "bad.json").write_bytes(b"\xff\xfe")

@@ -42,7 +42,9 @@ def try_method(
     schema: Annotated[str | None, typer.Option(help="Constraints: a JSON Schema, as a file or as text.")] = None,
     regex: Annotated[str | None, typer.Option(help="Constraints: a regular expression for the whole text.")] = None,
     grammar: Annotated[str | None, typer.Option(help="Constraints: an EBNF grammar, as a file or as text.")] = None,
-    constraint: Annotated[str | None, typer.Option(help="Constraints: a Python function text -> bool, module:function.")] = None,
+    constraint: Annotated[
+        str | None, typer.Option(help="Constraints: a Python function text -> bool, module:function.")
+    ] = None,
     trace: Annotated[Path | None, typer.Option(help="Write the trace as one HTML file (or .jsonl, .parquet).")] = None,
     column: Annotated[str | None, typer.Option(help="The trace's column to colour by.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,

@@ -117,10 +117,10 @@ def awrs(
         geometric = top - kept >= math.log(PEAKED) or max_accepts > 2 or max_rejects < math.inf
         estimator = "geometric" if geometric else "recursive"
     if estimator == "recursive":
-        token, weight = _recursive(logps, test, rng)
+        chosen, weight = _recursive(logps, test, rng)
     else:
-        token, weight = _geometric(logps, test, rng, max_accepts, max_rejects)
-    return Draw(token, weight + kept if weight > -math.inf else weight, len(answers))
+        chosen, weight = _geometric(logps, test, rng, max_accepts, max_rejects)
+    return Draw(chosen, weight + kept if weight > -math.inf else weight, len(answers))
 
 
 def _recursive(logps: np.ndarray, test: Callable[[int], bool], rng: np.random.Generator) -> tuple[int | None, float]:
@@ -210,7 +210,12 @@ class _Particle:
 
     def fork(self) -> _Particle:
         return _Particle(
-            self.judge.fork(), list(self.tokens), self.log_weight, self.finished, list(self.evaluations), list(self.increments)
+            self.judge.fork(),
+            list(self.tokens),
+            self.log_weight,
+            self.finished,
+            list(self.evaluations),
+            list(self.increments),
         )
 
 
@@ -275,7 +280,14 @@ class AWRS(Decoder):
             raise BadInputError(f"resampling is 'stratified' or 'multinomial'; got {self.resampling!r}.")
         if not 0 <= self.ess_threshold <= 1:
             raise BadInputError(f"ess_threshold is a share between 0 and 1; got {self.ess_threshold}.")
-        awrs(np.zeros(1), lambda _token: True, np.random.default_rng(0), True, self.max_accepts, self.max_rejects or math.inf)
+        awrs(
+            np.zeros(1),
+            lambda _token: True,
+            np.random.default_rng(0),
+            True,
+            self.max_accepts,
+            self.max_rejects or math.inf,
+        )
         self.particles_: list[tuple[list[int], float]] = []
         self.log_marginal, self.evaluations, self.seconds_testing = -math.inf, 0, 0.0
         self._compiled: CompiledGrammar | Constraint | None = None
@@ -286,7 +298,9 @@ class AWRS(Decoder):
         elif isinstance(self.constraint, (CompiledGrammar, Constraint)):
             self._compiled = self.constraint
         else:
-            check, done = (load_function(value) if isinstance(value, str) else value for value in (self.constraint, self.finished))
+            check, done = (
+                load_function(value) if isinstance(value, str) else value for value in (self.constraint, self.finished)
+            )
             self._compiled = check if isinstance(check, Constraint) else CallableConstraint(check, done, self.on)
 
     def prepare(self, tokenizer: Any, vocab_size: int) -> AWRS:
@@ -302,7 +316,9 @@ class AWRS(Decoder):
         if isinstance(self._compiled, CompiledGrammar):
             return GrammarMatcher(self._compiled)
         if self._compiled is None or self.info is None:
-            raise BadInputError("AWRS does not know the tokenizer.", "Call decoder.prepare(tokenizer, model.config.vocab_size) first.")
+            raise BadInputError(
+                "AWRS does not know the tokenizer.", "Call decoder.prepare(tokenizer, model.config.vocab_size) first."
+            )
         return _TextJudge(self._compiled, self.info)
 
     @torch.inference_mode()
@@ -328,10 +344,14 @@ class AWRS(Decoder):
         refuse_unsupported("AWRS", config, synced_gpus)
         check_prompt(model, input_ids.shape[1])
         if not config.do_sample:
-            raise BadInputError("AWRS samples; greedy decoding was asked for.", "Pass do_sample=True, or use XGrammar for greedy text.")
+            raise BadInputError(
+                "AWRS samples; greedy decoding was asked for.", "Pass do_sample=True, or use XGrammar for greedy text."
+            )
         cache = model_kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
-            raise BadInputError("AWRS cannot continue a filled cache.", "Pass the whole prompt without past_key_values.")
+            raise BadInputError(
+                "AWRS cannot continue a filled cache.", "Pass the whole prompt without past_key_values."
+            )
         if streamer is not None and self.particles > 1:
             raise BadInputError("A streamer cannot follow several particles.", "Use particles=1, or no streamer.")
         rows = split_rows(input_ids, model_kwargs.get("attention_mask"))
@@ -339,7 +359,10 @@ class AWRS(Decoder):
             raise BadInputError("A streamer follows one row only.", "Decode one prompt at a time.")
         rng = np.random.default_rng(int(torch.randint(1 << 62, (1,))) if self.seed is None else self.seed)
         self.stats, self.trace, self.evaluations, self.seconds_testing = DecodingStats(), [], 0, 0.0
-        processors, criteria = LogitsProcessorList(logits_processor or []), StoppingCriteriaList(stopping_criteria or [])
+        processors, criteria = (
+            LogitsProcessorList(logits_processor or []),
+            StoppingCriteriaList(stopping_criteria or []),
+        )
         new = [self._row(model, ids, padding, processors, criteria, streamer, rng) for ids, padding in rows]
         if streamer is not None:
             streamer.end()
@@ -366,7 +389,9 @@ class AWRS(Decoder):
             cache.batch_repeat_interleave(self.particles)
         log_marginal = 0.0
         while alive:
-            text = torch.stack([torch.cat([prompt, torch.tensor(p.tokens, dtype=prompt.dtype, device=device)]) for p in alive])
+            text = torch.stack(
+                [torch.cat([prompt, torch.tensor(p.tokens, dtype=prompt.dtype, device=device)]) for p in alive]
+            )
             logps = torch.log_softmax(processors(text, logits.clone()), -1).double().cpu().numpy()
             for particle, row in zip(alive, logps, strict=True):
                 self._extend(particle, row, rng, criteria, prompt, streamer)
@@ -385,7 +410,11 @@ class AWRS(Decoder):
                 everyone = [everyone[index].fork() for index in chosen]
                 for particle in everyone:
                     particle.log_weight = mean
-            going = [(p, row) for p, row in zip(everyone, ancestry, strict=True) if not p.finished and p.log_weight > -math.inf]
+            going = [
+                (p, row)
+                for p, row in zip(everyone, ancestry, strict=True)
+                if not p.finished and p.log_weight > -math.inf
+            ]
             alive = [particle for particle, _ in going]
             if not alive:
                 break
@@ -406,12 +435,21 @@ class AWRS(Decoder):
         self.evaluations += sum(sum(p.evaluations) for p in everyone)
         winner = everyone[int(rng.choice(len(everyone), p=weights))]
         if self.trace_enabled:
-            columns: dict[str, list[Any]] = {"evaluations": list(winner.evaluations), "log_weight": list(winner.increments)}
+            columns: dict[str, list[Any]] = {
+                "evaluations": list(winner.evaluations),
+                "log_weight": list(winner.increments),
+            }
             self.trace.append(TokenTrace(list(winner.tokens), columns=columns, station="constraints"))
         return winner.tokens
 
     def _extend(
-        self, particle: _Particle, logps: np.ndarray, rng: np.random.Generator, criteria: Any, prompt: torch.Tensor, streamer: Any
+        self,
+        particle: _Particle,
+        logps: np.ndarray,
+        rng: np.random.Generator,
+        criteria: Any,
+        prompt: torch.Tensor,
+        streamer: Any,
     ) -> None:
         began = time.perf_counter()
         draw = awrs(
@@ -447,7 +485,9 @@ class AWRS(Decoder):
 
     def _spell(self, tokens: Sequence[int]) -> bytes:
         info = self.info or getattr(self._compiled, "tokenizer_info", None)
-        return b"".join(info.vocabulary[t] or b"" for t in tokens if t < len(info.vocabulary)) if info is not None else b""
+        return (
+            b"".join(info.vocabulary[t] or b"" for t in tokens if t < len(info.vocabulary)) if info is not None else b""
+        )
 
     def _dead(self, particle: _Particle) -> DeadEndError:
         return DeadEndError(
@@ -465,7 +505,9 @@ def load_function(path: str) -> Any:
     """
     module_name, colon, name = path.partition(":")
     if not colon or not name:
-        raise BadInputError(f"A constraint is named module:function; got {path!r}.", "For example: --constraint checks:is_json")
+        raise BadInputError(
+            f"A constraint is named module:function; got {path!r}.", "For example: --constraint checks:is_json"
+        )
     import sys
 
     if "" not in sys.path:
@@ -475,9 +517,13 @@ def load_function(path: str) -> Any:
         for part in name.split("."):
             found = getattr(found, part)
     except ModuleNotFoundError as error:
-        raise BadInputError(f"There is no module {module_name!r} ({error}).", "Run from its folder, or install it.") from error
+        raise BadInputError(
+            f"There is no module {module_name!r} ({error}).", "Run from its folder, or install it."
+        ) from error
     except AttributeError as error:
-        raise BadInputError(f"The module {module_name!r} has no {name!r}.", "Check the name behind the colon.") from error
+        raise BadInputError(
+            f"The module {module_name!r} has no {name!r}.", "Check the name behind the colon."
+        ) from error
     if not callable(found) and not isinstance(found, Constraint):
         raise BadInputError(f"{path} is not callable.", "Name a function text -> bool.")
     return found

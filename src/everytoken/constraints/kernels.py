@@ -44,7 +44,18 @@ def _put(sn: Any, sp: Any, sb: Any, begin: int, end: int, node: int, parent: int
 
 @njit(cache=True, nogil=True)
 def close(
-    pda: Any, fn: Any, fp: Any, fd: Any, top: int, base: int, sn: Any, sp: Any, sb: Any, begin: int, end: int, lowest: int,
+    pda: Any,
+    fn: Any,
+    fp: Any,
+    fd: Any,
+    top: int,
+    base: int,
+    sn: Any,
+    sp: Any,
+    sb: Any,
+    begin: int,
+    end: int,
+    lowest: int,
     loose: bool,
 ) -> Any:
     """Adds what is reached without reading: rules called, and returns from finished rules.
@@ -117,7 +128,21 @@ def _step(pda: Any, sn: Any, sp: Any, sb: Any, begin: int, end: int, byte: int) 
 
 
 @njit(cache=True, nogil=True)
-def walk(pda: Any, trie: Any, fn: Any, fp: Any, fd: Any, top: int, sn: Any, sp: Any, sb: Any, count: int, words: Any, depend: Any, loose: bool) -> Any:
+def walk(
+    pda: Any,
+    trie: Any,
+    fn: Any,
+    fp: Any,
+    fd: Any,
+    top: int,
+    sn: Any,
+    sp: Any,
+    sb: Any,
+    count: int,
+    words: Any,
+    depend: Any,
+    loose: bool,
+) -> Any:
     """Runs the set in ``sn[:count]`` over all tokens of a trie.
 
     Args:
@@ -162,7 +187,10 @@ def walk(pda: Any, trie: Any, fn: Any, fp: Any, fd: Any, top: int, sn: Any, sp: 
                     and loop[node, 1] & subtree[i, 1] == subtree[i, 1]
                     and (
                         (characters[i] and any_character[node])
-                        or (loop[node, 2] & subtree[i, 2] == subtree[i, 2] and loop[node, 3] & subtree[i, 3] == subtree[i, 3])
+                        or (
+                            loop[node, 2] & subtree[i, 2] == subtree[i, 2]
+                            and loop[node, 3] & subtree[i, 3] == subtree[i, 3]
+                        )
                     )
                 ):
                     covered = True
@@ -192,7 +220,13 @@ def walk(pda: Any, trie: Any, fn: Any, fp: Any, fd: Any, top: int, sn: Any, sp: 
             else:
                 depend[dependent] = i
                 dependent += 1
-        begins[depth], ends[depth], tops[depth], closed[depth], popped[depth] = start, end, tops[above], False, popped[above]
+        begins[depth], ends[depth], tops[depth], closed[depth], popped[depth] = (
+            start,
+            end,
+            tops[above],
+            False,
+            popped[above],
+        )
         i += 1
     return accepted, dependent, lowest
 
@@ -216,7 +250,9 @@ def rehash(table: Any, fn: Any, fp: Any, top: int) -> None:
 
 
 @njit(cache=True, nogil=True)
-def advance(pda: Any, data: Any, fn: Any, fp: Any, fd: Any, top: int, table: Any, sn: Any, sp: Any, sb: Any, count: int) -> Any:
+def advance(
+    pda: Any, data: Any, fn: Any, fp: Any, fd: Any, top: int, table: Any, sn: Any, sp: Any, sb: Any, count: int
+) -> Any:
     """Reads bytes for good: frames that stay in use get their one place in the arena.
 
     Returns:
@@ -344,7 +380,16 @@ def survives(pda: Any, data: Any, fn: Any, fp: Any, fd: Any, top: int, sn: Any, 
 
 @njit(cache=True, nogil=True)
 def build_trie(
-    data: Any, offsets: Any, shared: Any, byte_of: Any, depth_of: Any, skip: Any, parent: Any, first: Any, subtree: Any, characters: Any
+    data: Any,
+    offsets: Any,
+    shared: Any,
+    byte_of: Any,
+    depth_of: Any,
+    skip: Any,
+    parent: Any,
+    first: Any,
+    subtree: Any,
+    characters: Any,
 ) -> int:
     """Trie nodes in preorder from sorted distinct byte strings; ``shared[k]`` is the prefix that k has in common with k - 1.
 
@@ -457,7 +502,9 @@ def extract(nodes: Any, parent: Any, byte_of: Any, depth_of: Any, skip: Any, tok
     """The trie of the tokens at some nodes alone: ``(byte, depth, skip, token_ptr, token_ids, levels)``."""
     room = 0
     last = -1
-    for k in range(nodes.shape[0]):  # an upper bound, then the nodes themselves: ancestors not listed yet, then the node
+    for k in range(
+        nodes.shape[0]
+    ):  # an upper bound, then the nodes themselves: ancestors not listed yet, then the node
         i = nodes[k]
         while i > last:
             room += 1
@@ -534,7 +581,11 @@ def lookahead_classes(pda: Any, rounds: int) -> Any:
         for n in range(count):
             h = value[n] * np.uint64(0x9E3779B97F4A7C15)
             for e in range(edge_ptr[n], edge_ptr[n + 1]):
-                x = value[edge_to[e]] ^ (np.uint64(edge_lo[e]) << np.uint64(8)) ^ (np.uint64(edge_hi[e]) << np.uint64(20))
+                x = (
+                    value[edge_to[e]]
+                    ^ (np.uint64(edge_lo[e]) << np.uint64(8))
+                    ^ (np.uint64(edge_hi[e]) << np.uint64(20))
+                )
                 x = (x ^ (x >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
                 h += x ^ (x >> np.uint64(32))
             for c in range(call_ptr[n], call_ptr[n + 1]):
@@ -547,7 +598,7 @@ def lookahead_classes(pda: Any, rounds: int) -> Any:
         if done % 8 != 7:
             continue
         now = np.unique(value).shape[0]
-        if now == distinct or now == count:
+        if now in (distinct, count):
             break
         distinct = now
     return value

@@ -1,8 +1,8 @@
 """The grammar engine: compiled grammars, and matchers that follow texts (the algorithm of ``xgrammar``, which see).
 
-    info = TokenizerInfo.from_huggingface(tokenizer, model.config.vocab_size)
-    compiled = GrammarCompiler(info).compile_json_schema(schema)
-    matcher = GrammarMatcher(compiled)
+info = TokenizerInfo.from_huggingface(tokenizer, model.config.vocab_size)
+compiled = GrammarCompiler(info).compile_json_schema(schema)
+matcher = GrammarMatcher(compiled)
 """
 
 from __future__ import annotations
@@ -141,11 +141,15 @@ class _Arena:
                 "Make repeated alternatives distinct, or replace nested repetitions such as (a* b*)*.",
             )
         room = 2 * len(self.fn)
-        self.fn, self.fp, self.fd = (np.concatenate([a, np.zeros(room - len(a), a.dtype)]) for a in (self.fn, self.fp, self.fd))
+        self.fn, self.fp, self.fd = (
+            np.concatenate([a, np.zeros(room - len(a), a.dtype)]) for a in (self.fn, self.fp, self.fd)
+        )
         self.table = np.full(4 * room, -1, np.int64)
         rehash(self.table, self.fn, self.fp, self.top)
         size = 2 * len(self.sn)
-        self.sn, self.sp, self.sb = (np.concatenate([a, np.zeros(size - len(a), a.dtype)]) for a in (self.sn, self.sp, self.sb))
+        self.sn, self.sp, self.sb = (
+            np.concatenate([a, np.zeros(size - len(a), a.dtype)]) for a in (self.sn, self.sp, self.sb)
+        )
 
     @property
     def frames(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
@@ -201,8 +205,17 @@ class CompiledGrammar:
         bits, loose = np.zeros(info.words, np.uint32), False
         while True:
             count = arena.load((node, UNKNOWN))
-            accepted, dependent, _ = walk(
-                self.pushdown.tables, info.trie, *arena.frames, arena.sn, arena.sp, arena.sb, count, bits, self._scratch.depend, loose
+            accepted, dependent, _ = walk(  # type: ignore[call-arg]
+                self.pushdown.tables,
+                info.trie,
+                *arena.frames,
+                arena.sn,
+                arena.sp,
+                arena.sb,
+                count,
+                bits,
+                self._scratch.depend,
+                loose,
             )
             if accepted >= 0:
                 break
@@ -373,7 +386,9 @@ class GrammarCompiler:
         """Any JSON value."""
         return self.compile_json_schema(True, **options)
 
-    def compile_structural_tag(self, tags: Sequence[StructuralTag], triggers: Sequence[str], **options: Any) -> CompiledGrammar:
+    def compile_structural_tag(
+        self, tags: Sequence[StructuralTag], triggers: Sequence[str], **options: Any
+    ) -> CompiledGrammar:
         """Free text with tags; see ``Grammar.from_structural_tag``."""
         return self.compile_grammar(Grammar.from_structural_tag(tags, triggers, **options))
 
@@ -405,10 +420,15 @@ class GrammarMatcher:
     START: ClassVar[tuple[int, ...]] = (0, -1)
 
     def __init__(
-        self, compiled: CompiledGrammar, override_stop_tokens: Sequence[int] | None = None, terminate_without_stop_token: bool = False
+        self,
+        compiled: CompiledGrammar,
+        override_stop_tokens: Sequence[int] | None = None,
+        terminate_without_stop_token: bool = False,
     ):
         if not isinstance(compiled, CompiledGrammar):
-            raise BadInputError(f"GrammarMatcher needs a CompiledGrammar; got {type(compiled).__name__}.", "Use GrammarCompiler.")
+            raise BadInputError(
+                f"GrammarMatcher needs a CompiledGrammar; got {type(compiled).__name__}.", "Use GrammarCompiler."
+            )
         self.compiled = compiled
         info = compiled.tokenizer_info
         self.stop_token_ids = list(info.stop_token_ids if override_stop_tokens is None else override_stop_tokens)
@@ -421,7 +441,8 @@ class GrammarMatcher:
                 "There is no stop token: the text could never end.",
                 "Give TokenizerInfo stop_token_ids, or set terminate_without_stop_token=True.",
             )
-        self.reset()
+        self._arena = compiled.arena()
+        self._step = _Step(self._arena.state(self.START), False, None)
 
     # -- what may come next ----------------------------------------------------------------------------------------------
     def _mask(self, state: _State) -> np.ndarray:
@@ -435,9 +456,10 @@ class GrammarMatcher:
                 words = words.copy()
                 for place in range(2, len(stacks), 2):
                     words |= self.compiled.stack_mask(arena, stacks[place], stacks[place + 1])
-            restricted = bool((words[:-1] != 0xFFFFFFFF).any()) or self.compiled.tokenizer_info.vocab_size > len(words) * 32 - 32 + int(
-                words[-1]
-            ).bit_count()
+            restricted = (
+                bool((words[:-1] != 0xFFFFFFFF).any())
+                or self.compiled.tokenizer_info.vocab_size > len(words) * 32 - 32 + int(words[-1]).bit_count()
+            )
             mask = words.view(np.int32)
             arena.remember(state, mask, restricted)
         return mask
@@ -454,7 +476,9 @@ class GrammarMatcher:
         step = self._step
         state = step.state
         if step.stopped or (self.terminate_without_stop_token and self._can_end(state)):
-            raise BadInputError("The text is finished; there is no next token.", "Check is_terminated() first, or reset().")
+            raise BadInputError(
+                "The text is finished; there is no next token.", "Check is_terminated() first, or reset()."
+            )
         words = state.mask if state.mask is not None else self._mask(state)
         rows = bitmask if isinstance(bitmask, np.ndarray) else self._numpy(bitmask)
         row = rows[index] if rows.ndim == 2 else rows
@@ -486,7 +510,9 @@ class GrammarMatcher:
             return np.zeros(0, np.int64)
         row = np.zeros(self.compiled.tokenizer_info.words, np.int32)
         self.fill_next_token_bitmask(row)
-        return np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")[: self.compiled.tokenizer_info.vocab_size])
+        return np.flatnonzero(
+            np.unpackbits(row.view(np.uint8), bitorder="little")[: self.compiled.tokenizer_info.vocab_size]
+        )
 
     def accepts(self, token_id: int) -> bool:
         """Whether a token may come next; far cheaper than a mask the first time, and nothing is kept."""

@@ -70,7 +70,7 @@ class Pushdown:
                 edge_ptr[node], call_ptr[node] = len(edges), len(calls)
                 final[node - 1], node_rule[node - 1] = automaton.finals[state], number
         table = np.array(edges, np.int64).reshape(-1, 3)
-        called = np.array(calls, np.int32).reshape(-1, 2)
+        links = np.array(calls, np.int32).reshape(-1, 2)
         loop = np.zeros((total, 4), np.uint64)
         sources = np.repeat(np.arange(total), np.diff(edge_ptr))
         for place in np.flatnonzero(table[:, 2] == sources).tolist():
@@ -85,14 +85,16 @@ class Pushdown:
         character_loops(edge_ptr, lows, highs, targets, any_character)
         tables = (
             edge_ptr, lows, highs, targets, call_ptr,
-            np.ascontiguousarray(called[:, 0]), np.ascontiguousarray(called[:, 1]), final, node_rule, follow_ptr, follow_to, loop,
+            np.ascontiguousarray(links[:, 0]), np.ascontiguousarray(links[:, 1]), final, node_rule, follow_ptr, follow_to, loop,
             any_character,
         )  # fmt: skip
         return cls(tables, names)
 
     def serialise(self) -> str:
         """As JSON text."""
-        packed = {name: base64.b64encode(array.tobytes()).decode() for name, array in zip(_FIELDS, self.tables, strict=True)}
+        packed = {
+            name: base64.b64encode(array.tobytes()).decode() for name, array in zip(_FIELDS, self.tables, strict=True)
+        }
         return json.dumps({"everytoken_pushdown": 1, "rules": self.rules, **packed})
 
     @classmethod
@@ -106,7 +108,7 @@ class Pushdown:
             content = json.loads(data)
             if content["everytoken_pushdown"] != 1:
                 raise ValueError("another version")
-            arrays = [
+            arrays: list[np.ndarray] = [
                 np.frombuffer(base64.b64decode(content[name], validate=True), kind).copy()
                 for name, kind in zip(_FIELDS, _TYPES, strict=True)
             ]
@@ -115,11 +117,27 @@ class Pushdown:
             result.check()
             return result
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise BadInputError(f"This is no serialised grammar, or it is damaged: {error}", "Compile the grammar again.") from error
+            raise BadInputError(
+                f"This is no serialised grammar, or it is damaged: {error}", "Compile the grammar again."
+            ) from error
 
     def check(self) -> None:
         """Raises ValueError unless all tables fit together (the kernels do not check bounds)."""
-        edge_ptr, edge_lo, edge_hi, edge_to, call_ptr, call_start, call_to, _, node_rule, follow_ptr, follow_to, loop, characters = self.tables
+        (
+            edge_ptr,
+            edge_lo,
+            edge_hi,
+            edge_to,
+            call_ptr,
+            call_start,
+            call_to,
+            _,
+            node_rule,
+            follow_ptr,
+            follow_to,
+            loop,
+            characters,
+        ) = self.tables
         size = self.size
         sound = (
             size > 0

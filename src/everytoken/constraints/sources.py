@@ -37,12 +37,14 @@ class GrammarLogitsProcessor(LogitsProcessor):
         self._prompt: torch.Tensor | None = None
         self._matchers: dict[tuple[int, tuple[int, ...]], GrammarMatcher] = {}
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         rows = input_ids.shape[0]
         length = None if self._prompt is None else self._prompt.shape[1]
         if length is None or input_ids.shape[1] < length or not torch.equal(input_ids[:, :length], self._prompt[:rows]):  # type: ignore[index]
             if len(self.compiled) not in (1, rows) and rows % len(self.compiled):
-                raise BadInputError(f"{len(self.compiled)} grammars do not fit a batch of {rows} rows.", "Give one, or one a row.")
+                raise BadInputError(
+                    f"{len(self.compiled)} grammars do not fit a batch of {rows} rows.", "Give one, or one a row."
+                )
             self._prompt, self._matchers = input_ids.clone(), {}
             length = input_ids.shape[1]
         info = self.compiled[0].tokenizer_info
@@ -130,4 +132,6 @@ def only_one(decoder: str, **settings: Any) -> None:
     """Raises BadInputError if more than one of the settings is given."""
     given = [name for name, value in settings.items() if value is not None]
     if len(given) > 1:
-        raise BadInputError(f"{decoder} takes one of {', '.join(settings)}; got {' and '.join(given)}.", "Leave the others out.")
+        raise BadInputError(
+            f"{decoder} takes one of {', '.join(settings)}; got {' and '.join(given)}.", "Leave the others out."
+        )

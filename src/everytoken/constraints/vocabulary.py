@@ -31,10 +31,14 @@ class TokenizerInfo:
         BadInputError: an empty vocabulary, stop ids outside of it, or a ``vocab_size`` smaller than it.
     """
 
-    def __init__(self, vocabulary: Sequence[bytes | None], stop_token_ids: Iterable[int] = (), vocab_size: int | None = None):
+    def __init__(
+        self, vocabulary: Sequence[bytes | None], stop_token_ids: Iterable[int] = (), vocab_size: int | None = None
+    ):
         self.vocabulary = [None if token is None else bytes(token) for token in vocabulary]
         if not any(self.vocabulary):
-            raise BadInputError("The vocabulary is empty.", "Pass the bytes of every token, or use TokenizerInfo.from_huggingface.")
+            raise BadInputError(
+                "The vocabulary is empty.", "Pass the bytes of every token, or use TokenizerInfo.from_huggingface."
+            )
         self.vocab_size = len(self.vocabulary) if vocab_size is None else int(vocab_size)
         if self.vocab_size < len(self.vocabulary):
             while len(self.vocabulary) > self.vocab_size and not self.vocabulary[-1]:
@@ -74,7 +78,9 @@ class TokenizerInfo:
         return cls(token_bytes(tokenizer), stops, vocab_size)
 
     @classmethod
-    def from_tiktoken(cls, ranks: dict[bytes, int], stop_token_ids: Iterable[int] = (), vocab_size: int | None = None) -> TokenizerInfo:
+    def from_tiktoken(
+        cls, ranks: dict[bytes, int], stop_token_ids: Iterable[int] = (), vocab_size: int | None = None
+    ) -> TokenizerInfo:
         """From mergeable ranks, ``{bytes: id}``."""
         if not ranks:
             raise BadInputError("The rank table is empty.", "Pass {bytes: id} of every token.")
@@ -112,7 +118,8 @@ class TokenizerInfo:
 
         order = sorted((token, index) for index, token in enumerate(self.vocabulary) if token)
         distinct: list[bytes] = []
-        ids, starts = [], []
+        ids: list[int] = []
+        starts: list[int] = []
         for token, index in order:
             if not distinct or distinct[-1] != token:
                 distinct.append(token)

@@ -110,27 +110,38 @@ class XGrammar(Decoder):
         refuse_unsupported("XGrammar", config, synced_gpus)
         check_prompt(model, input_ids.shape[1])
         if self.constraint is None:
-            raise BadInputError("The grammar is not compiled.", "Call decoder.prepare(tokenizer, model.config.vocab_size) first.")
+            raise BadInputError(
+                "The grammar is not compiled.", "Call decoder.prepare(tokenizer, model.config.vocab_size) first."
+            )
         if self.jump_forward and self.tokenizer is None:
-            raise BadInputError("jump_forward needs the tokenizer.", "Call prepare(tokenizer, vocab_size), or pass tokenizer=.")
+            raise BadInputError(
+                "jump_forward needs the tokenizer.", "Call prepare(tokenizer, vocab_size), or pass tokenizer=."
+            )
         grammars = [self.constraint] if isinstance(self.constraint, CompiledGrammar) else list(self.constraint)
         rows = split_rows(input_ids, model_kwargs.get("attention_mask"))
         if len(grammars) not in (1, len(rows)):
-            raise BadInputError(f"{len(grammars)} grammars do not fit a batch of {len(rows)} rows.", "Give one, or one a row.")
+            raise BadInputError(
+                f"{len(grammars)} grammars do not fit a batch of {len(rows)} rows.", "Give one, or one a row."
+            )
         if streamer is not None and len(rows) > 1:
             raise BadInputError("A streamer follows one row only.", "Decode one prompt at a time.")
         cache = model_kwargs.get("past_key_values")
         if len(rows) > 1 and cache is not None and cache.get_seq_length() > 0:
             raise BadInputError("XGrammar continues a filled cache for one row only.", "Pass the rows one at a time.")
         self.stats, self.trace, self._complete = DecodingStats(), [], []
-        processors, criteria = LogitsProcessorList(logits_processor or []), StoppingCriteriaList(stopping_criteria or [])
+        processors, criteria = (
+            LogitsProcessorList(logits_processor or []),
+            StoppingCriteriaList(stopping_criteria or []),
+        )
         new = []
         with ThreadPoolExecutor(1) as pool:
             for place, (ids, padding) in enumerate(rows):
                 mine = cache if len(rows) == 1 and cache is not None else DynamicCache()
                 matcher = GrammarMatcher(grammars[min(place, len(grammars) - 1)])
                 new.append(
-                    self._row(model, ids, padding, mine, matcher, processors, criteria, bool(config.do_sample), streamer, pool)
+                    self._row(
+                        model, ids, padding, mine, matcher, processors, criteria, bool(config.do_sample), streamer, pool
+                    )
                 )
         if streamer is not None:
             streamer.end()
@@ -140,7 +151,10 @@ class XGrammar(Decoder):
         if not config.return_dict_in_generate:
             return sequences
         return ConstrainedOutput(
-            sequences=sequences, past_key_values=mine if len(rows) == 1 else None, stats=self.stats, trace=self.trace or None
+            sequences=sequences,
+            past_key_values=mine if len(rows) == 1 else None,
+            stats=self.stats,
+            trace=self.trace or None,
         )
 
     def _row(
@@ -151,7 +165,9 @@ class XGrammar(Decoder):
         text = torch.cat([padding, ids])[None]
         pending = ids[past:]
         if pending.numel() == 0:
-            raise BadInputError("The cache already holds the whole prompt.", "Pass at least one token beyond the cache.")
+            raise BadInputError(
+                "The cache already holds the whole prompt.", "Pass at least one token beyond the cache."
+            )
         vocab = model.config.get_text_config().vocab_size
         bitmask = torch.zeros(1, (vocab + 31) // 32, dtype=torch.int32)
         new: list[int] = []
@@ -190,7 +206,8 @@ class XGrammar(Decoder):
             token = int(torch.multinomial(torch.softmax(scores, -1), 1)) if do_sample else int(scores.argmax(-1))
             if not matcher.accept_token(token):
                 raise BadInputError(
-                    f"A logits processor chose token {token}, which the grammar forbids.", "Drop forced tokens, or the processor."
+                    f"A logits processor chose token {token}, which the grammar forbids.",
+                    "Drop forced tokens, or the processor.",
                 )
             stop = append(token, allowed, "forced" if allowed == 1 else "model", mass)
             pending = torch.tensor([token], device=device)
@@ -208,7 +225,11 @@ class XGrammar(Decoder):
 
     def figures(self) -> dict[str, float]:
         jumped = {"tokens jumped": float(self.stats.accepted)} if self.jump_forward else {}
-        return {"target forwards": float(self.stats.target_forwards), **jumped, "complete texts": float(sum(self._complete))}
+        return {
+            "target forwards": float(self.stats.target_forwards),
+            **jumped,
+            "complete texts": float(sum(self._complete)),
+        }
 
     def _jump(self, matcher: GrammarMatcher) -> list[int]:
         """The tokens of the text that must come next, but for the last one: what follows may change its cut."""

@@ -102,7 +102,11 @@ def run_decoders(request: TrialRequest, example: str, column: str) -> TrialResul
             mine = arguments | {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
             result.notes.append(f"{name} samples; it ran at temperature 1 (choose with --temperature).")
         seed_everything(seed)
-        streamer = None if getattr(decoder, "particles", 1) > 1 else Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = (
+            None
+            if getattr(decoder, "particles", 1) > 1
+            else Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        )
         began = time.perf_counter()
         output = decoder.generate(model, **inputs, **mine, streamer=streamer)
         record(name, output, time.perf_counter() - began, decoder.figures())

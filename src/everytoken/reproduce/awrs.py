@@ -39,6 +39,10 @@ WHY_SMC = (
 )
 
 
+def _allowing(allowed: Any, text: Any) -> Any:
+    return lambda token: allowed((*text, token))
+
+
 def toy_divergence(seed: int, particles: int, runs: int) -> dict[str, float]:
     """KL from the exact posterior to what masking, and AWRS with particles, sample, on a three-step Markov chain."""
     from ..constraints.awrs import awrs, effective_sample_size, resample
@@ -59,16 +63,19 @@ def toy_divergence(seed: int, particles: int, runs: int) -> dict[str, float]:
     exact = {text: prob / total for text, prob in exact.items()}
     counts = {name: dict.fromkeys(exact, 1e-9) for name in ("masking", "AWRS")}
     for _ in range(runs):
-        text: tuple[int, ...] = ()
+        text: Any = ()
         for step in range(2):
             logps = first if step == 0 else middle[text[0]]
-            text = (*text, awrs(logps, lambda token, text=text: allowed((*text, token)), rng, proper_weights=False).token)  # type: ignore[misc]
+            text = (
+                *text,
+                awrs(logps, _allowing(allowed, text), rng, proper_weights=False).token,
+            )
         counts["masking"][text] += 1
-        everyone = [((), 0.0)] * particles
+        everyone: list[Any] = [((), 0.0)] * particles
         for step in range(2):
             moved = []
             for path, weight in everyone:
-                draw = awrs(first if step == 0 else middle[path[0]], lambda token, path=path: allowed((*path, token)), rng)  # type: ignore[misc, index]
+                draw = awrs(first if step == 0 else middle[path[0]], _allowing(allowed, path), rng)
                 moved.append(((*path, draw.token), weight + draw.log_weight))
             logs = np.array([weight for _, weight in moved])
             weights = np.exp(logs - logs.max())
@@ -76,8 +83,8 @@ def toy_divergence(seed: int, particles: int, runs: int) -> dict[str, float]:
             if effective_sample_size(weights) < particles / 2 and step == 0:
                 moved = [(moved[i][0], 0.0) for i in resample(weights, rng)]
                 weights = np.full(particles, 1 / particles)
-            everyone = moved  # type: ignore[assignment]
-        counts["AWRS"][everyone[int(rng.choice(particles, p=weights))][0]] += 1  # type: ignore[index]
+            everyone = moved
+        counts["AWRS"][everyone[int(rng.choice(particles, p=weights))][0]] += 1
     result = {}
     for name, found in counts.items():
         size = sum(found.values())
@@ -101,7 +108,10 @@ def run(context: Context) -> Arms:
     limit = 24 if context.quick else 64
     some = slice(0, 1) if context.quick else slice(None)
     tasks = {
-        "JSON": (compiler.compile_json_schema(SCHEMA), [f"{prompt} Write only JSON like {json.dumps({'name': 'Bo', 'age': 7})}" for prompt in PROMPTS[some]]),
+        "JSON": (
+            compiler.compile_json_schema(SCHEMA),
+            [f"{prompt} Write only JSON like {json.dumps({'name': 'Bo', 'age': 7})}" for prompt in PROMPTS[some]],
+        ),
         "sentences": (compiler.compile_regex(PATTERN), PROSE[some]),
     }
     arms: Arms = {name: {} for name in ("AWRS", "AWRS, unweighted", "masking with the same checker")}
@@ -113,7 +123,15 @@ def run(context: Context) -> Arms:
                 context.progress(f"{task}, {name}: prompt {index + 1} of {len(work)}")
                 decoder = AWRS(compiled, proper_weights=name == "AWRS", seed=1000 * context.seed + index)
                 torch.manual_seed(context.seed)
-                model.generate(**inputs, max_new_tokens=limit, do_sample=True, temperature=0.7, top_k=0, top_p=1.0, custom_generate=decoder)
+                model.generate(
+                    **inputs,
+                    max_new_tokens=limit,
+                    do_sample=True,
+                    temperature=0.7,
+                    top_k=0,
+                    top_p=1.0,
+                    custom_generate=decoder,
+                )
                 tests, steps = tests + decoder.evaluations, steps + decoder.stats.rounds
                 spent += decoder.seconds_testing
             arms[name][f"{task}: tests a token"] = tests / steps
@@ -123,7 +141,9 @@ def run(context: Context) -> Arms:
         matcher = GrammarMatcher(compiled)
         times = []
         text = decoder._spell(decoder.particles_[0][0])
-        for token in tokenizer(text.decode("utf-8", "replace"), add_special_tokens=False)["input_ids"][: 4 if context.quick else 16]:
+        for token in tokenizer(text.decode("utf-8", "replace"), add_special_tokens=False)["input_ids"][
+            : 4 if context.quick else 16
+        ]:
             began = time.perf_counter()
             for other in range(vocab):
                 matcher.accepts(other)
@@ -146,12 +166,36 @@ REPRODUCTION = Reproduction(
     summary="the embedded model under a JSON schema and a regular expression: tests and time per token; a posterior known exactly",
     run=run,
     claims=[
-        Claim("JSON: tests a token", "AWRS", MASKING, "orders of magnitude fewer", higher_is_better=False, why=WHY_TESTS),
-        Claim("sentences: tests a token", "AWRS", MASKING, "orders of magnitude fewer", higher_is_better=False, why=WHY_TESTS),
-        Claim("sentences: tests a token", "AWRS, unweighted", MASKING, "orders of magnitude fewer", higher_is_better=False, why=WHY_TESTS),
+        Claim(
+            "JSON: tests a token", "AWRS", MASKING, "orders of magnitude fewer", higher_is_better=False, why=WHY_TESTS
+        ),
+        Claim(
+            "sentences: tests a token",
+            "AWRS",
+            MASKING,
+            "orders of magnitude fewer",
+            higher_is_better=False,
+            why=WHY_TESTS,
+        ),
+        Claim(
+            "sentences: tests a token",
+            "AWRS, unweighted",
+            MASKING,
+            "orders of magnitude fewer",
+            higher_is_better=False,
+            why=WHY_TESTS,
+        ),
         Claim("JSON: milliseconds a token", "AWRS", MASKING, "faster", higher_is_better=False, why=WHY_TIME),
         Claim("sentences: milliseconds a token", "AWRS", MASKING, "faster", higher_is_better=False, why=WHY_TIME),
-        Claim("divergence from the posterior, nats", "AWRS", MASKING, "nearer to the posterior", kind="difference", higher_is_better=False, why=WHY_SMC),
+        Claim(
+            "divergence from the posterior, nats",
+            "AWRS",
+            MASKING,
+            "nearer to the posterior",
+            kind="difference",
+            higher_is_better=False,
+            why=WHY_SMC,
+        ),
     ],
     seeds=2,
 )

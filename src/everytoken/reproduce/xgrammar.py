@@ -19,15 +19,28 @@ SCHEMA = {
         "age": {"type": "integer", "minimum": 0, "maximum": 120},
         "email": {"type": "string", "pattern": "^[a-z0-9.]+@[a-z0-9]+\\.[a-z]{2,3}$"},
         "tags": {"type": "array", "items": {"type": "string", "maxLength": 20}, "maxItems": 4},
-        "address": {"type": "object", "properties": {"street": {"type": "string"}, "city": {"type": "string"}}, "required": ["city"]},
+        "address": {
+            "type": "object",
+            "properties": {"street": {"type": "string"}, "city": {"type": "string"}},
+            "required": ["city"],
+        },
     },
     "required": ["name", "age", "address"],
 }
 DOCUMENTS = [
-    {"name": "Ada King", "age": 36, "email": "ada@x.org", "tags": ["maths", "engines"], "address": {"street": "12 Main St", "city": "London"}},
+    {
+        "name": "Ada King",
+        "age": 36,
+        "email": "ada@x.org",
+        "tags": ["maths", "engines"],
+        "address": {"street": "12 Main St", "city": "London"},
+    },
     {"name": "Bo", "age": 7, "address": {"city": "Århus"}},
 ]
-ANYTHING = [{"id": 17, "items": [{"k": "v", "n": None}, [1, 2.25, "three"], {}], "text": 'jagen "Viktor"'}, [[], {"a": {"b": [True]}}]]
+ANYTHING = [
+    {"id": 17, "items": [{"k": "v", "n": None}, [1, 2.25, "three"], {}], "text": 'jagen "Viktor"'},
+    [[], {"a": {"b": [True]}}],
+]
 PROMPTS = [
     "Describe a person as JSON with name, age, tags and address.",
     "Invent a customer of a bookshop and write the customer's data as JSON.",
@@ -62,7 +75,18 @@ def mask_times(compiled: Any, documents: list[Any], tokenizer: Any, repeats: int
                     words = np.zeros(info.words, np.uint32)
                     began = time.perf_counter()
                     count = arena.load(stacks)
-                    walk(compiled.pushdown.tables, info.trie, *arena.frames, arena.sn, arena.sp, arena.sb, count, words, depend, False)
+                    walk(
+                        compiled.pushdown.tables,
+                        info.trie,
+                        *arena.frames,
+                        arena.sn,
+                        arena.sp,
+                        arena.sb,
+                        count,
+                        words,
+                        depend,
+                        False,
+                    )
                     naive.append(time.perf_counter() - began)
                     ends = matcher.can_end()
                     assert ends or np.array_equal(words.view(np.int32), mask), "both ways must agree"
@@ -134,11 +158,33 @@ REPRODUCTION = Reproduction(
     summary="masks along documents with and without the split, and the embedded model writing JSON freely, masked, and with jumps",
     run=run,
     claims=[
-        Claim("mask, any JSON, microseconds", "engine", "no split, no memory", "up to 100x", higher_is_better=False, why=WHY_MASK),
-        Claim("mask, schema, microseconds", "engine", "no split, no memory", "3x", higher_is_better=False, why=WHY_MASK),
+        Claim(
+            "mask, any JSON, microseconds",
+            "engine",
+            "no split, no memory",
+            "up to 100x",
+            higher_is_better=False,
+            why=WHY_MASK,
+        ),
+        Claim(
+            "mask, schema, microseconds", "engine", "no split, no memory", "3x", higher_is_better=False, why=WHY_MASK
+        ),
         Claim("tokens per second", "XGrammar", "plain generate", "near-zero overhead (about 1x)", why=WHY_END),
-        Claim("tokens per second", "XGrammar, jumps", "plain generate", "none given", why="Forced text takes one forward for many tokens."),
-        Claim("valid of the finished", "XGrammar", "plain generate", "all valid", kind="difference", why="Judged by the package jsonschema."),
+        Claim(
+            "tokens per second",
+            "XGrammar, jumps",
+            "plain generate",
+            "none given",
+            why="Forced text takes one forward for many tokens.",
+        ),
+        Claim(
+            "valid of the finished",
+            "XGrammar",
+            "plain generate",
+            "all valid",
+            kind="difference",
+            why="Judged by the package jsonschema.",
+        ),
     ],
     seeds=2,
     extra=("bench", "jsonschema"),

@@ -6,6 +6,7 @@ automaton is made deterministic, so only the choice between reading a byte and c
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +18,8 @@ from .expressions import (
     Bytes,
     ByteSet,
     Chars,
-    Graph,
     GrammarError,
+    Graph,
     Ref,
     Repeat,
     Seq,
@@ -102,7 +103,8 @@ class Builder:
         self.empties.append([])
         if len(self.edges) > MAX_STATES:
             raise GrammarError(
-                f"The grammar needs more than {MAX_STATES:,} automaton states.", "Lower repetition bounds or list fewer values."
+                f"The grammar needs more than {MAX_STATES:,} automaton states.",
+                "Lower repetition bounds or list fewer values.",
             )
         return len(self.edges) - 1
 
@@ -156,7 +158,9 @@ class Builder:
     def _repeat(self, item: Repeat, source: int) -> int:
         count = item.low if item.high is None else item.high
         if count >= 4 and type(item.item) not in (Bytes, ByteSet, Automaton):
-            unit = minimise(build(item.item, self.inline))  # copies of a small automaton, rather than copies of its making
+            unit = minimise(
+                build(item.item, self.inline)
+            )  # copies of a small automaton, rather than copies of its making
             item = Repeat(unit, item.low, item.high)
         for _ in range(item.low):
             source = self.add(item.item, source)
@@ -444,7 +448,9 @@ def trim(automaton: Automaton, productive: Callable[[str], bool] = lambda _name:
 
 
 # -- regular languages only: products --------------------------------------------------------------------------------------
-def combine(first: Automaton, second: Automaton, accept: Callable[[bool, bool], bool], limit: int = 200_000) -> Automaton:
+def combine(
+    first: Automaton, second: Automaton, accept: Callable[[bool, bool], bool], limit: int = 200_000
+) -> Automaton:
     """The product of two deterministic regular automata; ``accept`` decides from both verdicts.
 
     A missing edge leads to a dead state, so ``lambda a, b: a and not b`` is the difference.
@@ -503,7 +509,7 @@ def difference(first: Automaton, second: Automaton) -> Automaton:
 def is_deterministic(automaton: Automaton) -> bool:
     for edges in automaton.edges:
         ordered = sorted(edges)
-        if any(later[0] <= earlier[1] for earlier, later in zip(ordered, ordered[1:], strict=False)):
+        if any(later[0] <= earlier[1] for earlier, later in itertools.pairwise(ordered)):
             return False
     return True
 
@@ -549,6 +555,7 @@ def minimise(automaton: Automaton, rounds: int = 200) -> Automaton:
 
 def strip_marks(builder: Builder, end: int) -> Automaton:
     """The texts ``t`` for which ``START t END`` is matched: how anchors become plain languages."""
+
     def after(states: Iterable[int], mark: int) -> set[int]:
         closed = builder.closure(states)
         return {to for state in closed for low, high, to in builder.edges[state] if low <= mark <= high}

@@ -46,7 +46,11 @@ class _Parser:
         at = self.place if place is None else place
         line = self.source.count("\n", 0, at) + 1
         column = at - (self.source.rfind("\n", 0, at) + 1) + 1
-        excerpt = self.source.splitlines()[line - 1][:100] if self.source.strip() and line <= self.source.count("\n") + 1 else ""
+        excerpt = (
+            self.source.splitlines()[line - 1][:100]
+            if self.source.strip() and line <= self.source.count("\n") + 1
+            else ""
+        )
         raise GrammarError(f"Grammar, line {line}, column {column}: {message}.\n    {excerpt}", hint)
 
     def skip(self) -> None:
@@ -63,7 +67,7 @@ class _Parser:
         while self.peek():
             head = _HEAD.match(self.source, self.place)
             if head is None:
-                self.fail("a rule was expected", "Rules look like: name ::= \"text\" other_rule")
+                self.fail("a rule was expected", 'Rules look like: name ::= "text" other_rule')
             assert head is not None
             name = head[1]
             if name in rules:
@@ -73,7 +77,7 @@ class _Parser:
             rules[name] = self.alternatives()
             self.skip()
             if self.peek() == ")":
-                self.fail("unbalanced ')'", "Quote it: \")\".")
+                self.fail("unbalanced ')'", 'Quote it: ")".')
         for name, place in self.uses.items():
             if name not in rules:
                 import difflib
@@ -115,7 +119,9 @@ class _Parser:
             elif char == "{":
                 found = _RANGE.match(self.source, self.place)
                 if found is None:
-                    self.fail("a repetition range was expected after '{'", "Write {2}, {2,} or {2,5}; quote a brace: \"{\".")
+                    self.fail(
+                        "a repetition range was expected after '{'", 'Write {2}, {2,} or {2,5}; quote a brace: "{".'
+                    )
                 assert found is not None
                 self.place = found.end()
                 low = int(found[1])
@@ -183,7 +189,9 @@ class _Parser:
         if escape in _ESCAPES:
             return _ESCAPES[escape]
         if not escape or (escape.isalnum() and escape.isascii()):
-            self.fail(f"unknown escape \\{escape}", "Known: \\n \\t \\r \\\" \\\\ \\] \\- \\xNN \\uNNNN \\UNNNNNNNN.", start)
+            self.fail(
+                f"unknown escape \\{escape}", 'Known: \\n \\t \\r \\" \\\\ \\] \\- \\xNN \\uNNNN \\UNNNNNNNN.', start
+            )
         return escape
 
     def char_class(self) -> Chars:
@@ -219,11 +227,13 @@ def parse_ebnf(source: str, root: str = "root") -> dict[str, Any]:
         GrammarError: a syntax error with line and column, an undefined or doubly defined rule, no root.
     """
     parser = _Parser(source)
-    rules, places = parser.parse()
+    rules, _places = parser.parse()
     if not rules:
         raise GrammarError("The grammar is empty.", 'For example: root ::= "yes" | "no"')
     if root not in rules:
-        raise GrammarError(f"The grammar has no rule {root!r} to start from.", f"It defines: {', '.join(list(rules)[:12])}.")
+        raise GrammarError(
+            f"The grammar has no rule {root!r} to start from.", f"It defines: {', '.join(list(rules)[:12])}."
+        )
     return eliminate_left_recursion(rules)
 
 
@@ -245,7 +255,11 @@ def eliminate_left_recursion(rules: dict[str, Any]) -> dict[str, Any]:
                     tails.append(seq(*parts[1:]))
             else:
                 others.append(option)
-        if len(others) < len(options) and others and not any(name in set(references(tail)) and _starts_with(tail, name) for tail in tails):
+        if (
+            len(others) < len(options)
+            and others
+            and not any(name in set(references(tail)) and _starts_with(tail, name) for tail in tails)
+        ):
             body = seq(alt(*others), Repeat(alt(*tails), 0, None)) if tails else alt(*others)
         output[name] = body
     return output

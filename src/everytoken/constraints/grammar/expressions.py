@@ -150,7 +150,7 @@ def _split(low: int, high: int) -> Iterator[tuple[Range, ...]]:
             yield from _split(low, border)
             yield from _split(border + 1, high)
             return
-    if 0xD800 <= low and high <= 0xDFFF:
+    if low >= 0xD800 and high <= 0xDFFF:
         return
     if high <= 0x7F:
         yield ((low, high),)

@@ -308,7 +308,9 @@ def _productive_only(automata: dict[str, Automaton], root: str) -> dict[str, Aut
                 productive.add(name)
                 changed = True
     if root not in productive:
-        raise GrammarError("No text at all matches this grammar.", "Some rule can never be completed, or a set is empty.")
+        raise GrammarError(
+            "No text at all matches this grammar.", "Some rule can never be completed, or a set is empty."
+        )
     kept = {
         name: automata[name] if called[name] <= productive else trim(automata[name], productive.__contains__)
         for name in productive

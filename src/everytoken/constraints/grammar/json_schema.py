@@ -29,8 +29,8 @@ from .expressions import (
     Bytes,
     ByteSet,
     Chars,
-    Graph,
     GrammarError,
+    Graph,
     Ref,
     Repeat,
     alt,
@@ -158,7 +158,8 @@ def schema_rules(schema: Any, **options: Any) -> dict[str, Any]:
             schema = json.loads(schema)
         except json.JSONDecodeError as error:
             raise GrammarError(
-                f"The schema is not JSON: {error.msg} at line {error.lineno}, column {error.colno}.", "Check quotes and commas."
+                f"The schema is not JSON: {error.msg} at line {error.lineno}, column {error.colno}.",
+                "Check quotes and commas.",
             ) from error
         except (RecursionError, UnicodeDecodeError) as error:
             raise GrammarError(f"The schema cannot be read: {error}.", "Nest it less deeply; use UTF-8.") from error
@@ -188,7 +189,9 @@ class _Converter:
 
     def unsupported(self, pointer: str, what: str, hint: str) -> None:
         if self.options.strict:
-            raise GrammarError(f"Schema at {pointer or '#'}: {what} is not supported.", f"{hint} (strict=False ignores it.)")
+            raise GrammarError(
+                f"Schema at {pointer or '#'}: {what} is not supported.", f"{hint} (strict=False ignores it.)"
+            )
         line = f"{pointer or '#'}: {what} is ignored; outputs may violate it."
         if line not in self.warned:
             self.warned.add(line)
@@ -211,7 +214,9 @@ class _Converter:
         if isinstance(schema, bool):
             return
         if not isinstance(schema, dict):
-            self.fail(pointer, f"a schema is an object or a boolean, not {type(schema).__name__}.", "Check the nesting.")
+            self.fail(
+                pointer, f"a schema is an object or a boolean, not {type(schema).__name__}.", "Check the nesting."
+            )
         shapes: dict[str, Any] = {
             "properties": dict, "patternProperties": dict, "required": list, "enum": list, "anyOf": list, "oneOf": list,
             "allOf": list, "prefixItems": list, "pattern": str, "format": str, "$ref": str,
@@ -227,7 +232,11 @@ class _Converter:
                     self.fail(_at(pointer, key), f"{key} must be a whole number of at least 0; got {value!r}.")
         for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"):
             if key in schema and (isinstance(schema[key], bool) or not isinstance(schema[key], (int, float, Decimal))):
-                self.fail(_at(pointer, key), f"{key} must be a number; got {schema[key]!r}.", "Draft 4's booleans are not known.")
+                self.fail(
+                    _at(pointer, key),
+                    f"{key} must be a number; got {schema[key]!r}.",
+                    "Draft 4's booleans are not known.",
+                )
         for key in ("anyOf", "oneOf", "allOf"):
             if schema.get(key) == []:
                 self.fail(_at(pointer, key), f"{key} must not be empty.")
@@ -269,7 +278,9 @@ class _Converter:
         if index in self.flat:
             return self.flat[index]
         if index in path:
-            self.fail(self.pointers[index], "a $ref leads back to itself without describing anything.", "Break the cycle.")
+            self.fail(
+                self.pointers[index], "a $ref leads back to itself without describing anything.", "Break the cycle."
+            )
         if len(path) > 200:
             self.fail(self.pointers[index], "more than 200 $ref and allOf in a chain.", "Shorten it.")
         schema, pointer = self.schemas[index], self.pointers[index]
@@ -279,7 +290,9 @@ class _Converter:
                 target, where = self.resolve(schema["$ref"], schema, pointer)
                 members |= dict.fromkeys(self.flatten(self.number(target, where), (*path, index)))
             for place, part in enumerate(schema.get("allOf", ())):
-                members |= dict.fromkeys(self.flatten(self.number(part, _at(pointer, f"allOf/{place}")), (*path, index)))
+                members |= dict.fromkeys(
+                    self.flatten(self.number(part, _at(pointer, f"allOf/{place}")), (*path, index))
+                )
         self.flat[index] = tuple(members)
         return self.flat[index]
 
@@ -292,7 +305,11 @@ class _Converter:
         if base:
             uri = urljoin(uri, base)
         if uri not in self.resources:
-            self.fail(pointer, f"$ref {reference!r} leads outside the document.", "Copy that schema under $defs and refer to it.")
+            self.fail(
+                pointer,
+                f"$ref {reference!r} leads outside the document.",
+                "Copy that schema under $defs and refer to it.",
+            )
         if fragment and not fragment.startswith("/"):
             if (uri, fragment) not in self.anchors:
                 self.fail(pointer, f"$ref {reference!r}: there is no such anchor.", "Check its spelling.")
@@ -304,7 +321,9 @@ class _Converter:
                 target = target[int(part)] if isinstance(target, list) else target[part]
             except (KeyError, IndexError, ValueError, TypeError):
                 available = ", ".join(list(target)[:8]) if isinstance(target, dict) else "nothing"
-                self.fail(pointer, f"$ref {reference!r} leads nowhere: no {part!r} in {where}.", f"There is: {available}.")
+                self.fail(
+                    pointer, f"$ref {reference!r} leads nowhere: no {part!r} in {where}.", f"There is: {available}."
+                )
             where = _at(where, _escaped(part))
         return target, where
 
@@ -467,7 +486,9 @@ class _Converter:
         if sum(not decided for _, decided in members) > 1:
             self.cases += len(choices)
         if len(choices) > MAX_CASES or self.cases > MAX_CASES:
-            self.fail(pointer, f"anyOf and oneOf that hold together make more than {MAX_CASES:,} cases.", "Split the schema.")
+            self.fail(
+                pointer, f"anyOf and oneOf that hold together make more than {MAX_CASES:,} cases.", "Split the schema."
+            )
         made = []
         for chosen in choices:
             extra = self.members(chosen)
@@ -490,7 +511,11 @@ class _Converter:
                 self.walked[member] = False
                 stack.append((member, self.in_place(member)))
             elif not self.walked[member]:
-                self.fail(self.pointers[member], "a $ref leads back to itself without describing anything.", "Break the cycle.")
+                self.fail(
+                    self.pointers[member],
+                    "a $ref leads back to itself without describing anything.",
+                    "Break the cycle.",
+                )
 
     def in_place(self, index: int) -> Iterator[int]:
         """The sub-schemas that the branches of one bring along for the same place of the document."""
@@ -528,19 +553,28 @@ class _Converter:
             for schema, pointer in parts:
                 for key in ("anyOf", "oneOf"):
                     if key in schema and all(
-                        self.disjoint([(branch, _at(pointer, f"{key}/{i}"))], other, level + 1) for i, branch in enumerate(schema[key])
+                        self.disjoint([(branch, _at(pointer, f"{key}/{i}"))], other, level + 1)
+                        for i, branch in enumerate(schema[key])
                     ):
                         return True
                 values = schema.get("enum", [schema["const"]] if "const" in schema else None)
                 if values is not None and not any(self.satisfies(value, list(other)) for value in values):
                     return True
         kinds, others = set(self.kinds(mine)), set(self.kinds(theirs))
-        shared = {k for k in kinds if k in others or (k == "integer" and "number" in others) or (k == "number" and "integer" in others)}
+        shared = {
+            k
+            for k in kinds
+            if k in others or (k == "integer" and "number" in others) or (k == "number" and "integer" in others)
+        }
         if not shared:
             return True
         if shared <= {"number", "integer"}:
             low, high, _ = self.bounds([*mine, *theirs])
-            if low is not None and high is not None and (low[0] > high[0] or (low[0] == high[0] and (low[1] or high[1]))):
+            if (
+                low is not None
+                and high is not None
+                and (low[0] > high[0] or (low[0] == high[0] and (low[1] or high[1])))
+            ):
                 return True
         if shared == {"object"}:
             for parts, other in ((mine, theirs), (theirs, mine)):
@@ -559,9 +593,17 @@ class _Converter:
 
     # -- enumerations ----------------------------------------------------------------------------------------------------
     def enumeration(self, parts: Sequence[tuple[dict[str, Any], str]], depth: int) -> Any:
-        lists = [s["enum"] if "enum" in s else [s["const"]] for s, _ in parts if "enum" in s or "const" in s]
-        shortest = min(lists, key=len)
-        values = [value for value in shortest if self.satisfies(value, list(parts), closed=True)]
+        lists = [
+            (schema["enum"] if "enum" in schema else [schema["const"]], place)
+            for place, (schema, _) in enumerate(parts)
+            if "enum" in schema or "const" in schema
+        ]
+        shortest, place = min(lists, key=lambda pair: len(pair[0]))
+        others = list(parts)
+        schema, pointer = parts[place]  # its own values need not be looked for among themselves
+        own = "enum" if "enum" in schema else "const"
+        others[place] = ({key: value for key, value in schema.items() if key != own}, pointer)
+        values = [value for value in shortest if self.satisfies(value, others, closed=True)]
         return alt(*(self.literal(value, depth) for value in values))
 
     def literal(self, value: Any, depth: int) -> Any:
@@ -606,7 +648,9 @@ class _Converter:
                 elif key.endswith("inimum"):
                     low = (value, exclusive) if low is None or (value, exclusive) > low else low
                 else:
-                    high = (value, exclusive) if high is None or (value, not exclusive) < (high[0], not high[1]) else high
+                    high = (
+                        (value, exclusive) if high is None or (value, not exclusive) < (high[0], not high[1]) else high
+                    )
         return low, high, divisors
 
     def numeric(self, parts: Sequence[tuple[dict[str, Any], str]], integer: bool) -> Any:
@@ -619,7 +663,9 @@ class _Converter:
             return number_automaton(integer, low, high, [])
 
     # -- strings ---------------------------------------------------------------------------------------------------------
-    def lengths(self, parts: Sequence[tuple[dict[str, Any], str]], low_key: str, high_key: str) -> tuple[int, int | None]:
+    def lengths(
+        self, parts: Sequence[tuple[dict[str, Any], str]], low_key: str, high_key: str
+    ) -> tuple[int, int | None]:
         low = max((int(schema.get(low_key, 0)) for schema, _ in parts), default=0)
         highs = [int(schema[high_key]) for schema, _ in parts if high_key in schema]
         return low, min(highs) if highs else None
@@ -636,7 +682,9 @@ class _Converter:
             if "format" in schema:
                 pattern = FORMATS.get(schema["format"])
                 if pattern is None:
-                    self.unsupported(_at(pointer, "format"), f"the format {schema['format']!r}", f"Known: {', '.join(FORMATS)}.")
+                    self.unsupported(
+                        _at(pointer, "format"), f"the format {schema['format']!r}", f"Known: {', '.join(FORMATS)}."
+                    )
                 else:
                     found.append(regex_automaton(pattern, False, CANONICAL, spell))
         if not found:
@@ -690,7 +738,9 @@ class _Converter:
             found += self.otherwise(parts, "unevaluatedProperties", ("properties", "patternProperties"))
         return found
 
-    def otherwise(self, parts: Sequence[tuple[dict[str, Any], str]], key: str, closing: tuple[str, ...]) -> list[tuple[Any, str]]:
+    def otherwise(
+        self, parts: Sequence[tuple[dict[str, Any], str]], key: str, closing: tuple[str, ...]
+    ) -> list[tuple[Any, str]]:
         """What applies to a property or item that no part mentions."""
         given = [(schema[key], _at(pointer, f"{key}")) for schema, pointer in parts if key in schema]
         if given:
@@ -718,9 +768,13 @@ class _Converter:
         if (
             len(owners) > 1
             or any(self.numbers[id(schema)] not in inside for schema, _ in parts)
-            or any(word in schema for schema, _ in parts for word in ("anyOf", "not", "if", "dependentSchemas", "contains"))
+            or any(
+                word in schema for schema, _ in parts for word in ("anyOf", "not", "if", "dependentSchemas", "contains")
+            )
         ):
-            self.unsupported(owners[0][1], f"{key} beside other schemas", "Use additionalProperties: false, or items: false.")
+            self.unsupported(
+                owners[0][1], f"{key} beside other schemas", "Use additionalProperties: false, or items: false."
+            )
 
     def key_matches(self, pattern: str, name: str, pointer: str) -> bool:
         return self.key_automaton(pattern, pointer).matches(_inner(name))
@@ -750,7 +804,11 @@ class _Converter:
                 continue
             entries.append((name, seq(self.key(name), colon, self.rule(value, depth + 1))))
         if sum(name not in required for name, _ in entries) > MAX_OPTIONAL:
-            self.fail(parts[0][1], f"more than {MAX_OPTIONAL:,} optional properties in one object.", "Make some required, or group them.")
+            self.fail(
+                parts[0][1],
+                f"more than {MAX_OPTIONAL:,} optional properties in one object.",
+                "Make some required, or group them.",
+            )
         low, high = self.lengths(parts, "minProperties", "maxProperties")
         extra = self.further(parts, names, naming, depth, colon)
         if high is not None and high < len([name for name, _ in entries if name in required]):
@@ -771,10 +829,19 @@ class _Converter:
             whole = seq(Bytes(b"{"), opening, filled, closing, Bytes(b"}"))
             return alt(whole, Bytes(b"{}")) if empty else whole
         filled, empty = graph
-        return seq(Bytes(b"{"), opening, alt(seq(filled, closing), EMPTY) if empty else seq(filled, closing), Bytes(b"}"))
+        return seq(
+            Bytes(b"{"), opening, alt(seq(filled, closing), EMPTY) if empty else seq(filled, closing), Bytes(b"}")
+        )
 
     def in_order(
-        self, entries: list[tuple[str, Any]], required: set[str], extra: Any, between: Any, low: int, high: int | None, counted: bool
+        self,
+        entries: list[tuple[str, Any]],
+        required: set[str],
+        extra: Any,
+        between: Any,
+        low: int,
+        high: int | None,
+        counted: bool,
     ) -> tuple[Any, bool] | None:
         """``(graph of at least one entry, whether none is fine too)``: states are (place, any yet, how many)."""
         top = 0 if not counted else high if high is not None else low
@@ -818,7 +885,11 @@ class _Converter:
         counted: bool, pointer: str,
     ) -> tuple[Any, bool] | None:  # fmt: skip
         if len(entries) > MAX_ANY_ORDER:
-            self.fail(pointer, f"property_order='any' with {len(entries)} properties.", f"At most {MAX_ANY_ORDER} are possible.")
+            self.fail(
+                pointer,
+                f"property_order='any' with {len(entries)} properties.",
+                f"At most {MAX_ANY_ORDER} are possible.",
+            )
         need = sum(1 << place for place, (name, _) in enumerate(entries) if name in required)
         top = 0 if not counted else high if high is not None else low
         pairs = []
@@ -848,12 +919,21 @@ class _Converter:
         return (Graph(len(states), tuple(edges), frozenset(finals)), empty) if finals or empty else None
 
     def further(
-        self, parts: Sequence[tuple[dict[str, Any], str]], names: list[str], naming: list[tuple[Any, str]], depth: int, colon: Any
+        self,
+        parts: Sequence[tuple[dict[str, Any], str]],
+        names: list[str],
+        naming: list[tuple[Any, str]],
+        depth: int,
+        colon: Any,
     ) -> Any | None:
         """A key and value beyond the declared ones, or None where there can be none."""
         patterns = list(dict.fromkeys(p for schema, _ in parts for p in schema.get("patternProperties", ())))
         if len(patterns) > MAX_PATTERNS:
-            self.fail(parts[0][1], f"more than {MAX_PATTERNS} patternProperties together.", "Join patterns whose schemas are equal.")
+            self.fail(
+                parts[0][1],
+                f"more than {MAX_PATTERNS} patternProperties together.",
+                "Join patterns whose schemas are equal.",
+            )
         options = []
         allowed = self.names_automaton(naming)
         for size in range(len(patterns) + 1):
@@ -861,7 +941,9 @@ class _Converter:
                 schemas: list[tuple[Any, str]] = []
                 for schema, pointer in parts:
                     mine = [p for p in schema.get("patternProperties", {}) if p in chosen]
-                    schemas += [(schema["patternProperties"][p], _at(pointer, f"patternProperties/{_escaped(p)}")) for p in mine]
+                    schemas += [
+                        (schema["patternProperties"][p], _at(pointer, f"patternProperties/{_escaped(p)}")) for p in mine
+                    ]
                     if not mine and "additionalProperties" in schema:
                         schemas.append((schema["additionalProperties"], _at(pointer, "additionalProperties")))
                 if not chosen and not any("additionalProperties" in schema for schema, _ in parts):
@@ -895,7 +977,9 @@ class _Converter:
         for schema, pointer in parts:
             if "anyOf" in schema or "oneOf" in schema or "not" in schema:
                 self.unsupported(pointer, "a combination inside propertyNames", "Use one pattern.")
-        values = next((s["enum"] if "enum" in s else [s["const"]] for s, _ in parts if "enum" in s or "const" in s), None)
+        values = next(
+            (s["enum"] if "enum" in s else [s["const"]] for s, _ in parts if "enum" in s or "const" in s), None
+        )
         if values is not None:
             return trie([_inner(v) for v in values if isinstance(v, str) and self.satisfies(v, parts)])
         found = self.string_automaton(parts)
@@ -909,7 +993,9 @@ class _Converter:
         opening, between, closing, _ = self.separators(depth)
         low, high = self.lengths(parts, "minItems", "maxItems")
         if any(schema.get("uniqueItems") is True for schema, _ in parts) and (high is None or high > 1):
-            self.unsupported(next(p for s, p in parts if s.get("uniqueItems")), "uniqueItems", "List the combinations with enum.")
+            self.unsupported(
+                next(p for s, p in parts if s.get("uniqueItems")), "uniqueItems", "List the combinations with enum."
+            )
         prefixes = [(self._prefix(schema), self._rest(schema), pointer) for schema, pointer in parts]
         size = max((len(prefix) for prefix, _, _ in prefixes), default=0)
 
@@ -982,16 +1068,18 @@ class _Converter:
             kind = _kind(value)
             if "type" in part:
                 given = part["type"] if isinstance(part["type"], list) else [part["type"]]
-                if kind not in given and not (kind == "integer" and "number" in given):
-                    if not (value is None and part.get("nullable") is True):
-                        return False
+                fits = kind in given or (kind == "integer" and "number" in given)
+                if not fits and not (value is None and part.get("nullable") is True):
+                    return False
             if "const" in part and not _equal(part["const"], value):
                 return False
             if "enum" in part and not any(_equal(option, value) for option in part["enum"]):
                 return False
             for key, enough in (("anyOf", lambda n: n >= 1), ("oneOf", lambda n: n == 1)):
                 if key in part:
-                    held = sum(self.holds(value, branch, _at(where, f"{key}/{i}")) for i, branch in enumerate(part[key]))
+                    held = sum(
+                        self.holds(value, branch, _at(where, f"{key}/{i}")) for i, branch in enumerate(part[key])
+                    )
                     if not enough(held):
                         return False
             if "not" in part and self.holds(value, part["not"], _at(where, "not")):
@@ -1009,7 +1097,9 @@ class _Converter:
                 relaxed = [(part, where)]
                 mode, self.options = self.options, replace(self.options, strict_mode=False)
                 try:
-                    if not all(self.holds(item, s, p) for n, item in value.items() for s, p in self.property(relaxed, n)):
+                    if not all(
+                        self.holds(item, s, p) for n, item in value.items() for s, p in self.property(relaxed, n)
+                    ):
                         return False
                 finally:
                     self.options = mode
@@ -1048,7 +1138,8 @@ def _kind(value: Any) -> str:
         return "boolean"
     if isinstance(value, (int, float, Decimal)):
         return "integer" if value == int(value) else "number"
-    return {str: "string", list: "array", dict: "object"}[type(value)]
+    kinds: dict[Any, str] = {str: "string", list: "array", dict: "object"}
+    return kinds[type(value)]
 
 
 def _equal(first: Any, second: Any) -> bool:
@@ -1059,7 +1150,7 @@ def _equal(first: Any, second: Any) -> bool:
         return len(first) == len(second) and all(map(_equal, first, second))
     if isinstance(first, dict) and isinstance(second, dict):
         return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
-    return type(first) is type(second) and first == second or (_number(first) and _number(second) and first == second)
+    return (type(first) is type(second) and first == second) or (_number(first) and _number(second) and first == second)
 
 
 def _number(value: Any) -> bool:

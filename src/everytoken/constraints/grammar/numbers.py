@@ -6,14 +6,16 @@ from decimal import Decimal
 from typing import Any
 
 from .automata import Automaton, build, intersection, is_deterministic, minimise, trim
-from .expressions import EMPTY, NOTHING, Bytes, ByteSet, Graph, GrammarError, Repeat, alt, optional, seq, star
+from .expressions import EMPTY, NOTHING, Bytes, ByteSet, GrammarError, Graph, Repeat, alt, optional, seq, star
 
 MAX_DIVISOR = 2_000
 DIGITS = ByteSet(((0x30, 0x39),))
 POSITIVE = ByteSet(((0x31, 0x39),))
 WHOLE = alt(Bytes(b"0"), seq(POSITIVE, star(DIGITS)))
 FRACTION = seq(Bytes(b"."), DIGITS, star(DIGITS))
-EXPONENT = seq(ByteSet(((0x45, 0x45), (0x65, 0x65))), optional(ByteSet(((0x2B, 0x2B), (0x2D, 0x2D)))), DIGITS, star(DIGITS))
+EXPONENT = seq(
+    ByteSet(((0x45, 0x45), (0x65, 0x65))), optional(ByteSet(((0x2B, 0x2B), (0x2D, 0x2D)))), DIGITS, star(DIGITS)
+)
 INTEGER = seq(optional(Bytes(b"-")), WHOLE)
 NUMBER = seq(optional(Bytes(b"-")), WHOLE, optional(FRACTION), optional(EXPONENT))
 
@@ -91,7 +93,9 @@ def at_most(bound: Decimal, exclusive: bool, fractions: bool) -> Any:
     same = _whole(whole, False, tail, equal)
     if len(whole) == 1:
         return same
-    return alt(seq(alt(DIGITS, seq(POSITIVE, Repeat(DIGITS, 1, len(whole) - 2)) if len(whole) > 2 else NOTHING), tail), same)
+    return alt(
+        seq(alt(DIGITS, seq(POSITIVE, Repeat(DIGITS, 1, len(whole) - 2)) if len(whole) > 2 else NOTHING), tail), same
+    )
 
 
 def multiples(divisor: int) -> Automaton:
@@ -173,7 +177,12 @@ def number_automaton(
         result = build(alt(*sides)) if sides else build(NOTHING)
     if places:  # at most so many digits behind the point
         result = intersection(
-            result, build(seq(optional(Bytes(b"-")), WHOLE, optional(seq(Bytes(b"."), DIGITS, *[optional(DIGITS)] * (places - 1)))))
+            result,
+            build(
+                seq(
+                    optional(Bytes(b"-")), WHOLE, optional(seq(Bytes(b"."), DIGITS, *[optional(DIGITS)] * (places - 1)))
+                )
+            ),
         )
     for divisor_whole in wholes:
         result = intersection(result, multiples(divisor_whole))

@@ -40,7 +40,10 @@ MAX_SIZE = 200_000
 DIGIT: tuple[Range, ...] = ((0x30, 0x39),)
 WORD: tuple[Range, ...] = merge_ranges([(0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)])
 SPACE: tuple[Range, ...] = merge_ranges(
-    [(0x2000, 0x200A), *((ord(char), ord(char)) for char in "\t\n\v\f\r \u00a0\u1680\u2028\u2029\u202f\u205f\u3000\ufeff")]
+    [
+        (0x2000, 0x200A),
+        *((ord(char), ord(char)) for char in "\t\n\v\f\r \u00a0\u1680\u2028\u2029\u202f\u205f\u3000\ufeff"),
+    ]
 )
 NEWLINES: tuple[Range, ...] = ((0x0A, 0x0A), (0x0D, 0x0D), (0x2028, 0x2029))
 CLASSES = {"d": DIGIT, "w": WORD, "s": SPACE}
@@ -73,7 +76,9 @@ class _Parser:
         self.text, self.place, self.depth = pattern, 0, 0
         self.dot = ANY_CHAR if dot_newline else Chars(invert_ranges(NEWLINES))
 
-    def fail(self, message: str, hint: str = "See docs: supported regular expressions.", place: int | None = None) -> Any:
+    def fail(
+        self, message: str, hint: str = "See docs: supported regular expressions.", place: int | None = None
+    ) -> Any:
         at = self.place if place is None else place
         shown = self.text if len(self.text) <= 60 else self.text[max(0, at - 25) : at + 25]
         raise GrammarError(f"Regular expression {shown!r}: {message} at position {at}.", hint)
@@ -174,7 +179,9 @@ class _Parser:
             if rest.startswith("?:"):
                 self.place += 2
             elif rest.startswith(("?=", "?!", "?<=", "?<!")):
-                self.fail("look-around is not supported", "Say it without look-around, or as two patterns under allOf.", start)
+                self.fail(
+                    "look-around is not supported", "Say it without look-around, or as two patterns under allOf.", start
+                )
             elif rest.startswith(("?<", "?P<")):
                 close = self.text.find(">", self.place)
                 if close < 0:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .expressions import Bytes, ByteSet, Graph, GrammarError, Seq, alt, merge_ranges
+from .expressions import Bytes, ByteSet, GrammarError, Graph, Seq, alt, merge_ranges
 
 
 @dataclass
@@ -56,7 +56,10 @@ def aho_corasick(words: Sequence[bytes]) -> tuple[list[dict[int, int]], dict[int
 
 
 def structural_expression(
-    triggers: Sequence[str], bodies: Sequence[tuple[str, Any, str]], at_least_one: bool = False, stop_after_first: bool = False
+    triggers: Sequence[str],
+    bodies: Sequence[tuple[str, Any, str]],
+    at_least_one: bool = False,
+    stop_after_first: bool = False,
 ) -> Any:
     """Free text with tags, as an expression; ``bodies`` are ``(begin, expression, end)``.
 
@@ -65,7 +68,9 @@ def structural_expression(
             a trigger that starts no begin.
     """
     if not bodies or not triggers:
-        raise GrammarError("Structural tags need at least one tag and one trigger.", "Give StructuralTag(begin, schema, end).")
+        raise GrammarError(
+            "Structural tags need at least one tag and one trigger.", "Give StructuralTag(begin, schema, end)."
+        )
     words = [trigger.encode("utf-8") for trigger in triggers]
     if not all(words):
         raise GrammarError("A trigger is empty.", "A trigger is the text that announces a tag, such as '<tool'.")
@@ -98,12 +103,15 @@ def structural_expression(
             ]
             if not options:
                 raise GrammarError(
-                    f"The trigger {trigger.decode()!r} starts no tag.", "Every trigger must be the start of some tag's begin."
+                    f"The trigger {trigger.decode()!r} starts no tag.",
+                    "Every trigger must be the start of some tag's begin.",
                 )
             edges.append((number[state], Seq((step, alt(*options))), after))
     for begin, _, _ in bodies:
         if not any(begin.encode("utf-8").startswith(word) for word in words):
-            raise GrammarError(f"No trigger starts the tag {begin!r}.", "Add a trigger: the first characters of the tag.")
+            raise GrammarError(
+                f"No trigger starts the tag {begin!r}.", "Add a trigger: the first characters of the tag."
+            )
     # with at_least_one the text before the first tag may not be the whole; a copy of the free part follows the tag
     if stop_after_first:
         finals = {after} if at_least_one else {after, *number.values()}
