@@ -56,7 +56,7 @@ def nested(depth, wrap):
         {"type": "string", "pattern": "^(a?){30}a{30}$", "maxLength": 60}, {"type": "string", "pattern": "(x+x+)+y"},
         {"type": "object", "patternProperties": {"^a.*b$": {}, "a{50}": {}, "c": {}}, "additionalProperties": False},
         {"type": "object", "properties": {f"p{n}": {"type": "integer"} for n in range(3000)}},
-        {"type": "object", "properties": {f"p{n}": {"type": "integer"} for n in range(900)}},
+        {"type": "object", "properties": {f"p{n}": {"type": "integer"} for n in range(450)}},
         {"oneOf": [{"const": f"v{n}"} for n in range(120)]},
     ],
     ids=lambda schema: next(iter(schema)),

@@ -186,6 +186,17 @@ def check_prompt(model: PreTrainedModel, length: int) -> None:
         raise BadInputError(f"The prompt has {length} tokens; the model's context is {context}.", "Shorten the prompt.")
 
 
+def attention_mask_for(model: Any, allowed: torch.Tensor) -> torch.Tensor:
+    """A boolean mask in the form that the model's attention takes: eager attention adds it to its scores."""
+    import torch
+
+    if getattr(model.config, "_attn_implementation", None) != "eager":
+        return allowed
+    return torch.zeros(allowed.shape, dtype=model.dtype, device=allowed.device).masked_fill(
+        ~allowed, torch.finfo(model.dtype).min
+    )
+
+
 def check_same_vocabulary(target: PreTrainedModel, draft: PreTrainedModel, slack: int = 512) -> int:
     """The vocabulary size both share; sizes may differ by padding rows only.
 

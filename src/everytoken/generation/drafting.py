@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from .base import attention_mask_for
 from .trees import TokenTree
 
 
@@ -41,7 +42,6 @@ class DraftSession:
         )
         self.rows: dict[int, int] = {}
         self.states: dict[int, torch.Tensor] = {}
-        self.additive_mask = getattr(draft.config, "_attn_implementation", None) == "eager"
 
     def close(self) -> None:
         if self.tap is not None:
@@ -114,9 +114,8 @@ class DraftSession:
     def _call(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: Any, nodes: list[int], reduced: bool, **kwargs: Any
     ) -> torch.Tensor:
-        if mask is not None and self.additive_mask and not self.uses_features:
-            lowest = torch.finfo(self.model.dtype).min
-            mask = torch.zeros(mask.shape, dtype=self.model.dtype, device=self.device).masked_fill(~mask, lowest)
+        if mask is not None and not self.uses_features:
+            mask = attention_mask_for(self.model, mask)
         if self.uses_features:
             kwargs["reduced_logits"] = reduced
         output = self.model(

@@ -47,6 +47,7 @@ from ..core.trace import TokenTrace
 from .base import (
     Decoder,
     DecodingStats,
+    attention_mask_for,
     check_croppable,
     check_prompt,
     check_same_vocabulary,
@@ -229,7 +230,6 @@ class _Row:
         self.logits: list[torch.Tensor] | None = [] if keep_logits else None
         self.max_length = max_length
         self.columns: dict[str, list[Any]] = {"round": [], "depth": [], "draft_prob": [], "source": [], "value": []}
-        self.additive_mask = getattr(model.config, "_attn_implementation", None) == "eager"
         self.draft = DraftSession(decoder.draft_model, model, vocab)
 
     # -- the loop --------------------------------------------------------------------------------------------------------
@@ -280,10 +280,7 @@ class _Row:
         if len(tree) > 1:
             mask = torch.ones(len(tree), past + len(tree), dtype=torch.bool)
             mask[:, past:] = tree.ancestor_mask()
-            mask = mask[None, None].to(self.device)
-            if self.additive_mask:
-                lowest = torch.finfo(self.model.dtype).min
-                mask = torch.zeros(mask.shape, dtype=self.model.dtype, device=self.device).masked_fill(~mask, lowest)
+            mask = attention_mask_for(self.model, mask[None, None].to(self.device))
         output = self.model(
             input_ids=torch.tensor([tree.tokens], device=self.device),
             attention_mask=mask,

@@ -73,6 +73,20 @@ def _whole(parameter: Any) -> Any:
     return parameter.full_tensor() if parameter is not None and hasattr(parameter, "full_tensor") else parameter
 
 
+def quiet_config(folder: str, **settings: Any) -> DPOConfig:
+    """A DPOConfig for short runs in float32 that log, save and report nothing."""
+    return DPOConfig(
+        output_dir=folder,
+        report_to=[],
+        logging_strategy="no",
+        save_strategy="no",
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        **settings,
+    )
+
+
 class PreferenceTrainer(DPOTrainer):
     """TRL's DPOTrainer with a pluggable per-token loss.
 

@@ -114,23 +114,16 @@ def trial(request: TrialRequest) -> TrialResult:
 def _train(policy: Any, reference: Any, loss: Any, tokenizer: Any, pairs: list[dict], steps: int, lr: float) -> None:
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback
-    from trl import DPOConfig
 
-    from .trainer import PreferenceTrainer
+    from .trainer import PreferenceTrainer, quiet_config
 
     with tempfile.TemporaryDirectory() as folder:
-        args = DPOConfig(
-            output_dir=folder,
+        args = quiet_config(
+            folder,
             per_device_train_batch_size=min(4, len(pairs)),
             max_steps=steps,
             learning_rate=lr,
             lr_scheduler_type="constant",
-            report_to=[],
-            logging_strategy="no",
-            save_strategy="no",
-            bf16=False,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
         )
         trainer = PreferenceTrainer(
             policy,

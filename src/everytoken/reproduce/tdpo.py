@@ -62,9 +62,8 @@ def train_arm(
     from datasets import Dataset
     from transformers import TrainerCallback
     from transformers.trainer_callback import PrinterCallback
-    from trl import DPOConfig
 
-    from ..preference.trainer import PreferenceTrainer
+    from ..preference.trainer import PreferenceTrainer, quiet_config
 
     class Watch(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -74,19 +73,13 @@ def train_arm(
                 kwargs["model"].train()
 
     with tempfile.TemporaryDirectory() as folder:
-        args = DPOConfig(
-            output_dir=folder,
+        args = quiet_config(
+            folder,
             per_device_train_batch_size=batch,
             max_steps=steps,
             learning_rate=lr,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=3,
-            report_to=[],
-            logging_strategy="no",
-            save_strategy="no",
-            bf16=False,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
             seed=seed,
             data_seed=seed,
         )

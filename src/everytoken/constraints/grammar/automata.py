@@ -269,7 +269,7 @@ class Builder:
                 for name, to in self.calls[member]:
                     called.setdefault(name, set()).add(to)
             output.calls[here] = [(name, number(reached(targets))) for name, targets in called.items()]
-            if len(output) > limit or work > 64 * limit:
+            if len(output) > limit or work > limit + 400_000:
                 return self._without_empties(accepting, starts)
         return output
 

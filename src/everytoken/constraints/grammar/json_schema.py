@@ -66,7 +66,7 @@ BY_TYPE = {
 }  # fmt: skip
 MAX_ANY_ORDER = 10
 MAX_CASES = 20_000
-MAX_OPTIONAL = 1_000
+MAX_OPTIONAL = 500
 """After any of them each later one may follow, which makes the automaton's size the square of their number."""
 MAX_PATTERNS = 4
 MAX_INDENT_DEPTH = 12
