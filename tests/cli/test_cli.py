@@ -79,7 +79,16 @@ def test_help_has_real_examples(verb):
         (["try", "dyspec", "--model", "./absent"], "no folder or file", 2),
         (["try", "dyspec", "--model", "nobody/absent"], "embedded", 1),
         (["try", "daily-papers"], "not a method that can be tried", 2),
-        (["try", "xgrammar"], "not implemented yet", 2),
+        (["try", "xar"], "not implemented yet", 2),
+        (["try", "xgrammar", "--schema", "absent.json"], "no file absent.json", 2),
+        (["try", "xgrammar", "--schema", '{"type": "strin'], "line 1, column", 2),
+        (["try", "xgrammar", "--schema", '{"properties": {"a": {"type": "strng"}}}'], "#/properties/a/type", 2),
+        (["try", "xgrammar", "--regex", "[a-z"], "not closed at position 0", 2),
+        (["try", "xgrammar", "--grammar", 'root ::= "a'], "line 1, column 10", 2),
+        (["try", "xgrammar", "--regex", "a", "--schema", "{}"], "takes one of", 2),
+        (["try", "awrs", "--constraint", "nocolon"], "module:function", 2),
+        (["try", "awrs", "--constraint", "no_such_module:f"], "no module", 2),
+        (["try", "dyspec", "--schema", "{}"], "takes no --schema", 2),
         (["try", "stochastok", "--data", "absent.txt"], "no file", 2),
         (["try", "tdpo", "--data", "absent.jsonl"], "no file", 2),
         (["compare", "dyspec", "tdpo"], "cannot be compared", 2),
@@ -225,3 +234,23 @@ def test_version():
     from everytoken import __version__
 
     assert RUNNER.invoke(app, ["--version"]).stdout.strip() == f"everytoken {__version__}"
+
+
+@pytest.mark.slow
+def test_try_xgrammar_and_awrs(tmp_path):
+    schema = tmp_path / "answer.json"
+    schema.write_text('{"type": "object", "properties": {"answer": {"enum": ["yes", "no"]}}, "required": ["answer"]}')
+    trace = tmp_path / "t.jsonl"
+    result = run("try", "xgrammar", "--schema", schema, "--prompt", "Is water wet?", "--json", "--trace", trace)
+    assert result.returncode == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert json.loads(data["texts"]["xgrammar"])["answer"] in ("yes", "no")
+    assert data["rows"]["xgrammar"]["complete texts"] == 1
+    loaded = TokenTrace.load(trace)
+    assert {"allowed", "source", "allowed_mass"} <= set(loaded.columns) and min(loaded.columns["allowed"]) >= 1
+    (tmp_path / "checks.py").write_text("def lower(text):\n    return text == text.lower()\n")
+    command = ["try", "awrs", "--constraint", "checks:lower", "--prompt", "Say hi.", "--max-new-tokens", 12, "--json"]
+    result = run(*command, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert data["texts"]["awrs"] == data["texts"]["awrs"].lower() and data["rows"]["awrs"]["tests a token"] >= 1

@@ -109,7 +109,7 @@ def test_the_seed_makes_a_run_repeatable():
     assert first[0] != first[1]
 
 
-@pytest.mark.parametrize("name", ["stochastok", "dyspec", "tdpo"])
+@pytest.mark.parametrize("name", ["stochastok", "dyspec", "tdpo", "xgrammar", "awrs"])
 def test_shipped_results_are_sound(name):
     """Full results, several seeds, versions and machine recorded; every claim of the experiment is in the file."""
     from everytoken.catalog import find_card
@@ -154,3 +154,23 @@ def test_quick_tdpo_runs_end_to_end():
     assert set(curves) == {"DPO", "TDPO1", "TDPO2"}
     assert all(curve[0][1] == curves["DPO"][0][1] for curve in curves.values())
     assert all(kl > 0 for curve in curves.values() for kl, _ in curve[1:])
+
+
+@pytest.mark.slow
+def test_quick_xgrammar_runs_end_to_end():
+    from everytoken.reproduce.xgrammar import REPRODUCTION
+
+    result = execute(REPRODUCTION, quick=True, console=QUIET)
+    by_metric = {(claim["metric"], claim["method"]): claim for claim in result["claims"]}
+    assert by_metric["mask, any JSON, microseconds", "engine"]["value"] < 1  # that both agree is asserted inside
+    assert by_metric["valid of the finished", "XGrammar"]["method_value"] in (0, 1)
+
+
+@pytest.mark.slow
+def test_quick_awrs_runs_end_to_end():
+    from everytoken.reproduce.awrs import REPRODUCTION
+
+    result = execute(REPRODUCTION, quick=True, console=QUIET)
+    by_metric = {(claim["metric"], claim["method"]): claim for claim in result["claims"]}
+    assert by_metric["JSON: tests a token", "AWRS"]["method_value"] < 100
+    assert by_metric["divergence from the posterior, nats", "AWRS"]["value"] < 0

@@ -27,6 +27,7 @@ as many bytes as the longest token are shared, so that a string of up to 10,000 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -171,7 +172,7 @@ class XGrammar(Decoder):
         vocab = model.config.get_text_config().vocab_size
         bitmask = torch.zeros(1, (vocab + 31) // 32, dtype=torch.int32)
         new: list[int] = []
-        columns: dict[str, list[Any]] = {"allowed": [], "source": [], "allowed_mass": []}
+        columns: dict[str, list[Any]] = {"choice_bits": [], "allowed": [], "source": [], "allowed_mass": []}
         stop = False
 
         def append(token: int, allowed: int, source: str, mass: float | None) -> bool:
@@ -181,7 +182,7 @@ class XGrammar(Decoder):
             if streamer is not None:
                 streamer.put(torch.tensor([token]))
             if self.trace_enabled:
-                for name, value in zip(columns, (allowed, source, mass), strict=True):
+                for name, value in zip(columns, (math.log2(allowed), allowed, source, mass), strict=True):
                     columns[name].append(value)
             return bool(criteria(text, None).all()) or matcher.is_terminated()
 
