@@ -155,7 +155,7 @@ def walk(
         popped; ``accepted`` is OVERFLOW if a buffer was too small, CROWDED if ``loose`` is needed.
     """
     byte_of, depth_of, skip, token_ptr, token_ids, subtree, characters, levels = trie
-    loop, any_character = pda[11], pda[12]
+    call_ptr, final, loop, any_character = pda[4], pda[7], pda[11], pda[12]
     ends = np.empty(levels, np.int64)
     begins = np.empty(levels, np.int64)
     tops = np.empty(levels, np.int64)
@@ -168,6 +168,12 @@ def walk(
         depth = depth_of[i]
         above = depth - 1
         if not closed[above]:
+            closed[above] = True
+            for p in range(begins[above], ends[above]):
+                if final[sn[p]] or call_ptr[sn[p]] < call_ptr[sn[p] + 1]:
+                    closed[above] = False
+                    break
+        if not closed[above]:  # something is reached without reading
             end, peak, reached = close(
                 pda, fn, fp, fd, tops[above], base, sn, sp, sb, begins[above], ends[above], 1 << 30, loose
             )
