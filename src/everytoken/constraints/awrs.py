@@ -41,8 +41,9 @@ from .matcher import CompiledGrammar, GrammarCompiler, GrammarMatcher
 from .sources import ConstrainedOutput, only_one, parse_source
 from .vocabulary import TokenizerInfo
 
-NEGLIGIBLE = 1e-5
-"""Probability mass that counts as none: what rounding leaves."""
+NEGLIGIBLE = 1e-10
+"""Probability mass that counts as none: what rounding leaves. (1e-5 in the authors' single precision; double precision allows
+less, and a grammar may ask for a token that the model finds that unlikely.)"""
 PEAKED = 2 / 3
 """From this largest probability on the geometric estimator takes over."""
 
