@@ -15,7 +15,7 @@ from everytoken.core.errors import BadInputError
 
 from .common import accepts, compile_
 
-LIMIT = 30.0
+LIMIT = 120.0
 """Seconds of processor time that count as a hang; all cases take a fraction of it."""
 
 

@@ -88,7 +88,7 @@ def test_patterns_that_hang_other_engines_compile_and_match_at_once(pattern):
     began = time.process_time()
     compiled = compile_(Grammar.from_regex(pattern))
     accepts(compiled, "a" * 2000)
-    assert time.process_time() - began < 30  # a bound on hanging, not on speed
+    assert time.process_time() - began < 120  # a bound on hanging, not on speed
 
 
 def test_huge_expressions_are_refused_with_a_hint():
