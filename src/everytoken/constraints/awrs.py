@@ -34,7 +34,15 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
-from ..generation.base import Decoder, DecodingStats, check_prompt, join_rows, refuse_unsupported, split_rows
+from ..generation.base import (
+    Decoder,
+    DecodingStats,
+    check_one_row,
+    check_prompt,
+    join_rows,
+    refuse_unsupported,
+    split_rows,
+)
 from .base import CallableConstraint, Constraint, DeadEndError
 from .grammar import Grammar
 from .matcher import CompiledGrammar, GrammarCompiler, GrammarMatcher
@@ -356,8 +364,7 @@ class AWRS(Decoder):
         if streamer is not None and self.particles > 1:
             raise BadInputError("A streamer cannot follow several particles.", "Use particles=1, or no streamer.")
         rows = split_rows(input_ids, model_kwargs.get("attention_mask"))
-        if streamer is not None and len(rows) > 1:
-            raise BadInputError("A streamer follows one row only.", "Decode one prompt at a time.")
+        check_one_row("AWRS", len(rows), streamer, cache)
         rng = np.random.default_rng(int(torch.randint(1 << 62, (1,))) if self.seed is None else self.seed)
         self.stats, self.trace, self.evaluations, self.seconds_testing = DecodingStats(), [], 0, 0.0
         processors, criteria = (

@@ -106,7 +106,10 @@ class _Arena:
         return self.top > RENEW_FRAMES or len(self.states) > RENEW_STATES or self.moves > 8 * RENEW_STATES
 
     def state(self, stacks: tuple[int, ...]) -> _State:
-        return self.states.setdefault(stacks, _State(stacks)) if stacks not in self.states else self.states[stacks]
+        found = self.states.get(stacks)
+        if found is None:
+            found = self.states.setdefault(stacks, _State(stacks))
+        return found
 
     def remember(self, state: _State, mask: np.ndarray, restricted: bool) -> None:
         state.mask, state.restricted = mask, restricted
@@ -124,7 +127,7 @@ class _Arena:
         return count
 
     def ensure(self) -> None:
-        if self.top + 1024 > len(self.fn) or 2 * len(self.fn) > len(self.table):
+        if self.top + 1024 > len(self.fn):
             self.grow()
 
     def grow(self, code: int = 0) -> None:
@@ -264,8 +267,6 @@ class CompiledGrammar:
 
     def _visible(self, arena: _Arena, parent: int, depth: int) -> tuple[int, ...]:
         """The top ``depth`` frames below a node, by what they return to (-1: the bottom)."""
-        if depth == 1:  # the usual case
-            return (depth, self.classes[arena.fn.item(parent)]) if parent >= 0 else (depth, -1)
         key = [depth]
         for _ in range(depth):
             if parent < 0:
@@ -566,14 +567,14 @@ class GrammarMatcher:
         state = step.state
         if step.stopped or (self.terminate_without_stop_token and self._can_end(state)):
             return False
+        if token_id in self.stop_token_ids:
+            if not self._can_end(state):
+                return False
+            self._step = _Step(state, True, step)
+            return True
         following = state.moves.get(token_id)
         if following is None:
             info = self.compiled.tokenizer_info
-            if token_id in self.stop_token_ids:
-                if not self._can_end(state):
-                    return False
-                self._step = _Step(state, True, step)
-                return True
             if not 0 <= token_id < len(info.arrays) or not len(info.arrays[token_id]):
                 return False
             following = self._read(state, info.arrays[token_id])
@@ -581,13 +582,7 @@ class GrammarMatcher:
                 return False
             state.moves[token_id] = following
             self._arena.moves += 1
-        elif token_id in self.stop_token_ids:
-            return self._can_end(state) and self._stop(step)
         self._step = _Step(following, False, step)
-        return True
-
-    def _stop(self, step: _Step) -> bool:
-        self._step = _Step(step.state, True, step)
         return True
 
     def accept_string(self, text: str | bytes) -> bool:

@@ -39,7 +39,15 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
-from ..generation.base import Decoder, DecodingStats, check_prompt, join_rows, refuse_unsupported, split_rows
+from ..generation.base import (
+    Decoder,
+    DecodingStats,
+    check_one_row,
+    check_prompt,
+    join_rows,
+    refuse_unsupported,
+    split_rows,
+)
 from .base import apply_token_bitmask_inplace, bitmask_to_bool
 from .matcher import CompiledGrammar, GrammarCompiler, GrammarMatcher
 from .sources import ConstrainedOutput, GrammarLogitsProcessor, only_one, parse_source
@@ -124,11 +132,8 @@ class XGrammar(Decoder):
             raise BadInputError(
                 f"{len(grammars)} grammars do not fit a batch of {len(rows)} rows.", "Give one, or one a row."
             )
-        if streamer is not None and len(rows) > 1:
-            raise BadInputError("A streamer follows one row only.", "Decode one prompt at a time.")
         cache = model_kwargs.get("past_key_values")
-        if len(rows) > 1 and cache is not None and cache.get_seq_length() > 0:
-            raise BadInputError("XGrammar continues a filled cache for one row only.", "Pass the rows one at a time.")
+        check_one_row("XGrammar", len(rows), streamer, cache)
         self.stats, self.trace, self._complete = DecodingStats(), [], []
         processors, criteria = (
             LogitsProcessorList(logits_processor or []),

@@ -164,6 +164,14 @@ def split_rows(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[tuple
     return rows
 
 
+def check_one_row(decoder: str, rows: int, streamer: Any, cache: Any) -> None:
+    """Raises BadInputError where a batch of several rows comes with a streamer or a filled cache, which follow one."""
+    if rows > 1 and cache is not None and cache.get_seq_length() > 0:
+        raise BadInputError(f"{decoder} continues a filled cache for one row only.", "Pass the rows one at a time.")
+    if rows > 1 and streamer is not None:
+        raise BadInputError("A streamer follows one row only.", "Decode one prompt at a time.")
+
+
 def join_rows(input_ids: torch.Tensor, new: list[list[int]], config: GenerationConfig) -> torch.Tensor:
     """The prompts with each row's new tokens behind them, padded on the right: ``[B, T + longest]``."""
     import torch

@@ -49,6 +49,7 @@ from .base import (
     DecodingStats,
     attention_mask_for,
     check_croppable,
+    check_one_row,
     check_prompt,
     check_same_vocabulary,
     join_rows,
@@ -148,10 +149,7 @@ class DySpec(Decoder):
         if cache is not None:
             check_croppable("DySpec", cache)
         rows = input_ids.shape[0]
-        if rows > 1 and cache is not None and cache.get_seq_length() > 0:
-            raise BadInputError("DySpec continues a filled cache for one row only.", "Pass the rows one at a time.")
-        if rows > 1 and streamer is not None:
-            raise BadInputError("A streamer follows one row only.", "Decode one prompt at a time.")
+        check_one_row("DySpec", rows, streamer, cache)
         self.stats, self.trace = DecodingStats(), []
         results = []
         for ids, padding in split_rows(input_ids, mask):

@@ -16,12 +16,14 @@ from .expressions import (
     ANY_CHAR,
     EMPTY,
     LAST_CHAR,
+    Alt,
     Bytes,
     Chars,
     GrammarError,
     Range,
     Ref,
     Repeat,
+    Seq,
     alt,
     invert_ranges,
     merge_ranges,
@@ -59,9 +61,8 @@ class _Parser:
     def peek(self) -> str:
         return self.source[self.place] if self.place < len(self.source) else ""
 
-    def parse(self) -> tuple[dict[str, Any], dict[str, int]]:
+    def parse(self) -> dict[str, Any]:
         rules: dict[str, Any] = {}
-        places: dict[str, int] = {}
         self.uses: dict[str, int] = {}
         self.skip()
         while self.peek():
@@ -72,7 +73,6 @@ class _Parser:
             name = head[1]
             if name in rules:
                 self.fail(f"the rule {name!r} is defined twice", "Join both with '|'.")
-            places[name] = self.place
             self.place = head.end()
             rules[name] = self.alternatives()
             self.skip()
@@ -85,7 +85,7 @@ class _Parser:
                 close = difflib.get_close_matches(name, rules, n=1)
                 hint = f"Did you mean {close[0]!r}?" if close else f"Define it: {name} ::= ..."
                 self.fail(f"the rule {name!r} is not defined", hint, place)
-        return rules, places
+        return rules
 
     def alternatives(self) -> Any:
         self.depth += 1
@@ -226,8 +226,7 @@ def parse_ebnf(source: str, root: str = "root") -> dict[str, Any]:
     Raises:
         GrammarError: a syntax error with line and column, an undefined or doubly defined rule, no root.
     """
-    parser = _Parser(source)
-    rules, _places = parser.parse()
+    rules = _Parser(source).parse()
     if not rules:
         raise GrammarError("The grammar is empty.", 'For example: root ::= "yes" | "no"')
     if root not in rules:
@@ -242,8 +241,6 @@ def eliminate_left_recursion(rules: dict[str, Any]) -> dict[str, Any]:
 
     Longer cycles are found when the automata are built, and refused there.
     """
-    from .expressions import Alt, Seq
-
     output = {}
     for name, body in rules.items():
         options = body.parts if isinstance(body, Alt) else (body,)
@@ -266,6 +263,4 @@ def eliminate_left_recursion(rules: dict[str, Any]) -> dict[str, Any]:
 
 
 def _starts_with(item: Any, name: str) -> bool:
-    from .expressions import Seq
-
     return item == Ref(name) or (isinstance(item, Seq) and bool(item.parts) and item.parts[0] == Ref(name))

@@ -8,7 +8,7 @@ from typing import Any
 
 from .automata import Automaton, build, trim
 from .ebnf import parse_ebnf
-from .expressions import Bytes, GrammarError, Ref, alt, expression_size, references, seq
+from .expressions import Alt, Bytes, GrammarError, Graph, Ref, Repeat, Seq, alt, expression_size, references, seq
 from .regex import regex_automaton
 from .structural_tags import StructuralTag, structural_expression
 
@@ -130,8 +130,6 @@ def _joined(how: Callable[..., Any], grammars: Sequence[Grammar]) -> Grammar:
 
 def rename(item: Any, names: dict[str, str]) -> Any:
     """The expression with its references renamed."""
-    from .expressions import Alt, Graph, Repeat, Seq
-
     if isinstance(item, Ref):
         return Ref(names[item.name])
     if isinstance(item, (Seq, Alt)):
@@ -253,8 +251,6 @@ UNROLL = 800_000
 
 
 def _bound_repeats(item: Any, rules: dict[str, Any]) -> Any:
-    from .expressions import Alt, Graph, Repeat, Seq
-
     if isinstance(item, (Seq, Alt)):
         return type(item)(tuple(_bound_repeats(part, rules) for part in item.parts))
     if isinstance(item, Graph):

@@ -181,6 +181,7 @@ class _Converter:
         self.flat: dict[int, tuple[int, ...]] = {}
         self.walked: dict[int, bool] = {}
         self.cases = 0
+        self.key_automata: dict[str, Automaton] = {}
         self._collect_resources()
 
     # -- bookkeeping -----------------------------------------------------------------------------------------------------
@@ -780,7 +781,7 @@ class _Converter:
         return self.key_automaton(pattern, pointer).matches(_inner(name))
 
     def key_automaton(self, pattern: str, pointer: str) -> Automaton:
-        cache = self.__dict__.setdefault("_keys", {})
+        cache = self.key_automata
         if pattern not in cache:
             try:
                 cache[pattern] = regex_automaton(pattern, True, CANONICAL, spell)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .expressions import Bytes, ByteSet, GrammarError, Graph, Seq, alt, merge_ranges
+from .expressions import Bytes, ByteSet, GrammarError, Graph, Seq, alt, invert_ranges, merge_ranges
 
 
 @dataclass
@@ -84,8 +84,6 @@ def structural_expression(
     edges: list[tuple[int, Any, int]] = []
     for state in plain:
         taken = [(byte, byte) for byte in goto[state]]
-        from .expressions import invert_ranges
-
         edges.append((number[state], ByteSet(invert_ranges(merge_ranges(taken), 255)), 0))
         by_target: dict[int, list[int]] = {}
         for byte, to in goto[state].items():
