@@ -202,6 +202,8 @@ def test_sources(tmp_path):
     path = tmp_path / "person.json"
     path.write_text('{"type": "null"}', encoding="utf-8")
     assert read_source(str(path)) == '{"type": "null"}' and read_source('{"a": 1}') == '{"a": 1}'
+    for text in ('{"const": "%s"}' % ("long" * 1000), "[a-z]{1,3}" * 30, "~nobody{2}", "null\0character"):
+        assert read_source(text) == text
     assert (
         parse_source(str(path), None, None).rules
         and parse_source(None, "a+", None).rules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,13 +101,14 @@ def read_source(value: str) -> str:
     Raises:
         BadInputError: it looks like a file's name, and there is none.
     """
-    if len(value) < 512 and "\n" not in value:
-        path = Path(value).expanduser()
-        try:
-            if path.is_file():
+    if "\n" not in value:
+        # os.path's forms, unlike pathlib's, take text that cannot be a name at all: too long, a null character, "~nobody".
+        path = Path(os.path.expanduser(value))  # noqa: PTH111
+        if os.path.isfile(path):  # noqa: PTH113
+            try:
                 return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInputError(f"{value} cannot be read: {error}", "It must be UTF-8 text.") from error
+            except (OSError, UnicodeDecodeError) as error:
+                raise BadInputError(f"{value} cannot be read: {error}", "It must be UTF-8 text.") from error
         if path.suffix in (".json", ".gbnf", ".ebnf") and "{" not in value:
             raise BadInputError(f"There is no file {value}.", "Check the path, or give the text itself.")
     return value
