@@ -91,9 +91,14 @@ def test_the_trie_holds_every_token_once(tokens, data):
     assert whole == {index: token for index, token in enumerate(tokens) if token}
     ends = [node for node in range(len(info.trie[0])) if info.trie[3][node] < info.trie[3][node + 1]]
     chosen = sorted(data.draw(st.sets(st.sampled_from(ends), min_size=1)))
-    part = spelled(info.part(np.array(chosen, np.int32)))
+    smaller = info.part(np.array(chosen, np.int32))
+    part = spelled(smaller)
     wanted = {token for node in chosen for token in info.trie[4][info.trie[3][node] : info.trie[3][node + 1]].tolist()}
     assert part == {token: whole[token] for token in wanted}
+    ends = [node for node in range(len(smaller[0])) if smaller[3][node] < smaller[3][node + 1]]
+    last = ends[-1:]  # a part of a part
+    wanted = smaller[4][smaller[3][last[0]] : smaller[3][last[0] + 1]].tolist()
+    assert spelled(info.part(np.array(last, np.int32), smaller)) == {token: whole[token] for token in wanted}
 
 
 def test_fingerprints_differ():

@@ -8,8 +8,8 @@ state of a matcher is a set of stacks. Below a stack's own frames there is
     UNKNOWN   nothing known: popping it is what makes a token context-dependent
     BELOW     some caller, any caller: after an unknown pop the text goes on at one of the places that can follow the rule
 
-``walk`` runs a set of stacks over a trie of tokens. Sets are kept by depth, so a prefix shared by many tokens is matched once;
-where a node loops on itself for every byte (or every character) in a subtree, all its tokens are accepted without a look.
+``settle`` runs stacks over a trie of tokens. Sets are kept by depth, so a prefix shared by many tokens is matched once; where a
+node loops on itself for every byte (or every character) in a subtree, all its tokens are accepted without a look.
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-BOTTOM, UNKNOWN, BELOW = -1, -2, -3
+from .pushdown import BOTTOM
+
+UNKNOWN, BELOW = -2, -3
 OVERFLOW, CROWDED, AMBIGUOUS = -7, -8, -9
 """Returned when a buffer is too small (the caller grows it and calls again), when too many places can follow a rule, and when
 a set would hold more than ``MAX_STACKS``."""
 MAX_STACKS = 2048
 CROWD = 1024
-"""Places below an unknown frame that are followed; beyond, ``walk`` is called again with ``loose``."""
+"""Places below an unknown frame that are followed; beyond, every token that pops it counts as dependent."""
+ENDS, POPS = 1, 2
+"""What ``close`` reports: the bottom was popped; an unknown frame was popped and not followed."""
+ACCEPTED, REJECTED, BITS = 0, 1, 2
+"""How ``settle`` stores a set of tokens: the ids in it, the ids not in it, or a row of bits."""
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -44,30 +50,19 @@ def _put(sn: Any, sp: Any, sb: Any, begin: int, end: int, node: int, parent: int
 
 @njit(cache=True, nogil=True)
 def close(
-    pda: Any,
-    fn: Any,
-    fp: Any,
-    fd: Any,
-    top: int,
-    base: int,
-    sn: Any,
-    sp: Any,
-    sb: Any,
-    begin: int,
-    end: int,
-    lowest: int,
-    loose: bool,
+    pda: Any, fn: Any, fp: Any, top: int, base: int, sn: Any, sp: Any, sb: Any, begin: int, end: int, loose: bool
 ) -> Any:
     """Adds what is reached without reading: rules called, and returns from finished rules.
 
     Args:
-        loose: do not follow pops of unknown frames, report them as a ``lowest`` of -1.
+        base: frames from here on are the caller's scratch and may be shared with new ones.
+        loose: do not follow pops of unknown frames, report them.
 
     Returns:
-        ``(end, top, lowest)``: the set's new end, the arena's new top, and the least depth of a frame below ``base`` that was
-        popped (0 for the bottom), or ``lowest`` if less.
+        ``(end, top, seen)``: the set's new end, the arena's new top, and flags, ENDS and POPS.
     """
     _, _, _, _, call_ptr, call_start, call_to, final, node_rule, follow_ptr, follow_to, _, _ = pda
+    seen = 0
     i = begin
     while i < end:
         node, parent, below = sn[i], sp[i], sb[i]
@@ -81,35 +76,32 @@ def close(
                         break
                 if under == -9:
                     if top >= fn.shape[0]:
-                        return OVERFLOW, top, lowest
+                        return OVERFLOW, top, seen
                     fn[top], fp[top] = call_to[c], parent
-                    fd[top] = fd[parent] + 1 if parent >= 0 else 1
                     under = top
                     top += 1
             end = _put(sn, sp, sb, begin, end, call_start[c], under, below)
             if end < 0:
-                return end, top, lowest
+                return end, top, seen
         if final[node]:
             if parent >= 0:
-                if parent < base and fd[parent] < lowest:
-                    lowest = fd[parent]
                 end = _put(sn, sp, sb, begin, end, fn[parent], fp[parent], below)
                 if end < 0:
-                    return end, top, lowest
+                    return end, top, seen
             elif parent == BOTTOM:
-                lowest = 0
+                seen |= ENDS
             elif loose:
-                lowest = -1
+                seen |= POPS
             else:
                 if end - begin > CROWD:
-                    return CROWDED, top, lowest
+                    return CROWDED, top, seen
                 rule = node_rule[node]
                 for f in range(follow_ptr[rule], follow_ptr[rule + 1]):
                     end = _put(sn, sp, sb, begin, end, follow_to[f], BELOW, 1)
                     if end < 0:
-                        return end, top, lowest
+                        return end, top, seen
         i += 1
-    return end, top, lowest
+    return end, top, seen
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -128,61 +120,68 @@ def _step(pda: Any, sn: Any, sp: Any, sb: Any, begin: int, end: int, byte: int) 
 
 
 @njit(cache=True, nogil=True)
-def walk(
+def _walk(
     pda: Any,
     trie: Any,
     fn: Any,
     fp: Any,
-    fd: Any,
     top: int,
     sn: Any,
     sp: Any,
     sb: Any,
-    count: int,
+    levels: Any,
     words: Any,
     depend: Any,
     loose: bool,
 ) -> Any:
-    """Runs the set in ``sn[:count]`` over all tokens of a trie.
+    """Runs the stack ``sn[0], sp[0]`` over all tokens of a trie.
 
     Args:
+        levels: ``[5, L]`` scratch.
         words: ``[W]`` uint32, the bits of accepted tokens are set.
         depend: receives the trie nodes of tokens that survive only below an unknown frame.
-        loose: take every token that pops an unknown frame for dependent, without asking what can follow.
 
     Returns:
-        ``(accepted, dependent, lowest)``: how many tokens, how many trie nodes, and the least depth of a given frame that was
-        popped; ``accepted`` is OVERFLOW if a buffer was too small, CROWDED if ``loose`` is needed.
+        ``(accepted, dependent)``: how many tokens, how many trie nodes; ``accepted`` is OVERFLOW, CROWDED or AMBIGUOUS instead.
     """
-    byte_of, depth_of, skip, token_ptr, token_ids, subtree, characters, levels = trie
-    call_ptr, final, loop, any_character = pda[4], pda[7], pda[11], pda[12]
-    ends = np.empty(levels, np.int64)
-    begins = np.empty(levels, np.int64)
-    tops = np.empty(levels, np.int64)
-    closed = np.zeros(levels, np.bool_)
-    popped = np.zeros(levels, np.bool_)
-    begins[0], ends[0], tops[0] = 0, count, top
-    base, lowest, accepted, dependent = top, 1 << 30, 0, 0
+    byte_of, depth_of, skip, token_ptr, token_ids, subtree, characters, _ = trie
+    edge_ptr, edge_lo, edge_hi, call_ptr, final, loop, any_character = (
+        pda[0],
+        pda[1],
+        pda[2],
+        pda[4],
+        pda[7],
+        pda[11],
+        pda[12],
+    )
+    begins, ends, tops, closed, popped = levels[0], levels[1], levels[2], levels[3], levels[4]
+    begins[0], ends[0], tops[0], closed[0], popped[0] = 0, 1, top, 0, 0
+    live = np.zeros(256, np.bool_)  # bytes that the root's set can read
+    base, accepted, dependent = top, 0, 0
     i = 0
     while i < byte_of.shape[0]:
         depth = depth_of[i]
         above = depth - 1
         if not closed[above]:
-            closed[above] = True
+            closed[above] = 1
             for p in range(begins[above], ends[above]):
-                if final[sn[p]] or call_ptr[sn[p]] < call_ptr[sn[p] + 1]:
-                    closed[above] = False
+                if final[sn[p]] or call_ptr[sn[p]] < call_ptr[sn[p] + 1]:  # something is reached without reading
+                    end, peak, seen = close(
+                        pda, fn, fp, tops[above], base, sn, sp, sb, begins[above], ends[above], loose
+                    )
+                    if end < 0:
+                        return end, 0
+                    if seen & POPS:
+                        popped[above] = 1
+                    ends[above], tops[above] = end, peak
                     break
-        if not closed[above]:  # something is reached without reading
-            end, peak, reached = close(
-                pda, fn, fp, fd, tops[above], base, sn, sp, sb, begins[above], ends[above], 1 << 30, loose
-            )
-            if end < 0:
-                return end, 0, 0
-            popped[above] |= reached == -1
-            if reached >= 0:
-                lowest = min(lowest, reached)
-            ends[above], tops[above], closed[above] = end, peak, True
+            if above == 0:
+                for p in range(ends[0]):
+                    for e in range(edge_ptr[sn[p]], edge_ptr[sn[p] + 1]):
+                        live[edge_lo[e] : edge_hi[e] + 1] = True
+        if above == 0 and not live[byte_of[i]] and not popped[0]:
+            i = skip[i]
+            continue
         start = ends[above]
         covered = False
         for p in range(begins[above], start):
@@ -209,7 +208,7 @@ def walk(
             continue
         end = _step(pda, sn, sp, sb, begins[above], start, byte_of[i])
         if end < 0:
-            return end, 0, 0
+            return end, 0
         if end == start and not popped[above]:
             i = skip[i]
             continue
@@ -226,15 +225,132 @@ def walk(
             else:
                 depend[dependent] = i
                 dependent += 1
-        begins[depth], ends[depth], tops[depth], closed[depth], popped[depth] = (
-            start,
-            end,
-            tops[above],
-            False,
-            popped[above],
-        )
+        begins[depth], ends[depth], tops[depth] = start, end, tops[above]
+        closed[depth], popped[depth] = 0, popped[above]
         i += 1
-    return accepted, dependent, lowest
+    return accepted, dependent
+
+
+@njit(cache=True, nogil=True)
+def settle_one(pda: Any, trie: Any, context: Any, words: Any, depend: Any) -> Any:
+    """One context: adds its tokens to ``words`` and puts the trie nodes of dependent ones into ``depend``.
+
+    Returns:
+        ``(accepted, dependent)``: how many of each; ``accepted`` is AMBIGUOUS if a set would be too large.
+    """
+    room = max(256, 2 * context.shape[0])
+    levels = np.empty((5, trie[7]), np.int64)
+    known = words.copy()
+    loose = False
+    while True:
+        fn, fp = np.empty(room, np.int32), np.empty(room, np.int32)
+        sn, sp, sb = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.uint8)
+        top = _load(context, fn, fp, sn, sp, sb)
+        accepted, dependent = _walk(pda, trie, fn, fp, top, sn, sp, sb, levels, words, depend, loose)
+        if accepted >= 0 or accepted == AMBIGUOUS:
+            return accepted, dependent
+        words[:] = known
+        loose = loose or accepted == CROWDED
+        room *= 2
+
+
+@njit(cache=True, nogil=True)
+def _load(context: Any, fn: Any, fp: Any, sn: Any, sp: Any, sb: Any) -> int:
+    """Makes a context's stack; returns the number of its frames."""
+    top, parent = 0, UNKNOWN
+    for place in range(context.shape[0] - 1, 0, -1):
+        if context[place] == BOTTOM:
+            parent = BOTTOM
+            continue
+        fn[top], fp[top] = context[place], parent
+        parent = top
+        top += 1
+    sn[0], sp[0], sb[0] = context[0], parent, 0
+    return top
+
+
+@njit(cache=True, nogil=True)
+def settle(pda: Any, trie: Any, size: int, known: Any, settled: int, contexts: Any, pointers: Any) -> Any:
+    """Which tokens of a trie are allowed in each of some contexts, and which depend on more than the context tells.
+
+    Args:
+        size: of the vocabulary.
+        known: ``[W]`` uint32, tokens known to be allowed in all these contexts (``settled`` of them); the trie has the rest.
+        contexts: for each context, at ``pointers[k] .. pointers[k + 1]``: a node, then the nodes that the frames below it return
+            to, from the top; a last BOTTOM says that nothing is below them, otherwise what is there is unknown.
+
+    Returns:
+        ``(kinds, counts, id_ptr, ids, rows, depend_ptr, depends)``: how each context's set of tokens is stored (ACCEPTED and
+        REJECTED as ``ids``, BITS as the next of ``rows``), its size, and the trie nodes of its dependent tokens. ``kinds`` is
+        empty if a set would be too large (AMBIGUOUS).
+    """
+    total = pointers.shape[0] - 1
+    width = known.shape[0]
+    kinds, counts = np.empty(total, np.uint8), np.empty(total, np.int64)
+    id_ptr, depend_ptr = np.zeros(total + 1, np.int64), np.zeros(total + 1, np.int64)
+    ids, depends = np.empty(4 * width, np.int32), np.empty(256, np.int32)
+    rows = np.empty((4, width), np.uint32)
+    used = 0
+    words = np.empty(width, np.uint32)
+    depend = np.empty(trie[0].shape[0], np.int32)
+    levels = np.empty((5, trie[7]), np.int64)
+    room = 1024
+    for k in range(total):
+        room = max(room, 2 * (pointers[k + 1] - pointers[k]))
+    fn, fp = np.empty(room, np.int32), np.empty(room, np.int32)
+    sn, sp, sb = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.uint8)
+    for k in range(total):
+        loose = False
+        while True:
+            top = _load(contexts[pointers[k] : pointers[k + 1]], fn, fp, sn, sp, sb)
+            words[:] = known
+            accepted, dependent = _walk(pda, trie, fn, fp, top, sn, sp, sb, levels, words, depend, loose)
+            if accepted >= 0:
+                break
+            if accepted == AMBIGUOUS:
+                return kinds[:0], counts, id_ptr, ids, rows, depend_ptr, depends
+            if accepted == CROWDED:
+                loose = True
+            else:
+                room *= 2
+                fn, fp = np.empty(room, np.int32), np.empty(room, np.int32)
+                sn, sp, sb = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.uint8)
+        accepted += settled
+        counts[k] = accepted
+        place = id_ptr[k]
+        if accepted <= width or size - accepted <= width:
+            wanted = 1 if accepted <= width else 0
+            kinds[k] = ACCEPTED if wanted else REJECTED
+            if place + width > ids.shape[0]:
+                more = np.empty(2 * ids.shape[0], np.int32)
+                more[:place] = ids[:place]
+                ids = more
+            for word in range(width):
+                value = words[word] if wanted else ~words[word]
+                index = 32 * word
+                while value != 0 and index < size:
+                    if value & np.uint32(1):
+                        ids[place] = index
+                        place += 1
+                    value >>= np.uint32(1)
+                    index += 1
+        else:
+            kinds[k] = BITS
+            if used == rows.shape[0]:
+                larger = np.empty((2 * used, width), np.uint32)
+                larger[:used] = rows
+                rows = larger
+            rows[used] = words
+            used += 1
+        id_ptr[k + 1] = place
+        place = depend_ptr[k]
+        while place + dependent > depends.shape[0]:
+            more = np.empty(2 * depends.shape[0], np.int32)
+            more[:place] = depends[:place]
+            depends = more
+        depends[place : place + dependent] = depend[:dependent]
+        depend_ptr[k + 1] = place + dependent
+    return kinds, counts, id_ptr, ids, rows, depend_ptr, depends
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -256,9 +372,7 @@ def rehash(table: Any, fn: Any, fp: Any, top: int) -> None:
 
 
 @njit(cache=True, nogil=True)
-def advance(
-    pda: Any, data: Any, fn: Any, fp: Any, fd: Any, top: int, table: Any, sn: Any, sp: Any, sb: Any, count: int
-) -> Any:
+def advance(pda: Any, data: Any, fn: Any, fp: Any, top: int, table: Any, sn: Any, sp: Any, sb: Any, count: int) -> Any:
     """Reads bytes for good: frames that stay in use get their one place in the arena.
 
     Returns:
@@ -268,7 +382,7 @@ def advance(
     mark = np.empty(fn.shape[0] - top + 1, np.int64)
     for read in range(data.shape[0]):
         base = top
-        end, peak, _ = close(pda, fn, fp, fd, top, base, sn, sp, sb, 0, count, 1 << 30, False)
+        end, peak, _ = close(pda, fn, fp, top, base, sn, sp, sb, 0, count, False)
         if end < 0:
             return end, top, read
         fresh = _step(pda, sn, sp, sb, 0, end, data[read])
@@ -294,7 +408,6 @@ def advance(
                 place = _slot(table, fn, fp, node, parent)
                 if table[place] < 0:
                     fn[top], fp[top] = node, parent
-                    fd[top] = fd[parent] + 1 if parent >= 0 else 1
                     table[place] = top
                     top += 1
                 mark[f - base] = table[place] + 2
@@ -308,16 +421,16 @@ def advance(
 
 
 @njit(cache=True, nogil=True)
-def forced(pda: Any, fn: Any, fp: Any, fd: Any, top: int, sn: Any, sp: Any, sb: Any, count: int, output: Any) -> int:
+def forced(pda: Any, fn: Any, fp: Any, top: int, sn: Any, sp: Any, sb: Any, count: int, output: Any) -> int:
     """The bytes that every text must go on with, up to ``len(output)``; stops where the text may end."""
     edge_ptr, edge_lo, edge_hi = pda[0], pda[1], pda[2]
     size = 0
     base = top
     while size < output.shape[0]:
-        end, top, lowest = close(pda, fn, fp, fd, top, base, sn, sp, sb, 0, count, 1 << 30, False)
+        end, top, seen = close(pda, fn, fp, top, base, sn, sp, sb, 0, count, False)
         if end < 0:
             return end
-        if lowest == 0:
+        if seen & ENDS:
             break
         byte = -1
         for s in range(end):
@@ -366,11 +479,11 @@ def set_bits(words: Any, ids: Any, wanted: bool) -> None:
 
 
 @njit(cache=True, nogil=True)
-def survives(pda: Any, data: Any, fn: Any, fp: Any, fd: Any, top: int, sn: Any, sp: Any, sb: Any, count: int) -> int:
+def survives(pda: Any, data: Any, fn: Any, fp: Any, top: int, sn: Any, sp: Any, sb: Any, count: int) -> int:
     """How many of the bytes can be read from the set before it dies, or OVERFLOW; nothing is kept."""
     base = top
     for read in range(data.shape[0]):
-        end, top, _ = close(pda, fn, fp, fd, top, base, sn, sp, sb, 0, count, 1 << 30, False)
+        end, top, _ = close(pda, fn, fp, top, base, sn, sp, sb, 0, count, False)
         if end < 0:
             return end
         fresh = _step(pda, sn, sp, sb, 0, end, data[read])
@@ -504,41 +617,32 @@ def character_loops(edge_ptr: Any, edge_lo: Any, edge_hi: Any, edge_to: Any, out
 
 
 @njit(cache=True, nogil=True)
-def extract(nodes: Any, parent: Any, byte_of: Any, depth_of: Any, skip: Any, token_ptr: Any, token_ids: Any) -> Any:
-    """The trie of the tokens at some nodes alone: ``(byte, depth, skip, token_ptr, token_ids, levels)``."""
-    room = 0
-    last = -1
-    for k in range(
-        nodes.shape[0]
-    ):  # an upper bound, then the nodes themselves: ancestors not listed yet, then the node
-        i = nodes[k]
-        while i > last:
-            room += 1
-            i = parent[i]
-        last = nodes[k]
+def extract(nodes: Any, byte_of: Any, depth_of: Any, skip: Any, token_ptr: Any, token_ids: Any, levels: int) -> Any:
+    """The trie of the tokens at some nodes (in preorder) alone: ``(byte, depth, skip, token_ptr, token_ids, levels)``."""
+    room = min(byte_of.shape[0], nodes.shape[0] * levels)
     kept = np.empty(room, np.int64)
     ends = np.zeros(room, np.bool_)
-    count, total = 0, 0
+    count, total, i = 0, 0, 0
     for k in range(nodes.shape[0]):
-        i = nodes[k]
-        start = count
-        known = kept[count - 1] if count else -1
-        while i > known:
-            kept[count] = i
-            count += 1
-            i = parent[i]
-        for a in range((count - start) // 2):
-            kept[start + a], kept[count - 1 - a] = kept[count - 1 - a], kept[start + a]
-        ends[count - 1] = True
+        while i < nodes[k]:
+            if skip[i] <= nodes[k]:
+                i = skip[i]  # beside the way to the node
+            else:
+                kept[count] = i
+                count += 1
+                i += 1
+        kept[count], ends[count] = i, True
+        count += 1
+        i += 1
         total += token_ptr[nodes[k] + 1] - token_ptr[nodes[k]]
     new_byte, new_depth = np.empty(count, np.uint8), np.empty(count, np.int32)
     new_skip, new_ptr = np.empty(count, np.int32), np.zeros(count + 1, np.int32)
     new_ids = np.empty(total, np.int32)
-    size, levels = 0, 1
+    size, deepest = 0, 1
     for a in range(count):
         i = kept[a]
         new_byte[a], new_depth[a] = byte_of[i], depth_of[i]
-        levels = max(levels, depth_of[i] + 1)
+        deepest = max(deepest, depth_of[i] + 1)
         if ends[a]:
             for t in range(token_ptr[i], token_ptr[i + 1]):
                 new_ids[size] = token_ids[t]
@@ -549,24 +653,7 @@ def extract(nodes: Any, parent: Any, byte_of: Any, depth_of: Any, skip: Any, tok
         while b < count and new_depth[b] > new_depth[a]:
             b = new_skip[b]
         new_skip[a] = b
-    return new_byte, new_depth, new_skip, new_ptr, new_ids, levels
-
-
-@njit(cache=True, nogil=True)
-def members(bits: Any, size: int, wanted: int, count: int) -> Any:
-    """The ids below ``size`` whose bit is ``wanted`` (there are ``count``)."""
-    output = np.empty(count, np.int32)
-    place = 0
-    for word in range(bits.shape[0]):
-        value = bits[word] if wanted else ~bits[word]
-        if value == 0:
-            continue
-        for bit in range(32):
-            index = 32 * word + bit
-            if index < size and (value >> np.uint32(bit)) & np.uint32(1):
-                output[place] = index
-                place += 1
-    return output
+    return new_byte, new_depth, new_skip, new_ptr, new_ids, deepest
 
 
 @njit(cache=True, nogil=True)

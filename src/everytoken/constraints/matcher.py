@@ -8,10 +8,13 @@ matcher = GrammarMatcher(compiled)
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
+import weakref
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,45 +22,52 @@ import numpy as np
 
 from ..core.errors import BadInputError, EverytokenError
 from .grammar import Grammar, StructuralTag
-from .pushdown import Pushdown
+from .kernels import (
+    AMBIGUOUS,
+    BITS,
+    MAX_STACKS,
+    REJECTED,
+    advance,
+    closing_nodes,
+    forced,
+    lookahead_classes,
+    rehash,
+    set_bits,
+    settle,
+    settle_one,
+    survives,
+)
+from .pushdown import BOTTOM, Pushdown
 from .vocabulary import TokenizerInfo, Trie
 
 MEMO = 2048
-"""Masks remembered for each automaton entry, and for states."""
+"""Masks of states that are kept."""
+CONTEXTS = 1 << 12
+"""Contexts remembered for a grammar."""
+SITES, CHUNK = 32, 32
+"""Ahead of time, a node's dependent tokens are settled for up to so many places to return to; nodes settled at a time."""
 RENEW_FRAMES, RENEW_STATES = 1 << 20, 1 << 15
 """New matchers get fresh buffers once the shared ones have grown to this size."""
 
 
-@dataclass
+@dataclass(slots=True)
 class TokenSet:
-    """Tokens, stored as ``kind``: ``"accepted"`` ids, ``"rejected"`` ids, or ``"bits"``."""
+    """Tokens, stored as ``kind``: ids that are in (``ACCEPTED``), ids that are not (``REJECTED``), or ``BITS``."""
 
-    kind: str
+    kind: int
     data: np.ndarray
     size: int
 
-    @classmethod
-    def from_bits(cls, bits: np.ndarray, accepted: int, vocab_size: int) -> TokenSet:
-        from .kernels import members
-
-        if accepted <= len(bits):
-            return cls("accepted", members(bits, vocab_size, 1, accepted), vocab_size)
-        if vocab_size - accepted <= len(bits):
-            return cls("rejected", members(bits, vocab_size, 0, vocab_size - accepted), vocab_size)
-        return cls("bits", bits, vocab_size)
-
     def bits(self) -> np.ndarray:
         """``[W]`` uint32; a fresh array unless stored as bits."""
-        if self.kind == "bits":
+        if self.kind == BITS:
             return self.data
-        from .kernels import set_bits
-
         words = np.zeros((self.size + 31) // 32, np.uint32)
-        if self.kind == "rejected":
+        if self.kind == REJECTED:
             words[:] = 0xFFFFFFFF
             if self.size % 32:
                 words[-1] = (1 << (self.size % 32)) - 1
-        set_bits(words, self.data, self.kind == "accepted")
+        set_bits(words, self.data, self.kind != REJECTED)
         return words
 
 
@@ -66,12 +76,32 @@ _NO_BYTES = np.zeros(0, np.uint8)
 
 
 class _Entry:
-    """What a node says about tokens: those settled by itself, and the trie of those that depend on the stack."""
+    """What is known of the tokens in a context (a node, and what the top frames below it return to).
 
-    def __init__(self, accepted: TokenSet, part: Trie | None):
-        self.accepted, self.part = accepted, part
-        self.resolved: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()
-        self.depths: list[int] = []
+    Attributes:
+        accepted: the tokens allowed whatever lies deeper; ``count`` of them.
+        part: a trie of those that depend on it; None if there are none.
+        deeper: the entries of contexts that tell one more frame, by the class of what it returns to.
+    """
+
+    __slots__ = ("_mask", "accepted", "count", "deeper", "part")
+
+    def __init__(self, accepted: TokenSet, count: int, part: Trie | None):
+        self.accepted, self.count, self.part = accepted, count, part
+        self.deeper: dict[int, _Entry] = {}
+        self._mask: Callable[[], np.ndarray | None] = _nothing
+
+    def mask(self) -> np.ndarray:
+        """``[W]`` uint32, shared for as long as somebody holds it: do not change it."""
+        mask = self._mask()
+        if mask is None:
+            mask = self.accepted.bits()
+            self._mask = weakref.ref(mask)
+        return mask
+
+
+def _nothing() -> None:
+    return None
 
 
 class _State:
@@ -91,7 +121,7 @@ class _Arena:
     """Frames, states and buffers that all matchers of a grammar share: what one has seen, the next one knows."""
 
     def __init__(self, room: int = 1 << 12):
-        self.fn, self.fp, self.fd = (np.zeros(room, np.int32) for _ in range(3))
+        self.fn, self.fp = np.zeros(room, np.int32), np.zeros(room, np.int32)
         self.table = np.full(4 * room, -1, np.int64)
         self.sn, self.sp = np.zeros(1 << 12, np.int32), np.zeros(1 << 12, np.int32)
         self.sb = np.zeros(1 << 12, np.uint8)
@@ -136,27 +166,27 @@ class _Arena:
         Raises:
             EverytokenError: the state set has grown beyond any use.
         """
-        from .kernels import AMBIGUOUS, MAX_STACKS, rehash
-
         if code == AMBIGUOUS:
-            raise EverytokenError(
-                f"The grammar is so ambiguous here that more than {MAX_STACKS:,} parses are alive.",
-                "Make repeated alternatives distinct, or replace nested repetitions such as (a* b*)*.",
-            )
-        room = 2 * len(self.fn)
-        self.fn, self.fp, self.fd = (
-            np.concatenate([a, np.zeros(room - len(a), a.dtype)]) for a in (self.fn, self.fp, self.fd)
-        )
-        self.table = np.full(4 * room, -1, np.int64)
+            raise _ambiguous()
+        self.fn, self.fp = _doubled(self.fn), _doubled(self.fp)
+        self.table = np.full(4 * len(self.fn), -1, np.int64)
         rehash(self.table, self.fn, self.fp, self.top)
-        size = 2 * len(self.sn)
-        self.sn, self.sp, self.sb = (
-            np.concatenate([a, np.zeros(size - len(a), a.dtype)]) for a in (self.sn, self.sp, self.sb)
-        )
+        self.sn, self.sp, self.sb = _doubled(self.sn), _doubled(self.sp), _doubled(self.sb)
 
     @property
-    def frames(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        return self.fn, self.fp, self.fd, self.top
+    def frames(self) -> tuple[np.ndarray, np.ndarray, int]:
+        return self.fn, self.fp, self.top
+
+
+def _doubled(array: np.ndarray) -> np.ndarray:
+    return np.concatenate([array, np.zeros_like(array)])
+
+
+def _ambiguous() -> EverytokenError:
+    return EverytokenError(
+        f"The grammar is so ambiguous here that more than {MAX_STACKS:,} parses are alive.",
+        "Make repeated alternatives distinct, or replace nested repetitions such as (a* b*)*.",
+    )
 
 
 class CompiledGrammar:
@@ -168,16 +198,14 @@ class CompiledGrammar:
     """
 
     def __init__(self, pushdown: Pushdown, tokenizer_info: TokenizerInfo):
-        from .kernels import closing_nodes, lookahead_classes
-
         self.pushdown, self.tokenizer_info = pushdown, tokenizer_info
         values = lookahead_classes(pushdown.tables, tokenizer_info.longest + 1)
         self.classes: list[int] = np.unique(values, return_inverse=True)[1].reshape(-1).tolist()
         _, _, _, _, call_ptr, call_start, call_to, final, *_ = pushdown.tables
         self.closes: list[bool] = closing_nodes(call_ptr, call_start, call_to, final).tolist()
         self._entries: dict[int, _Entry] = {}
+        self._contexts = 0
         self._lock = threading.Lock()
-        self._scratch = threading.local()
         self._shared = _Arena()
 
     def arena(self) -> _Arena:
@@ -188,114 +216,129 @@ class CompiledGrammar:
             return self._shared
 
     # -- entries ---------------------------------------------------------------------------------------------------------
-    def entry(self, node: int) -> _Entry:
-        """The tokens that a node settles, computed on first use."""
+    def entry(self, arena: _Arena, node: int, frame: int) -> _Entry:
+        """The tokens allowed on one stack: as much of it is looked at as they depend on."""
         found = self._entries.get(self.classes[node])
         if found is None:
-            found = self._compute(node)
+            found = self._settle(None, [[node]])[0]
             with self._lock:
                 found = self._entries.setdefault(self.classes[node], found)
+        context = [node]
+        while found.part is not None:
+            to = key = BOTTOM
+            if frame >= 0:
+                to, frame = arena.fn.item(frame), arena.fp.item(frame)
+                key = self.classes[to]
+            context.append(to)
+            following = found.deeper.get(key)
+            if following is None:
+                following = self._remember(found, key, self._settle_one(found, context))
+            found = following
         return found
 
-    def _compute(self, node: int) -> _Entry:
-        from .kernels import CROWDED, UNKNOWN, walk
-
-        info = self.tokenizer_info
-        arena = getattr(self._scratch, "arena", None)
-        if arena is None:
-            arena = self._scratch.arena = _Arena()
-            self._scratch.depend = np.zeros(len(info.trie[0]), np.int32)
-        bits, loose = np.zeros(info.words, np.uint32), False
-        while True:
-            count = arena.load((node, UNKNOWN))
-            accepted, dependent, _ = walk(  # type: ignore[call-arg]
-                self.pushdown.tables,
-                info.trie,
-                *arena.frames,
-                arena.sn,
-                arena.sp,
-                arena.sb,
-                count,
-                bits,
-                self._scratch.depend,
-                loose,
-            )
-            if accepted >= 0:
-                break
-            bits[:] = 0
-            if accepted != CROWDED:
-                arena.grow(accepted)
-            loose = loose or accepted == CROWDED
-        part = info.part(self._scratch.depend[:dependent]) if dependent else None
-        return _Entry(TokenSet.from_bits(bits, int(accepted), info.vocab_size), part)
-
-    def stack_mask(self, arena: _Arena, node: int, parent: int) -> np.ndarray:
-        """``[W]`` uint32: the tokens allowed on one stack (do not change it)."""
-        entry = self.entry(node)
-        part = entry.part
-        if part is None:
-            known = entry.resolved.get(())
-            if known is None:
-                known = entry.resolved[()] = entry.accepted.bits()
-            return known
-        for depth in entry.depths:
-            known = entry.resolved.get(self._visible(arena, parent, depth))
-            if known is not None:
-                return known
-        from .kernels import walk
-
-        bits = entry.accepted.bits().copy()
-        depend = np.zeros(len(part[0]), np.int32)
-        while True:
-            count = arena.load((node, parent))
-            accepted, _, lowest = walk(
-                self.pushdown.tables, part, *arena.frames, arena.sn, arena.sp, arena.sb, count, bits, depend, False
-            )
-            if accepted >= 0:
-                break
-            bits = entry.accepted.bits().copy()
-            arena.grow(accepted)
-        height = int(arena.fd[parent]) if parent >= 0 else 0
-        depth = height - int(lowest) + 1 if lowest <= height else 0
+    def _remember(self, entry: _Entry, key: int, following: _Entry) -> _Entry:
         with self._lock:
-            if depth not in entry.depths:
-                entry.depths.append(depth)
-            if len(entry.resolved) >= MEMO:
-                entry.resolved.popitem(last=False)
-            entry.resolved[self._visible(arena, parent, depth)] = bits
-        return bits
+            self._contexts += 1
+            if self._contexts > CONTEXTS:
+                self._contexts = 0
+                for known in self._entries.values():
+                    known.deeper = {}
+            return entry.deeper.setdefault(key, following)
 
-    def _visible(self, arena: _Arena, parent: int, depth: int) -> tuple[int, ...]:
-        """The top ``depth`` frames below a node, by what they return to (-1: the bottom)."""
-        key = [depth]
-        for _ in range(depth):
-            if parent < 0:
-                key.append(-1)
-                break
-            key.append(self.classes[arena.fn.item(parent)])
-            parent = arena.fp.item(parent)
-        return tuple(key)
+    def _settle_one(self, above: _Entry, context: list[int]) -> _Entry:
+        """The entry of one context, while somebody waits; ``above`` is what is known with one frame less."""
+        part, info = above.part, self.tokenizer_info
+        assert part is not None
+        words, depend = above.mask().copy(), np.empty(len(part[0]), np.int32)
+        accepted, dependent = settle_one(self.pushdown.tables, part, np.array(context, np.int32), words, depend)
+        if accepted < 0:
+            raise _ambiguous()
+        following = info.part(depend[:dependent], part) if dependent else None
+        return _Entry(TokenSet(BITS, words, info.vocab_size), above.count + accepted, following)
 
-    def warm(self, seconds: float | None = None) -> CompiledGrammar:
-        """Computes the entries of nodes now that are otherwise made when first met; returns itself.
+    def _settle(self, above: _Entry | None, contexts: list[list[int]]) -> list[_Entry]:
+        """The entries of contexts; ``above`` is what is known with one frame less (the same for all of them)."""
+        info = self.tokenizer_info
+        trie, known, count = info.trie, np.zeros(info.words, np.uint32), 0
+        if above is not None and above.part is not None:
+            trie, known, count = above.part, above.mask(), above.count
+        pointers = np.zeros(len(contexts) + 1, np.int64)
+        np.cumsum([len(context) for context in contexts], out=pointers[1:])
+        flat = np.array([node for context in contexts for node in context], np.int32)
+        kinds, counts, id_ptr, ids, rows, depend_ptr, depends = settle(
+            self.pushdown.tables, trie, info.vocab_size, known, count, flat, pointers
+        )
+        if not len(kinds):
+            raise _ambiguous()
+        entries = []
+        used, begins, firsts = 0, id_ptr.tolist(), depend_ptr.tolist()
+        ids, rows = ids[: id_ptr[-1]].copy(), rows[: int((kinds == BITS).sum())].copy()  # without the room left over
+        for place, (kind, size) in enumerate(zip(kinds.tolist(), counts.tolist(), strict=True)):
+            if kind == BITS:
+                data = rows[used]
+                used += 1
+            else:
+                data = ids[begins[place] : begins[place + 1]]
+            part = None
+            if firsts[place] < firsts[place + 1]:
+                part = info.part(depends[firsts[place] : firsts[place + 1]], trie)
+            entries.append(_Entry(TokenSet(kind, data, info.vocab_size), size, part))
+        return entries
+
+    def warm(self, seconds: float | None = None, max_threads: int = 1) -> CompiledGrammar:
+        """Settles now what is otherwise settled when first met: nodes, then what may follow them; returns itself.
 
         Args:
-            seconds: stop after so long; None computes all.
+            seconds: stop after so long; None goes through to the end.
+            max_threads: for the nodes.
         """
         began = time.perf_counter()
-        for node in {group: node for node, group in enumerate(self.classes)}.values():
-            self.entry(node)
-            if seconds is not None and time.perf_counter() - began > seconds:
-                break
+
+        def late() -> bool:
+            return seconds is not None and time.perf_counter() - began > seconds
+
+        def settle_nodes(chunk: list[tuple[int, int]]) -> None:
+            if late():
+                return
+            found = self._settle(None, [[node] for _, node in chunk])
+            with self._lock:
+                for (group, _), entry in zip(chunk, found, strict=True):
+                    self._entries.setdefault(group, entry)
+
+        nodes = {group: node for node, group in enumerate(self.classes)}
+        waiting = [(group, node) for group, node in nodes.items() if group not in self._entries]
+        chunks = [waiting[place : place + CHUNK] for place in range(0, len(waiting), CHUNK)]
+        if max_threads > 1 and len(chunks) > 1:
+            with ThreadPoolExecutor(min(max_threads, len(chunks))) as pool:
+                list(pool.map(settle_nodes, chunks))
+        else:
+            for chunk in chunks:
+                settle_nodes(chunk)
+        if late():
+            return self
+        for group, node in nodes.items():
+            entry = self._entries[group]
+            if entry.part is None:
+                continue
+            sites = {BOTTOM if to == BOTTOM else self.classes[to]: to for to in self.pushdown.returns(node)[:SITES]}
+            fresh = [(key, to) for key, to in sites.items() if key not in entry.deeper]
+            if fresh:
+                found = self._settle(entry, [[node, to] for _, to in fresh])
+                for (key, _), following in zip(fresh, found, strict=True):
+                    self._remember(entry, key, following)
+                if late():
+                    break
         return self
 
     @property
     def memory_size_bytes(self) -> int:
-        """Tables, entries and remembered masks."""
+        """Tables, and what has been settled."""
         total = sum(array.nbytes for array in self.pushdown.tables)
-        for entry in list(self._entries.values()):
-            total += entry.accepted.data.nbytes + sum(bits.nbytes for bits in list(entry.resolved.values()))
+        pending = list(self._entries.values())
+        for entry in pending:
+            total += entry.accepted.data.nbytes
             total += sum(a.nbytes for a in entry.part if isinstance(a, np.ndarray)) if entry.part is not None else 0
+            pending += list(entry.deeper.values())
         return total
 
     def serialise(self) -> str:
@@ -329,10 +372,18 @@ class GrammarCompiler:
         tokenizer_info: the vocabulary.
         cache_limit: grammars to remember; 0 remembers none.
         warm_seconds: time to spend on masks ahead, for each grammar; what is left is computed when it is first needed.
+        max_threads: for that; default as many as there are processors, up to 8.
     """
 
-    def __init__(self, tokenizer_info: TokenizerInfo, cache_limit: int = 256, warm_seconds: float = 0.1):
+    def __init__(
+        self,
+        tokenizer_info: TokenizerInfo,
+        cache_limit: int = 256,
+        warm_seconds: float = 0.1,
+        max_threads: int | None = None,
+    ):
         self.tokenizer_info, self.cache_limit, self.warm_seconds = tokenizer_info, cache_limit, warm_seconds
+        self.max_threads = min(8, os.cpu_count() or 1) if max_threads is None else max_threads
         self._cache: OrderedDict[Any, CompiledGrammar] = OrderedDict()
         self._busy: dict[Any, threading.Lock] = {}
         self._lock = threading.Lock()
@@ -360,7 +411,9 @@ class GrammarCompiler:
             return compiled
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
-        return CompiledGrammar(Pushdown.from_grammar(grammar), self.tokenizer_info).warm(self.warm_seconds)
+        return CompiledGrammar(Pushdown.from_grammar(grammar), self.tokenizer_info).warm(
+            self.warm_seconds, self.max_threads
+        )
 
     def compile_grammar(self, grammar: Grammar | str, root_rule_name: str = "root") -> CompiledGrammar:
         """From a ``Grammar`` or EBNF text."""
@@ -450,19 +503,17 @@ class GrammarMatcher:
         """``[W]`` int32: the tokens that go on with the text (stop tokens aside)."""
         if state.mask is not None:
             return state.mask
-        arena, stacks = self._arena, state.stacks
+        arena, stacks, vocab_size = self._arena, state.stacks, self.compiled.tokenizer_info.vocab_size
+        entry = self.compiled.entry(arena, stacks[0], stacks[1])
+        words, count = entry.mask(), entry.count
+        if len(stacks) > 2:
+            words = words.copy()
+            for place in range(2, len(stacks), 2):
+                words |= self.compiled.entry(arena, stacks[place], stacks[place + 1]).mask()
+            count = int(np.bitwise_count(words).sum())
+        mask = words.view(np.int32)
         with arena.lock:
-            words = self.compiled.stack_mask(arena, stacks[0], stacks[1])
-            if len(stacks) > 2:
-                words = words.copy()
-                for place in range(2, len(stacks), 2):
-                    words |= self.compiled.stack_mask(arena, stacks[place], stacks[place + 1])
-            restricted = (
-                bool((words[:-1] != 0xFFFFFFFF).any())
-                or self.compiled.tokenizer_info.vocab_size > len(words) * 32 - 32 + int(words[-1]).bit_count()
-            )
-            mask = words.view(np.int32)
-            arena.remember(state, mask, restricted)
+            arena.remember(state, mask, count < vocab_size)
         return mask
 
     def fill_next_token_bitmask(self, bitmask: Any, index: int = 0) -> bool:
@@ -531,8 +582,6 @@ class GrammarMatcher:
         return len(data) > 0 and self._survives(data) == len(data)
 
     def _survives(self, data: np.ndarray) -> int:
-        from .kernels import survives
-
         arena = self._arena
         with arena.lock:
             while True:
@@ -599,8 +648,6 @@ class GrammarMatcher:
         return True
 
     def _read(self, state: _State, data: np.ndarray) -> _State | None:
-        from .kernels import advance
-
         arena = self._arena
         with arena.lock:
             arena.ensure()
@@ -657,8 +704,6 @@ class GrammarMatcher:
 
     def find_jump_forward_string(self) -> str:
         """The text that must come next because nothing else is possible (up to 4,096 bytes; empty if there is a choice)."""
-        from .kernels import forced
-
         if self.is_terminated():
             return ""
         arena = self._arena

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ _FIELDS = (
 _TYPES = (
     np.int32, np.uint8, np.uint8, np.int32, np.int32, np.int32, np.int32, np.uint8, np.int32, np.int32, np.int32, np.uint64, np.bool_,
 )  # fmt: skip
+BOTTOM = -1
+"""In place of a node to return to: nothing is below, the text ends here."""
 
 
 @dataclass
@@ -89,6 +92,31 @@ class Pushdown:
             any_character,
         )  # fmt: skip
         return cls(tables, names)
+
+    def returns(self, node: int) -> list[int]:
+        """The nodes that the frame right below a stack's node can return to (BOTTOM: there may be none)."""
+        return self._returns[int(self.tables[8][node])]
+
+    @cached_property
+    def _returns(self) -> list[list[int]]:
+        _, _, _, _, call_ptr, call_start, call_to, _, node_rule, *_ = self.tables
+        found: list[dict[int, None]] = [{} for _ in self.rules]
+        found[node_rule[0]][BOTTOM] = None
+        tails: dict[tuple[int, int], None] = {}
+        callers = np.repeat(node_rule, np.diff(call_ptr)).tolist()
+        for caller, called, to in zip(callers, node_rule[call_start].tolist(), call_to.tolist(), strict=True):
+            if to >= 0:
+                found[called][to] = None
+            elif caller != called:
+                tails[caller, called] = None
+        changed = True
+        while changed:  # a tail call returns to wherever its caller does
+            changed = False
+            for caller, called in tails:
+                size = len(found[called])
+                found[called] |= found[caller]
+                changed = changed or len(found[called]) > size
+        return [list(sites) for sites in found]
 
     def serialise(self) -> str:
         """As JSON text."""

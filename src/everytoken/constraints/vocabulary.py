@@ -143,19 +143,18 @@ class TokenizerInfo:
         skip, parent, first = (np.zeros(room, np.int32) for _ in range(3))
         subtree, characters = np.zeros((room, 4), np.uint64), np.zeros(room, np.bool_)
         build_trie(data, offsets, shared, byte_of, depth_of, skip, parent, first, subtree, characters)
-        self._parent = parent
         counts = np.zeros(room + 1, np.int64)
         sizes = np.diff([*starts, len(ids)])
         counts[1:][first >= 0] = sizes[first[first >= 0]]
         token_ptr = np.cumsum(counts).astype(np.int32)
         return byte_of, depth_of, skip, token_ptr, np.array(ids, np.int32), subtree, characters, int(depth_of.max()) + 1
 
-    def part(self, nodes: np.ndarray) -> Trie:
-        """The trie of the tokens at some of its nodes (in preorder) alone."""
+    def part(self, nodes: np.ndarray, trie: Trie | None = None) -> Trie:
+        """The trie of the tokens at some of a trie's nodes (in preorder) alone; default the whole vocabulary's trie."""
         from .kernels import extract
 
-        byte_of, depth_of, skip, token_ptr, token_ids, *_ = self.trie
-        *arrays, levels = extract(nodes, self._parent, byte_of, depth_of, skip, token_ptr, token_ids)
+        byte_of, depth_of, skip, token_ptr, token_ids, *_, levels = self.trie if trie is None else trie
+        *arrays, levels = extract(nodes, byte_of, depth_of, skip, token_ptr, token_ids, levels)
         size = len(arrays[0])
         full = np.full((size, 4), np.uint64(0xFFFFFFFFFFFFFFFF))  # few nodes: no short cuts
         return (*arrays, full, np.zeros(size, np.bool_), int(levels))

@@ -249,7 +249,14 @@ class Builder:
                 pending.append(subset)
             return found
 
-        single: dict[int, frozenset[int]] = {}
+        numbered: dict[tuple[int, ...], int] = {}
+
+        def numbered_once(targets: tuple[int, ...]) -> int:
+            found = numbered.get(targets)
+            if found is None:
+                found = numbered[targets] = number(reached(targets))
+            return found
+
         work = 0
         number(reached(starts))
         while pending:
@@ -259,11 +266,9 @@ class Builder:
             work += len(edges) + 1
             if len(edges) == 1:
                 low, high, to = edges[0]
-                if to not in single:
-                    single[to] = reached([to])
-                output.edges[here] = [(low, high, number(single[to]))]
+                output.edges[here] = [(low, high, numbered_once((to,)))]
             elif edges:
-                output.edges[here] = [(low, high, number(reached(targets))) for low, high, targets in disjoint(edges)]
+                output.edges[here] = [(low, high, numbered_once(targets)) for low, high, targets in disjoint(edges)]
             called: dict[str, set[int]] = {}
             for member in subset:
                 for name, to in self.calls[member]:
@@ -300,6 +305,20 @@ class Builder:
 
 def disjoint(edges: list[Edge]) -> list[tuple[int, int, tuple[int, ...]]]:
     """Overlapping ranges as disjoint ones with the set of their targets; neighbours with equal targets are joined."""
+    result: list[tuple[int, int, tuple[int, ...]]] = []
+    ordered = sorted(edges)
+    last = -1
+    for low, high, _ in ordered:
+        if low <= last:
+            break
+        last = high
+    else:  # disjoint already, as most are
+        for low, high, to in ordered:
+            if result and result[-1][1] + 1 == low and result[-1][2][0] == to:
+                result[-1] = (result[-1][0], high, (to,))
+            else:
+                result.append((low, high, (to,)))
+        return result
     cuts = sorted({low for low, _, _ in edges} | {high + 1 for _, high, _ in edges})
     if len(cuts) > 64:  # sweep; the plain loop below is faster for few edges
         opening: dict[int, list[int]] = {}
@@ -307,7 +326,6 @@ def disjoint(edges: list[Edge]) -> list[tuple[int, int, tuple[int, ...]]]:
         for low, high, to in edges:
             opening.setdefault(low, []).append(to)
             closing.setdefault(high + 1, []).append(to)
-    result: list[tuple[int, int, tuple[int, ...]]] = []
     active: dict[int, int] = {}
     for place, low in enumerate(cuts[:-1]):
         high = cuts[place + 1] - 1

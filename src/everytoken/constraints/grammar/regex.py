@@ -330,8 +330,11 @@ def regex_automaton(
     """
     item = map_chars(parse_regex(pattern), change)
     around = star(any_char)
-    if not has_anchor(item):
-        return build(seq(around, item, around) if search else item)
+    parts = item.parts if isinstance(item, Seq) else (item,)
+    first, last = parts[:1] == (STARTS,), parts[-1:] == (ENDS,)
+    inner = seq(*parts[first : len(parts) - last])
+    if not has_anchor(inner):  # anchors at the ends only, as most are
+        return build(seq(EMPTY if first else around, inner, EMPTY if last else around) if search else inner)
     before = alt(EMPTY, seq(STARTS, around) if search else STARTS)
     after = alt(EMPTY, seq(around, ENDS) if search else ENDS)
     builder = Builder()
