@@ -225,12 +225,16 @@ def main() -> None:
         for case, (schema, documents) in CASES.items():
             texts = [json.dumps(document, ensure_ascii=False).encode() for document in documents]
             work = [greedy_ids(info, text) for text in texts]
-            for engine, compile_ in engines.items():
-                compiling, masks, first, steady, accepting = [], [], [], [], []
-                for _ in range(args.rounds):
+            times: dict[str, dict[str, list[float]]] = {
+                engine: {kind: [] for kind in ("compiling", "first", "steady", "accepting")} for engine in engines
+            }
+            sizes = {}
+            for _ in range(args.rounds):
+                for engine, compile_ in engines.items():  # by turns: what else the machine does hits all of them
+                    found = times[engine]
                     began = time.perf_counter()
                     start, memory = compile_(schema)
-                    compiling.append(time.perf_counter() - began)
+                    found["compiling"].append(time.perf_counter() - began)
                     for again in range(3):
                         for ids in work:
                             fill, accept, mask = start()
@@ -238,24 +242,26 @@ def main() -> None:
                                 began = time.perf_counter()
                                 fill()
                                 middle = time.perf_counter()
-                                masks.append(middle - began)
-                                (steady if again else first).append(middle - began)
+                                found["steady" if again else "first"].append(middle - began)
                                 assert mask[0, token >> 5] >> (token & 31) & 1, (engine, case, info.vocabulary[token])
                                 middle = time.perf_counter()
                                 assert accept(token)
-                                accepting.append(time.perf_counter() - middle)
+                                found["accepting"].append(time.perf_counter() - middle)
+                    sizes[engine] = memory()
+            for engine, found in times.items():
+                masks = found["first"] + found["steady"]
                 rows.append(
                     {
                         "vocabulary": size,
                         "grammar": case,
                         "engine": engine,
-                        "compile, ms": 1e3 * statistics.median(compiling),
+                        "compile, ms": 1e3 * statistics.median(found["compiling"]),
                         "mask median, us": 1e6 * statistics.median(masks),
                         "mask p99, us": 1e6 * float(np.quantile(masks, 0.99)),
-                        "first pass mean, us": 1e6 * statistics.mean(first),
-                        "steady median, us": 1e6 * statistics.median(steady),
-                        "accept median, us": 1e6 * statistics.median(accepting),
-                        "memory, MB": memory() / 1e6 or float("nan"),
+                        "first pass mean, us": 1e6 * statistics.mean(found["first"]),
+                        "steady median, us": 1e6 * statistics.median(found["steady"]),
+                        "accept median, us": 1e6 * statistics.median(found["accepting"]),
+                        "memory, MB": sizes[engine] / 1e6 or float("nan"),
                     }
                 )
     heads = ["vocabulary", "grammar", "engine", "compile, ms", "mask median, us", "mask p99, us", "first pass mean, us"]

@@ -533,3 +533,48 @@ def test_a_grammar_has_no_dead_ends(seed):
         compiled = compile_(source)
         for _ in range(30):
             random_text(compiled, rng, limit=60)
+
+
+def test_contexts_ahead_of_time_say_what_is_found_when_met(info, embedded_tokenizer, monkeypatch):
+    """Warmed on one thread, on several, not at all, or forgotten again and again: the masks are the same."""
+    import everytoken.constraints.matcher as module
+
+    grammar = Grammar.builtin_json_grammar()
+    cold = compile_(grammar, info)
+    cold._entries.clear()
+    alone = CompiledGrammar(cold.pushdown, info).warm()
+    threads = CompiledGrammar(cold.pushdown, info).warm(max_threads=4)
+    assert alone._entries.keys() == threads._entries.keys() == set(alone.classes)
+    assert any(entry.deeper for entry in alone._entries.values()) and alone.warm() is alone
+    forgetful = CompiledGrammar(cold.pushdown, info)
+    matchers = [GrammarMatcher(compiled) for compiled in (cold, alone, threads, forgetful)]
+    monkeypatch.setattr(module, "CONTEXTS", 1)
+    for token in encode(embedded_tokenizer, PEOPLE[0]):
+        masks = [matcher.allowed_tokens() for matcher in matchers]
+        assert all(np.array_equal(masks[0], other) for other in masks[1:])
+        assert all(matcher.accept_token(token) for matcher in matchers)
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(grammars(), st.randoms(use_true_random=False))
+def test_returns_are_where_texts_go_on(trees, rng):
+    """Every frame met on random texts returns to a place that was foretold for the rule above it."""
+    assume(productive(trees))
+    try:
+        compiled = compile_(ebnf(trees), ABC)
+    except GrammarError:
+        return
+    matcher = GrammarMatcher(compiled)
+    for _ in range(6):
+        stacks, arena = matcher._step.state.stacks, matcher._arena
+        for node, frame in zip(stacks[::2], stacks[1::2], strict=True):
+            while True:
+                to = int(arena.fn[frame]) if frame >= 0 else -1
+                assert to in compiled.pushdown.returns(node)
+                if frame < 0:
+                    break
+                node, frame = to, int(arena.fp[frame])
+        allowed = sorted(set(matcher.allowed_tokens().tolist()) - {0})
+        if not allowed:
+            break
+        assert matcher.accept_token(rng.choice(allowed))

@@ -44,8 +44,9 @@ MEMO = 2048
 """Masks of states that are kept."""
 CONTEXTS = 1 << 12
 """Contexts remembered for a grammar."""
-SITES, CHUNK = 32, 32
-"""Ahead of time, a node's dependent tokens are settled for up to so many places to return to; nodes settled at a time."""
+SITES, FEW, CHUNK = 32, 8, 32
+"""Ahead of time, dependent tokens are settled for up to so many places that a node may return to, and further down as long as
+so few contexts have any left; nodes settled at a time."""
 RENEW_FRAMES, RENEW_STATES = 1 << 20, 1 << 15
 """New matchers get fresh buffers once the shared ones have grown to this size."""
 
@@ -72,6 +73,7 @@ class TokenSet:
 
 
 _BIT = np.left_shift(np.uint32(1), np.arange(32, dtype=np.uint32)).view(np.int32)
+_INT32 = np.dtype(np.int32)
 _NO_BYTES = np.zeros(0, np.uint8)
 
 
@@ -308,7 +310,7 @@ class CompiledGrammar:
         nodes = {group: node for node, group in enumerate(self.classes)}
         waiting = [(group, node) for group, node in nodes.items() if group not in self._entries]
         chunks = [waiting[place : place + CHUNK] for place in range(0, len(waiting), CHUNK)]
-        if max_threads > 1 and len(chunks) > 1:
+        if max_threads > 1 and len(chunks) > 4:  # fewer are done before the threads have started
             with ThreadPoolExecutor(min(max_threads, len(chunks))) as pool:
                 list(pool.map(settle_nodes, chunks))
         else:
@@ -316,18 +318,24 @@ class CompiledGrammar:
                 settle_nodes(chunk)
         if late():
             return self
-        for group, node in nodes.items():
-            entry = self._entries[group]
-            if entry.part is None:
-                continue
-            sites = {BOTTOM if to == BOTTOM else self.classes[to]: to for to in self.pushdown.returns(node)[:SITES]}
-            fresh = [(key, to) for key, to in sites.items() if key not in entry.deeper]
-            if fresh:
-                found = self._settle(entry, [[node, to] for _, to in fresh])
-                for (key, _), following in zip(fresh, found, strict=True):
-                    self._remember(entry, key, following)
+        level = [(self._entries[group], [node]) for group, node in nodes.items()]
+        level = [(entry, context) for entry, context in level if entry.part is not None]
+        first = True
+        while level and (first or len(level) <= FEW):
+            first, deeper = False, []
+            for entry, context in level:
+                sites = {BOTTOM if to == BOTTOM else self.classes[to]: to for to in self.pushdown.returns(context[-1])}
+                fresh = [(key, to) for key, to in sites.items() if key not in entry.deeper][:SITES]
+                if not fresh:
+                    continue
+                found = self._settle(entry, [[*context, to] for _, to in fresh])
+                for (key, to), following in zip(fresh, found, strict=True):
+                    following = self._remember(entry, key, following)
+                    if following.part is not None:
+                        deeper.append((following, [*context, to]))
                 if late():
-                    break
+                    return self
+            level = deeper
         return self
 
     @property
@@ -527,15 +535,16 @@ class GrammarMatcher:
         """
         step = self._step
         state = step.state
-        if step.stopped or (self.terminate_without_stop_token and self._can_end(state)):
+        ending = state.ending if state.ending is not None else self._can_end(state)
+        if step.stopped or (ending and self.terminate_without_stop_token):
             raise BadInputError(
                 "The text is finished; there is no next token.", "Check is_terminated() first, or reset()."
             )
         words = state.mask if state.mask is not None else self._mask(state)
-        rows = bitmask if isinstance(bitmask, np.ndarray) else self._numpy(bitmask)
+        rows = bitmask if type(bitmask) is np.ndarray else self._numpy(bitmask)
         row = rows[index] if rows.ndim == 2 else rows
         size = len(words)
-        if row.dtype != np.int32 or len(row) < size:
+        if (row.dtype is not _INT32 and row.dtype != _INT32) or len(row) < size:
             raise BadInputError(
                 f"The bitmask has {len(row)} words of {row.dtype}; {size} of int32 are needed.",
                 "Allocate it with allocate_token_bitmask(batch_size, tokenizer_info.vocab_size).",
@@ -544,7 +553,7 @@ class GrammarMatcher:
             row[:] = words
         else:
             row[:size], row[size:] = words, 0
-        if self.stop_token_ids and self._can_end(state):
+        if ending:
             for token in self.stop_token_ids:
                 row[token >> 5] |= _BIT[token & 31]
         return state.restricted

@@ -12,7 +12,9 @@ anywhere in the grammar (context expansion). At run time
 
     mask(stacks) = union over (q, r) of  accepted(q) | {s in depend(q) : s survives on (q, r)}
 
-and each result is remembered under the frames of r that the run looked at, so in steady state a mask is a dictionary look-up.
+The same split is made again with one more frame known, then two, and so on: a context (q, r_1, ..., r_k) settles some of what
+(q, r_1, ..., r_k-1) left open, and most stacks are settled by one frame. Contexts of one frame are few (the places that a rule
+can return to), so they are computed ahead; a context met once is a dictionary look-up ever after.
 Sets are stored as whichever is smallest of a list of accepted tokens, of rejected tokens, and a bitset. Stacks are nodes of a
 tree with parent pointers, so branches share them and rolling back any number of tokens is a change of pointers.
 
@@ -21,8 +23,9 @@ In a decoder the mask of the next token is computed while the model runs::
     model.generate(**inputs, logits_processor=[GrammarLogitsProcessor(compiled)])    # any batch, any sampling, beams
     model.generate(**inputs, custom_generate=XGrammar(compiled))                     # masks cost no time; jumps
 
-Choices of ours: entries are computed on first use (``warm`` computes all); those of nodes that behave alike for
-as many bytes as the longest token are shared, so that a string of up to 10,000 characters needs few; automata are deterministic within a rule.
+Choices of ours: contexts of growing depth, where the paper checks dependent tokens at every step; entries are computed ahead for a
+tenth of a second, the others on first use; those of nodes that behave alike for as many bytes as the longest token are shared, so
+that a string of up to 10,000 characters needs few; automata are deterministic within a rule.
 """
 
 from __future__ import annotations

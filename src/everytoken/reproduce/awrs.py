@@ -12,22 +12,33 @@ import numpy as np
 
 from ..generation.trial import encode_prompt
 from .base import Arms, Claim, Context, Reproduction
-from .xgrammar import PROMPTS
 
 SCHEMA = {
     "type": "object",
     "properties": {
-        "name": {"type": "string", "maxLength": 40},
+        "name": {"type": "string"},
         "age": {"type": "integer", "minimum": 0, "maximum": 120},
-        "tags": {"type": "array", "items": {"type": "string", "maxLength": 20}, "maxItems": 4},
+        "tags": {"type": "array", "items": {"type": "string"}},
     },
-    "required": ["name", "age"],
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
 }
+RECORDS = [
+    {"name": "Bo Lind", "age": 7, "tags": ["school", "football"]},
+    {"name": "Ada King", "age": 36, "tags": ["mathematics", "engines", "poetry"]},
+    {"name": "Rosa Marin", "age": 61, "tags": ["bakery"]},
+]
+WHO = ["a painter", "a customer of a bookshop", "a sailor"]
+EXAMPLES = "Records of people, one JSON object each:\n" + "\n".join(map(json.dumps, RECORDS))
 PATTERN = r"[A-Z][A-Za-z0-9 ,;:'\-\n]*(\.( |\n)+[A-Z][A-Za-z0-9 ,;:'\-\n]*)*\."
 PROSE = ["Why is the sky blue? Answer in three sentences.", "Tell me about owls.", "What is bread made of?"]
 WHY_TESTS = (
     "The baseline tests every token of the vocabulary with the same checker. The paper's constraints are costlier and its models "
     "larger; the better the model follows the constraint by itself, the fewer tests: a 135M model does so less than theirs."
+)
+WHY_UNASKED = (
+    "Nothing in this prompt asks for JSON: the model puts next to no mass on what the schema allows, and AWRS draws until it finds "
+    "it. This is the case that masking is for."
 )
 WHY_TIME = (
     "The checker is this library's own, which answers in microseconds; at that price a mask of the grammar engine would be faster "
@@ -107,11 +118,10 @@ def run(context: Context) -> Arms:
     compiler = GrammarCompiler(info)
     limit = 24 if context.quick else 64
     some = slice(0, 1) if context.quick else slice(None)
+    schema = compiler.compile_json_schema(SCHEMA)
     tasks = {
-        "JSON": (
-            compiler.compile_json_schema(SCHEMA),
-            [f"{prompt} Write only JSON like {json.dumps({'name': 'Bo', 'age': 7})}" for prompt in PROMPTS[some]],
-        ),
+        "JSON": (schema, [f"{EXAMPLES}\nWrite one more, of {who}. Write only the JSON object." for who in WHO[some]]),
+        "JSON, not asked for": (schema, [f"Tell me about {who}: name, age and tags." for who in WHO[some]]),
         "sentences": (compiler.compile_regex(PATTERN), PROSE[some]),
     }
     arms: Arms = {name: {} for name in ("AWRS", "AWRS, unweighted", "masking with the same checker")}
@@ -168,6 +178,14 @@ REPRODUCTION = Reproduction(
     claims=[
         Claim(
             "JSON: tests a token", "AWRS", MASKING, "orders of magnitude fewer", higher_is_better=False, why=WHY_TESTS
+        ),
+        Claim(
+            "JSON, not asked for: tests a token",
+            "AWRS",
+            MASKING,
+            "orders of magnitude fewer",
+            higher_is_better=False,
+            why=WHY_UNASKED,
         ),
         Claim(
             "sentences: tests a token",

@@ -243,8 +243,11 @@ def write(result: dict[str, Any], folder: Path) -> Path:
 
 
 def formatted(claim: dict[str, Any]) -> str:
-    """A claim's measured value as text: ``1.83x`` or ``+0.12``."""
-    return f"{claim['value']:.2f}x" if claim["kind"] == "ratio" else f"{claim['value']:+.3g}"
+    """A claim's measured value as text: ``1.83x``, ``1/1,200x`` or ``+0.12``."""
+    value = claim["value"]
+    if claim["kind"] != "ratio":
+        return f"{value:+.3g}"
+    return f"{value:.2f}x" if value >= 0.1 or value <= 0 else f"1/{1 / value:,.0f}x"
 
 
 def table(result: dict[str, Any]) -> Any:
