@@ -81,7 +81,7 @@ def mask_times(compiled: Any, documents: list[Any], tokenizer: Any, repeats: int
                             context.append(arena.fn.item(frame))
                             frame = arena.fp.item(frame)
                         whole = np.array([*context, BOTTOM], np.int32)
-                        kinds, counts, _, ids, rows, _, _ = settle(
+                        kinds, _, id_ptr, ids, rows, _, _ = settle(
                             compiled.pushdown.tables,
                             info.trie,
                             info.vocab_size,
@@ -93,7 +93,7 @@ def mask_times(compiled: Any, documents: list[Any], tokenizer: Any, repeats: int
                         words |= (
                             rows[0]
                             if kinds[0] == BITS
-                            else TokenSet(int(kinds[0]), ids[: counts[0]], info.vocab_size).bits()
+                            else TokenSet(int(kinds[0]), ids[: id_ptr[1]], info.vocab_size).bits()
                         )
                     naive.append(time.perf_counter() - began)
                     ends = matcher.can_end()

@@ -1,4 +1,4 @@
-"""Trials of retokenizers: the tokenizer's own tokens and each method's, on the same text."""
+"""Trials of retokenizers (the tokenizer's own tokens and each method's, on the same text), and of models over bytes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from ..core.trace import TokenTrace
 from ..core.trials import TrialRequest, TrialResult
 from .base import spell
 
+CUT = "The capital of France is Par"
 EXAMPLE = "Strawberry fields: how many r's are in strawberry? Tokenizers rarely know, and 1234 + 5678 is 6912."
 
 
-def trial(request: TrialRequest) -> TrialResult:
-    """Length, bytes per token and speed of each method; see ``core.trials``."""
-    text = request.prompt if request.prompt is not None else EXAMPLE
+def text_of(request: TrialRequest, example: str) -> str:
+    """The user's text, or the example.
+
+    Raises:
+        BadInputError: an empty text, no such file, or one that is no UTF-8.
+    """
+    text = request.prompt if request.prompt is not None else example
     if request.data is not None:
         path = Path(request.data)
         if not path.is_file():
@@ -26,6 +31,24 @@ def trial(request: TrialRequest) -> TrialResult:
             raise BadInputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
     if not text:
         raise BadInputError("The text is empty.", 'Give some: --prompt "Strawberry"')
+    return text
+
+
+def trial(request: TrialRequest) -> TrialResult:
+    """Runs methods of one kind; see ``core.trials``.
+
+    Raises:
+        BadInputError: methods of two kinds at once.
+    """
+    kinds = {hasattr(item.factory, "on") for item in request.trials}
+    if len(kinds) > 1:
+        raise BadInputError("Methods that rewrite tokens and models over bytes cannot be compared.", "Run them apart.")
+    return bytes_trial(request) if kinds == {True} else retokenizer_trial(request)
+
+
+def retokenizer_trial(request: TrialRequest) -> TrialResult:
+    """Length, bytes per token and speed of each method; see ``core.trials``."""
+    text = text_of(request, EXAMPLE)
     from ..core.loading import load_tokenizer
 
     request.report("loading the tokenizer")
@@ -63,4 +86,48 @@ def trial(request: TrialRequest) -> TrialResult:
         result.traces.append(trace.with_text(tokenizer))
         result.texts[item.name] = tokenizer.decode(new.ids.tolist())
         result.notes.append(f"{item.name}: the bytes are {'unchanged' if lossless else 'CHANGED'}.")
+    return result
+
+
+def bytes_trial(request: TrialRequest) -> TrialResult:
+    """What comes after a prompt that ends anywhere: from its own tokens, and from all token sequences that cover it."""
+    import numpy as np
+
+    from ..core.loading import load_model, load_tokenizer
+
+    text = text_of(request, CUT)
+    settings = [(item.name, item.factory(**item.settings)) for item in request.trials]
+    tokenizer = load_tokenizer(request.model)
+    request.report("loading the model")
+    model = load_model(request.model, dtype=request.options.get("dtype", "auto"), packed=True)
+    size = int(request.options.get("max_new_tokens", 24))
+    sampling = {"do_sample": request.options.get("temperature", 0.0) > 0, "seed": int(request.options.get("seed", 0))}
+    if sampling["do_sample"]:
+        sampling["temperature"] = request.options["temperature"]
+    rows: dict[str, dict[str, float]] = {}
+    result = TrialResult(rows, "next byte, bits of entropy", column="probability")
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    arms = [
+        ("own tokens", settings[0][1].on(model, tokenizer), True),
+        *((n, s.on(model, tokenizer), False) for n, s in settings),
+    ]
+    for (name, lm, naive), unit in zip(arms, ["token", *(s.unit for _, s in settings)], strict=True):
+        request.report(f"running {name}")
+        prompt = text
+        if naive:
+            lm.context, prompt = [*lm.context, *ids], ""
+        began, before = time.perf_counter(), lm.forwards
+        logps = lm.next_byte_logprobs(prompt)
+        new = lm.generate(prompt, size, unit=unit, **sampling)
+        kept = np.isfinite(logps)
+        rows[name] = {
+            "next byte, bits of entropy": float(-(np.exp(logps[kept]) * logps[kept]).sum() / np.log(2)),
+            "forwards a byte": (lm.forwards - before) / max(1, len(new)),
+            "bytes per second": len(new) / (time.perf_counter() - began),
+        }
+        result.texts[name] = new.decode("utf-8", "replace")
+        best = ", ".join(f"{bytes([b])!r} {np.exp(logps[b]):.2f}" for b in np.argsort(-logps[:256])[:3].tolist())
+        result.notes.append(f"{name}: {text!r} goes on with {result.texts[name]!r}; next byte {best}")
+        if not naive:
+            result.traces.append(lm.trace(prompt))
     return result

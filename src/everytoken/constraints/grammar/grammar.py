@@ -58,7 +58,7 @@ class Grammar:
 
     @classmethod
     def from_json_schema(cls, schema: Any, **options: Any) -> Grammar:
-        """JSON documents that a schema allows; options as for ``json_schema.SchemaOptions``.
+        """JSON documents that a schema allows; options as for ``schema_sets.SchemaOptions``.
 
         Args:
             schema: a dict, a bool, or JSON text.

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from itertools import combinations
 from typing import Any
@@ -24,38 +22,25 @@ from typing import Any
 from .automata import Automaton, build, difference, intersection, is_deterministic, trie
 from .expressions import (
     EMPTY,
-    LAST_CHAR,
     NOTHING,
     Bytes,
-    ByteSet,
-    Chars,
     GrammarError,
     Graph,
     Ref,
     Repeat,
     alt,
-    intersect_ranges,
-    merge_ranges,
     optional,
     seq,
     star,
     text,
 )
 from .formats import FORMATS
+from .json_text import CANONICAL, COUNTED, FREE, QUOTE, WS, inner, spell
 from .numbers import number_automaton
 from .regex import regex_automaton
+from .schema_sets import TYPES, Member, SchemaOptions, SchemaSets, at, escaped
+from .schema_values import satisfies
 
-TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
-ANNOTATIONS = {
-    "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment", "$schema", "$id",
-    "id", "$anchor", "$dynamicAnchor", "$defs", "definitions", "$vocabulary", "contentMediaType", "contentEncoding", "contentSchema",
-}  # fmt: skip
-KNOWN = {
-    "type", "enum", "const", "properties", "required", "additionalProperties", "patternProperties", "propertyNames",
-    "minProperties", "maxProperties", "items", "prefixItems", "additionalItems", "minItems", "maxItems", "uniqueItems",
-    "unevaluatedItems", "unevaluatedProperties", "pattern", "format", "minLength", "maxLength", "minimum", "maximum",
-    "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "anyOf", "oneOf", "allOf", "$ref", "nullable", "not",
-}  # fmt: skip
 BY_TYPE = {
     "object": {"properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties",
                "maxProperties", "unevaluatedProperties", "dependentRequired", "dependentSchemas", "dependencies"},
@@ -70,79 +55,6 @@ MAX_OPTIONAL = 500
 """After any of them each later one may follow, which makes the automaton's size the square of their number."""
 MAX_PATTERNS = 4
 MAX_INDENT_DEPTH = 12
-WS = ByteSet(((0x09, 0x0A), (0x0D, 0x0D), (0x20, 0x20)))
-
-_PLAIN = ((0x20, 0x21), (0x23, 0x5B), (0x5D, LAST_CHAR))
-_SHORT = {0x22: '"', 0x5C: "\\", 0x08: "b", 0x0C: "f", 0x0A: "n", 0x0D: "r", 0x09: "t"}
-_HEX = Chars(((0x30, 0x39), (0x41, 0x46), (0x61, 0x66)))
-
-
-def spell(chars: Chars) -> Any:
-    """One character of a class inside a JSON string, written as ``json.dumps(..., ensure_ascii=False)`` does."""
-    options: list[Any] = [Chars(intersect_ranges(chars.ranges, _PLAIN))]
-    inside = [code for code in range(0x60) if any(low <= code <= high for low, high in chars.ranges)]
-    short = [_SHORT[code] for code in inside if code in _SHORT]
-    if short:
-        options.append(seq(Bytes(b"\\"), ByteSet(merge_ranges((ord(c), ord(c)) for c in short))))
-    options += [text(f"\\u{code:04x}") for code in inside if code < 0x20 and code not in _SHORT]
-    return alt(*options)
-
-
-CANONICAL = spell(Chars(((0, LAST_CHAR),)))
-_ESCAPE = seq(Bytes(b"\\"), ByteSet(merge_ranges((ord(c), ord(c)) for c in '"\\/bfnrt')))
-FREE = alt(Chars(_PLAIN), _ESCAPE, seq(Bytes(b"\\u"), _HEX, _HEX, _HEX, _HEX))
-"""A character of an unconstrained string: any escape that JSON knows."""
-_D = ByteSet(((0x44, 0x44), (0x64, 0x64)))
-_HIGH = seq(Bytes(b"\\u"), _D, ByteSet(((0x38, 0x39), (0x41, 0x42), (0x61, 0x62))), _HEX, _HEX)
-_LOW = seq(Bytes(b"\\u"), _D, ByteSet(((0x43, 0x46), (0x63, 0x66))), _HEX, _HEX)
-_BASIC = seq(
-    Bytes(b"\\u"),
-    alt(
-        seq(Chars(((0x30, 0x39), (0x41, 0x43), (0x45, 0x46), (0x61, 0x63), (0x65, 0x66))), _HEX, _HEX, _HEX),
-        seq(_D, ByteSet(((0x30, 0x37),)), _HEX, _HEX),
-    ),
-)
-COUNTED = alt(Chars(_PLAIN), _ESCAPE, _BASIC, seq(_HIGH, _LOW))
-"""A character of a string whose length counts: a surrogate pair is one, a lone surrogate none."""
-QUOTE = Bytes(b'"')
-
-
-@dataclass(frozen=True)
-class SchemaOptions:
-    """How documents are written, and how a schema is read.
-
-    Attributes:
-        any_whitespace: white space anywhere between tokens, as JSON allows; otherwise exactly ``separators``.
-        max_whitespace: with ``any_whitespace``, at most so many blanks at a place (models can loop in them); None: no limit.
-        indent: pretty-print with so many spaces a level, as ``json.dumps(indent=...)`` (implies no other white space); such
-            documents are nested at most 12 levels deep.
-        separators: between items and after keys; default ``(", ", ": ")``, or ``(",", ": ")`` with ``indent``.
-        strict_mode: objects that list ``properties`` (and arrays that list ``prefixItems``) are closed unless they say
-            otherwise, as in structured-output services; False reads the schema as the standard does.
-        strict: unsupported keywords raise; False warns and ignores them.
-        property_order: ``"schema"`` writes properties in the schema's order (further ones at the end); ``"any"`` allows every
-            order, for up to 10 properties an object.
-    """
-
-    any_whitespace: bool = True
-    max_whitespace: int | None = None
-    indent: int | None = None
-    separators: tuple[str, str] | None = None
-    strict_mode: bool = True
-    strict: bool = True
-    property_order: str = "schema"
-
-    def __post_init__(self) -> None:
-        if self.property_order not in ("schema", "any"):
-            raise GrammarError(f"property_order is 'schema' or 'any'; got {self.property_order!r}.")
-        for name in ("indent", "max_whitespace"):
-            value = getattr(self, name)
-            if value is not None and (value < 0 or value > 1000):
-                raise GrammarError(f"{name} must lie between 0 and 1000; got {value}.")
-
-
-Member = tuple[int, bool]
-"""A sub-schema (by its place in the converter's list) and whether its ``anyOf``/``oneOf`` have been decided."""
 
 
 def schema_rules(schema: Any, **options: Any) -> dict[str, Any]:
@@ -167,209 +79,15 @@ def schema_rules(schema: Any, **options: Any) -> dict[str, Any]:
     return converter.convert()
 
 
-class _Converter:
+class _Converter(SchemaSets):
     def __init__(self, document: Any, options: SchemaOptions):
-        self.document, self.options = document, options
-        self.schemas: list[Any] = []
-        self.pointers: list[str] = []
-        self.numbers: dict[int, int] = {}
-        self.alive: list[Any] = []  # keeps ids unique
+        super().__init__(document, options)
         self.names: dict[tuple[frozenset[Member], int], str] = {}
         self.pending: list[tuple[str, frozenset[Member], int]] = []
         self.rules: dict[str, Any] = {}
-        self.warned: set[str] = set()
-        self.flat: dict[int, tuple[int, ...]] = {}
         self.walked: dict[int, bool] = {}
         self.cases = 0
         self.key_automata: dict[str, Automaton] = {}
-        self._collect_resources()
-
-    # -- bookkeeping -----------------------------------------------------------------------------------------------------
-    def fail(self, pointer: str, message: str, hint: str | None = None) -> Any:
-        raise GrammarError(f"Schema at {pointer or '#'}: {message}", hint)
-
-    def unsupported(self, pointer: str, what: str, hint: str) -> None:
-        if self.options.strict:
-            raise GrammarError(
-                f"Schema at {pointer or '#'}: {what} is not supported.", f"{hint} (strict=False ignores it.)"
-            )
-        line = f"{pointer or '#'}: {what} is ignored; outputs may violate it."
-        if line not in self.warned:
-            self.warned.add(line)
-            warnings.warn(line, stacklevel=6)
-
-    def number(self, schema: Any, pointer: str) -> int:
-        if id(schema) not in self.numbers:
-            self.numbers[id(schema)] = len(self.schemas)
-            self.schemas.append(schema)
-            self.pointers.append(pointer)
-            self.check(schema, pointer)
-        return self.numbers[id(schema)]
-
-    def fresh(self, schema: dict[str, Any], pointer: str) -> int:
-        self.alive.append(schema)
-        return self.number(schema, pointer)
-
-    def check(self, schema: Any, pointer: str) -> None:
-        """Types of keyword values, and unknown or unsupported keywords."""
-        if isinstance(schema, bool):
-            return
-        if not isinstance(schema, dict):
-            self.fail(
-                pointer, f"a schema is an object or a boolean, not {type(schema).__name__}.", "Check the nesting."
-            )
-        shapes: dict[str, Any] = {
-            "properties": dict, "patternProperties": dict, "required": list, "enum": list, "anyOf": list, "oneOf": list,
-            "allOf": list, "prefixItems": list, "pattern": str, "format": str, "$ref": str,
-        }  # fmt: skip
-        for key, shape in shapes.items():
-            if key in schema and not isinstance(schema[key], shape):
-                wanted = {dict: "an object", list: "a list", str: "a string"}[shape]
-                self.fail(_at(pointer, key), f"{key} must be {wanted}, not {type(schema[key]).__name__}.")
-        for key in ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"):
-            if key in schema:
-                value = schema[key]
-                if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 0:
-                    self.fail(_at(pointer, key), f"{key} must be a whole number of at least 0; got {value!r}.")
-        for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"):
-            if key in schema and (isinstance(schema[key], bool) or not isinstance(schema[key], (int, float, Decimal))):
-                self.fail(
-                    _at(pointer, key),
-                    f"{key} must be a number; got {schema[key]!r}.",
-                    "Draft 4's booleans are not known.",
-                )
-        for key in ("anyOf", "oneOf", "allOf"):
-            if schema.get(key) == []:
-                self.fail(_at(pointer, key), f"{key} must not be empty.")
-        given = schema.get("type", [])
-        for name in given if isinstance(given, list) else [given]:
-            if name not in TYPES:
-                self.fail(_at(pointer, "type"), f"unknown type {name!r}.", f"Known: {', '.join(TYPES)}.")
-        for key in schema:
-            if key in KNOWN or key in ANNOTATIONS:
-                continue
-            hints = {
-                "if": "Write the cases as anyOf, each with its own const.",
-                "contains": "Use prefixItems for the item that must be there.",
-                "dependentRequired": "Write the cases as anyOf.",
-                "$dynamicRef": "Use $ref.",
-            }
-            if key in ("then", "else") and "if" in schema:
-                continue
-            if key in ("minContains", "maxContains") and "contains" not in schema:
-                continue
-            known = key in {
-                "if", "then", "else", "contains", "minContains", "maxContains", "dependentRequired", "dependentSchemas",
-                "dependencies", "$dynamicRef", "$recursiveRef", "$recursiveAnchor",
-            }  # fmt: skip
-            if known:
-                if key in ("then", "else"):
-                    continue  # without `if` they say nothing
-                self.unsupported(pointer, key, hints.get(key, "Say it with other keywords."))
-            elif not key.startswith(("x-", "$")):
-                import difflib
-
-                close = difflib.get_close_matches(key, KNOWN, n=1, cutoff=0.8)
-                if close:
-                    self.unsupported(pointer, f"the unknown keyword {key!r}", f"Did you mean {close[0]!r}?")
-
-    # -- sets of sub-schemas ---------------------------------------------------------------------------------------------
-    def flatten(self, index: int, path: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """A sub-schema and all that ``$ref`` and ``allOf`` bring along."""
-        if index in self.flat:
-            return self.flat[index]
-        if index in path:
-            self.fail(
-                self.pointers[index], "a $ref leads back to itself without describing anything.", "Break the cycle."
-            )
-        if len(path) > 200:
-            self.fail(self.pointers[index], "more than 200 $ref and allOf in a chain.", "Shorten it.")
-        schema, pointer = self.schemas[index], self.pointers[index]
-        members: dict[int, None] = {index: None}
-        if isinstance(schema, dict):
-            if "$ref" in schema:
-                target, where = self.resolve(schema["$ref"], schema, pointer)
-                members |= dict.fromkeys(self.flatten(self.number(target, where), (*path, index)))
-            for place, part in enumerate(schema.get("allOf", ())):
-                members |= dict.fromkeys(
-                    self.flatten(self.number(part, _at(pointer, f"allOf/{place}")), (*path, index))
-                )
-        self.flat[index] = tuple(members)
-        return self.flat[index]
-
-    def resolve(self, reference: str, schema: dict[str, Any], pointer: str) -> tuple[Any, str]:
-        """The schema that a ``$ref`` names, within this document."""
-        from urllib.parse import unquote, urljoin
-
-        base, _, fragment = reference.partition("#")
-        uri = self.bases.get(id(schema), "")
-        if base:
-            uri = urljoin(uri, base)
-        if uri not in self.resources:
-            self.fail(
-                pointer,
-                f"$ref {reference!r} leads outside the document.",
-                "Copy that schema under $defs and refer to it.",
-            )
-        if fragment and not fragment.startswith("/"):
-            if (uri, fragment) not in self.anchors:
-                self.fail(pointer, f"$ref {reference!r}: there is no such anchor.", "Check its spelling.")
-            return self.anchors[uri, fragment]
-        target, where = self.resources[uri]
-        for part in fragment.split("/")[1:]:
-            part = unquote(part).replace("~1", "/").replace("~0", "~")
-            try:
-                target = target[int(part)] if isinstance(target, list) else target[part]
-            except (KeyError, IndexError, ValueError, TypeError):
-                available = ", ".join(list(target)[:8]) if isinstance(target, dict) else "nothing"
-                self.fail(
-                    pointer, f"$ref {reference!r} leads nowhere: no {part!r} in {where}.", f"There is: {available}."
-                )
-            where = _at(where, _escaped(part))
-        return target, where
-
-    def _collect_resources(self) -> None:
-        """Base URIs of all sub-schemas, and what ``$id`` and ``$anchor`` name."""
-        from urllib.parse import urljoin
-
-        self.bases: dict[int, str] = {}
-        self.resources: dict[str, tuple[Any, str]] = {"": (self.document, "#")}
-        self.anchors: dict[tuple[str, str], tuple[Any, str]] = {}
-        pending: list[tuple[Any, str, str]] = [(self.document, "#", "")]
-        while pending:
-            node, where, base = pending.pop()
-            if isinstance(node, dict):
-                name = node.get("$id", node.get("id"))
-                if isinstance(name, str) and name and not name.startswith("#"):
-                    base = urljoin(base, name.split("#")[0])
-                    self.resources.setdefault(base, (node, where))
-                self.bases[id(node)] = base
-                for key in ("$anchor", "$dynamicAnchor"):
-                    if isinstance(node.get(key), str):
-                        self.anchors.setdefault((base, node[key]), (node, where))
-                pending += [
-                    (value, _at(where, f"{_escaped(key)}"), base)
-                    for key, value in node.items()
-                    if key not in ("enum", "const", "default", "examples") and isinstance(value, (dict, list))
-                ]
-            elif isinstance(node, list):
-                pending += [(value, _at(where, f"{place}"), base) for place, value in enumerate(node)]
-
-    def members(self, schemas: Iterable[tuple[Any, str]]) -> frozenset[Member] | None:
-        """The set for schemas that apply together; None if one of them is ``false``."""
-        found: set[Member] = set()
-        for schema, pointer in schemas:
-            if isinstance(schema, bool):  # True and False are shared objects without a place of their own
-                if not schema:
-                    return None
-                continue
-            for index in self.flatten(self.number(schema, pointer)):
-                part = self.schemas[index]
-                if part is False:
-                    return None
-                if part is not True and part:
-                    found.add((index, False))
-        return frozenset(found)
 
     def rule(self, members: frozenset[Member] | None, depth: int) -> Any:
         """A reference to the rule of a set (made when its turn comes)."""
@@ -480,7 +198,7 @@ class _Converter:
         for key in ("anyOf", "oneOf"):
             if key not in schema:
                 continue
-            options = [(branch, _at(pointer, f"{key}/{place}")) for place, branch in enumerate(schema[key])]
+            options = [(branch, at(pointer, f"{key}/{place}")) for place, branch in enumerate(schema[key])]
             if key == "oneOf":
                 options = self.exclusive(options, pointer)
             choices = [[*chosen, option] for chosen in choices for option in options]
@@ -524,7 +242,7 @@ class _Converter:
         for key in ("anyOf", "oneOf"):
             for place, branch in enumerate(schema.get(key, ()) if isinstance(schema, dict) else ()):
                 if not isinstance(branch, bool):
-                    yield from self.flatten(self.number(branch, _at(pointer, f"{key}/{place}")))
+                    yield from self.flatten(self.number(branch, at(pointer, f"{key}/{place}")))
 
     def exclusive(self, options: list[tuple[Any, str]], pointer: str) -> list[tuple[Any, str]]:
         """oneOf is anyOf where no two branches can hold at once; that must be evident."""
@@ -554,12 +272,12 @@ class _Converter:
             for schema, pointer in parts:
                 for key in ("anyOf", "oneOf"):
                     if key in schema and all(
-                        self.disjoint([(branch, _at(pointer, f"{key}/{i}"))], other, level + 1)
+                        self.disjoint([(branch, at(pointer, f"{key}/{i}"))], other, level + 1)
                         for i, branch in enumerate(schema[key])
                     ):
                         return True
                 values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-                if values is not None and not any(self.satisfies(value, list(other)) for value in values):
+                if values is not None and not any(satisfies(self, value, list(other)) for value in values):
                     return True
         kinds, others = set(self.kinds(mine)), set(self.kinds(theirs))
         shared = {
@@ -604,7 +322,7 @@ class _Converter:
         schema, pointer = parts[place]  # its own values need not be looked for among themselves
         own = "enum" if "enum" in schema else "const"
         others[place] = ({key: value for key, value in schema.items() if key != own}, pointer)
-        values = [value for value in shortest if self.satisfies(value, others, closed=True)]
+        values = [value for value in shortest if satisfies(self, value, others, closed=True)]
         return alt(*(self.literal(value, depth) for value in values))
 
     def literal(self, value: Any, depth: int) -> Any:
@@ -642,7 +360,7 @@ class _Converter:
                     value = Decimal(str(schema[key]))
                     assert value.is_finite() and abs(value.adjusted()) < 400
                 except (InvalidOperation, AssertionError):
-                    self.fail(_at(pointer, key), f"{key} must be a finite number; got {schema[key]!r}.")
+                    self.fail(at(pointer, key), f"{key} must be a finite number; got {schema[key]!r}.")
                 exclusive = key.startswith("exclusive")
                 if key == "multipleOf":
                     divisors.append(value)
@@ -679,12 +397,12 @@ class _Converter:
                 try:
                     found.append(regex_automaton(schema["pattern"], True, CANONICAL, spell))
                 except GrammarError as error:
-                    self.unsupported(_at(pointer, "pattern"), f"this pattern ({error.message})", error.hint or "")
+                    self.unsupported(at(pointer, "pattern"), f"this pattern ({error.message})", error.hint or "")
             if "format" in schema:
                 pattern = FORMATS.get(schema["format"])
                 if pattern is None:
                     self.unsupported(
-                        _at(pointer, "format"), f"the format {schema['format']!r}", f"Known: {', '.join(FORMATS)}."
+                        at(pointer, "format"), f"the format {schema['format']!r}", f"Known: {', '.join(FORMATS)}."
                     )
                 else:
                     found.append(regex_automaton(pattern, False, CANONICAL, spell))
@@ -728,13 +446,13 @@ class _Converter:
         for schema, pointer in parts:
             before = len(found)
             if name in schema.get("properties", {}):
-                found.append((schema["properties"][name], _at(pointer, f"properties/{_escaped(name)}")))
+                found.append((schema["properties"][name], at(pointer, f"properties/{escaped(name)}")))
             for pattern, value in schema.get("patternProperties", {}).items():
                 if self.key_matches(pattern, name, pointer):
-                    found.append((value, _at(pointer, f"patternProperties/{_escaped(pattern)}")))
+                    found.append((value, at(pointer, f"patternProperties/{escaped(pattern)}")))
                     declared = True
             if len(found) == before and "additionalProperties" in schema:
-                found.append((schema["additionalProperties"], _at(pointer, "additionalProperties")))
+                found.append((schema["additionalProperties"], at(pointer, "additionalProperties")))
         if not declared and not any("additionalProperties" in schema for schema, _ in parts):
             found += self.otherwise(parts, "unevaluatedProperties", ("properties", "patternProperties"))
         return found
@@ -743,7 +461,7 @@ class _Converter:
         self, parts: Sequence[tuple[dict[str, Any], str]], key: str, closing: tuple[str, ...]
     ) -> list[tuple[Any, str]]:
         """What applies to a property or item that no part mentions."""
-        given = [(schema[key], _at(pointer, f"{key}")) for schema, pointer in parts if key in schema]
+        given = [(schema[key], at(pointer, f"{key}")) for schema, pointer in parts if key in schema]
         if given:
             self.check_unevaluated(parts, key)
             return given
@@ -765,7 +483,7 @@ class _Converter:
                 schema, pointer = self.schemas[index], self.pointers[index]
                 for place, branch in enumerate(schema.get("oneOf", ()) if isinstance(schema, dict) else ()):
                     if not isinstance(branch, bool):
-                        pending += self.flatten(self.number(branch, _at(pointer, f"oneOf/{place}")))
+                        pending += self.flatten(self.number(branch, at(pointer, f"oneOf/{place}")))
         if (
             len(owners) > 1
             or any(self.numbers[id(schema)] not in inside for schema, _ in parts)
@@ -778,7 +496,7 @@ class _Converter:
             )
 
     def key_matches(self, pattern: str, name: str, pointer: str) -> bool:
-        return self.key_automaton(pattern, pointer).matches(_inner(name))
+        return self.key_automaton(pattern, pointer).matches(inner(name))
 
     def key_automaton(self, pattern: str, pointer: str) -> Automaton:
         cache = self.key_automata
@@ -786,7 +504,7 @@ class _Converter:
             try:
                 cache[pattern] = regex_automaton(pattern, True, CANONICAL, spell)
             except GrammarError as error:
-                self.fail(_at(pointer, "patternProperties"), error.message, error.hint)
+                self.fail(at(pointer, "patternProperties"), error.message, error.hint)
         return cache[pattern]
 
     def object(self, parts: Sequence[tuple[dict[str, Any], str]], depth: int) -> Any:
@@ -794,10 +512,10 @@ class _Converter:
         required = set(self.required(parts))
         names = list(dict.fromkeys(name for schema, _ in parts for name in schema.get("properties", ())))
         names += [name for name in self.required(parts) if name not in set(names)]
-        naming = [(s["propertyNames"], _at(p, "propertyNames")) for s, p in parts if "propertyNames" in s]
+        naming = [(s["propertyNames"], at(p, "propertyNames")) for s, p in parts if "propertyNames" in s]
         entries: list[tuple[str, Any]] = []
         for name in names:
-            allowed = not naming or self.satisfies(name, self.expand(naming))
+            allowed = not naming or satisfies(self, name, self.expand(naming))
             value = self.members(self.property(parts, name)) if allowed else None
             if value is None:
                 if name in required:
@@ -943,10 +661,10 @@ class _Converter:
                 for schema, pointer in parts:
                     mine = [p for p in schema.get("patternProperties", {}) if p in chosen]
                     schemas += [
-                        (schema["patternProperties"][p], _at(pointer, f"patternProperties/{_escaped(p)}")) for p in mine
+                        (schema["patternProperties"][p], at(pointer, f"patternProperties/{escaped(p)}")) for p in mine
                     ]
                     if not mine and "additionalProperties" in schema:
-                        schemas.append((schema["additionalProperties"], _at(pointer, "additionalProperties")))
+                        schemas.append((schema["additionalProperties"], at(pointer, "additionalProperties")))
                 if not chosen and not any("additionalProperties" in schema for schema, _ in parts):
                     schemas += self.otherwise(parts, "unevaluatedProperties", ("properties", "patternProperties"))
                 value = self.members(schemas)
@@ -960,7 +678,7 @@ class _Converter:
                     other = self.key_automaton(pattern, parts[0][1])
                     key = intersection(key, other) if pattern in chosen else difference(key, other)
                 if names:
-                    key = difference(key, trie([_inner(name) for name in names]))
+                    key = difference(key, trie([inner(name) for name in names]))
                 if not key.empty:
                     options.append(seq(QUOTE, key, QUOTE, colon, self.rule(value, depth + 1)))
         if not options:
@@ -982,7 +700,7 @@ class _Converter:
             (s["enum"] if "enum" in s else [s["const"]] for s, _ in parts if "enum" in s or "const" in s), None
         )
         if values is not None:
-            return trie([_inner(v) for v in values if isinstance(v, str) and self.satisfies(v, parts)])
+            return trie([inner(v) for v in values if isinstance(v, str) and satisfies(self, v, parts)])
         found = self.string_automaton(parts)
         if found is None:
             low, high = self.lengths(parts, "minLength", "maxLength")
@@ -1005,10 +723,10 @@ class _Converter:
             mentioned = False
             for prefix, rest, pointer in prefixes:
                 if place < len(prefix):
-                    found.append((prefix[place], _at(pointer, f"prefixItems/{place}")))
+                    found.append((prefix[place], at(pointer, f"prefixItems/{place}")))
                     mentioned = True
                 elif rest is not None:
-                    found.append((rest, _at(pointer, "items")))
+                    found.append((rest, at(pointer, "items")))
                     mentioned = True
             if not mentioned:
                 found += self.otherwise(parts, "unevaluatedItems", ("prefixItems",))
@@ -1054,120 +772,3 @@ class _Converter:
         if isinstance(schema.get("items"), list):
             return schema.get("additionalItems")
         return schema.get("items")
-
-    # -- does a value satisfy schemas? (for enumerations and declared names) ---------------------------------------------
-    def satisfies(self, value: Any, parts: Any, closed: bool = False) -> bool:
-        return parts is not None and all(self.holds(value, schema, pointer, closed) for schema, pointer in parts)
-
-    def holds(self, value: Any, schema: Any, pointer: str, top: bool = False) -> bool:
-        if isinstance(schema, bool):
-            return schema
-        expanded = [(schema, pointer)] if top else self.expand([(schema, pointer)])
-        if expanded is None:
-            return False
-        for part, where in expanded:
-            kind = _kind(value)
-            if "type" in part:
-                given = part["type"] if isinstance(part["type"], list) else [part["type"]]
-                fits = kind in given or (kind == "integer" and "number" in given)
-                if not fits and not (value is None and part.get("nullable") is True):
-                    return False
-            if "const" in part and not _equal(part["const"], value):
-                return False
-            if "enum" in part and not any(_equal(option, value) for option in part["enum"]):
-                return False
-            for key, enough in (("anyOf", lambda n: n >= 1), ("oneOf", lambda n: n == 1)):
-                if key in part:
-                    held = sum(
-                        self.holds(value, branch, _at(where, f"{key}/{i}")) for i, branch in enumerate(part[key])
-                    )
-                    if not enough(held):
-                        return False
-            if "not" in part and self.holds(value, part["not"], _at(where, "not")):
-                return False
-            if isinstance(value, str) and not self._string_holds(value, part, where):
-                return False
-            if kind in ("integer", "number") and not self._number_holds(value, part, where):
-                return False
-            if isinstance(value, dict):
-                low, high = self.lengths([(part, where)], "minProperties", "maxProperties")
-                if not low <= len(value) <= (len(value) if high is None else high):
-                    return False
-                if any(name not in value for name in part.get("required", ())):
-                    return False
-                relaxed = [(part, where)]
-                mode, self.options = self.options, replace(self.options, strict_mode=False)
-                try:
-                    if not all(
-                        self.holds(item, s, p) for n, item in value.items() for s, p in self.property(relaxed, n)
-                    ):
-                        return False
-                finally:
-                    self.options = mode
-            if isinstance(value, list):
-                low, high = self.lengths([(part, where)], "minItems", "maxItems")
-                if not low <= len(value) <= (len(value) if high is None else high):
-                    return False
-                prefix, rest = self._prefix(part), self._rest(part)
-                for place, item in enumerate(value):
-                    schema_here = prefix[place] if place < len(prefix) else rest
-                    if schema_here is not None and not self.holds(item, schema_here, _at(where, "items")):
-                        return False
-        return True
-
-    def _string_holds(self, value: str, part: dict[str, Any], where: str) -> bool:
-        low, high = self.lengths([(part, where)], "minLength", "maxLength")
-        if not low <= len(value) <= (len(value) if high is None else high):
-            return False
-        automaton = self.string_automaton([(part, where)], lengths=False)
-        return automaton is None or automaton.matches(_inner(value))
-
-    def _number_holds(self, value: Any, part: dict[str, Any], where: str) -> bool:
-        low, high, divisors = self.bounds([(part, where)])
-        number = Decimal(str(value))
-        if low is not None and (number < low[0] or (low[1] and number == low[0])):
-            return False
-        if high is not None and (number > high[0] or (high[1] and number == high[0])):
-            return False
-        return all(divisor > 0 and number % divisor == 0 for divisor in divisors)
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "boolean"
-    if isinstance(value, (int, float, Decimal)):
-        return "integer" if value == int(value) else "number"
-    kinds: dict[Any, str] = {str: "string", list: "array", dict: "object"}
-    return kinds[type(value)]
-
-
-def _equal(first: Any, second: Any) -> bool:
-    """JSON equality: 1 is 1.0, but true is not 1."""
-    if isinstance(first, bool) or isinstance(second, bool):
-        return first is second
-    if isinstance(first, list) and isinstance(second, list):
-        return len(first) == len(second) and all(map(_equal, first, second))
-    if isinstance(first, dict) and isinstance(second, dict):
-        return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
-    return (type(first) is type(second) and first == second) or (_number(first) and _number(second) and first == second)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
-
-
-def _inner(name: str) -> bytes:
-    """A string as it stands between JSON's quotes."""
-    return json.dumps(name, ensure_ascii=False)[1:-1].encode("utf-8", "surrogatepass")
-
-
-def _escaped(name: str) -> str:
-    return name.replace("~", "~0").replace("/", "~1")
-
-
-def _at(pointer: str, part: str) -> str:
-    """A JSON pointer one step further; the middle of very long ones is left out (nested schemas would cost quadratic memory)."""
-    longer = f"{pointer}/{part}"
-    return longer if len(longer) < 400 else f"{longer[:100]}/.../{longer[-200:].partition('/')[2]}"

@@ -1,0 +1,54 @@
+"""Small real tokenizers, trained on the spot."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+CORPUS = [
+    "hello hello world, the world says hello to the other worlds and it's a wonderful whole world",
+    "there were 12 helpers who helped 345 others, they'd say: well well well, how helpful\n\nwhere?  here",
+    "the café sold naïve déjà-vu cakes 😀 😀 to the élite; über-helpful waiters 漢字 漢字",
+] * 4
+
+
+@lru_cache
+def byte_level(size=330, regex=True):
+    """A byte-level BPE tokenizer, as GPT-2's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )  # fmt: skip
+    backend.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@lru_cache
+def sentencepiece(size=120):
+    """A SentencePiece-like BPE tokenizer with byte fallback, as Llama 2's."""
+    import json
+
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    space = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = space
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<unk>"], limit_alphabet=60, show_progress=False)
+    backend.train_from_iterator([word for line in CORPUS for word in line.split()], trainer)
+    model = json.loads(backend.to_str())["model"]
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    for token in sorted(model["vocab"], key=model["vocab"].get):
+        vocab.setdefault(token, len(vocab))
+    merges = [tuple(pair) for pair in model["merges"]]
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = space
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
