@@ -81,6 +81,19 @@ CALL = {
         }.items()
     ]
 }
+COUNTED = {
+    "type": "object",
+    "properties": {
+        "title": {"type": "string", "minLength": 1, "maxLength": 60},
+        "year": {"type": "integer", "minimum": 1400, "maximum": 2100},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 20}, "maxItems": 4},
+    },
+    "required": ["title", "year"],
+}
+counted = [
+    {"title": "The Left Hand of Darkness", "year": 1969, "tags": ["science fiction", "winter"]},
+    {"title": "Die Verwandlung – Erzählung", "year": 1915},
+]
 person = {
     "name": "Ada Lovelace-King", "age": 36, "email": "ada.king@analytical.org", "colour": "green",
     "tags": ["mathematics", "engines", "poetry and science"], "address": {"street": "12 St James's Square", "city": "London", "zip": "20500"},
@@ -107,6 +120,7 @@ CASES: dict[str, tuple[Any, list[Any]]] = {
     "person": (PERSON, [person, {"name": "Bo", "age": 7}]),
     "tree": (TREE, [tree]),
     "tool calls": (CALL, calls),
+    "lengths": (COUNTED, counted),
 }
 
 
@@ -221,7 +235,10 @@ def main() -> None:
             if find_spec(name) is not None:
                 engines[name] = build(info)
         for compile_ in engines.values():  # warm: compiled kernels, shared tables
-            compile_(PERSON)
+            fill, accept, _ = compile_(True)[0]()
+            for token in greedy_ids(info, json.dumps(anything).encode()):
+                fill()
+                accept(token)
         for case, (schema, documents) in CASES.items():
             texts = [json.dumps(document, ensure_ascii=False).encode() for document in documents]
             work = [greedy_ids(info, text) for text in texts]

@@ -114,7 +114,7 @@ def encode(tokenizer, value):
     return tokenizer(json.dumps(value, ensure_ascii=False), add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("grammar", ["person", "json", "tags", "regex", "recursive"])
+@pytest.mark.parametrize("grammar", ["person", "json", "tags", "regex", "recursive", "counted", "any bytes"])
 def test_every_token_of_a_real_vocabulary(info, embedded_tokenizer, grammar):
     """Masks (tries, shared entries, covered subtrees, remembered frames) equal one plain run per token."""
     made = {
@@ -123,10 +123,13 @@ def test_every_token_of_a_real_vocabulary(info, embedded_tokenizer, grammar):
         "tags": Grammar.from_structural_tag([StructuralTag("<t>", {"type": "integer"}, "</t>")], ["<t>"]),
         "regex": Grammar.from_regex("([A-Z][a-zé]{1,200} ?|[0-9]{2,}[^\\x00-\\x7f])*\\.?"),
         "recursive": Grammar.from_ebnf('root ::= ("(" root ")" | [^()])*'),
+        "counted": Grammar.from_json_schema({"type": "array", "items": {"type": "string", "maxLength": 9}}),
+        "any bytes": Grammar.from_regex("[a-c][^]{3,9}!"),
     }[grammar]
     text = {
         "person": json.dumps(PEOPLE[0], ensure_ascii=False), "json": json.dumps([PEOPLE, {"é": [[[{}]]]}], ensure_ascii=False),
         "tags": "See <t>42</t> and <t x>", "regex": "Élan Vitalé 123é.", "recursive": "a(b(c é)(😀))((d))",
+        "counted": '["a", "naïve a", "漢字😀漢字 it", "\\\\\\"\\\\u00e9x", "nine char"]', "any bytes": "b é 漢字!",
     }[grammar]  # fmt: skip
     compiled = compile_(made, info)
     matcher = GrammarMatcher(compiled)
@@ -578,3 +581,37 @@ def test_returns_are_where_texts_go_on(trees, rng):
         if not allowed:
             break
         assert matcher.accept_token(rng.choice(allowed))
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["[a-y]", "[a-z]", "[^\\x22]", "[^]", "é", "x"]), st.integers(0, 4), st.booleans()),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_steady_runs_never_promise_too_much(parts):
+    """Every text of plain (and, where wide, non-ASCII) characters as long as a node's run can be read from it."""
+    pattern = "".join(f"{item}{{{low},}}" if endless else f"{item}{{{low},{low + 1}}}" for item, low, endless in parts)
+    tables = compile_(Grammar.from_regex(pattern)).pushdown.tables
+    edge_ptr, lows, highs, targets, *_, plain, wide, run = tables
+
+    def read(nodes, data):
+        for byte in data:
+            nodes = {
+                int(targets[e])
+                for n in nodes
+                for e in range(edge_ptr[n], edge_ptr[n + 1])
+                if lows[e] <= byte <= highs[e]
+            }
+        return nodes
+
+    rng = random.Random(0)
+    for node in range(len(run)):
+        characters = [bytes([b]) for b in range(256) if int(plain[node, b >> 6]) >> (b & 63) & 1]
+        if wide[node]:
+            characters = [c for c in characters if c < b"\x80"] + ["é".encode(), "漢".encode(), "😀".encode()]
+        assert (run[node] > 0) == (edge_ptr[node] < edge_ptr[node + 1])
+        for _ in range(8 if run[node] > 0 else 0):
+            assert read({node}, b"".join(rng.choices(characters, k=min(int(run[node]), 12))))

@@ -9,7 +9,8 @@ state of a matcher is a set of stacks. Below a stack's own frames there is
     BELOW     some caller, any caller: after an unknown pop the text goes on at one of the places that can follow the rule
 
 ``settle`` runs stacks over a trie of tokens. Sets are kept by depth, so a prefix shared by many tokens is matched once; where a
-node loops on itself for every byte (or every character) in a subtree, all its tokens are accepted without a look.
+node goes on in the same way for every byte (or every character) of a subtree, for as many steps as the subtree is high (a loop, or
+a counted repetition), all its tokens are accepted without a look.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def close(
     Returns:
         ``(end, top, seen)``: the set's new end, the arena's new top, and flags, ENDS and POPS.
     """
-    _, _, _, _, call_ptr, call_start, call_to, final, node_rule, follow_ptr, follow_to, _, _ = pda
+    _, _, _, _, call_ptr, call_start, call_to, final, node_rule, follow_ptr, follow_to, _, _, _ = pda
     seen = 0
     i = begin
     while i < end:
@@ -144,8 +145,8 @@ def _walk(
     Returns:
         ``(accepted, dependent)``: how many tokens, how many trie nodes; ``accepted`` is OVERFLOW, CROWDED or AMBIGUOUS instead.
     """
-    byte_of, depth_of, skip, token_ptr, token_ids, subtree, characters, _ = trie
-    edge_ptr, edge_lo, edge_hi, call_ptr, final, loop, any_character = (
+    byte_of, depth_of, skip, token_ptr, token_ids, subtree, characters, height, _ = trie
+    edge_ptr, edge_lo, edge_hi, call_ptr, final, plain, wide, run = (
         pda[0],
         pda[1],
         pda[2],
@@ -153,6 +154,7 @@ def _walk(
         pda[7],
         pda[11],
         pda[12],
+        pda[13],
     )
     begins, ends, tops, closed, popped = levels[0], levels[1], levels[2], levels[3], levels[4]
     begins[0], ends[0], tops[0], closed[0], popped[0] = 0, 1, top, 0, 0
@@ -188,13 +190,14 @@ def _walk(
             if sb[p] == 0:
                 node = sn[p]
                 if (
-                    loop[node, 0] & subtree[i, 0] == subtree[i, 0]
-                    and loop[node, 1] & subtree[i, 1] == subtree[i, 1]
+                    height[i] <= run[node]
+                    and plain[node, 0] & subtree[i, 0] == subtree[i, 0]
+                    and plain[node, 1] & subtree[i, 1] == subtree[i, 1]
                     and (
-                        (characters[i] and any_character[node])
+                        (characters[i] and wide[node])
                         or (
-                            loop[node, 2] & subtree[i, 2] == subtree[i, 2]
-                            and loop[node, 3] & subtree[i, 3] == subtree[i, 3]
+                            plain[node, 2] & subtree[i, 2] == subtree[i, 2]
+                            and plain[node, 3] & subtree[i, 3] == subtree[i, 3]
                         )
                     )
                 ):
@@ -239,7 +242,7 @@ def settle_one(pda: Any, trie: Any, context: Any, words: Any, depend: Any) -> An
         ``(accepted, dependent)``: how many of each; ``accepted`` is AMBIGUOUS if a set would be too large.
     """
     room = max(256, 2 * context.shape[0])
-    levels = np.empty((5, trie[7]), np.int64)
+    levels = np.empty((5, trie[8]), np.int64)
     known = words.copy()
     loose = False
     while True:
@@ -293,7 +296,7 @@ def settle(pda: Any, trie: Any, size: int, known: Any, settled: int, contexts: A
     used = 0
     words = np.empty(width, np.uint32)
     depend = np.empty(trie[0].shape[0], np.int32)
-    levels = np.empty((5, trie[7]), np.int64)
+    levels = np.empty((5, trie[8]), np.int64)
     room = 1024
     for k in range(total):
         room = max(room, 2 * (pointers[k + 1] - pointers[k]))
@@ -509,11 +512,12 @@ def build_trie(
     first: Any,
     subtree: Any,
     characters: Any,
+    height: Any,
 ) -> int:
     """Trie nodes in preorder from sorted distinct byte strings; ``shared[k]`` is the prefix that k has in common with k - 1.
 
     ``subtree`` receives the bytes of a node and of all below it, ``characters`` whether they are UTF-8 (the last character may
-    be unfinished) when a character starts at the node.
+    be unfinished) when a character starts at the node, ``height`` how many bytes its longest token adds from it on.
     """
     path = np.empty(1 << 16, np.int64)
     count = 0
@@ -544,8 +548,10 @@ def build_trie(
                 j = skip[j]
             sound[i, state] = good
         characters[i] = sound[i, 0]
+        height[i] += 1
         p = parent[i]
         if p >= 0:
+            height[p] = max(height[p], height[i])
             for w in range(4):
                 subtree[p, w] |= subtree[i, w]
     return count
@@ -583,21 +589,46 @@ def _utf8(state: int, byte: int) -> int:
     return 2 if byte <= 0x8F else -1
 
 
+ENDLESS = 1 << 30
+
+
 @njit(cache=True, nogil=True)
-def character_loops(edge_ptr: Any, edge_lo: Any, edge_hi: Any, edge_to: Any, output: Any) -> None:
-    """Marks nodes from which every non-ASCII character leads back to the node itself (and to nothing else)."""
+def steady_runs(edge_ptr: Any, edge_lo: Any, edge_hi: Any, edge_to: Any, plain: Any, wide: Any, run: Any) -> None:
+    """What goes on in the same way for a while from each node.
+
+    Args:
+        plain: ``[N, 4]`` uint64, receives the bytes that lead to the node's main target (the one that most bytes lead to).
+        wide: receives whether every non-ASCII character leads to it as well.
+        run: receives for how many characters in a row, of those bytes (and, if ``wide``, non-ASCII characters), this can be
+            repeated: ENDLESS in a loop.
+    """
+    size = run.shape[0]
+    main = np.full(size, -1, np.int64)
     place = np.empty(8, np.int64)
-    for node in range(output.shape[0]):
+    for node in range(size):
+        most: Any = 0
+        for e in range(edge_ptr[node], edge_ptr[node + 1]):
+            count: Any = 0
+            for other in range(edge_ptr[node], edge_ptr[node + 1]):
+                if edge_to[other] == edge_to[e]:
+                    count += np.int64(edge_hi[other]) - np.int64(edge_lo[other]) + 1
+            if count > most:
+                most = count
+                main[node] = edge_to[e]
+        for e in range(edge_ptr[node], edge_ptr[node + 1]):
+            if edge_to[e] == main[node]:
+                for byte in range(edge_lo[e], np.int64(edge_hi[e]) + 1):
+                    plain[node, byte >> 6] |= np.uint64(1) << np.uint64(byte & 63)
         place[:] = -1
-        place[0] = node
-        good = edge_ptr[node + 1] > edge_ptr[node]
+        place[0] = main[node]
+        good = main[node] >= 0
         for state in (0, 3, 6, 7, 2, 4, 5, 1):  # each is entered before it is left
             if not good:
                 break
             if place[state] < 0:
                 good = False
                 break
-            here = place[state]
+            here = node if state == 0 else place[state]
             for byte in range(0x80, 0x100):
                 after = _utf8(state, byte)
                 if after < 0:
@@ -613,7 +644,29 @@ def character_loops(edge_ptr: Any, edge_lo: Any, edge_hi: Any, edge_to: Any, out
                     good = False
                     break
                 place[after] = found
-        output[node] = good
+        wide[node] = good
+    run[:] = 0
+    path = np.empty(size, np.int64)
+    for start in range(size):
+        length, node = 0, start
+        while run[node] == 0:  # forward to a node that is known, or that goes on differently
+            run[node] = -1
+            path[length] = node
+            length += 1
+            following = main[node]
+            if following < 0:
+                break
+            if wide[following] != wide[node] or (plain[following] != plain[node]).any():
+                break
+            node = following
+        steps = 0
+        if length and node != path[length - 1]:
+            steps = ENDLESS if run[node] == -1 else run[node]
+        elif length and main[node] == node:
+            steps = ENDLESS
+        for back in range(length - 1, -1, -1):
+            steps = min(steps + 1, ENDLESS)
+            run[path[back]] = steps if main[path[back]] >= 0 else 0
 
 
 @njit(cache=True, nogil=True)
@@ -663,7 +716,7 @@ def lookahead_classes(pda: Any, rounds: int) -> Any:
     Long counted repetitions are chains of nodes that differ only in how far the end is: all that are further from it than the
     longest token share one mask.
     """
-    edge_ptr, edge_lo, edge_hi, edge_to, call_ptr, call_start, call_to, final, node_rule, _, _, _, _ = pda
+    edge_ptr, edge_lo, edge_hi, edge_to, call_ptr, call_start, call_to, final, node_rule, _, _, _, _, _ = pda
     count = final.shape[0]
     value = np.empty(count, np.uint64)
     fresh = np.empty(count, np.uint64)

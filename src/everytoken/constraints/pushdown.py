@@ -15,10 +15,10 @@ from .grammar.grammar import Grammar, rule_automata
 
 _FIELDS = (
     "edge_ptr", "edge_lo", "edge_hi", "edge_to", "call_ptr", "call_start", "call_to", "final", "node_rule", "follow_ptr",
-    "follow_to", "loop", "any_character",
+    "follow_to", "plain", "wide", "run",
 )  # fmt: skip
 _TYPES = (
-    np.int32, np.uint8, np.uint8, np.int32, np.int32, np.int32, np.int32, np.uint8, np.int32, np.int32, np.int32, np.uint64, np.bool_,
+    np.int32, np.uint8, np.uint8, np.int32, np.int32, np.int32, np.int32, np.uint8, np.int32, np.int32, np.int32, np.uint64, np.bool_, np.int32,
 )  # fmt: skip
 BOTTOM = -1
 """In place of a node to return to: nothing is below, the text ends here."""
@@ -30,10 +30,9 @@ class Pushdown:
 
     Attributes:
         tables: ``(edge_ptr, edge_lo, edge_hi, edge_to, call_ptr, call_start, call_to, final, node_rule, follow_ptr,
-            follow_to, loop, any_character)``. Edges and calls of node n lie at ``ptr[n] .. ptr[n + 1]``; a call's ``call_to`` is -1 where
+            follow_to, plain, wide, run)``. Edges and calls of node n lie at ``ptr[n] .. ptr[n + 1]``; a call's ``call_to`` is -1 where
             nothing is left to do on return (a tail call); ``follow`` lists the nodes at which the text can go on after a rule;
-            ``loop`` are the 256 bits of bytes that lead from a node to itself,
-            and ``any_character`` says whether every non-ASCII character does.
+            ``plain``, ``wide`` and ``run`` tell what goes on in the same way for a while (see ``kernels.steady_runs``).
         rules: names, by number.
     """
 
@@ -47,7 +46,7 @@ class Pushdown:
     @classmethod
     def from_grammar(cls, grammar: Grammar) -> Pushdown:
         """Compiles; see ``rule_automata`` for what it raises."""
-        from .kernels import character_loops
+        from .kernels import steady_runs
 
         automata = rule_automata(grammar)
         starts, total = {}, 0
@@ -74,22 +73,15 @@ class Pushdown:
                 final[node - 1], node_rule[node - 1] = automaton.finals[state], number
         table = np.array(edges, np.int64).reshape(-1, 3)
         links = np.array(calls, np.int32).reshape(-1, 2)
-        loop = np.zeros((total, 4), np.uint64)
-        sources = np.repeat(np.arange(total), np.diff(edge_ptr))
-        for place in np.flatnonzero(table[:, 2] == sources).tolist():
-            low, high, to = table[place].tolist()
-            bits = ((1 << (high - low + 1)) - 1) << low
-            for word in range(4):
-                loop[to, word] |= np.uint64(bits >> (64 * word) & 0xFFFFFFFFFFFFFFFF)
         follow_ptr = np.cumsum([0, *(len(following[name]) for name in names)]).astype(np.int32)
         follow_to = np.array([node for name in names for node in following[name]], np.int32)
         lows, highs, targets = table[:, 0].astype(np.uint8), table[:, 1].astype(np.uint8), table[:, 2].astype(np.int32)
-        any_character = np.zeros(total, np.bool_)
-        character_loops(edge_ptr, lows, highs, targets, any_character)
+        plain, wide, run = np.zeros((total, 4), np.uint64), np.zeros(total, np.bool_), np.zeros(total, np.int32)
+        steady_runs(edge_ptr, lows, highs, targets, plain, wide, run)
         tables = (
             edge_ptr, lows, highs, targets, call_ptr,
-            np.ascontiguousarray(links[:, 0]), np.ascontiguousarray(links[:, 1]), final, node_rule, follow_ptr, follow_to, loop,
-            any_character,
+            np.ascontiguousarray(links[:, 0]), np.ascontiguousarray(links[:, 1]), final, node_rule, follow_ptr, follow_to, plain,
+            wide, run,
         )  # fmt: skip
         return cls(tables, names)
 
@@ -140,7 +132,7 @@ class Pushdown:
                 np.frombuffer(base64.b64decode(content[name], validate=True), kind).copy()
                 for name, kind in zip(_FIELDS, _TYPES, strict=True)
             ]
-            arrays[-2] = arrays[-2].reshape(-1, 4)
+            arrays[-3] = arrays[-3].reshape(-1, 4)
             result = cls(tuple(arrays), list(content["rules"]))
             result.check()
             return result
@@ -163,14 +155,15 @@ class Pushdown:
             node_rule,
             follow_ptr,
             follow_to,
-            loop,
-            characters,
+            plain,
+            wide,
+            run,
         ) = self.tables
         size = self.size
         sound = (
             size > 0
             and len(edge_ptr) == len(call_ptr) == size + 1
-            and len(node_rule) == len(loop) == len(characters) == size
+            and len(node_rule) == len(plain) == len(wide) == len(run) == size
             and len(follow_ptr) == len(self.rules) + 1
             and all(
                 pointer[0] == 0 and (np.diff(pointer) >= 0).all() and pointer[-1] == len(target) and len(other) == len(target)

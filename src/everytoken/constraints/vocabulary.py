@@ -15,8 +15,8 @@ import numpy as np
 
 from ..core.errors import BadInputError
 
-Trie = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]
-"""``(byte, depth, skip, token_ptr, token_ids, subtree bytes, UTF-8 or not, levels)``, nodes in preorder."""
+Trie = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]
+"""``(byte, depth, skip, token_ptr, token_ids, subtree bytes, UTF-8 or not, height, levels)``, nodes in preorder."""
 
 
 class TokenizerInfo:
@@ -142,12 +142,14 @@ class TokenizerInfo:
         byte_of, depth_of = np.zeros(room, np.uint8), np.zeros(room, np.int32)
         skip, parent, first = (np.zeros(room, np.int32) for _ in range(3))
         subtree, characters = np.zeros((room, 4), np.uint64), np.zeros(room, np.bool_)
-        build_trie(data, offsets, shared, byte_of, depth_of, skip, parent, first, subtree, characters)
+        height = np.zeros(room, np.int32)
+        build_trie(data, offsets, shared, byte_of, depth_of, skip, parent, first, subtree, characters, height)
         counts = np.zeros(room + 1, np.int64)
         sizes = np.diff([*starts, len(ids)])
         counts[1:][first >= 0] = sizes[first[first >= 0]]
         token_ptr = np.cumsum(counts).astype(np.int32)
-        return byte_of, depth_of, skip, token_ptr, np.array(ids, np.int32), subtree, characters, int(depth_of.max()) + 1
+        levels = int(depth_of.max()) + 1
+        return byte_of, depth_of, skip, token_ptr, np.array(ids, np.int32), subtree, characters, height, levels
 
     def part(self, nodes: np.ndarray, trie: Trie | None = None) -> Trie:
         """The trie of the tokens at some of a trie's nodes (in preorder) alone; default the whole vocabulary's trie."""
@@ -157,7 +159,7 @@ class TokenizerInfo:
         *arrays, levels = extract(nodes, byte_of, depth_of, skip, token_ptr, token_ids, levels)
         size = len(arrays[0])
         full = np.full((size, 4), np.uint64(0xFFFFFFFFFFFFFFFF))  # few nodes: no short cuts
-        return (*arrays, full, np.zeros(size, np.bool_), int(levels))
+        return (*arrays, full, np.zeros(size, np.bool_), np.full(size, 1 << 30, np.int32), int(levels))
 
     def __repr__(self) -> str:
         return f"TokenizerInfo({self.vocab_size} tokens, stop tokens {self.stop_token_ids})"
