@@ -60,7 +60,7 @@ def imports_of(path):
 
 
 STATIONS = ("tokenization", "generation", "preference", "constraints")
-SHARED = {"base", "trial", "trainer", "traces", "sentiment", "drafts", "drafting", "trees"}
+SHARED = {"base", "byte_view", "trial", "trainer", "traces", "sentiment", "drafts", "drafting", "trees"}
 SHARED |= {"grammar", "kernels", "matcher", "pushdown", "sources", "vocabulary"}  # the grammar engine
 
 

