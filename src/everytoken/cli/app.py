@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from ..core.errors import EverytokenError
-from . import compare, doctor, papers, reproduce, try_
+from . import compare, doctor, papers, reproduce, tokenizer, try_
 
 app = typer.Typer(
     name="everytoken",
@@ -42,6 +42,7 @@ def options(
 
 
 app.add_typer(papers.app, name="papers")
+app.add_typer(tokenizer.app, name="tokenizer")
 app.command("try", epilog=try_.EXAMPLES)(try_.try_method)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("reproduce", epilog=reproduce.EXAMPLES)(reproduce.reproduce)

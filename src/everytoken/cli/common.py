@@ -37,7 +37,8 @@ def build_trial(card: Card, pairs: list[str], name: str | None = None, extra: di
         if key not in {item.name for item in dataclasses.fields(factory)}:
             raise BadInputError(f"{card.slug} takes no --{key}.", "Constraints (xgrammar, awrs) do.")
         settings[key] = value
-    if card.station != "tokenization":
+    needed = [item for item in dataclasses.fields(factory) if item.init and item.default is item.default_factory]
+    if not needed:  # nothing but settings (some methods are built around a tokenizer)
         factory(**settings)  # out-of-range values are refused now, not after the model has loaded
     return Trial(name or card.slug, factory, settings)
 

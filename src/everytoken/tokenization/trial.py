@@ -1,9 +1,10 @@
-"""Trials of retokenizers (the tokenizer's own tokens and each method's, on the same text), and of models over bytes."""
+"""Trials of retokenizers (the tokenizer's own tokens and each method's, on the same text), of models over bytes, of transplants."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
@@ -40,10 +41,13 @@ def trial(request: TrialRequest) -> TrialResult:
     Raises:
         BadInputError: methods of two kinds at once.
     """
-    kinds = {hasattr(item.factory, "on") for item in request.trials}
+    runners = {"on": bytes_trial, "transplant": transplant_trial, "expand": retokenizer_trial}
+    kinds = {next(kind for kind in runners if hasattr(item.factory, kind)) for item in request.trials}
     if len(kinds) > 1:
-        raise BadInputError("Methods that rewrite tokens and models over bytes cannot be compared.", "Run them apart.")
-    return bytes_trial(request) if kinds == {True} else retokenizer_trial(request)
+        raise BadInputError(
+            "Methods that rewrite tokens, models over bytes and transplants cannot be compared.", "Run them apart."
+        )
+    return runners[kinds.pop()](request)
 
 
 def retokenizer_trial(request: TrialRequest) -> TrialResult:
@@ -130,4 +134,46 @@ def bytes_trial(request: TrialRequest) -> TrialResult:
         result.notes.append(f"{name}: {text!r} goes on with {result.texts[name]!r}; next byte {best}")
         if not naive:
             result.traces.append(lm.trace(prompt))
+    return result
+
+
+def transplant_trial(request: TrialRequest) -> TrialResult:
+    """Bits per byte before and after a change of tokenizer; ``data`` names the new one (see ``families.load_any_tokenizer``)."""
+    import math
+
+    import torch
+
+    from ..core.loading import load_model, load_tokenizer
+    from ..core.logprobs import token_stats
+    from .families import load_any_tokenizer
+
+    text = request.prompt if request.prompt is not None else EXAMPLE
+    if not text:
+        raise BadInputError("The text is empty.", 'Give some: --prompt "Strawberry"')
+    new = load_any_tokenizer(request.data or "mistral")
+    old = load_tokenizer(request.model)
+    request.report("loading the model")
+    model = load_model(request.model, dtype="float32")
+    rows: dict[str, dict[str, float]] = {}
+    result = TrialResult(rows, "bits per byte", column="origin")
+    arms: list[tuple[str, Any, Any]] = [("own tokenizer", model, old)]
+    for item in request.trials:
+        request.report(f"running {item.name} (the text embeddings of two vocabularies take about a minute)")
+        method = item.factory(**item.settings)
+        arms.append((item.name, method.transplant(model, old, new), new))
+        result.traces.append(method.trace(old, new, new(text, add_special_tokens=False)["input_ids"]))
+        copied, mixed = int((method.mixture.copied >= 0).sum()), len(method.mixture.rows)
+        result.notes.append(f"{item.name}: {copied:,} rows copied, {mixed:,} made.")
+    for name, arm, tokenizer in arms:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        row = torch.tensor([[start, *ids]])
+        with torch.inference_mode():
+            hidden = arm.base_model(input_ids=row).last_hidden_state[0, :-1]
+            logps = token_stats(hidden, arm.get_output_embeddings().weight, row[0, 1:]).logps
+        rows[name] = {
+            "bits per byte": -float(logps.sum()) / math.log(2) / len(text.encode()),
+            "tokens": float(len(ids)),
+            "vocabulary": float(arm.config.get_text_config().vocab_size),
+        }
     return result
