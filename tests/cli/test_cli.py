@@ -170,6 +170,60 @@ def test_try_stochastok_as_json_and_trace_file(tmp_path):
 
 
 @pytest.mark.slow
+def test_try_exact_bytes(tmp_path):
+    path = tmp_path / "covers.html"
+    result = run(
+        "try",
+        "exact-bytes",
+        "--prompt",
+        "The capital of France is Par",
+        "--max-new-tokens",
+        8,
+        "--json",
+        "--trace",
+        path,
+    )
+    data = json.loads(result.stdout)
+    assert data["texts"]["exact-bytes"].startswith("is") and not data["texts"]["own tokens"].startswith("is")
+    assert data["rows"]["exact-bytes"]["forwards a byte"] <= 3
+    assert "probability" in path.read_text()
+    result = run("try", "exact-bytes", "--set", "unit=word")
+    assert result.returncode == 2 and "unit is" in result.stderr
+    result = run("compare", "exact-bytes", "stochastok")
+    assert result.returncode == 2 and "cannot be compared" in result.stderr
+
+
+@pytest.mark.slow
+def test_transplants(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..tokenization.common import byte_level
+
+    byte_level(420).save_pretrained(tmp_path / "small")
+    arguments = (
+        "tokenizer",
+        "transplant",
+        "--to",
+        tmp_path / "small",
+        "--out",
+        tmp_path / "moved",
+        "--strategy",
+        "retok",
+    )
+    result = run(*arguments)
+    assert result.returncode == 0 and "rows copied" in result.stdout, result.stderr
+    model, tokenizer = (kind.from_pretrained(tmp_path / "moved") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    assert len(tokenizer) == 420 and model.config.vocab_size == 512
+    model.generate(**tokenizer("hello", return_tensors="pt"), max_new_tokens=2, do_sample=False)
+    again = run(*arguments)
+    assert again.returncode == 2 and "exists already" in again.stderr
+    result = run("try", "tokenadapt", "--data", tmp_path / "small", "--set", "strategy=retok", "--json")
+    rows = json.loads(result.stdout)["rows"]
+    assert rows["tokenadapt"]["bits per byte"] > rows["own tokenizer"]["bits per byte"] > 0
+    assert run("try", "tokenadapt", "--set", "strategy=zett").returncode == 2
+
+
+@pytest.mark.slow
 def test_try_tdpo_on_own_pairs(tmp_path):
     path = tmp_path / "pairs.jsonl"
     rows = [{"prompt": "The tea was", "chosen": " wonderful.", "rejected": " terrible."}] * 2

@@ -174,3 +174,13 @@ def test_quick_awrs_runs_end_to_end():
     by_metric = {(claim["metric"], claim["method"]): claim for claim in result["claims"]}
     assert by_metric["JSON: tests a token", "AWRS"]["method_value"] < 100
     assert by_metric["divergence from the posterior, nats", "AWRS"]["value"] < 0
+
+
+@pytest.mark.slow
+def test_quick_exact_bytes_runs_end_to_end():
+    from everytoken.reproduce.exact_bytes import REPRODUCTION
+
+    result = execute(REPRODUCTION, quick=True, console=QUIET)
+    by_metric = {(claim["metric"], claim["baseline"]): claim for claim in result["claims"]}
+    assert by_metric["bits a byte", "own tokens"]["value"] < 0.6
+    assert by_metric["next 4 bytes right", "own tokens"]["value"] > 0

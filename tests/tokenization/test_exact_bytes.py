@@ -323,6 +323,7 @@ def test_bad_input(embedded_tokenizer):
         (lambda: lm.generate("a", unit="word"), "unit"),
         (lambda: lm.generate("a", do_sample=True, temperature=0.0), "temperature"),
         (lambda: ByteLM(lm.model, lm.tokenizer, context=[]), "context is empty"),
+        (lambda: lm.next_byte_logprobs("hel the " * 200), "longer than the model's context"),
         (lambda: ByteEnsemble([]), "positive weights"),
         (lambda: ByteEnsemble([lm], [0.0]), "positive weights"),
     ):

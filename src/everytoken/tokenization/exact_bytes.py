@@ -40,6 +40,8 @@ from ..core.trace import TokenTrace
 from ..generation.base import attention_mask_for, check_croppable
 from .byte_view import ByteView, split_character
 
+CHUNK = 256
+"""Tokens of a prompt in one forward pass."""
 EOS = 256
 """The 257th symbol: the end of the text, which has no bytes."""
 
@@ -104,6 +106,7 @@ class ByteLM:
         ends = tokenizer.eos_token_id if ends is None else ends
         self.eos = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         self.vocab = min(len(self.view.bytes), model.config.get_text_config().vocab_size)
+        self._longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         self.forwards = 0
         self._reset()
 
@@ -132,6 +135,7 @@ class ByteLM:
             rest = text[place:]
             if not rest or len(self.view.starting_with(rest)[0]):
                 lefts += [(place, left) for left in self.view.beginnings(text[cut:place])]
+        self._check_length(len(self._base) + len(chain))
         if chain:
             self._commit(chain)
             self._settled = text[:cut]
@@ -149,15 +153,17 @@ class ByteLM:
         surplus = self._cache.get_seq_length() - len(self._base)
         if surplus > 0:
             self._cache.crop(-surplus)
-        logps = self._forward(chain, list(range(len(self._base), len(self._base) + len(chain))), None)
-        check_croppable("ByteLM", self._cache)
         before = self._nodes[()].logps if self._base else None
         self._nodes = {}
-        for place, token in enumerate(chain):
-            if len(self._base) >= len(self.context) and before is not None:
-                self._base_logp += float(before[token])
-            before = logps[place]
-            self._base.append(token)
+        for begin in range(0, len(chain), CHUNK):  # all logits of a long prompt at once would take gigabytes
+            part = chain[begin : begin + CHUNK]
+            logps = self._forward(part, list(range(len(self._base), len(self._base) + len(part))), None)
+            check_croppable("ByteLM", self._cache)
+            for place, token in enumerate(part):
+                if len(self._base) >= len(self.context) and before is not None:
+                    self._base_logp += float(before[token])
+                before = logps[place]
+                self._base.append(token)
         assert before is not None
         self._nodes[()] = _Node(-1, self._base_logp, before)
 
@@ -183,6 +189,7 @@ class ByteLM:
 
     def _forward(self, tokens: list[int], positions: list[int], mask: Any) -> np.ndarray:
         """``[k, V]`` log-probabilities after each token."""
+        self._check_length(max(positions) + 1)
         device = self.model.device
         output = self.model(
             input_ids=torch.tensor([tokens], device=device),
@@ -193,6 +200,12 @@ class ByteLM:
         )
         self.forwards += 1
         return torch.log_softmax(output.logits[0, :, : self.vocab].float(), -1).cpu().numpy()
+
+    def _check_length(self, count: int) -> None:
+        if count > self._longest:
+            raise BadInputError(
+                f"The text is longer than the model's context of {self._longest:,} tokens.", "Shorten it."
+            )
 
     # -- probabilities ---------------------------------------------------------------------------------------------------
     def _masses(
@@ -324,14 +337,14 @@ class ByteLM:
         self._cache = DynamicCache(config=self.model.config)
         try:
             fresh, position, ends = tokens, 0, set(self.eos)
-            while len(new) < size:
+            while len(new) < size and position + len(fresh) <= self._longest:
                 logps = self._forward(fresh, list(range(position, position + len(fresh))), None)[-1]
                 position += len(fresh)
                 token = choose(logps.astype(np.float64), do_sample, temperature, rng)
                 if token in ends:
                     break
                 piece = self.view.bytes[token] or b""
-                new += piece if new or position > len(self.context) else piece[len(self.view.lead) :]
+                new += piece if new or position > len(self.context) else piece.removeprefix(self.view.lead)
                 fresh = [token]
         finally:
             self._cache = keep
