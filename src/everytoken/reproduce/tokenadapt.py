@@ -87,7 +87,7 @@ def run(context: Context) -> Arms:
     old, model = load_tokenizer(context.model), load_model(context.model, dtype="float32")
     text = re.sub(r"[ \t]+", " ", prose())
     held_out, training = text[-60_000:], text[:2_000_000]
-    held_out = held_out[: 6_000 if context.quick else 24_000]
+    held_out = held_out[: 6_000 if context.quick else 12_000]
     arms: Arms = {name: {} for name in ("original", *ARMS)}
     context.progress("the original")
     arms["original"]["bits a byte"] = bits_a_byte(model, old, held_out)
@@ -103,7 +103,7 @@ def run(context: Context) -> Arms:
             if target == TARGETS[0] and name in ("mean", "ReTok", "TokenAdapt"):
                 curve = []
                 for _ in range(1 if context.quick else 3):
-                    tune(fresh, tokenizer, training, 4 if context.quick else 12, context.seed)
+                    tune(fresh, tokenizer, training, 4 if context.quick else 8, context.seed)
                     curve.append(2.0 ** bits_a_byte(fresh, tokenizer, held_out))
                 context.artifacts[f"{name}: perplexity a byte while tuning"] = curve
                 arms[name][f"{target}, tuned: perplexity a byte"] = curve[-1]
