@@ -109,7 +109,7 @@ def test_the_seed_makes_a_run_repeatable():
     assert first[0] != first[1]
 
 
-@pytest.mark.parametrize("name", ["stochastok", "dyspec", "tdpo", "xgrammar", "awrs"])
+@pytest.mark.parametrize("name", ["stochastok", "dyspec", "tdpo", "xgrammar", "awrs", "exact-bytes"])
 def test_shipped_results_are_sound(name):
     """Full results, several seeds, versions and machine recorded; every claim of the experiment is in the file."""
     from everytoken.catalog import find_card
