@@ -7,7 +7,7 @@ import json
 import time
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from everytoken.constraints.grammar import Grammar, GrammarError
@@ -120,6 +120,7 @@ JSON = st.recursive(
 
 @settings(max_examples=250, suppress_health_check=list(HealthCheck))
 @given(JSON)
+@example({"required": [[]]})
 @pytest.mark.filterwarnings("ignore")
 def test_random_schemas_never_crash(schema):
     bounded(lambda: Grammar.from_json_schema(schema))

@@ -116,6 +116,9 @@ class SchemaSets:
             if key in schema and not isinstance(schema[key], shape):
                 wanted = {dict: "an object", list: "a list", str: "a string"}[shape]
                 self.fail(at(pointer, key), f"{key} must be {wanted}, not {type(schema[key]).__name__}.")
+        for name in schema.get("required", ()):
+            if not isinstance(name, str):
+                self.fail(at(pointer, "required"), f"required must list names, not {name!r}.", "Names are strings.")
         for key in ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"):
             if key in schema:
                 value = schema[key]
