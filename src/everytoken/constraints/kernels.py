@@ -296,28 +296,11 @@ def settle(pda: Any, trie: Any, size: int, known: Any, settled: int, contexts: A
     used = 0
     words = np.empty(width, np.uint32)
     depend = np.empty(trie[0].shape[0], np.int32)
-    levels = np.empty((5, trie[8]), np.int64)
-    room = 1024
     for k in range(total):
-        room = max(room, 2 * (pointers[k + 1] - pointers[k]))
-    fn, fp = np.empty(room, np.int32), np.empty(room, np.int32)
-    sn, sp, sb = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.uint8)
-    for k in range(total):
-        loose = False
-        while True:
-            top = _load(contexts[pointers[k] : pointers[k + 1]], fn, fp, sn, sp, sb)
-            words[:] = known
-            accepted, dependent = _walk(pda, trie, fn, fp, top, sn, sp, sb, levels, words, depend, loose)
-            if accepted >= 0:
-                break
-            if accepted == AMBIGUOUS:
-                return kinds[:0], counts, id_ptr, ids, rows, depend_ptr, depends
-            if accepted == CROWDED:
-                loose = True
-            else:
-                room *= 2
-                fn, fp = np.empty(room, np.int32), np.empty(room, np.int32)
-                sn, sp, sb = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.uint8)
+        words[:] = known
+        accepted, dependent = settle_one(pda, trie, contexts[pointers[k] : pointers[k + 1]], words, depend)
+        if accepted < 0:
+            return kinds[:0], counts, id_ptr, ids, rows, depend_ptr, depends
         accepted += settled
         counts[k] = accepted
         place = id_ptr[k]

@@ -31,6 +31,11 @@ def byte_stand_ins() -> dict[str, int]:
     return table | {chr(0x100 + index): byte for index, byte in enumerate(others)}
 
 
+def backend_of(tokenizer: Any) -> Any:
+    """The ``tokenizers`` object behind a transformers tokenizer, or the object itself."""
+    return getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None) or tokenizer
+
+
 def token_bytes(tokenizer: Any) -> list[bytes | None]:
     """The bytes of every token id of a transformers (fast) or ``tokenizers`` tokenizer; None for special and unused ids.
 
@@ -39,7 +44,7 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
     Raises:
         BadInputError: the tokenizer has no fast backend, or decodes in a way that is not known here.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None) or tokenizer
+    backend = backend_of(tokenizer)
     if not hasattr(backend, "to_str"):
         raise BadInputError(
             f"{type(tokenizer).__name__} has no fast (tokenizers) backend.",

@@ -65,7 +65,7 @@ def run(context: Context) -> Arms:
         healed = model.generate(
             torch.tensor([ids]), max_new_tokens=NEXT, do_sample=False, custom_generate=healing, pad_token_id=0
         )[0].tolist()
-        text = b"".join(healing.view.bytes[item] or b"" for item in healed[len(lm.context) :])
+        text = healing.view.spell(healed[len(lm.context) :])
         hits["token healing"].append(text[len(prefix.encode()) :].startswith(wanted))
         before = lm.forwards
         new = lm.generate(prefix, NEXT, unit="byte")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from ..tokenization.trial import bits_a_byte
 from .base import Arms, Claim, Context, Reproduction
 from .stochastok import prose
 
@@ -28,23 +28,6 @@ WHY_TUNED = (
     "The paper reports zero-shot figures. 24 steps of AdamW at 1e-3 on the tied embeddings left every arm worse than it was zero-shot: "
     "the step is too large for so few tokens, and a smaller one is still to be tried."
 )
-
-
-def bits_a_byte(model: Any, tokenizer: Any, text: str, window: int = 512) -> float:
-    """Bits per byte of a text, in windows that start from nothing."""
-    import torch
-
-    from ..core.logprobs import token_stats
-
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    total = 0.0
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else [tokenizer.eos_token_id]
-    with torch.inference_mode():
-        for begin in range(0, len(ids), window):
-            row = torch.tensor([[*start, *ids[begin : begin + window]]])
-            hidden = model.base_model(input_ids=row).last_hidden_state[0, :-1]
-            total -= float(token_stats(hidden, model.get_output_embeddings().weight, row[0, 1:]).logps.sum())
-    return total / math.log(2) / len(text.encode())
 
 
 def tune(model: Any, tokenizer: Any, text: str, steps: int, seed: int) -> None:

@@ -56,14 +56,14 @@ WHY_END = "One request on two CPU cores; the paper measures a serving engine on 
 
 def mask_times(compiled: Any, documents: list[Any], tokenizer: Any, repeats: int) -> tuple[list[float], list[float]]:
     """Seconds for each mask: of the engine (all passes, the first with cold caches), and without split and memory."""
-    from ..constraints.kernels import BITS, settle
-    from ..constraints.matcher import GrammarMatcher, TokenSet
+    from ..constraints.kernels import settle_one
+    from ..constraints.matcher import GrammarMatcher
     from ..constraints.pushdown import BOTTOM
 
     engine, naive = [], []
     info = compiled.tokenizer_info
     mask = np.zeros(info.words, np.int32)
-    none = np.zeros(info.words, np.uint32)
+    depend = np.zeros(len(info.trie[0]), np.int32)
     for again in range(repeats):
         for document in documents:
             matcher = GrammarMatcher(compiled)
@@ -74,27 +74,14 @@ def mask_times(compiled: Any, documents: list[Any], tokenizer: Any, repeats: int
                 if again == 0:
                     arena, stacks = matcher._arena, matcher._step.state.stacks
                     began = time.perf_counter()
-                    words = none.copy()
+                    words = np.zeros(info.words, np.uint32)
                     for place in range(0, len(stacks), 2):
                         context, frame = [stacks[place]], stacks[place + 1]
                         while frame >= 0:
                             context.append(arena.fn.item(frame))
                             frame = arena.fp.item(frame)
                         whole = np.array([*context, BOTTOM], np.int32)
-                        kinds, _, id_ptr, ids, rows, _, _ = settle(
-                            compiled.pushdown.tables,
-                            info.trie,
-                            info.vocab_size,
-                            none,
-                            0,
-                            whole,
-                            np.array([0, len(whole)]),
-                        )
-                        words |= (
-                            rows[0]
-                            if kinds[0] == BITS
-                            else TokenSet(int(kinds[0]), ids[: id_ptr[1]], info.vocab_size).bits()
-                        )
+                        settle_one(compiled.pushdown.tables, info.trie, whole, words, depend)
                     naive.append(time.perf_counter() - began)
                     ends = matcher.can_end()
                     assert ends or np.array_equal(words.view(np.int32), mask), "both ways must agree"

@@ -8,12 +8,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..core.errors import BadInputError
 from ..core.vocabulary import byte_stand_ins, spell, token_bytes
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["ByteModel", "Retokenized", "Retokenizer", "byte_stand_ins", "spell", "token_bytes"]
+__all__ = ["ByteModel", "Retokenized", "Retokenizer", "byte_stand_ins", "spell", "start_token", "token_bytes"]
+
+
+def start_token(tokenizer: Any) -> int:
+    """What a text starts from: BOS, or EOS where there is none.
+
+    Raises:
+        BadInputError: the tokenizer has neither.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise BadInputError("The tokenizer has neither BOS nor EOS.", "Pass context=[token ids].")
+    return int(start)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import BadInputError
+from ..core.vocabulary import backend_of
 from .base import token_bytes
 
 PROBES = (b"", b"a", b" a", b"1", b".", b"\n", b" ")
@@ -38,19 +39,18 @@ class ByteView:
         from tokenizers import Tokenizer
 
         self.bytes = token_bytes(tokenizer)
-        backend = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None) or tokenizer
-        self._backend = Tokenizer.from_str(backend.to_str())
+        self._backend = Tokenizer.from_str(backend_of(tokenizer).to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
         self.lead = b""
-        if self._spell(self._raw("a")) == b" a":
+        if self.spell(self._raw("a")) == b" a":
             self.lead = b" "
         for sample in ("Ab  c\n\tdéé 12345, it's", "漢字😀"):
-            if self._spell(self._raw(sample)) != self.lead + sample.encode():
+            if self.spell(self._raw(sample)) != self.lead + sample.encode():
                 raise BadInputError(
                     f"This tokenizer does not keep the text: {sample!r} comes back as "
-                    f"{self._spell(self._raw(sample)).decode('utf-8', 'replace')!r}.",
+                    f"{self.spell(self._raw(sample)).decode('utf-8', 'replace')!r}.",
                     "Byte-level methods need a lossless tokenizer (byte-level BPE, or SentencePiece with byte fallback).",
                 )
         order = sorted((token, index) for index, token in enumerate(self.bytes) if token)
@@ -67,7 +67,8 @@ class ByteView:
     def _raw(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def _spell(self, ids: Sequence[int]) -> bytes:
+    def spell(self, ids: Sequence[int]) -> bytes:
+        """The bytes of tokens; special ones have none."""
         return b"".join(self.bytes[item] or b"" for item in ids)
 
     def spelled(self, text: str | bytes) -> bytes:
@@ -88,7 +89,7 @@ class ByteView:
         if not data.startswith(self.lead):
             return None
         ids = self._raw(data[len(self.lead) :].decode("utf-8"))
-        return ids if self._spell(ids) == data else None
+        return ids if self.spell(ids) == data else None
 
     # -- which sequences can begin an encoding ---------------------------------------------------------------------------
     def continuations(self, data: bytes) -> Iterator[bytes]:
@@ -113,7 +114,7 @@ class ByteView:
         return known
 
     def _begins(self, tokens: tuple[int, ...]) -> bool:
-        data, size = self._spell(tokens), len(tokens)
+        data, size = self.spell(tokens), len(tokens)
         for more in self.continuations(data):
             found = self.encode(data + more)
             if found is not None and tuple(found[:size]) == tokens:

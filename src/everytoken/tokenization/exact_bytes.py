@@ -38,6 +38,7 @@ from transformers import LogitsProcessor
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
 from ..generation.base import attention_mask_for, check_croppable
+from .base import start_token
 from .byte_view import ByteView, split_character
 
 CHUNK = 256
@@ -95,10 +96,7 @@ class ByteLM:
         self.model, self.tokenizer, self.exact, self.tolerance = model, tokenizer, exact, tolerance
         self.view = ByteView(tokenizer)
         if context is None:
-            start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-            if start is None:
-                raise BadInputError("The tokenizer has neither BOS nor EOS.", "Pass context=[token ids].")
-            context = [start]
+            context = [start_token(tokenizer)]
         self.context = [int(item) for item in context]
         if not self.context:
             raise BadInputError("The context is empty.", "A model needs at least one token, for example BOS.")
@@ -492,9 +490,7 @@ class TokenHealing:
                 f"TokenHealing takes one row of more than {self.back} tokens; got {tuple(input_ids.shape)}."
             )
         dropped = input_ids[0, -self.back :].tolist()
-        healer = _Healer(
-            self.view, b"".join(self.view.bytes[item] or b"" for item in dropped), input_ids.shape[1] - self.back
-        )
+        healer = _Healer(self.view, self.view.spell(dropped), input_ids.shape[1] - self.back)
         if model_kwargs.get("attention_mask") is not None:
             model_kwargs["attention_mask"] = model_kwargs["attention_mask"][:, : -self.back]
         return model._sample(
@@ -513,7 +509,7 @@ class _Healer(LogitsProcessor):
         self.view, self.data, self.length = view, data, length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        done = b"".join(self.view.bytes[item] or b"" for item in input_ids[0, self.length :].tolist())
+        done = self.view.spell(input_ids[0, self.length :].tolist())
         rest = self.data[len(done) :]
         if not rest:
             return scores

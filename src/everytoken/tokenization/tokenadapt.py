@@ -288,7 +288,7 @@ def pieces_of(view: ByteView, data: bytes, by_bytes: dict[bytes, int]) -> list[i
         ids = view.encode(inside + data)
         if ids is not None and inside and view.bytes[ids[0]] == inside:
             ids = ids[1:]
-        if ids is not None and b"".join(view.bytes[i] or b"" for i in ids) == data:
+        if ids is not None and view.spell(ids) == data:
             return ids
     pieces, place = [], 0
     while place < len(data):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
 from ..core.trials import TrialRequest, TrialResult
-from .base import spell
+from .base import spell, start_token
 
 CUT = "The capital of France is Par"
 EXAMPLE = "Strawberry fields: how many r's are in strawberry? Tokenizers rarely know, and 1234 + 5678 is 6912."
@@ -137,19 +138,29 @@ def bytes_trial(request: TrialRequest) -> TrialResult:
     return result
 
 
-def transplant_trial(request: TrialRequest) -> TrialResult:
-    """Bits per byte before and after a change of tokenizer; ``data`` names the new one (see ``families.load_any_tokenizer``)."""
+def bits_a_byte(model: Any, tokenizer: Any, text: str, window: int = 512) -> float:
+    """Bits per byte of a text, in windows of tokens that start from nothing."""
     import math
 
     import torch
 
-    from ..core.loading import load_model, load_tokenizer
     from ..core.logprobs import token_stats
+
+    ids, start, total = tokenizer(text, add_special_tokens=False)["input_ids"], start_token(tokenizer), 0.0
+    with torch.inference_mode():
+        for begin in range(0, len(ids), window):
+            row = torch.tensor([[start, *ids[begin : begin + window]]])
+            hidden = model.base_model(input_ids=row).last_hidden_state[0, :-1]
+            total -= float(token_stats(hidden, model.get_output_embeddings().weight, row[0, 1:]).logps.sum())
+    return total / math.log(2) / len(text.encode())
+
+
+def transplant_trial(request: TrialRequest) -> TrialResult:
+    """Bits per byte before and after a change of tokenizer; ``data`` names the new one (see ``families.load_any_tokenizer``)."""
+    from ..core.loading import load_model, load_tokenizer
     from .families import load_any_tokenizer
 
-    text = request.prompt if request.prompt is not None else EXAMPLE
-    if not text:
-        raise BadInputError("The text is empty.", 'Give some: --prompt "Strawberry"')
+    text = text_of(replace(request, data=None), EXAMPLE)
     new = load_any_tokenizer(request.data or "mistral")
     old = load_tokenizer(request.model)
     request.report("loading the model")
@@ -165,15 +176,10 @@ def transplant_trial(request: TrialRequest) -> TrialResult:
         copied, mixed = int((method.mixture.copied >= 0).sum()), len(method.mixture.rows)
         result.notes.append(f"{item.name}: {copied:,} rows copied, {mixed:,} made.")
     for name, arm, tokenizer in arms:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        row = torch.tensor([[start, *ids]])
-        with torch.inference_mode():
-            hidden = arm.base_model(input_ids=row).last_hidden_state[0, :-1]
-            logps = token_stats(hidden, arm.get_output_embeddings().weight, row[0, 1:]).logps
+        count = len(tokenizer(text, add_special_tokens=False)["input_ids"])
         rows[name] = {
-            "bits per byte": -float(logps.sum()) / math.log(2) / len(text.encode()),
-            "tokens": float(len(ids)),
+            "bits per byte": bits_a_byte(arm, tokenizer, text, window=count),
+            "tokens": float(count),
             "vocabulary": float(arm.config.get_text_config().vocab_size),
         }
     return result
