@@ -1,0 +1,240 @@
+"""Trains the hypernetwork that gives merged tokens their embeddings, for the embedded model or any other.
+
+    python scripts/train_hypernetwork.py --out src/everytoken/tokenization/hypernetworks/smollm2-135m --minutes 2 18 18
+
+Three stages, each with its minutes; nothing of the language model is trained.
+
+1. *pieces*: tokens of the vocabulary, written as two or more shorter tokens, get their own embeddings back.
+2. *states*: text with merged tokens leads to the same hidden states, at the last pieces, as the text without merges, after
+   ``--depth`` layers (cheap, and there the words of a text are already put together).
+3. *predictions*: the same for the whole model's next-token distributions (Kullback-Leibler divergence), and the output embeddings
+   by the likelihood of the next merged token among all tokens.
+
+Texts: the standard library's English prose, the packaged declarations (of the languages that experiments measure only the first
+half), and the text files of ``--texts``, if given. The best weights on held-out text so far are always on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from everytoken.core.loading import load_model, load_tokenizer
+from everytoken.reproduce.dynamic_tokenization import MEASURED, halves
+from everytoken.reproduce.stochastok import prose
+from everytoken.reproduce.texts import declarations
+from everytoken.tokenization.base import token_bytes
+from everytoken.tokenization.dynamic_tokenization import DynamicBatch, DynamicTokenizer
+from everytoken.tokenization.hyper import HyperConfig, HyperEmbedding, MeanEmbedding
+from everytoken.tokenization.stochastok import split_table
+
+
+class Texts:
+    """Random batches of rows of base tokens, one language a batch in part, mixed otherwise (as in use)."""
+
+    def __init__(self, tokenizer, folder, rng):
+        languages = {name: halves(text)[0] if name in MEASURED else text for name, text in declarations().items()}
+        self.held = {name: halves(declarations()[name])[1] for name in MEASURED}
+        english = re.sub(r"[ \t]+", " ", prose())[:-60_000]
+        self.rng, self.streams = rng, {}
+        for name, text in languages.items():
+            self.streams[name] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        for path in sorted(folder.glob("*.txt")) if folder else []:
+            self.streams[path.stem] = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+        self.packaged = list(languages)
+        self.english = tokenizer(english, add_special_tokens=False)["input_ids"]
+
+    def batch(self, rows, length):
+        found = []
+        for _ in range(rows):
+            draw = self.rng.random()
+            names = self.packaged if draw < 0.45 else list(self.streams)
+            stream = self.english if draw > 0.75 else self.streams[names[self.rng.integers(len(names))]]
+            start = int(self.rng.integers(0, max(1, len(stream) - length)))
+            found.append(stream[start : start + length])
+        return found
+
+
+def splits(table, index, count, rng, more=0.35):
+    """``count`` tokens of the vocabulary written as several."""
+    chosen = index[rng.integers(len(index), size=count)]
+    pieces = []
+    for token in chosen.tolist():
+        parts = list(table.pairs(token)[rng.integers(table.offsets[token + 1] - table.offsets[token])])
+        while rng.random() < more and len(parts) < 6:
+            place = int(rng.integers(len(parts)))
+            size = table.offsets[parts[place] + 1] - table.offsets[parts[place]]
+            if size:
+                parts[place : place + 1] = table.pairs(parts[place])[rng.integers(size)]
+        pieces.append(tuple(parts))
+    return torch.from_numpy(chosen), pieces
+
+
+def student_inputs(batch: DynamicBatch, made, weight):
+    """``[B, T, d]`` with gradients into the new tokens' vectors, and for each place its last base token (-1 for padding)."""
+    flat = torch.tensor([item for row in batch.tokens for item in row])
+    vectors = weight[flat.clamp(min=0)]
+    fresh = flat < 0
+    if fresh.any():
+        vectors = vectors.index_put((fresh.nonzero()[:, 0],), made[-1 - flat[fresh]])
+    width = batch.attention_mask.shape[1]
+    embeds = torch.zeros(len(batch.tokens), width, weight.shape[1])
+    mask = batch.attention_mask.bool()
+    embeds = embeds.masked_scatter(mask[..., None], vectors)
+    last = torch.full(mask.shape, -1)
+    last[mask] = torch.tensor([end - 1 for row in batch.spans for _, end in row])
+    return embeds, last
+
+
+class Shallow:
+    """The base model with its first layers only, while the block lasts."""
+
+    def __init__(self, base, depth):
+        self.base, self.depth = base, depth
+
+    def __enter__(self):
+        self.layers, self.count = self.base.layers, self.base.config.num_hidden_layers
+        self.base.layers, self.base.config.num_hidden_layers = self.layers[: self.depth], self.depth
+        return self.base
+
+    def __exit__(self, *_):
+        self.base.layers, self.base.config.num_hidden_layers = self.layers, self.count
+
+
+def hidden_states(base, batch, made, weight):
+    """Teacher's and student's states where the student has a token, ``[N, d]`` each."""
+    rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in batch.base_ids], batch_first=True)
+    with torch.no_grad():
+        teacher = base(input_ids=rows, use_cache=False).last_hidden_state
+    embeds, last = student_inputs(batch, made, weight)
+    student = base(inputs_embeds=embeds, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
+    there = last >= 0
+    there[:, 0] = False  # nothing before it: often an outlier
+    wanted = teacher.gather(1, last.clamp(min=0)[..., None].expand(-1, -1, teacher.shape[-1]))
+    return wanted[there], student[there], there
+
+
+def divergence(teacher, student, weight):
+    return F.kl_div(F.log_softmax(student @ weight.T, -1), F.log_softmax(teacher @ weight.T, -1), log_target=True, reduction="batchmean")  # fmt: skip
+
+
+@torch.no_grad()
+def held_out(model, dynamic, texts, tokenizer, embedder, length=128):
+    """Mean divergence at the last pieces over the measured languages' held-out halves."""
+    _, weight = model.get_input_embeddings(), model.get_input_embeddings().weight
+    total, count = 0.0, 0
+    for text in texts.held.values():
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        for reduction in (0.4, 1.0):
+            dynamic.reduction = reduction
+            batch = dynamic([ids[:length]])
+            if batch.pieces:
+                wanted, got, _ = hidden_states(model.base_model, batch, embedder.embed(batch.pieces)[0], weight)
+                total += float(divergence(wanted, got, weight)) * len(wanted)
+                count += len(wanted)
+    return total / count
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--texts", type=Path, default=None, help="folder of further .txt files")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, nargs=3, default=(2.0, 18.0, 18.0))
+    parser.add_argument("--depth", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the weights in --out")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    tokenizer, model = load_tokenizer(args.model), load_model(args.model, dtype="float32")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    weight = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    if args.resume:
+        hyper = HyperEmbedding.from_pretrained(args.out).attach(model).train()
+    else:
+        config = HyperConfig(weight.shape[1], vocab_size=len(weight), scale=float(weight.std()))
+        hyper = HyperEmbedding(config).attach(model).train()
+    texts = Texts(tokenizer, args.texts, rng)
+    dynamic = DynamicTokenizer(tokenizer, reduction=0.5, padding_side="right")
+    table = split_table(token_bytes(tokenizer))
+    index = np.flatnonzero(np.diff(table.offsets) > 0)
+    log = {"mean of pieces": held_out(model, dynamic, texts, tokenizer, MeanEmbedding(model)), "steps": []}
+    print(f"held-out divergence, nats a token: mean of pieces {log['mean of pieces']:.4f}", flush=True)
+    best, start = float("inf"), time.time()
+
+    def measure(stage, step):
+        nonlocal best
+        value = held_out(model, dynamic, texts, tokenizer, hyper.eval())
+        hyper.train()
+        log["steps"].append({"stage": stage, "step": step, "seconds": round(time.time() - start), "divergence": value})
+        print(f"{time.time() - start:6.0f} s  {stage} {step}: {value:.4f}", flush=True)
+        if value < best:
+            best = value
+            hyper.save_pretrained(args.out)
+        log["arguments"] = {key: str(item) for key, item in vars(args).items() if key not in ("out", "texts", "model")}
+        (args.out / "training.json").write_text(json.dumps(log, indent=1) + "\n")
+
+    def rebuild(count):
+        tokens, pieces = splits(table, index, count, rng)
+        first, second = hyper.apply_to(pieces)
+        scale = weight.var()
+        return ((first - weight[tokens]) ** 2).mean() / scale + ((second - head[tokens]) ** 2).mean() / scale
+
+    for stage, minutes, lr in zip(("pieces", "states", "predictions"), args.minutes, (args.lr, args.lr, args.lr / 2), strict=True):
+        optimiser = torch.optim.AdamW(hyper.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+        began, step, last = time.time(), 0, time.time()
+        while (spent := (time.time() - began) / 60) < minutes:
+            for group in optimiser.param_groups:
+                group["lr"] = lr * min(1.0, (step + 1) / 50) * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * spent / minutes)))
+            if stage == "pieces":
+                loss = rebuild(1024)
+            else:
+                dynamic.reduction = float(rng.choice([0.2, 0.4, 0.7, 1.0, 1.0]))
+                batch = dynamic(texts.batch(args.rows, args.length))
+                if not batch.pieces:
+                    continue
+                made, out = hyper.apply_to(batch.pieces)
+                if stage == "states":
+                    with Shallow(model.base_model, args.depth) as base:
+                        wanted, got, _ = hidden_states(base, batch, made, weight)
+                    loss = ((got - wanted) ** 2).sum(-1).div((wanted**2).sum(-1)).mean()
+                else:
+                    wanted, got, there = hidden_states(model.base_model, batch, made, weight)
+                    some = torch.randperm(len(wanted))[:160]
+                    loss = divergence(wanted[some], got[some], head)
+                    # the next merged token, among the vocabulary and the batch's new tokens
+                    following = torch.full(there.shape, -(10**9))
+                    for row, tokens in enumerate(batch.tokens):
+                        following[row, : len(tokens) - 1] = torch.tensor(tokens[1:])
+                    target = following[there][some]
+                    logits = got[some].detach() @ torch.cat([head, out]).T
+                    target = torch.where(target < 0, len(head) - 1 - target, target)
+                    known = target < logits.shape[1]
+                    loss = loss + 0.2 * F.cross_entropy(logits[known], target[known])
+                loss = loss + 0.1 * rebuild(128)
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(hyper.parameters(), 1.0)
+            optimiser.step()
+            step += 1
+            if time.time() - last > 150:
+                measure(stage, step)
+                last = time.time()
+        measure(stage, step)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,401 @@
+"""Dynamic tokenization: token boundaries that follow the batch (arXiv 2411.18553).
+
+The base tokenizer's tokens of a batch are merged as BPE merges characters: the most frequent valid adjacent pair over the whole batch
+becomes one token, everywhere, m times (or until no valid pair is left: then tokens are whole pre-tokens)::
+
+    repeat m times:
+        (a, b) = argmax over valid pairs of count(a, b)          # ties: the first in the batch
+        replace a b by ab, left to right, in every sequence
+
+A pair is valid if the joined text is still one pre-token of the base tokenizer (``boundary="pretoken"``), holds no white space
+(``"word"``), or anything without a special token (``"sentence"``); never with white space behind its first character unless it is all
+white space, and never two newlines alone (pre-tokenizers cut those apart). Joined bytes that are no UTF-8 yet may merge. A joined text
+that the vocabulary has is that token; any other gets its embedding from an ``Embedder``: a trained hypernetwork, or the mean of its
+pieces. The model sees fewer positions; nothing of it is changed.
+
+::
+
+    dynamic = DynamicTokenizer(tokenizer, reduction=0.5, embedder=HyperEmbedding.from_pretrained("smollm2-135m").attach(model))
+    batch = dynamic(["a first text", "a second one"])
+    model(inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask)
+    model.generate(**inputs, max_new_tokens=32, custom_generate=DynamicPrefill(dynamic))
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..core.errors import BadInputError
+from ..core.trace import TokenTrace
+from ..core.vocabulary import backend_of
+from .base import token_bytes
+from .hyper import Embedder, EmbeddingCache
+from .merging import PairMerger
+
+BOUNDARIES = ("pretoken", "word", "sentence")
+WHITE = b" \t\n"
+JOINED = 1 << 16
+"""Answers on pairs that are remembered."""
+
+
+@dataclass
+class DynamicBatch:
+    """A batch after its merges.
+
+    Attributes:
+        tokens: for each text its tokens: ids of the vocabulary, or ``-1 - n`` for the new token number n.
+        pieces: base tokens of every new token.
+        spans: for each text and token ``(first, end)`` in the base tokens.
+        base_ids: the base tokens themselves.
+        merges: how many merges were made.
+        inputs_embeds: ``[B, T, d]``, if there is an embedder.
+        attention_mask: ``[B, T]`` int64.
+    """
+
+    tokens: list[list[int]]
+    pieces: list[tuple[int, ...]]
+    spans: list[list[tuple[int, int]]]
+    base_ids: list[list[int]]
+    merges: int
+    attention_mask: torch.Tensor
+    inputs_embeds: torch.Tensor | None = None
+
+    @property
+    def reduction(self) -> float:
+        """Share of the base tokens that is gone."""
+        base = sum(map(len, self.base_ids))
+        return 1 - sum(map(len, self.tokens)) / base if base else 0.0
+
+    def carry(self, values: Sequence[Any], row: int) -> list[Any]:
+        """Values of a text's base tokens (word numbers, labels) for its merged tokens: the first piece's."""
+        if len(values) != len(self.base_ids[row]):
+            raise BadInputError(
+                f"Text {row} has {len(self.base_ids[row])} base tokens; got {len(values)} values.", "Give one for each."
+            )
+        return [values[first] for first, _ in self.spans[row]]
+
+    def trace(self, row: int, tokenizer: Any) -> TokenTrace:
+        """A text's base tokens, coloured by the merged token that they are in."""
+        trace = TokenTrace(self.base_ids[row], title="dynamic tokenization", station="tokenization")
+        size, part, number = [], [], []
+        for index, (first, end) in enumerate(self.spans[row]):
+            size += [end - first] * (end - first)
+            part += [f"piece {place + 1}" if end - first > 1 else "whole" for place in range(end - first)]
+            number += [index] * (end - first)
+        return trace.add("pieces in the token", size).add("part", part).add("token", number).with_text(tokenizer)
+
+
+@dataclass
+class DynamicTokenizer:
+    """Merges the tokens of every batch.
+
+    Args:
+        tokenizer: the model's own, fast.
+        merges: how many; overrides ``reduction``.
+        reduction: share of the possible reduction, 0 (nothing) to 1 (whole pre-tokens). Until ``fit`` has made a table, the merges
+            that reach it are found in each batch.
+        boundary: what tokens may not cross: ``"pretoken"``, ``"word"`` or ``"sentence"``.
+        embedder: gives new tokens their vectors; without one, batches have no ``inputs_embeds``.
+        cache_size: embeddings kept (the least recently used goes).
+        padding_side: default the tokenizer's.
+
+    Raises:
+        BadInputError: a setting out of its range, or a tokenizer that cannot be spelt.
+    """
+
+    tokenizer: Any
+    merges: int | None = None
+    reduction: float = 0.3
+    boundary: str = "pretoken"
+    embedder: Embedder | None = field(default=None, repr=False)
+    cache_size: int = 5000
+    padding_side: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.boundary not in BOUNDARIES:
+            raise BadInputError(f"boundary is one of {', '.join(BOUNDARIES)}; got {self.boundary!r}.")
+        if self.merges is not None and self.merges < 0:
+            raise BadInputError(f"merges must not be negative; got {self.merges}.")
+        if not 0 <= self.reduction <= 1:
+            raise BadInputError(
+                f"reduction is a share of what is possible, 0 to 1; got {self.reduction}.", "Half of it is 0.5."
+            )
+        self._bytes = token_bytes(self.tokenizer)
+        self._ids: dict[bytes, int] = {}
+        for index, data in enumerate(self._bytes):
+            if data:
+                self._ids.setdefault(data, index)
+        self._cut = getattr(backend_of(self.tokenizer), "pre_tokenizer", None)
+        self._joined: OrderedDict[bytes, bool] = OrderedDict()
+        self.cache = EmbeddingCache(self.cache_size)
+        self.table: np.ndarray | None = None
+        """After ``fit``: mean tokens of a text after 0, 1, 2... merges."""
+
+    # -- which pairs -----------------------------------------------------------------------------------------------------
+    def valid(self, left: bytes, right: bytes) -> bool:
+        """Whether two tokens, by their bytes, may become one."""
+        joined = left + right
+        known = self._joined.get(joined)
+        if known is None:
+            known = self._joined[joined] = self._valid(joined)
+            if len(self._joined) > JOINED:
+                self._joined.popitem(last=False)
+        return known
+
+    def _valid(self, joined: bytes) -> bool:
+        if any(byte in WHITE for byte in joined[1:]) and (joined == b"\n\n" or joined.strip(WHITE)):
+            return False
+        if self.boundary == "sentence":
+            return True
+        try:
+            text = joined.decode("utf-8")
+        except UnicodeDecodeError:  # part of a character: nothing to test yet
+            return True
+        if self.boundary == "pretoken" and self._cut is not None:
+            return len(self._cut.pre_tokenize_str(text)) == 1
+        return len(text.split()) == 1 and not text[-1].isspace()
+
+    # -- merging ---------------------------------------------------------------------------------------------------------
+    def _run(self, rows: list[list[int]], merges: int | None) -> tuple[PairMerger, list[bytes], list[int]]:
+        """Merges; returns the merger, the new tokens' bytes, and the batch's length after 0, 1, 2... merges."""
+        merger, size = PairMerger(rows), len(self._bytes)
+        new: list[bytes] = []
+        names: dict[bytes, int] = {}
+        lengths = [merger.length]
+        while merges is None or len(lengths) <= merges:
+            pair = merger.best()
+            if pair is None:
+                break
+            parts = [self._bytes[item] if item < size else new[item - size] for item in pair]
+            if not (parts[0] and parts[1] and self.valid(parts[0], parts[1])):
+                merger.discard()
+                continue
+            joined = parts[0] + parts[1]
+            token = self._ids.get(joined)
+            if token is None:
+                token = names.get(joined)
+            if token is None:
+                token = names[joined] = size + len(new)
+                new.append(joined)
+            merger.merge(token)
+            lengths.append(merger.length)
+        return merger, new, lengths
+
+    def fit(self, texts: Sequence[Any], batch_size: int = 32) -> DynamicTokenizer:
+        """Measures mean lengths by merges on a sample, so that one number of merges serves all later batches; returns itself."""
+        rows = self._base(texts, True)
+        totals: list[np.ndarray] = []
+        for begin in range(0, len(rows), batch_size):
+            totals.append(np.array(self._run(rows[begin : begin + batch_size], None)[2], np.float64))
+        longest = max(map(len, totals))
+        whole = sum(np.concatenate([item, np.full(longest - len(item), item[-1])]) for item in totals)
+        self.table = np.asarray(whole) / len(rows)
+        return self
+
+    def merges_for(self, reduction: float, lengths: Any = None) -> int:
+        """The fewest merges that reach a share of the possible reduction, by the fitted table (or by ``lengths``)."""
+        table = np.asarray(self.table if lengths is None else lengths, np.float64)
+        if table.ndim != 1:
+            raise BadInputError("There is no table of lengths yet.", "Call fit(texts) first.")
+        target = table[0] - reduction * (table[0] - table[-1])
+        return int(np.argmax(table <= target + 1e-9))
+
+    def _base(self, texts: Sequence[Any], add_special_tokens: bool) -> list[list[int]]:
+        if isinstance(texts, str) or not len(texts):
+            raise BadInputError("Give a list of texts, or of token ids.", 'dynamic(["a text", "another"])')
+        if isinstance(texts[0], str):
+            rows = self.tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
+        else:
+            rows = [[int(item) for item in row] for row in texts]
+        for number, row in enumerate(rows):
+            if not row:
+                raise BadInputError(f"Text {number} has no tokens.", "Leave empty texts out.")
+            if min(row) < 0 or max(row) >= len(self._bytes):
+                raise BadInputError(
+                    f"Text {number} has token ids outside 0..{len(self._bytes) - 1}.", "Were they made by another tokenizer?"
+                )  # fmt: skip
+        return rows
+
+    def __call__(self, texts: Sequence[Any], add_special_tokens: bool = True) -> DynamicBatch:
+        """Merges over a batch.
+
+        Args:
+            texts: strings, or base token ids.
+
+        Raises:
+            BadInputError: no texts, an empty one, or ids of another tokenizer.
+        """
+        rows = self._base(texts, add_special_tokens)
+        merges = self.merges
+        if merges is None and self.table is not None:
+            merges = self.merges_for(self.reduction)
+        if merges is None:
+            merger, new, lengths = self._run(rows, 0 if self.reduction == 0 else None)
+            merges = self.merges_for(self.reduction, lengths)
+            if merges < len(lengths) - 1:
+                merger, new, lengths = self._run(rows, merges)
+        else:
+            merger, new, lengths = self._run(rows, merges)
+        size, pieces, order = len(self._bytes), [], {}
+        tokens: list[list[int]] = []
+        spans: list[list[tuple[int, int]]] = []
+        for base, (merged, starts) in zip(rows, merger.rows(), strict=True):
+            ends = [*starts[1:], len(base)]
+            spans.append(list(zip(starts, ends, strict=True)))
+            found = []
+            for token, first, end in zip(merged, starts, ends, strict=True):
+                if token >= size:
+                    place = order.get(token)
+                    if place is None:
+                        place = order[token] = len(pieces)
+                        pieces.append(tuple(base[first:end]))
+                    token = -1 - place
+                found.append(token)
+            tokens.append(found)
+        width = max(map(len, tokens))
+        mask = torch.zeros(len(tokens), width, dtype=torch.long)
+        left = (self.padding_side or getattr(self.tokenizer, "padding_side", "right")) == "left"
+        for number, row in enumerate(tokens):
+            mask[number, slice(width - len(row), None) if left else slice(len(row))] = 1
+        batch = DynamicBatch(tokens, pieces, spans, rows, len(lengths) - 1, mask)
+        if self.embedder is not None:
+            batch.inputs_embeds = self._embed(batch, self.embedder)
+        return batch
+
+    def _embed(self, batch: DynamicBatch, embedder: Embedder) -> torch.Tensor:
+        flat = torch.tensor([item for row in batch.tokens for item in row])
+        with torch.no_grad():
+            vectors = embedder.base(flat.clamp(min=0))
+            fresh = flat < 0
+            if fresh.any():
+                made = self.cache.rows(batch.pieces, embedder).to(vectors)
+                vectors = vectors.clone()
+                vectors[fresh.to(vectors.device)] = made[(-1 - flat[fresh]).to(vectors.device)]
+        mask = batch.attention_mask.bool().to(vectors.device)
+        result = vectors.new_zeros(*mask.shape, vectors.shape[-1])
+        result[mask] = vectors
+        return result
+
+    def spell(self, batch: DynamicBatch, row: int) -> list[bytes]:
+        """The bytes of a text's merged tokens."""
+        base = batch.base_ids[row]
+        return [
+            b"".join(self._bytes[item] or b"" for item in base[first:end]) for first, end in batch.spans[row]
+        ]  # fmt: skip
+
+
+@dataclass
+class DynamicPrefill:
+    """Reads a prompt in fewer positions, then decodes as usual; a ``custom_generate`` for transformers.
+
+    Args:
+        dynamic: with an embedder.
+        keep_last: base tokens at the prompt's end that stay as they are (the next token depends on them most).
+
+    Raises:
+        BadInputError: a tokenizer without an embedder.
+    """
+
+    dynamic: DynamicTokenizer
+    keep_last: int = 1
+
+    def __post_init__(self) -> None:
+        if self.dynamic.embedder is None:
+            raise BadInputError("The dynamic tokenizer has no embedder.", "Pass embedder=MeanEmbedding(model), say.")
+        if self.keep_last < 0:
+            raise BadInputError(f"keep_last must not be negative; got {self.keep_last}.")
+        self.positions = 0
+        """Positions of the last call's prompts, padding left out."""
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> torch.Tensor:
+        """As ``generate``: ``[B, T + new]``; the prompt's tokens are the base tokenizer's.
+
+        Raises:
+            BadInputError: padding on the right, a filled cache, or a generation mode that is not plain decoding.
+        """
+        from transformers import DynamicCache
+
+        from ..generation.base import check_prompt, join_rows, refuse_unsupported, split_rows
+
+        refuse_unsupported("DynamicPrefill", generation_config, bool(model_kwargs.get("synced_gpus")))
+        past = model_kwargs.get("past_key_values")
+        if past is not None and past.get_seq_length() > 0:
+            raise BadInputError("DynamicPrefill starts from an empty cache.", "Leave past_key_values out.")
+        rows = [ids.tolist() for ids, _ in split_rows(input_ids, attention_mask)]
+        keep = self.keep_last
+        heads = [row[: len(row) - keep] for row in rows]
+        tails = [row[len(row) - keep :] for row in rows]
+        parts, some = [], [row for row in heads if row]
+        batch = self.dynamic(some) if some else None
+        embedder, place = self.dynamic.embedder, 0
+        assert embedder is not None
+        for head, tail in zip(heads, tails, strict=True):
+            vectors = []
+            if head:
+                assert batch is not None and batch.inputs_embeds is not None
+                vectors.append(batch.inputs_embeds[place][batch.attention_mask[place].bool()])
+                place += 1
+            if tail:
+                vectors.append(embedder.base(torch.tensor(tail)))
+            parts.append(torch.cat(vectors))
+        self.positions = sum(map(len, parts))
+        width = max(map(len, parts))
+        check_prompt(model, width)
+        embeds = parts[0].new_zeros(len(parts), width, parts[0].shape[-1])
+        mask = torch.zeros(len(parts), width, dtype=torch.long, device=embeds.device)
+        for number, vectors in enumerate(parts):
+            embeds[number, width - len(vectors) :] = vectors
+            mask[number, width - len(vectors) :] = 1
+        cache = DynamicCache(config=model.config)
+        logits = self._step(model, cache, mask, inputs_embeds=embeds)
+        texts, new = input_ids, [[] for _ in rows]  # type: ignore[var-annotated]
+        alive = torch.ones(len(rows), dtype=torch.bool, device=input_ids.device)
+        pad = generation_config.pad_token_id or 0
+        while True:
+            scores = logits.float()
+            if logits_processor is not None:
+                scores = logits_processor(texts, scores)
+            if generation_config.do_sample:
+                chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0]
+            else:
+                chosen = scores.argmax(-1)
+            chosen = torch.where(alive, chosen, pad)
+            for number in alive.nonzero()[:, 0].tolist():
+                new[number].append(int(chosen[number]))
+            texts = torch.cat([texts, chosen[:, None]], 1)
+            if stopping_criteria is not None:
+                alive = alive & ~stopping_criteria(texts, None)
+            if not alive.any():
+                return join_rows(input_ids, new, generation_config)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            logits = self._step(model, cache, mask, input_ids=chosen[:, None])
+
+    @staticmethod
+    def _step(model: Any, cache: Any, mask: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        size = next(iter(inputs.values())).shape[1]
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -size:]
+        output = model(
+            **inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
