@@ -162,30 +162,50 @@ class DynamicTokenizer:
         return len(text.split()) == 1 and not text[-1].isspace()
 
     # -- merging ---------------------------------------------------------------------------------------------------------
-    def _run(self, rows: list[list[int]], merges: int | None) -> tuple[PairMerger, list[bytes], list[int]]:
-        """Merges; returns the merger, the new tokens' bytes, and the batch's length after 0, 1, 2... merges."""
+    def _run(
+        self, rows: list[list[int]], merges: int | None, most: int | None = None
+    ) -> tuple[PairMerger, dict[bytes, tuple[bytes, bytes]], list[int]]:
+        """Merges, up to a number of merges or of new tokens.
+
+        Returns the merger, the new tokens with their two parts (in the order of their numbers, from the vocabulary's size on), and the
+        batch's length after 0, 1, 2... merges.
+        """
         merger, size = PairMerger(rows), len(self._bytes)
-        new: list[bytes] = []
-        names: dict[bytes, int] = {}
+        names: list[bytes] = []
+        numbers: dict[bytes, int] = {}
+        new: dict[bytes, tuple[bytes, bytes]] = {}
         lengths = [merger.length]
-        while merges is None or len(lengths) <= merges:
+        while (merges is None or len(lengths) <= merges) and (most is None or len(names) < most):
             pair = merger.best()
             if pair is None:
                 break
-            parts = [self._bytes[item] if item < size else new[item - size] for item in pair]
+            parts = [self._bytes[item] if item < size else names[item - size] for item in pair]
             if not (parts[0] and parts[1] and self.valid(parts[0], parts[1])):
                 merger.discard()
                 continue
             joined = parts[0] + parts[1]
             token = self._ids.get(joined)
             if token is None:
-                token = names.get(joined)
+                token = numbers.get(joined)
             if token is None:
-                token = names[joined] = size + len(new)
-                new.append(joined)
+                token = numbers[joined] = size + len(names)
+                names.append(joined)
+                new[joined] = (parts[0], parts[1])
             merger.merge(token)
             lengths.append(merger.length)
         return merger, new, lengths
+
+    def vocabulary(self, texts: Sequence[Any], size: int) -> list[tuple[int, ...]]:
+        """The base tokens of up to ``size`` new tokens: the merges of a whole corpus, the most frequent first."""
+        rows = self._base(texts, False)
+        new = self._run(rows, None, size)[1]
+        made: dict[bytes, tuple[int, ...]] = {}
+        for joined, (left, right) in new.items():
+            made[joined] = (*self._parts(left, made), *self._parts(right, made))
+        return list(made.values())
+
+    def _parts(self, data: bytes, made: dict[bytes, tuple[int, ...]]) -> tuple[int, ...]:
+        return made[data] if data in made else (self._ids[data],)
 
     def fit(self, texts: Sequence[Any], batch_size: int = 32) -> DynamicTokenizer:
         """Measures mean lengths by merges on a sample, so that one number of merges serves all later batches; returns itself."""
@@ -321,7 +341,6 @@ class DynamicPrefill:
         logits_processor: Any = None,
         stopping_criteria: Any = None,
         generation_config: Any = None,
-        attention_mask: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> torch.Tensor:
         """As ``generate``: ``[B, T + new]``; the prompt's tokens are the base tokenizer's.
@@ -337,7 +356,7 @@ class DynamicPrefill:
         past = model_kwargs.get("past_key_values")
         if past is not None and past.get_seq_length() > 0:
             raise BadInputError("DynamicPrefill starts from an empty cache.", "Leave past_key_values out.")
-        rows = [ids.tolist() for ids, _ in split_rows(input_ids, attention_mask)]
+        rows = [ids.tolist() for ids, _ in split_rows(input_ids, model_kwargs.get("attention_mask"))]
         keep = self.keep_last
         heads = [row[: len(row) - keep] for row in rows]
         tails = [row[len(row) - keep :] for row in rows]

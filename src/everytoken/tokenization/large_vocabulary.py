@@ -1,0 +1,247 @@
+"""Generation over a vocabulary far larger than the model's own, through a nearest-neighbour index (arXiv 2411.18553, section 5).
+
+The model's tokens are joined by any number of new ones, whose input and output embeddings an ``Embedder`` makes from their pieces. A
+softmax over all of them would cost what the vocabulary costs; instead an HNSW index over the output embeddings finds the ``top_k``
+tokens of largest inner product with the last hidden state::
+
+    logits(t) = h . E_out(t)  for t in top_k(h),      next ~ softmax over those,      next input = E_in(next)
+
+Largest inner products are nearest neighbours once one more coordinate makes all keys equally long: (q, 0) and
+(e, sqrt(max|e|^2 - |e|^2)). Hidden states lie in a narrow cone far from all keys, where graphs search badly, so both sides are first
+turned by the states' second moment C (of a sample): q = C^(-1/2) h, e = C^(1/2) E_out. Inner products stay, and two tokens are now
+near each other if their logits are alike.
+
+::
+
+    tokens = DynamicTokenizer(tokenizer).vocabulary(corpus, 100_000)
+    decoder = LargeVocabulary(tokens, embedder).build(model)
+    model.generate(**inputs, max_new_tokens=64, custom_generate=decoder)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..core.errors import BadInputError, UnsupportedModelError, require
+from .hyper import Embedder
+
+CHUNK = 4096
+SAMPLE = 2048
+"""Tokens to fit the index to, where no sample is given."""
+SHRINKAGE = 0.01
+WARPERS = {
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "MinPLogitsWarper",
+    "TypicalLogitsWarper",
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "LogitNormalization",
+    "InfNanRemoveLogitsProcessor",
+}
+"""Processors that look at scores alone: all that make sense on ``top_k`` tokens of another vocabulary."""
+
+
+@dataclass
+class LargeVocabulary:
+    """A decoder over the model's tokens and many more; a ``custom_generate`` for transformers.
+
+    Args:
+        tokens: the new tokens, each as its pieces (ids of the model's own).
+        embedder: makes their embeddings.
+        top_k: tokens looked up in each step.
+        index: ``"hnsw"``, or ``"exact"`` (every inner product).
+        connectivity, expansion_add, expansion_search: of the HNSW graph: links a node, and candidates while building and searching.
+
+    After a call ``steps`` counts forward passes and ``chosen`` holds each row's tokens (as pieces).
+
+    Raises:
+        BadInputError: no new tokens, one without pieces, or a setting out of its range.
+    """
+
+    tokens: Sequence[tuple[int, ...]] = field(repr=False)
+    embedder: Embedder = field(repr=False)
+    top_k: int = 32
+    index: str = "hnsw"
+    connectivity: int = 16
+    expansion_add: int = 128
+    expansion_search: int = 320
+
+    def __post_init__(self) -> None:
+        if self.index not in ("hnsw", "exact"):
+            raise BadInputError(f"index is 'hnsw' or 'exact'; got {self.index!r}.")
+        if self.top_k < 1:
+            raise BadInputError(f"top_k is at least 1; got {self.top_k}.")
+        if any(not item for item in self.tokens):
+            raise BadInputError("A new token has no pieces.", "DynamicTokenizer.vocabulary makes tokens with pieces.")
+        self.steps = 0
+        self.chosen: list[list[tuple[int, ...]]] = []
+        self._model: Any = None
+
+    @torch.no_grad()
+    def build(
+        self, model: Any, sample: Sequence[Sequence[int]] | None = None, progress: bool = False
+    ) -> LargeVocabulary:
+        """Makes all embeddings and the index; returns itself.
+
+        Args:
+            sample: texts in the model's tokens, for the hidden states that the index is fitted to (about 2,000 tokens are enough);
+                default: the new tokens' pieces in a row, which finds less.
+            progress: show a bar.
+
+        Raises:
+            UnsupportedModelError: an output layer with a bias, or soft-capped logits.
+            MissingExtraError: usearch is not installed (not needed for ``index="exact"``).
+        """
+        head = model.get_output_embeddings()
+        capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        if head is None or getattr(head, "bias", None) is not None or capped:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}'s logits are not inner products with its output embeddings.",
+                "An output layer without bias and without soft-capping is needed.",
+            )
+        if self.index == "hnsw":
+            require("usearch", "tokenizers", "An HNSW index")
+        self._model, self._size = model, len(head.weight)
+        first, second = [], [head.weight.detach()]
+        for begin in range(0, len(self.tokens), CHUNK):
+            inputs, outputs = self.embedder.embed(self.tokens[begin : begin + CHUNK])
+            first.append(inputs)
+            second.append(outputs.to(head.weight))
+        self._inputs = torch.cat(first) if first else head.weight.new_zeros(0, head.weight.shape[1])
+        self._outputs = torch.cat(second)
+        if self.index == "hnsw":
+            from usearch.index import Index
+
+            turn, self._turn = self._turns(model, sample)
+            keys = (self._outputs.double().cpu() @ turn).float().numpy()
+            norms = (keys**2).sum(1)
+            extra = np.sqrt(np.maximum(norms.max() - norms, 0))
+            self._graph = Index(
+                ndim=keys.shape[1] + 1,
+                metric="l2sq",
+                dtype="f32",
+                connectivity=self.connectivity,
+                expansion_add=self.expansion_add,
+                expansion_search=self.expansion_search,
+            )
+            self._graph.add(np.arange(len(keys)), np.concatenate([keys, extra[:, None]], 1), log=progress)
+        return self
+
+    def _turns(self, model: Any, sample: Sequence[Sequence[int]] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """``C^(1/2)`` and ``C^(-1/2)`` of a sample's hidden states, ``[d, d]`` each."""
+        if sample is None:
+            flat = [piece for item in self.tokens[:SAMPLE] for piece in item][:SAMPLE] or list(range(min(self._size, 256)))
+            sample = [flat[begin : begin + 256] for begin in range(0, len(flat), 256)]
+        states = [
+            model.base_model(torch.tensor([list(row)], device=model.device)).last_hidden_state[0, 1:] for row in sample
+        ]
+        hidden = torch.cat(states).double().cpu()
+        moment = hidden.T @ hidden / max(1, len(hidden))
+        moment += SHRINKAGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+        values, vectors = torch.linalg.eigh(moment)
+        roots = values.clamp(min=1e-12).sqrt()
+        return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+
+    def __len__(self) -> int:
+        """Tokens in all."""
+        return len(self._outputs)
+
+    def pieces(self, number: int) -> tuple[int, ...]:
+        """A token's pieces: itself for the model's own."""
+        return (number,) if number < self._size else self.tokens[number - self._size]
+
+    @torch.no_grad()
+    def nearest(self, hidden: torch.Tensor, exact: bool | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of largest logits for hidden states ``[N, d]``: ``[N, k]`` numbers and logits, the largest first."""
+        exact = self.index == "exact" if exact is None else exact
+        k = min(self.top_k, len(self))
+        if exact:
+            found = (hidden.to(self._outputs) @ self._outputs.T).float().topk(k, -1)
+            return found.indices, found.values
+        query = (hidden.double().cpu() @ self._turn).float().numpy()
+        query = np.ascontiguousarray(np.concatenate([query, np.zeros((len(query), 1), np.float32)], 1))
+        keys = self._graph.search(query, k).keys.reshape(len(query), k).astype(np.int64)
+        numbers = torch.from_numpy(keys).to(self._outputs.device)
+        logits = (self._outputs[numbers].float() @ hidden.float().to(self._outputs.device)[..., None])[..., 0]
+        order = logits.argsort(-1, descending=True)
+        return numbers.gather(-1, order), logits.gather(-1, order)
+
+    def recall(self, hidden: torch.Tensor, top: int = 1) -> float:
+        """Share of the exact ``top`` tokens that the index finds, over hidden states ``[N, d]``."""
+        true, found = self.nearest(hidden, True)[0][:, :top], self.nearest(hidden)[0]
+        return float((true[:, :, None] == found[:, None, :]).any(-1).float().mean())
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: Any = None,
+        **model_kwargs: Any,
+    ) -> torch.Tensor:
+        """As ``generate``: ``[B, T + new]`` in the model's own tokens; rows are decoded one after the other.
+
+        Raises:
+            BadInputError: not built for this model, a processor that looks at token ids, a filled cache, or padding on the right.
+        """
+        from ..generation.base import check_prompt, join_rows, refuse_unsupported, split_rows
+
+        if self._model is not model:
+            raise BadInputError("The index was built for another model, or not at all.", "Call build(model) first.")
+        refuse_unsupported("LargeVocabulary", generation_config, bool(model_kwargs.get("synced_gpus")))
+        odd = [type(item).__name__ for item in logits_processor or [] if type(item).__name__ not in WARPERS]
+        if odd:
+            raise BadInputError(
+                f"{', '.join(odd)} works on the model's own token ids, not on a large vocabulary.", "Leave it out."
+            )
+        past = model_kwargs.get("past_key_values")
+        if past is not None and past.get_seq_length() > 0:
+            raise BadInputError("LargeVocabulary starts from an empty cache.", "Leave past_key_values out.")
+        began = time.perf_counter()
+        self.steps, self.chosen, new = 0, [], []
+        for ids, _ in split_rows(input_ids, model_kwargs.get("attention_mask")):
+            check_prompt(model, len(ids))
+            new.append(
+                self._decode(model, ids, input_ids.shape[1], logits_processor, stopping_criteria, generation_config)
+            )
+        self.seconds = time.perf_counter() - began
+        return join_rows(input_ids, new, generation_config)
+
+    def _decode(
+        self, model: Any, ids: torch.Tensor, width: int, processors: Any, criteria: Any, config: Any
+    ) -> list[int]:
+        from transformers import DynamicCache
+
+        cache, text, inputs = DynamicCache(config=model.config), ids[None], {"input_ids": ids[None]}
+        room = config.max_length - width
+        new: list[int] = []
+        self.chosen.append([])
+        while True:
+            hidden = model.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            self.steps += 1
+            numbers, scores = self.nearest(hidden)
+            if processors is not None:
+                scores = processors(text, scores)
+            place = int(torch.multinomial(scores.softmax(-1), 1)) if config.do_sample else int(scores.argmax(-1))
+            number = int(numbers[0, place])
+            for piece in self.pieces(number):  # one by one, so that criteria stop inside a long token too
+                new.append(piece)
+                text = torch.cat([text, text.new_tensor([[piece]])], 1)
+                if len(new) >= room or (criteria is not None and bool(criteria(text, None)[0])):
+                    self.chosen[-1].append(self.pieces(number))
+                    return new
+            self.chosen[-1].append(self.pieces(number))
+            if number < self._size:
+                inputs = {"input_ids": torch.tensor([[number]], device=ids.device)}
+            else:
+                inputs = {"inputs_embeds": self._inputs[number - self._size][None, None].to(model.dtype)}
