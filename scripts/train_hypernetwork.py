@@ -1,14 +1,16 @@
 """Trains the hypernetwork that gives merged tokens their embeddings, for the embedded model or any other.
 
-    python scripts/train_hypernetwork.py --out src/everytoken/tokenization/hypernetworks/smollm2-135m --minutes 2 18 18
+    python scripts/train_hypernetwork.py --out src/everytoken/tokenization/hypernetworks/smollm2-135m --minutes 2 15 14 10
 
-Three stages, each with its minutes; nothing of the language model is trained.
+Four stages, each with its minutes; nothing of the language model is trained.
 
 1. *pieces*: tokens of the vocabulary, written as two or more shorter tokens, get their own embeddings back.
 2. *states*: text with merged tokens leads to the same hidden states, at the last pieces, as the text without merges, after
    ``--depth`` layers (cheap, and there the words of a text are already put together).
 3. *predictions*: the same for the whole model's next-token distributions (Kullback-Leibler divergence), and the output embeddings
-   by the likelihood of the next merged token among all tokens.
+   by the likelihood of the next merged token among all tokens of the batch.
+4. *outputs*: the output embeddings alone (the input side is held where it is), on states kept from merged text: the likelihood of the
+   next merged token among the vocabulary and a large sample of new tokens, so that tokens that are not in a batch learn to be unlikely.
 
 Texts: the standard library's English prose, the packaged declarations (of the languages that experiments measure only the first
 half), and the text files of ``--texts``, if given. The best weights on held-out text so far are always on disk.
@@ -17,6 +19,7 @@ half), and the text files of ``--texts``, if given. The best weights on held-out
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import re
 import time
@@ -147,7 +150,7 @@ def main():
     parser.add_argument("--model", default=None)
     parser.add_argument("--texts", type=Path, default=None, help="folder of further .txt files")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, nargs=3, default=(2.0, 18.0, 18.0))
+    parser.add_argument("--minutes", type=float, nargs=4, default=(2.0, 15.0, 14.0, 10.0))
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
@@ -193,7 +196,9 @@ def main():
         scale = weight.var()
         return ((first - weight[tokens]) ** 2).mean() / scale + ((second - head[tokens]) ** 2).mean() / scale
 
-    for stage, minutes, lr in zip(("pieces", "states", "predictions"), args.minutes, (args.lr, args.lr, args.lr / 2), strict=True):
+    for stage, minutes, lr in zip(
+        ("pieces", "states", "predictions"), args.minutes[:3], (args.lr, args.lr, args.lr / 2), strict=True
+    ):
         optimiser = torch.optim.AdamW(hyper.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
         began, step, last = time.time(), 0, time.time()
         while (spent := (time.time() - began) / 60) < minutes:
@@ -233,7 +238,79 @@ def main():
             if time.time() - last > 150:
                 measure(stage, step)
                 last = time.time()
-        measure(stage, step)
+        if minutes:
+            measure(stage, step)
+    if args.minutes[3]:
+        losses = train_outputs(hyper, model, dynamic, texts, tokenizer, args.minutes[3], args.lr / 2, rng)
+        best = float("inf")  # the output side does not show in the divergence: keep what this stage made
+        log["outputs"] = losses
+        measure("outputs", len(losses))
+
+
+@torch.no_grad()
+def kept_states(hyper, model, dynamic, texts, minutes, rng):
+    """States before each token of merged text, and that token: an id, or its pieces."""
+    weight, states, targets, began = model.get_input_embeddings().weight, [], [], time.time()
+    while time.time() - began < minutes * 60:
+        dynamic.reduction = float(rng.choice([0.4, 1.0]))
+        batch = dynamic(texts.batch(4, 192))
+        if not batch.pieces:
+            continue
+        embeds, _last = student_inputs(batch, hyper.embed(batch.pieces)[0], weight)
+        hidden = model.base_model(
+            inputs_embeds=embeds, attention_mask=batch.attention_mask, use_cache=False
+        ).last_hidden_state
+        for row, tokens in enumerate(batch.tokens):
+            states.append(hidden[row, : len(tokens) - 1].half())
+            targets += [item if item >= 0 else batch.pieces[-1 - item] for item in tokens[1:]]
+    return torch.cat(states), targets
+
+
+def train_outputs(hyper, model, dynamic, texts, tokenizer, minutes, lr, rng, size=160, others=1200):
+    """Stage 4; returns the losses, averaged over 25 steps each."""
+    head, scale = model.get_output_embeddings().weight, model.get_input_embeddings().weight.var()
+    corpus = [*list(texts.streams.values()), texts.english]
+    tokens = dynamic.vocabulary(corpus, 80_000)
+    states, targets = kept_states(hyper.eval(), model, dynamic, texts, minutes * 0.3, rng)
+    print(f"{len(states):,} states, {len(tokens):,} new tokens", flush=True)
+    before = copy.deepcopy(hyper)
+    before._attached = hyper._attached
+    hyper.train()
+    optimiser = torch.optim.AdamW(hyper.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    began, losses, recent, step = time.time(), [], [], 0
+    while (spent := (time.time() - began) / 60) < minutes * 0.7:
+        for group in optimiser.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 30) * (0.1 + 0.45 * (1 + np.cos(np.pi * spent / (minutes * 0.7))))
+        chosen = rng.integers(len(states), size=size)
+        wanted = [targets[index] for index in chosen.tolist()]
+        own = list(dict.fromkeys(item for item in wanted if not isinstance(item, int)))
+        rest = [tokens[index] for index in rng.integers(len(tokens), size=others).tolist()]
+        rest = [item for item in rest if item not in set(own)]
+        places = {item: len(head) + place for place, item in enumerate(own)}
+        first, second = hyper.apply_to([*own, *rest])
+        hidden = states[chosen].float()
+        logits = hidden @ torch.cat([head, second]).T
+        # each of the sample stands for the many that were not drawn
+        logits[:, len(head) + len(own) :] += np.log(len(tokens) / max(1, len(rest)))
+        loss = F.cross_entropy(
+            logits, torch.tensor([item if isinstance(item, int) else places[item] for item in wanted])
+        )
+        held = before.embed([*own, *rest])[0]
+        total = loss + 5 * ((first - held) ** 2).mean() / scale
+        optimiser.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(hyper.parameters(), 1.0)
+        optimiser.step()
+        recent.append(float(loss))
+        step += 1
+        if step % 25 == 0:
+            losses.append(round(float(np.mean(recent)), 4))
+            print(
+                f"outputs {step}: {losses[-1]}  input drift {float(((first - held) ** 2).mean() / scale):.5f}",
+                flush=True,
+            )
+            recent = []
+    return losses
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ def imports_of(path):
 
 STATIONS = ("tokenization", "generation", "preference", "constraints")
 SHARED = {"base", "byte_view", "trial", "trainer", "traces", "sentiment", "drafts", "drafting", "trees"}
+SHARED |= {"merging", "hyper"}  # pair merges, embeddings of new tokens
 SHARED |= {"grammar", "kernels", "matcher", "pushdown", "sources", "vocabulary"}  # the grammar engine
 
 

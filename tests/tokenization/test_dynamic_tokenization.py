@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -20,7 +21,11 @@ from everytoken.tokenization.large_vocabulary import LargeVocabulary
 from ..conftest import tiny_llama
 from .common import byte_level, sentencepiece
 
-TEXTS = ["strawberries wonderful wonderful helpers", "unbelievable strawberries, isn't it?\n\n  well", "naïve 漢字漢字 12345"]
+TEXTS = [
+    "strawberries wonderful wonderful helpers",
+    "unbelievable strawberries, isn't it?\n\n  well",
+    "naïve 漢字漢字 12345",
+]
 ANY = st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=3)
 
 
@@ -36,7 +41,7 @@ def anew(dynamic, rows, merges):
     while merges is None or done < merges:
         counts = Counter()
         for row in rows:
-            for left, right in zip(row, row[1:], strict=False):
+            for left, right in itertools.pairwise(row):
                 if isinstance(left, bytes) and isinstance(right, bytes) and dynamic.valid(left, right):
                     counts[left, right] += 1
         if not counts:
@@ -181,7 +186,9 @@ def hyper_for(model, seed=0, trained=True):
 def test_an_untrained_hypernetwork_is_the_mean_of_the_pieces():
     model = model_for(byte_level())
     pieces = [(3, 4), (5, 6, 7), (8,), (9, 9, 9, 9, 9, 9, 9)]
-    for mine, mean in zip(hyper_for(model, trained=False).embed(pieces), MeanEmbedding(model).embed(pieces), strict=True):
+    for mine, mean in zip(
+        hyper_for(model, trained=False).embed(pieces), MeanEmbedding(model).embed(pieces), strict=True
+    ):
         assert torch.allclose(mine, mean, atol=1e-5)
     weight = model.get_input_embeddings().weight
     assert torch.allclose(MeanEmbedding(model).embed(pieces)[0][1], weight[[5, 6, 7]].mean(0), atol=1e-6)
@@ -244,7 +251,11 @@ def test_batches_are_padded_and_embedded(side):
             places = mask.nonzero()[:, 0]
             assert int(mask.sum()) == len(row) and int(places[0]) == (0 if side == "right" else len(mask) - len(row))
             for vector, token in zip(batch.inputs_embeds[number][mask], row, strict=True):
-                wanted = hyper.base(torch.tensor([token]))[0] if token >= 0 else hyper.embed([batch.pieces[-1 - token]])[0][0]
+                wanted = (
+                    hyper.base(torch.tensor([token]))[0]
+                    if token >= 0
+                    else hyper.embed([batch.pieces[-1 - token]])[0][0]
+                )
                 assert torch.allclose(vector, wanted, atol=1e-5)
             assert not batch.inputs_embeds[number][~mask].any()
     assert dynamic.cache.hits == dynamic.cache.misses == len(batch.pieces)
@@ -282,7 +293,13 @@ def test_prefill_reads_fewer_positions():
         first = model.generate(**one, max_new_tokens=1, do_sample=False, pad_token_id=1, custom_generate=prefill)
         ids = one["input_ids"][0].tolist()
         batch = dynamic([ids[: len(ids) - keep]])
-        embeds = torch.cat([batch.inputs_embeds, model.get_input_embeddings()(torch.tensor([ids[len(ids) - keep :]], dtype=torch.long))], 1)
+        embeds = torch.cat(
+            [
+                batch.inputs_embeds,
+                model.get_input_embeddings()(torch.tensor([ids[len(ids) - keep :]], dtype=torch.long)),
+            ],
+            1,
+        )
         assert int(first[0, -1]) == int(model(inputs_embeds=embeds).logits[0, -1].argmax())
 
 
@@ -305,7 +322,9 @@ def test_no_new_tokens_and_exact_search_is_plain_greedy():
     inputs = prompts(tokenizer, TEXTS)
     decoder = LargeVocabulary([], MeanEmbedding(model), index="exact").build(model)
     plain = model.generate(**inputs, max_new_tokens=9, do_sample=False, pad_token_id=1)
-    assert torch.equal(plain, model.generate(**inputs, max_new_tokens=9, do_sample=False, pad_token_id=1, custom_generate=decoder))
+    assert torch.equal(
+        plain, model.generate(**inputs, max_new_tokens=9, do_sample=False, pad_token_id=1, custom_generate=decoder)
+    )
     assert decoder.steps == 27
 
 
@@ -326,7 +345,9 @@ def test_the_large_vocabulary_is_the_definition(index):
         hidden = model.base_model(inputs_embeds=embeds).last_hidden_state[0, -1]
         number = int((head @ hidden).argmax())
         text += decoder.pieces(number)
-        vector = model.get_input_embeddings().weight[number] if number < len(tokenizer) else inputs[number - len(tokenizer)]
+        vector = (
+            model.get_input_embeddings().weight[number] if number < len(tokenizer) else inputs[number - len(tokenizer)]
+        )
         embeds = torch.cat([embeds, vector[None, None]], 1)
     assert out[0, ids.shape[1] :].tolist() == text[:12]
     assert any(len(item) > 1 for item in decoder.chosen[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 from hypothesis import given
@@ -32,7 +33,7 @@ def counted_anew(rows, merges, names, allowed=lambda text: True):
     while len(done) < merges:
         counts = Counter()
         for row in rows:
-            pairs = zip(row, row[1:], strict=False)
+            pairs = itertools.pairwise(row)
             counts.update(pair for pair in pairs if allowed(names.spelled[pair[0]] + names.spelled[pair[1]]))
         if not counts:
             break

@@ -10,11 +10,72 @@ from rich.console import Console
 
 from ..core.errors import BadInputError
 
-app = typer.Typer(help="Put another tokenizer under a model.", no_args_is_help=True)
+app = typer.Typer(
+    help="Put another tokenizer under a model, or train one whose tokens span words.", no_args_is_help=True
+)
 EXAMPLES = (
     "Examples:  everytoken tokenizer transplant --to mistral --out moved  ·  "
     "everytoken tokenizer transplant --model my-model --to ./my-tokenizer --out moved --strategy retok"
 )
+
+
+SUPERTOKENS = (
+    "Examples:  everytoken tokenizer supertokens --data corpus.txt --out supertokens  ·  "
+    "everytoken tokenizer supertokens --data a.txt --data b.txt --vocab-size 32000 --chunk-sizes 0.5,0.5 --out pairs"
+)
+
+
+@app.command(epilog=SUPERTOKENS)
+def supertokens(
+    data: Annotated[list[Path], typer.Option(help="Text files to train on; repeatable.")],
+    out: Annotated[Path, typer.Option(help="Folder for the tokenizer.")],
+    vocab_size: Annotated[int, typer.Option(help="Tokens in all.")] = 16_000,
+    chunk_sizes: Annotated[
+        str, typer.Option(help="Probabilities that a chunk has 1, 2, 3... words.")
+    ] = "0.4,0.3,0.2,0.1",
+    min_frequency: Annotated[int, typer.Option(help="Least count of a merge.")] = 2,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Train a BPE tokenizer whose tokens may span several words, beside plain BPE of the same size."""
+    from ..tokenization.supertokens import SupertokenTrainer, words_in
+
+    try:
+        shares = [float(item) for item in chunk_sizes.split(",")]
+    except ValueError as error:
+        raise BadInputError(f"--chunk-sizes takes numbers with commas; got {chunk_sizes!r}.") from error
+    trainer = SupertokenTrainer(vocab_size, shares, min_frequency, seed=seed, progress=True)
+    texts = []
+    for path in data:
+        if not path.is_file():
+            raise BadInputError(f"There is no file {path}.")
+        try:
+            texts += path.read_text(encoding="utf-8").split("\n\n")
+        except UnicodeDecodeError as error:
+            raise BadInputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    _check_new(out)
+    held = texts[9::10] if len(texts) > 20 else texts
+    training = [text for number, text in enumerate(texts) if len(texts) <= 20 or number % 10 != 9]
+    tokenizer = trainer.train(training)
+    plain = SupertokenTrainer(len(tokenizer), (1.0,), min_frequency).train(training)
+    from ..core.vocabulary import token_bytes
+
+    table = token_bytes(tokenizer)
+    size = sum(len(text.encode()) for text in held)
+    counts = [sum(map(len, item(held)["input_ids"])) for item in (tokenizer, plain)]
+    tokenizer.save_pretrained(out)
+    spanning = sum(words_in(token) > 1 for token in table)
+    print(
+        f"{len(tokenizer):,} tokens, {spanning:,} of them span words; {size / max(1, counts[0]):.2f} bytes per token of "
+        f"{'held-out' if len(texts) > 20 else 'the training'} text, plain BPE {size / max(1, counts[1]):.2f}; written to {out}"
+    )
+
+
+def _check_new(out: Path) -> None:
+    from ..core.loading import check_writable
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInputError(f"{out} exists already.", "Choose a new folder.")
+    check_writable(out)
 
 
 @app.command(epilog=EXAMPLES)
@@ -32,16 +93,13 @@ def transplant(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Give a model another tokenizer: embeddings of shared tokens are kept, the others estimated (TokenAdapt)."""
-    from ..core.loading import check_writable, load_model, load_tokenizer
+    from ..core.loading import load_model, load_tokenizer
     from ..tokenization.families import load_any_tokenizer
     from ..tokenization.tokenadapt import TokenAdapt
 
     console = Console(stderr=True)
     method = TokenAdapt(temperature, top_k, global_weight, strategy=strategy, seed=seed)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInputError(f"{out} exists already.", "Choose a new folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    check_writable(out)
+    _check_new(out)
     new = load_any_tokenizer(to)
     console.print("loading the model ...", style="dim")
     old, source = load_tokenizer(model), load_model(model, dtype=dtype)

@@ -192,7 +192,9 @@ def execute(
         "machine": machine(),
         # a quick run may leave out what takes long
         "claims": [
-            _measure(claim, runs) for claim in experiment.claims if not quick or claim.metric in runs[0].get(claim.method, {})
+            _measure(claim, runs)
+            for claim in experiment.claims
+            if not quick or claim.metric in runs[0].get(claim.method, {})
         ],
         "runs": runs,
         "artifacts": artifacts,

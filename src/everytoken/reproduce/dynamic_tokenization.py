@@ -26,7 +26,9 @@ WHY = (
 WHY_SHORTER = "The model's English tokenizer cuts other languages finely, so more can be merged. Held-out halves of a declaration."
 WHY_MEAN = "The paper's baseline is also the mean of the pieces (FVT)."
 WHY_TIME = "Merging and embedding are counted. A 512-token prompt on two cores, whole pre-tokens."
-WHY_RECALL = "The paper uses ScaNN; here an HNSW graph, fitted to hidden states of other texts. Top-1 on held-out English prose."
+WHY_RECALL = (
+    "The paper uses ScaNN; here an HNSW graph, fitted to hidden states of other texts. Top-1 on held-out English prose."
+)
 WHY_STEPS = "English prose, greedy; the vocabulary goes on with the merges of the standard library's sources."
 
 

@@ -1,4 +1,4 @@
-"""The station's contracts: methods that rewrite token sequences (same bytes, other tokens), and models over bytes.
+"""The station's contracts: methods that rewrite token sequences (same bytes, other tokens), batches that merge, models over bytes.
 
 The bytes of tokens are in ``core.vocabulary``; ``byte_view`` encodes bytes and tells which token sequences can begin an encoding.
 """
@@ -14,7 +14,16 @@ from ..core.vocabulary import byte_stand_ins, spell, token_bytes
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["ByteModel", "Retokenized", "Retokenizer", "byte_stand_ins", "spell", "start_token", "token_bytes"]
+__all__ = [
+    "BatchMerger",
+    "ByteModel",
+    "Retokenized",
+    "Retokenizer",
+    "byte_stand_ins",
+    "spell",
+    "start_token",
+    "token_bytes",
+]
 
 
 def start_token(tokenizer: Any) -> int:
@@ -46,6 +55,14 @@ class Retokenizer(Protocol):
     """The station's contract for methods that rewrite token sequences: same bytes, other tokens."""
 
     def expand(self, ids: Any, seed: int | None = None) -> Retokenized: ...
+
+
+class BatchMerger(Protocol):
+    """Methods that make longer tokens of a batch; what they give has ``tokens``, ``pieces``, ``spans`` and ``inputs_embeds``."""
+
+    def merges_for(self, reduction: float) -> int: ...
+
+    def __call__(self, texts: Any) -> Any: ...
 
 
 class ByteModel(Protocol):

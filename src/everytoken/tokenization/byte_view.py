@@ -11,6 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from .base import token_bytes
 PROBES = (b"", b"a", b" a", b"1", b".", b"\n", b" ")
 MEMORY = 1 << 16
 """Answers remembered."""
+_VIEWS: WeakKeyDictionary[Any, ByteView] = WeakKeyDictionary()
 
 
 class ByteView:
@@ -63,6 +65,16 @@ class ByteView:
         # a vocabulary whose tokens span words leaves nothing settled at spaces
         self.spans_words = any(_spans_words(token) for token in self._tokens)
         self._answers: OrderedDict[tuple[int, ...], bool] = OrderedDict()
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> ByteView:
+        """The tokenizer's view, made once (again if its vocabulary has grown)."""
+        size = len(token_bytes(tokenizer))
+        known = _VIEWS.get(tokenizer)
+        if known is None or len(known.bytes) != size:
+            known = cls(tokenizer)
+            _VIEWS[tokenizer] = known
+        return known
 
     def _raw(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids

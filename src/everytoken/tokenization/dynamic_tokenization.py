@@ -261,7 +261,7 @@ class DynamicTokenizer:
             if merges < len(lengths) - 1:
                 merger, new, lengths = self._run(rows, merges)
         else:
-            merger, new, lengths = self._run(rows, merges)
+            merger, _new, lengths = self._run(rows, merges)
         size, pieces, order = len(self._bytes), [], {}
         tokens: list[list[int]] = []
         spans: list[list[tuple[int, int]]] = []

@@ -94,7 +94,7 @@ class ByteLM:
         tolerance: float = 1e-6,
     ):
         self.model, self.tokenizer, self.exact, self.tolerance = model, tokenizer, exact, tolerance
-        self.view = ByteView(tokenizer)
+        self.view = ByteView.of(tokenizer)
         if context is None:
             context = [start_token(tokenizer)]
         self.context = [int(item) for item in context]
@@ -467,7 +467,7 @@ class TokenHealing:
     def __post_init__(self) -> None:
         if self.back < 1:
             raise BadInputError(f"back is at least 1; got {self.back}.")
-        self.view = ByteView(self.tokenizer)
+        self.view = ByteView.of(self.tokenizer)
 
     def __call__(
         self,

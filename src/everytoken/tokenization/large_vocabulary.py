@@ -138,7 +138,9 @@ class LargeVocabulary:
     def _turns(self, model: Any, sample: Sequence[Sequence[int]] | None) -> tuple[torch.Tensor, torch.Tensor]:
         """``C^(1/2)`` and ``C^(-1/2)`` of a sample's hidden states, ``[d, d]`` each."""
         if sample is None:
-            flat = [piece for item in self.tokens[:SAMPLE] for piece in item][:SAMPLE] or list(range(min(self._size, 256)))
+            flat = [piece for item in self.tokens[:SAMPLE] for piece in item][:SAMPLE] or list(
+                range(min(self._size, 256))
+            )
             sample = [flat[begin : begin + 256] for begin in range(0, len(flat), 256)]
         states = [
             model.base_model(torch.tensor([list(row)], device=model.device)).last_hidden_state[0, 1:] for row in sample

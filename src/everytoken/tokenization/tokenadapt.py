@@ -111,7 +111,7 @@ class TokenAdapt:
         Raises:
             BadInputError: tokenizers that cannot be spelt, or an old one that changes texts.
         """
-        view = ByteView(old_tokenizer)
+        view = ByteView.of(old_tokenizer)
         old, new = view.bytes, token_bytes(new_tokenizer)
         by_bytes: dict[bytes, int] = {}
         for index, data in enumerate(old):

@@ -1,4 +1,4 @@
-"""Trials of retokenizers (the tokenizer's own tokens and each method's, on the same text), of models over bytes, of transplants."""
+"""Trials of retokenizers (the tokenizer's own tokens and each method's, on the same text), of merges, of models over bytes, of transplants."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from ..core.trials import TrialRequest, TrialResult
 from .base import spell, start_token
 
 CUT = "The capital of France is Par"
+FOREIGN = (
+    "Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft und Gewissen begabt und sollen einander im "
+    "Geiste der Brüderlichkeit begegnen. Jeder hat das Recht auf Leben, Freiheit und Sicherheit der Person. Niemand darf in Sklaverei"
+)
 EXAMPLE = "Strawberry fields: how many r's are in strawberry? Tokenizers rarely know, and 1234 + 5678 is 6912."
 
 
@@ -42,11 +46,17 @@ def trial(request: TrialRequest) -> TrialResult:
     Raises:
         BadInputError: methods of two kinds at once.
     """
-    runners = {"on": bytes_trial, "transplant": transplant_trial, "expand": retokenizer_trial}
+    runners = {
+        "on": bytes_trial,
+        "transplant": transplant_trial,
+        "expand": retokenizer_trial,
+        "merges_for": dynamic_trial,
+    }
     kinds = {next(kind for kind in runners if hasattr(item.factory, kind)) for item in request.trials}
     if len(kinds) > 1:
         raise BadInputError(
-            "Methods that rewrite tokens, models over bytes and transplants cannot be compared.", "Run them apart."
+            "Methods that split tokens, merge them, put models over bytes and transplant cannot be compared.",
+            "Run them apart.",
         )
     return runners[kinds.pop()](request)
 
@@ -182,4 +192,57 @@ def transplant_trial(request: TrialRequest) -> TrialResult:
             "tokens": float(count),
             "vocabulary": float(arm.config.get_text_config().vocab_size),
         }
+    return result
+
+
+def dynamic_trial(request: TrialRequest) -> TrialResult:
+    """A prompt read in fewer positions, and what the model says after it: no merges, each method, and the mean of the pieces."""
+    import torch
+
+    from ..core.loading import load_model, load_tokenizer
+    from .dynamic_tokenization import DynamicPrefill, DynamicTokenizer
+    from .hyper import Embedder, HyperEmbedding, MeanEmbedding
+
+    text = text_of(request, FOREIGN)
+    tokenizer = load_tokenizer(request.model)
+    dynamics = [(item.name, item.factory(tokenizer, **item.settings)) for item in request.trials]
+    request.report("loading the model")
+    model = load_model(request.model, dtype=request.options.get("dtype", "auto"), packed=True)
+    mean = MeanEmbedding(model)
+    result = TrialResult({}, "positions", column="pieces in the token")
+    try:
+        best: Embedder = HyperEmbedding.from_pretrained("smollm2-135m").attach(model)
+    except BadInputError as error:
+        best = mean
+        result.notes.append(f"{error.message} The mean of the pieces is used.")
+    ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
+    if ids.shape[1] < 2:
+        raise BadInputError("The text is too short to merge anything.", "Give at least two tokens.")
+    arms: list[tuple[str, Any, Any]] = [("own tokens", DynamicTokenizer(tokenizer, merges=0), mean)]
+    for name, dynamic in dynamics:
+        arms.append((name, dynamic, best))
+        if best is not mean:
+            arms.append((f"{name}, mean of pieces", replace(dynamic), mean))
+    options: dict[str, Any] = {"max_new_tokens": int(request.options.get("max_new_tokens", 32)), "do_sample": False}
+    if request.options.get("temperature", 0.0) > 0:
+        options |= {"do_sample": True, "temperature": request.options["temperature"]}
+    for name, dynamic, embedder in arms:
+        request.report(f"running {name}")
+        dynamic.embedder = embedder
+        prefill = DynamicPrefill(dynamic)
+        torch.manual_seed(int(request.options.get("seed", 0)))
+        model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0, custom_generate=prefill)  # compile
+        began = time.perf_counter()
+        model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0, custom_generate=prefill)
+        seconds = time.perf_counter() - began
+        out = model.generate(ids, pad_token_id=0, custom_generate=prefill, **options)[0, ids.shape[1] :]
+        result.rows[name] = {
+            "positions": float(prefill.positions),
+            "bytes per position": len(text.encode()) / prefill.positions,
+            "prefill seconds": seconds,
+        }
+        result.texts[name] = tokenizer.decode(out, skip_special_tokens=True)
+        result.notes.append(f"{name}: ... {result.texts[name]!r}")
+        if embedder is best and name != "own tokens":
+            result.traces.append(dynamic([ids[0].tolist()]).trace(0, tokenizer))
     return result
