@@ -75,10 +75,10 @@ def run(context: Context) -> Arms:
 
     from ..core.loading import load_model, load_tokenizer
     from ..tokenization.dynamic_tokenization import DynamicPrefill, DynamicTokenizer
-    from ..tokenization.hyper import HyperEmbedding, MeanEmbedding
+    from ..tokenization.hyper import Embedder, HyperEmbedding, MeanEmbedding
 
     tokenizer, model = load_tokenizer(context.model), load_model(context.model, dtype="float32", packed=True)
-    embedders = {
+    embedders: dict[str, Embedder] = {
         "mean of pieces": MeanEmbedding(model),
         "hypernetwork": HyperEmbedding.from_pretrained("smollm2-135m").attach(model),
     }

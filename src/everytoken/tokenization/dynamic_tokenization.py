@@ -255,14 +255,14 @@ class DynamicTokenizer:
         merges = self.merges
         if merges is None and self.table is not None:
             merges = self.merges_for(self.reduction)
-        if merges is None:
-            merger, new, lengths = self._run(rows, 0 if self.reduction == 0 else None)
+        merger, _, lengths = self._run(rows, 0 if merges is None and self.reduction == 0 else merges)
+        if merges is None:  # that was all the way, to see what is possible: now up to the share of it
             merges = self.merges_for(self.reduction, lengths)
             if merges < len(lengths) - 1:
-                merger, new, lengths = self._run(rows, merges)
-        else:
-            merger, _new, lengths = self._run(rows, merges)
-        size, pieces, order = len(self._bytes), [], {}
+                merger, _, lengths = self._run(rows, merges)
+        size = len(self._bytes)
+        pieces: list[tuple[int, ...]] = []
+        order: dict[int, int] = {}
         tokens: list[list[int]] = []
         spans: list[list[tuple[int, int]]] = []
         for base, (merged, starts) in zip(rows, merger.rows(), strict=True):
@@ -360,7 +360,8 @@ class DynamicPrefill:
         keep = self.keep_last
         heads = [row[: len(row) - keep] for row in rows]
         tails = [row[len(row) - keep :] for row in rows]
-        parts, some = [], [row for row in heads if row]
+        parts: list[torch.Tensor] = []
+        some = [row for row in heads if row]
         batch = self.dynamic(some) if some else None
         embedder, place = self.dynamic.embedder, 0
         assert embedder is not None
@@ -378,9 +379,9 @@ class DynamicPrefill:
         check_prompt(model, width)
         embeds = parts[0].new_zeros(len(parts), width, parts[0].shape[-1])
         mask = torch.zeros(len(parts), width, dtype=torch.long, device=embeds.device)
-        for number, vectors in enumerate(parts):
-            embeds[number, width - len(vectors) :] = vectors
-            mask[number, width - len(vectors) :] = 1
+        for number, part in enumerate(parts):
+            embeds[number, width - len(part) :] = part
+            mask[number, width - len(part) :] = 1
         cache = DynamicCache(config=model.config)
         logits = self._step(model, cache, mask, inputs_embeds=embeds)
         texts, new = input_ids, [[] for _ in rows]  # type: ignore[var-annotated]
