@@ -262,7 +262,7 @@ def kept_states(hyper, model, dynamic, texts, minutes, rng):
         ).last_hidden_state
         for row, tokens in enumerate(batch.tokens):
             states.append(hidden[row, : len(tokens) - 1].half())
-            targets += [item if item >= 0 else batch.pieces[-1 - item] for item in tokens[1:]]
+            targets += [item if item >= 0 else batch.pieces[-1 - item][:8] for item in tokens[1:]]
     return torch.cat(states), targets
 
 
@@ -301,7 +301,7 @@ def train_outputs(hyper, model, dynamic, texts, tokenizer, minutes, lr, rng, siz
         total.backward()
         torch.nn.utils.clip_grad_norm_(hyper.parameters(), 1.0)
         optimiser.step()
-        recent.append(float(loss))
+        recent.append(float(loss.detach()))
         step += 1
         if step % 25 == 0:
             losses.append(round(float(np.mean(recent)), 4))

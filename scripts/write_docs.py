@@ -6,6 +6,7 @@ They are made anew for every build of the site and (but for the scoreboard, whic
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from everytoken.catalog.cards import STATIONS, Card, load_catalog
 from everytoken.reproduce.base import formatted, load_results, scoreboard
+from everytoken.reproduce.dynamic_tokenization import curve_svg
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -116,6 +118,10 @@ def main() -> None:
         cards = [card for card in catalog.values() if card.station == station]
         (DOCS / "stations" / f"{station}.md").write_text(station_page(station, cards), encoding="utf-8")
     (DOCS / "scoreboard.md").write_text(scoreboard(load_results(ROOT / "results")), encoding="utf-8")
+    curve = ROOT / "results" / "dynamic-tokenization.json"
+    if curve.is_file():
+        picture = curve_svg(json.loads(curve.read_text()))
+        (DOCS / "assets" / "dynamic-curve.svg").write_text(picture, encoding="utf-8")
     print(f"{len(catalog)} method pages, {len(STATIONS)} station pages, the scoreboard")
 
 

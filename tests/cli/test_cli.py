@@ -194,6 +194,40 @@ def test_try_exact_bytes(tmp_path):
 
 
 @pytest.mark.slow
+def test_try_dynamic_tokenization(tmp_path):
+    path = tmp_path / "merged.html"
+    result = run(
+        "try", "dynamic-tokenization", "--set", "reduction=1", "--max-new-tokens", 4, "--json", "--trace", path
+    )
+    rows = json.loads(result.stdout)["rows"]
+    assert rows["dynamic-tokenization"]["positions"] < 0.7 * rows["own tokens"]["positions"], result.stderr
+    assert "pieces in the token" in path.read_text()
+    assert run("try", "dynamic-tokenization", "--set", "boundary=line").returncode == 2
+
+
+def test_supertokens(tmp_path):
+    from transformers import AutoTokenizer
+
+    from ..tokenization.common import CORPUS
+
+    (tmp_path / "corpus.txt").write_text("\n\n".join(CORPUS))
+    arguments = ("tokenizer", "supertokens", "--data", tmp_path / "corpus.txt", "--out", tmp_path / "new")
+    result = run(*arguments, "--vocab-size", 400)
+    assert result.returncode == 0 and "span words" in result.stdout, result.stderr
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert tokenizer.decode(tokenizer("hello to the other worlds")["input_ids"]) == "hello to the other worlds"
+    assert "exists already" in run(*arguments).stderr
+    (tmp_path / "broken.txt").write_bytes(b"\xff\xfe")
+    for extra, message in (
+        (("--chunk-sizes", "x"), "numbers"),
+        (("--data", tmp_path / "broken.txt"), "UTF-8"),
+        (("--data", "nowhere"), "no file"),
+    ):
+        result = run("tokenizer", "supertokens", "--data", tmp_path / "corpus.txt", "--out", tmp_path / "other", *extra)
+        assert result.returncode == 2 and message in result.stderr
+
+
+@pytest.mark.slow
 def test_transplants(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -17,7 +17,7 @@ SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
 """Shares of the possible reduction."""
 PREFIX, REST = 192, 96
 """Tokens to merge, and tokens after them whose bits are counted."""
-LARGE = 60_000
+LARGE = 70_000
 """New tokens of the large vocabulary, beside the model's own 49,152."""
 WHY = (
     "The hypernetwork was trained here in half an hour on two cores, for a 135M English model; the paper uses hypernetworks trained at "
@@ -143,7 +143,8 @@ def large_vocabulary(context: Context, model: Any, tokenizer: Any, embedder: Any
     from .stochastok import prose
 
     context.progress("a large vocabulary")
-    tokens = DynamicTokenizer(tokenizer).vocabulary(sources(), LARGE)
+    corpus = [*sources(), prose(), *(halves(text)[0] for text in declarations().values())]
+    tokens = DynamicTokenizer(tokenizer).vocabulary(corpus, LARGE)
     text = prose()
     sample = windows(tokenizer(text[:600_000], add_special_tokens=False)["input_ids"], 256, 8)
     context.progress(f"an index over {len(tokens):,} new tokens")

@@ -195,14 +195,15 @@ class DynamicTokenizer:
             lengths.append(merger.length)
         return merger, new, lengths
 
-    def vocabulary(self, texts: Sequence[Any], size: int) -> list[tuple[int, ...]]:
-        """The base tokens of up to ``size`` new tokens: the merges of a whole corpus, the most frequent first."""
+    def vocabulary(self, texts: Sequence[Any], size: int, max_pieces: int = 8) -> list[tuple[int, ...]]:
+        """The base tokens of up to ``size`` new tokens: the merges of a whole corpus, the most frequent first; tokens of more than
+        ``max_pieces`` (rulers, tables) are left out."""
         rows = self._base(texts, False)
         new = self._run(rows, None, size)[1]
         made: dict[bytes, tuple[int, ...]] = {}
         for joined, (left, right) in new.items():
             made[joined] = (*self._parts(left, made), *self._parts(right, made))
-        return list(made.values())
+        return [pieces for pieces in made.values() if len(pieces) <= max_pieces]
 
     def _parts(self, data: bytes, made: dict[bytes, tuple[int, ...]]) -> tuple[int, ...]:
         return made[data] if data in made else (self._ids[data],)
