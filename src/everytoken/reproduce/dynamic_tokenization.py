@@ -25,7 +25,7 @@ WHY = (
 )
 WHY_SHORTER = "The model's English tokenizer cuts other languages finely, so more can be merged. Held-out halves of a declaration."
 WHY_MEAN = "The paper's baseline is also the mean of the pieces (FVT)."
-WHY_TIME = "Merging and embedding are counted. A 512-token prompt on two cores, whole pre-tokens."
+WHY_TIME = "Merging and embedding are counted. 512-token prompts merged to whole pre-tokens, the two in turn, on a machine that other runs shared."
 WHY_RECALL = (
     "The paper uses ScaNN; here an HNSW graph, fitted to hidden states of other texts. Top-1 on held-out English prose."
 )

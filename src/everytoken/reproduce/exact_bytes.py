@@ -101,7 +101,7 @@ def run(context: Context) -> Arms:
     healing = TokenHealing(tokenizer)
     hits: dict[str, list[bool]] = {"own tokens": [], "token healing": [], "exact bytes": []}
     bits: dict[str, list[float]] = {"own tokens": [], "exact bytes": []}
-    work = cases(tokenizer, 8 if context.quick else 40, context.seed)
+    work = cases(tokenizer, 8 if context.quick else 30, context.seed)
     lm = ByteLM(model, tokenizer)
     forwards = 0
     for number, (prefix, wanted) in enumerate(work, 1):

@@ -122,17 +122,23 @@ class LargeVocabulary:
 
             turn, self._turn = self._turns(model, sample)
             keys = (self._outputs.double().cpu() @ turn).float().numpy()
-            norms = (keys**2).sum(1)
-            extra = np.sqrt(np.maximum(norms.max() - norms, 0))
-            self._graph = Index(
-                ndim=keys.shape[1] + 1,
-                metric="l2sq",
-                dtype="f32",
-                connectivity=self.connectivity,
-                expansion_add=self.expansion_add,
-                expansion_search=self.expansion_search,
-            )
-            self._graph.add(np.arange(len(keys)), np.concatenate([keys, extra[:, None]], 1), log=progress)
+            # a graph each: the model's own tokens and the new ones lie in clusters of their own, between which few links lead
+            self._graphs = []
+            for begin, end in ((0, self._size), (self._size, len(keys))):
+                if end > begin:
+                    part = keys[begin:end]
+                    norms = (part**2).sum(1)
+                    extra = np.sqrt(np.maximum(norms.max() - norms, 0))
+                    graph = Index(
+                        ndim=keys.shape[1] + 1,
+                        metric="l2sq",
+                        dtype="f32",
+                        connectivity=self.connectivity,
+                        expansion_add=self.expansion_add,
+                        expansion_search=self.expansion_search,
+                    )
+                    graph.add(np.arange(begin, end), np.concatenate([part, extra[:, None]], 1), log=progress)
+                    self._graphs.append(graph)
         return self
 
     def _turns(self, model: Any, sample: Sequence[Sequence[int]] | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,10 +176,14 @@ class LargeVocabulary:
             return found.indices, found.values
         query = (hidden.double().cpu() @ self._turn).float().numpy()
         query = np.ascontiguousarray(np.concatenate([query, np.zeros((len(query), 1), np.float32)], 1))
-        keys = self._graph.search(query, k).keys.reshape(len(query), k).astype(np.int64)
+        found_keys = [
+            graph.search(query, min(k, len(graph))).keys.reshape(len(query), -1).astype(np.int64)
+            for graph in self._graphs
+        ]
+        keys = np.concatenate(found_keys, 1)
         numbers = torch.from_numpy(keys).to(self._outputs.device)
         logits = (self._outputs[numbers].float() @ hidden.float().to(self._outputs.device)[..., None])[..., 0]
-        order = logits.argsort(-1, descending=True)
+        order = logits.argsort(-1, descending=True)[:, :k]
         return numbers.gather(-1, order), logits.gather(-1, order)
 
     def recall(self, hidden: torch.Tensor, top: int = 1) -> float:
