@@ -2,7 +2,7 @@
 
     python benchmarks/bench_tokenization.py [stochastok] [merges] [bytes]
 
-genlm-bytes is measured where it is installed (``pip install genlm-bytes``; it wants bitsandbytes on Linux, which is not used here).
+genlm-bytes is measured where it is installed: ``pip install --no-deps genlm-bytes genlm-backend arsenal`` and ``pip install ipython``.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ async def genlm(model, tokenizer, texts: list[bytes]) -> tuple[list[list[np.ndar
     found, total = [], 0.0
     for text in texts:
         began = time.perf_counter()
-        beam = await ByteBeamState.initial(llm, BeamParams(K=5, prune_threshold=0.05))
+        beam = await ByteBeamState.initial(llm, BeamParams(K=5, prune_threshold=0.0))
         rows = []
         for byte in text:
             rows.append(np.array((await beam.logp_next()).ps)[:257])
