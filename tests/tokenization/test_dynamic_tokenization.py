@@ -303,6 +303,16 @@ def test_prefill_reads_fewer_positions():
         assert int(first[0, -1]) == int(model(inputs_embeds=embeds).logits[0, -1].argmax())
 
 
+def test_a_prompt_that_is_kept_whole():
+    tokenizer = byte_level()
+    model = model_for(tokenizer)
+    inputs = prompts(tokenizer, ["hel", TEXTS[0]])
+    prefill = DynamicPrefill(DynamicTokenizer(tokenizer, reduction=1.0, embedder=hyper_for(model)), keep_last=100)
+    plain = model.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=1)
+    ours = model.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=1, custom_generate=prefill)
+    assert torch.equal(plain, ours) and prefill.positions == int(inputs["attention_mask"].sum())
+
+
 def new_tokens(tokenizer):
     return DynamicTokenizer(tokenizer).vocabulary(TEXTS, 40)
 

@@ -358,9 +358,9 @@ class DynamicPrefill:
         if past is not None and past.get_seq_length() > 0:
             raise BadInputError("DynamicPrefill starts from an empty cache.", "Leave past_key_values out.")
         rows = [ids.tolist() for ids, _ in split_rows(input_ids, model_kwargs.get("attention_mask"))]
-        keep = self.keep_last
-        heads = [row[: len(row) - keep] for row in rows]
-        tails = [row[len(row) - keep :] for row in rows]
+        cuts = [max(0, len(row) - self.keep_last) for row in rows]
+        heads = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
+        tails = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
         parts: list[torch.Tensor] = []
         some = [row for row in heads if row]
         batch = self.dynamic(some) if some else None
