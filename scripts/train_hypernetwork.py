@@ -130,7 +130,7 @@ def divergence(teacher, student, weight):
 @torch.no_grad()
 def held_out(model, dynamic, texts, tokenizer, embedder, length=128):
     """Mean divergence at the last pieces over the measured languages' held-out halves."""
-    _, weight = model.get_input_embeddings(), model.get_input_embeddings().weight
+    weight = model.get_input_embeddings().weight
     total, count = 0.0, 0
     for text in texts.held.values():
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]

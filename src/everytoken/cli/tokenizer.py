@@ -37,7 +37,9 @@ def supertokens(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Train a BPE tokenizer whose tokens may span several words, beside plain BPE of the same size."""
+    from ..core.vocabulary import token_bytes
     from ..tokenization.supertokens import SupertokenTrainer, words_in
+    from ..tokenization.trial import read_text
 
     try:
         shares = [float(item) for item in chunk_sizes.split(",")]
@@ -46,19 +48,12 @@ def supertokens(
     trainer = SupertokenTrainer(vocab_size, shares, min_frequency, seed=seed, progress=True)
     texts = []
     for path in data:
-        if not path.is_file():
-            raise BadInputError(f"There is no file {path}.")
-        try:
-            texts += path.read_text(encoding="utf-8").split("\n\n")
-        except UnicodeDecodeError as error:
-            raise BadInputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+        texts += read_text(path).split("\n\n")
     _check_new(out)
     held = texts[9::10] if len(texts) > 20 else texts
     training = [text for number, text in enumerate(texts) if len(texts) <= 20 or number % 10 != 9]
     tokenizer = trainer.train(training)
     plain = SupertokenTrainer(len(tokenizer), (1.0,), min_frequency).train(training)
-    from ..core.vocabulary import token_bytes
-
     table = token_bytes(tokenizer)
     size = sum(len(text.encode()) for text in held)
     counts = [sum(map(len, item(held)["input_ids"])) for item in (tokenizer, plain)]

@@ -91,6 +91,15 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
     return table
 
 
+def first_ids(table: list[bytes | None]) -> dict[bytes, int]:
+    """The first id that spells each of a table's byte strings."""
+    found: dict[bytes, int] = {}
+    for index, data in enumerate(table):
+        if data:
+            found.setdefault(data, index)
+    return found
+
+
 def _kinds(part: Any) -> set[str]:
     """The types of a component and, in sequences, of its parts."""
     if not isinstance(part, dict):

@@ -164,6 +164,12 @@ def split_rows(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[tuple
     return rows
 
 
+def check_empty_cache(decoder: str, cache: Any) -> None:
+    """Raises BadInputError where ``past_key_values`` hold something already."""
+    if cache is not None and cache.get_seq_length() > 0:
+        raise BadInputError(f"{decoder} starts from an empty cache.", "Leave past_key_values out.")
+
+
 def check_one_row(decoder: str, rows: int, streamer: Any, cache: Any) -> None:
     """Raises BadInputError where a batch of several rows comes with a streamer or a filled cache, which follow one."""
     if rows > 1 and cache is not None and cache.get_seq_length() > 0:

@@ -12,6 +12,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ WHY_SUM = (
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
+@lru_cache(maxsize=1)  # every module of the standard library is parsed for it
 def prose() -> str:
     """English text inside the standard library: the language reference and the docstrings of its modules."""
     import ast

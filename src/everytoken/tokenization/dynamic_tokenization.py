@@ -33,7 +33,7 @@ import torch
 
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
-from ..core.vocabulary import backend_of
+from ..core.vocabulary import backend_of, first_ids
 from .base import token_bytes
 from .hyper import Embedder, EmbeddingCache
 from .merging import PairMerger
@@ -127,10 +127,7 @@ class DynamicTokenizer:
                 f"reduction is a share of what is possible, 0 to 1; got {self.reduction}.", "Half of it is 0.5."
             )
         self._bytes = token_bytes(self.tokenizer)
-        self._ids: dict[bytes, int] = {}
-        for index, data in enumerate(self._bytes):
-            if data:
-                self._ids.setdefault(data, index)
+        self._ids = first_ids(self._bytes)
         self._cut = getattr(backend_of(self.tokenizer), "pre_tokenizer", None)
         self._joined: OrderedDict[bytes, bool] = OrderedDict()
         self.cache = EmbeddingCache(self.cache_size)
@@ -351,12 +348,10 @@ class DynamicPrefill:
         """
         from transformers import DynamicCache
 
-        from ..generation.base import check_prompt, join_rows, refuse_unsupported, split_rows
+        from ..generation.base import check_empty_cache, check_prompt, join_rows, refuse_unsupported, split_rows
 
         refuse_unsupported("DynamicPrefill", generation_config, bool(model_kwargs.get("synced_gpus")))
-        past = model_kwargs.get("past_key_values")
-        if past is not None and past.get_seq_length() > 0:
-            raise BadInputError("DynamicPrefill starts from an empty cache.", "Leave past_key_values out.")
+        check_empty_cache("DynamicPrefill", model_kwargs.get("past_key_values"))
         rows = [ids.tolist() for ids, _ in split_rows(input_ids, model_kwargs.get("attention_mask"))]
         cuts = [max(0, len(row) - self.keep_last) for row in rows]
         heads = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]

@@ -20,7 +20,6 @@ near each other if their logits are alike.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,7 +62,7 @@ class LargeVocabulary:
     After a call ``steps`` counts forward passes and ``chosen`` holds each row's tokens (as pieces).
 
     Raises:
-        BadInputError: no new tokens, one without pieces, or a setting out of its range.
+        BadInputError: a new token without pieces, or a setting out of its range.
     """
 
     tokens: Sequence[tuple[int, ...]] = field(repr=False)
@@ -206,7 +205,7 @@ class LargeVocabulary:
         Raises:
             BadInputError: not built for this model, a processor that looks at token ids, a filled cache, or padding on the right.
         """
-        from ..generation.base import check_prompt, join_rows, refuse_unsupported, split_rows
+        from ..generation.base import check_empty_cache, check_prompt, join_rows, refuse_unsupported, split_rows
 
         if self._model is not model:
             raise BadInputError("The index was built for another model, or not at all.", "Call build(model) first.")
@@ -216,17 +215,13 @@ class LargeVocabulary:
             raise BadInputError(
                 f"{', '.join(odd)} works on the model's own token ids, not on a large vocabulary.", "Leave it out."
             )
-        past = model_kwargs.get("past_key_values")
-        if past is not None and past.get_seq_length() > 0:
-            raise BadInputError("LargeVocabulary starts from an empty cache.", "Leave past_key_values out.")
-        began = time.perf_counter()
+        check_empty_cache("LargeVocabulary", model_kwargs.get("past_key_values"))
         self.steps, self.chosen, new = 0, [], []
         for ids, _ in split_rows(input_ids, model_kwargs.get("attention_mask")):
             check_prompt(model, len(ids))
             new.append(
                 self._decode(model, ids, input_ids.shape[1], logits_processor, stopping_criteria, generation_config)
             )
-        self.seconds = time.perf_counter() - began
         return join_rows(input_ids, new, generation_config)
 
     def _decode(

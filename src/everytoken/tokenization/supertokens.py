@@ -69,29 +69,28 @@ class SupertokenTrainer:
         if self.min_frequency < 1:
             raise BadInputError(f"min_frequency is at least 1; got {self.min_frequency}.")
 
+    def _sizes(self) -> Iterator[int]:
+        """Words of one chunk after the other, without end."""
+        rng = np.random.default_rng(self.seed)
+        shares = np.array(self.chunk_sizes, np.float64) / sum(self.chunk_sizes)
+        while True:
+            yield from reversed((rng.choice(len(shares), 4096, p=shares) + 1).tolist())
+
     def chunks(self, texts: Iterable[str]) -> Iterator[str]:
         """The training text in chunks; joined they are the text again."""
         from tokenizers import Regex, pre_tokenizers
 
         cut = pre_tokenizers.Split(Regex(RUNS), "isolated")
-        rng = np.random.default_rng(self.seed)
-        shares = np.array(self.chunk_sizes, np.float64) / sum(self.chunk_sizes)
-        draws: list[int] = []
+        sizes = self._sizes()
         for text in texts:
             for run, _ in cut.pre_tokenize_str(text):
                 places = [match.start() for match in _SPACE.finditer(run)] if run.strip() else []
-                first, words = 0, 0
-                if not draws:
-                    draws = (rng.choice(len(shares), 4096, p=shares) + 1).tolist()
-                left = draws.pop()
+                first, words, size = 0, 0, next(sizes)
                 for place in places:
                     words += 1
-                    if words == left:
+                    if words == size:
                         yield run[first:place]
-                        first, words = place, 0
-                        if not draws:
-                            draws = (rng.choice(len(shares), 4096, p=shares) + 1).tolist()
-                        left = draws.pop()
+                        first, words, size = place, 0, next(sizes)
                 yield run[first:]
 
     def train(self, texts: Iterable[str]) -> Any:

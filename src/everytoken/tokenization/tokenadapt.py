@@ -30,8 +30,10 @@ import torch
 
 from ..core.errors import BadInputError, UnsupportedModelError
 from ..core.trace import TokenTrace
+from ..core.vocabulary import first_ids
 from .base import token_bytes
 from .byte_view import ByteView
+from .hyper import matrices
 
 Embedder = Callable[[Sequence[str]], np.ndarray]
 ROLES = (
@@ -113,10 +115,7 @@ class TokenAdapt:
         """
         view = ByteView.of(old_tokenizer)
         old, new = view.bytes, token_bytes(new_tokenizer)
-        by_bytes: dict[bytes, int] = {}
-        for index, data in enumerate(old):
-            if data:
-                by_bytes.setdefault(data, index)
+        by_bytes = first_ids(old)
         copied = np.full(len(new), -1, np.int64)
         for index, data in enumerate(new):
             if data and data in by_bytes:
@@ -198,9 +197,7 @@ class TokenAdapt:
             UnsupportedModelError: a model without token embeddings.
             BadInputError: the old tokenizer has more tokens than the model.
         """
-        source = model.get_input_embeddings()
-        if source is None or not hasattr(source, "weight"):
-            raise UnsupportedModelError(f"{type(model).__name__} has no token embeddings.", "Use a language model.")
+        source, _, _ = matrices(model)
         if source.weight.shape[0] < len(token_bytes(old_tokenizer)):
             raise BadInputError(
                 f"The old tokenizer has {len(token_bytes(old_tokenizer))} tokens but the model {source.weight.shape[0]} embeddings.",

@@ -20,6 +20,20 @@ FOREIGN = (
 EXAMPLE = "Strawberry fields: how many r's are in strawberry? Tokenizers rarely know, and 1234 + 5678 is 6912."
 
 
+def read_text(path: Path) -> str:
+    """A file of the user's.
+
+    Raises:
+        BadInputError: no such file, or one that is no UTF-8.
+    """
+    if not path.is_file():
+        raise BadInputError(f"There is no file {path}.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+
+
 def text_of(request: TrialRequest, example: str) -> str:
     """The user's text, or the example.
 
@@ -28,13 +42,7 @@ def text_of(request: TrialRequest, example: str) -> str:
     """
     text = request.prompt if request.prompt is not None else example
     if request.data is not None:
-        path = Path(request.data)
-        if not path.is_file():
-            raise BadInputError(f"There is no file {path}.")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise BadInputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+        text = read_text(Path(request.data))
     if not text:
         raise BadInputError("The text is empty.", 'Give some: --prompt "Strawberry"')
     return text
