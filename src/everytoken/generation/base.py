@@ -71,6 +71,8 @@ class Decoder:
     stats: DecodingStats = field(default_factory=DecodingStats, init=False, repr=False)
     trace: list[TokenTrace] = field(default_factory=list, init=False, repr=False)
 
+    extrapolates: ClassVar[bool] = False
+    """Whether prompts may be longer than the model's context."""
     lossless: ClassVar[bool] = True
     """Whether greedy decoding gives the text of plain greedy decoding."""
     samples_only: ClassVar[bool] = False
@@ -209,6 +211,18 @@ def attention_mask_for(model: Any, allowed: torch.Tensor) -> torch.Tensor:
     return torch.zeros(allowed.shape, dtype=model.dtype, device=allowed.device).masked_fill(
         ~allowed, torch.finfo(model.dtype).min
     )
+
+
+def fill_mask(matcher: Any, scores: torch.Tensor) -> None:
+    """Sets the scores ``[V]`` of tokens that a ``Matcher`` forbids to minus infinity, in place; a finished one forbids none."""
+    import torch
+
+    if matcher.is_terminated():
+        return
+    words = torch.full((1, (scores.shape[-1] + 31) // 32), -1, dtype=torch.int32)
+    if matcher.fill_next_token_bitmask(words, 0):
+        bits = (words[0, :, None] >> torch.arange(32, dtype=torch.int32)) & 1
+        scores.masked_fill_(~bits.flatten()[: scores.shape[-1]].bool().to(scores.device), float("-inf"))
 
 
 def check_same_vocabulary(target: PreTrainedModel, draft: PreTrainedModel, slack: int = 512) -> int:
