@@ -1,0 +1,336 @@
+"""SkipDecode: how many layers run is fixed by the position in the answer, and only falls (arXiv 2307.02628).
+
+Early exit by token breaks batches (every row leaves elsewhere) and caches (a later token needs keys of layers that an earlier one
+skipped). SkipDecode gives every position its depth in advance, the same for all rows of a batch and never more than before::
+
+    b(t) = round(b_max - (b_max - b_min) min(t, T) / T)              layers run when token t of the answer is predicted
+    layers(t) = {0 .. w-1}  and  {L - (b(t) - w) .. L-1}             warm-up layers at the bottom, the rest from the top
+
+The prompt runs with b(0). Layers between are skipped, not the last ones. As b falls, a layer that runs at t has run at every earlier
+position, so its keys are all there and nothing is ever recomputed: each layer's cache holds a prefix of the text.
+
+    model.generate(**inputs, custom_generate=SkipDecode(LinearDepth(20, 8, length=128)))
+
+A model has to be tuned for its schedule. ``skip_layers`` runs whole sequences as cached decoding would (a position that skips a layer
+carries its hidden state through and gives it no keys; it lies behind all that do, so causal attention cannot see it), and
+``SkipDecodeCallback`` brings that into any transformers or TRL trainer::
+
+    SFTTrainer(model, ..., callbacks=[SkipDecodeCallback(LinearDepth(20, 8, length=128))])
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from ..core.errors import BadInputError, UnsupportedModelError
+from ..core.trace import TokenTrace
+from .loop import LoopDecoder, by_row
+
+
+@runtime_checkable
+class DepthSchedule(Protocol):
+    """How many layers run at position t of the answer; must not rise with t."""
+
+    warmup: int
+
+    def depth(self, t: int) -> int: ...
+
+
+@dataclass
+class LinearDepth:
+    """The paper's schedule: from ``max_layers`` down to ``min_layers`` over ``length`` tokens, then constant.
+
+    Args:
+        max_layers: layers that the prompt and the first token get.
+        min_layers: layers from position ``length`` on.
+        warmup: bottom layers that always run.
+        length: tokens of the answer over which the depth falls; usually as many as will be generated.
+
+    Raises:
+        BadInputError: not ``max_layers >= min_layers >= warmup >= 1``, or a length below 1.
+    """
+
+    max_layers: int
+    min_layers: int
+    warmup: int = 1
+    length: int = 128
+
+    def __post_init__(self) -> None:
+        if not self.max_layers >= self.min_layers >= self.warmup >= 1 or self.length < 1:
+            raise BadInputError(
+                f"LinearDepth needs max_layers >= min_layers >= warmup >= 1 and length >= 1; got {self.max_layers}, "
+                f"{self.min_layers}, {self.warmup}, {self.length}."
+            )
+
+    def depth(self, t: int) -> int:
+        fallen = (self.max_layers - self.min_layers) * min(max(t, 0), self.length) / self.length
+        return round(self.max_layers - fallen)
+
+    @classmethod
+    def for_speedup(cls, num_layers: int, speedup: float, length: int, warmup: int = 1) -> LinearDepth:
+        """A schedule whose mean depth over ``length`` tokens is about ``num_layers / speedup``, half of it at the end and one and
+        a half times as much at the start (as far as the model goes).
+
+        Raises:
+            BadInputError: a speed-up below 1, or one that leaves fewer layers than the warm-up.
+        """
+        mean = num_layers / speedup
+        if speedup < 1 or mean < warmup:
+            raise BadInputError(
+                f"A speed-up of {speedup} is impossible with {num_layers} layers and {warmup} warm-up layers.",
+                f"Choose one between 1 and {num_layers / warmup:g}.",
+            )
+        top = min(num_layers, 1.5 * mean)
+        bottom = max(float(warmup), 2 * mean - top)
+        return cls(round(top), round(bottom), warmup, length)
+
+
+def active_layers(schedule: DepthSchedule, t: int, num_layers: int) -> list[int]:
+    """Indices of the layers that run at position t, in order."""
+    return [index for index in range(num_layers) if runs(schedule, index, schedule.depth(t), num_layers)]
+
+
+def runs(schedule: DepthSchedule, layer: int, depth: Any, num_layers: int) -> Any:
+    """Whether a layer runs at a depth (a number or a tensor of them)."""
+    return (layer < schedule.warmup) | (layer >= num_layers - (depth - schedule.warmup))
+
+
+def speedup(schedule: DepthSchedule, num_layers: int, tokens: int) -> float:
+    """The nominal speed-up of ``tokens`` generated tokens: layers of the model over the mean depth."""
+    return num_layers * tokens / sum(schedule.depth(t) for t in range(tokens))
+
+
+def find_layers(model: Any) -> nn.ModuleList:
+    """The decoder layers of a Llama-like model.
+
+    Raises:
+        UnsupportedModelError: there is no such list.
+    """
+    layers = getattr(model.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) != model.config.get_text_config().num_hidden_layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not keep its decoder layers in base_model.layers.",
+            "SkipDecode works with Llama-like models.",
+        )
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    if len(kinds) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} mixes layers of the kinds {', '.join(sorted(kinds))}.",
+            "SkipDecode needs layers of one kind: what is cached is counted at the first of them.",
+        )
+    return layers
+
+
+def check_schedule(schedule: DepthSchedule, num_layers: int) -> None:
+    """Raises BadInputError where a schedule does not fit a model, or rises."""
+    depths = [schedule.depth(t) for t in range(4096)]
+    if max(depths) > num_layers:
+        raise BadInputError(
+            f"The schedule runs {max(depths)} layers; the model has {num_layers}.", "Lower max_layers."
+        )
+    if min(depths) < schedule.warmup or schedule.warmup < 1:
+        raise BadInputError("A schedule runs its warm-up layers at least, and one of them is needed.")
+    if any(later > earlier for earlier, later in zip(depths, depths[1:], strict=False)):
+        raise BadInputError(
+            "The schedule gives a later position more layers than an earlier one, whose keys would be missing.",
+            "Depths must not rise.",
+        )
+
+
+@contextmanager
+def rerouted(layers: nn.ModuleList, route: Callable[[int, torch.Tensor, Callable], torch.Tensor]) -> Iterator[None]:
+    """Has ``route(index, hidden states, run)`` decide about each layer; ``run()`` is the layer's own forward."""
+
+    def wrap(index: int, original: Callable) -> Callable:
+        @functools.wraps(original)
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            output = route(index, hidden_states, lambda: original(hidden_states, *args, **kwargs))
+            if not isinstance(output, torch.Tensor):
+                raise UnsupportedModelError("The model's layers return more than hidden states; they cannot be skipped.")
+            return output
+
+        return forward
+
+    try:
+        for index, layer in enumerate(layers):
+            layer.forward = wrap(index, layer.forward)  # type: ignore[method-assign]
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+@dataclass
+class SkipDecode(LoopDecoder):
+    """Decoding with fewer layers the later the token.
+
+    Args:
+        schedule: a ``DepthSchedule``; None makes a ``LinearDepth`` for ``speedup`` over the tokens asked for.
+        speedup: nominal speed-up of that schedule.
+        warmup: its warm-up layers.
+
+    Batches of ragged prompts are padded on the left, so that all rows are at the same position of their answers. A cache of an
+    earlier call can be continued as long as no layer that is to run has been skipped before.
+
+    The trace has ``layers``: how many ran when the token was predicted.
+    """
+
+    lossless: ClassVar[bool] = False
+    schedule: Any = None
+    speedup: float = 2.0
+    warmup: int = 1
+    layers_run: list[int] = field(default_factory=list, init=False, repr=False)
+    """Layers run by each forward of the last call."""
+
+    def __post_init__(self) -> None:
+        if self.schedule is not None and not isinstance(self.schedule, DepthSchedule):
+            raise BadInputError(
+                f"schedule must have a warmup and depth(t); got {type(self.schedule).__name__}.",
+                "For example LinearDepth(20, 8, length=128).",
+            )
+        if self.speedup < 1 or self.warmup < 1:
+            raise BadInputError(f"SkipDecode needs speedup >= 1 and warmup >= 1; got {self.speedup}, {self.warmup}.")
+
+    def figures(self) -> dict[str, float]:
+        return super().figures() | {"layers a forward": sum(self.layers_run) / max(len(self.layers_run), 1)}
+
+    @contextmanager
+    def applied(self, model: Any, input_ids: torch.Tensor, config: Any, model_kwargs: dict[str, Any]) -> Iterator[None]:
+        layers = find_layers(model)
+        total, mask = len(layers), model_kwargs.get("attention_mask")
+        # a cache may hold the beginning of the text, and input_ids only the rest; the mask covers both
+        prompt = int(getattr(config, "_mask_length", input_ids.shape[1])) if mask is None else mask.shape[1]
+        schedule = self.schedule
+        if schedule is None:
+            room = max((config.max_length or prompt + 128) - prompt, 1)
+            schedule = LinearDepth.for_speedup(total, self.speedup, room, self.warmup)
+        check_schedule(schedule, total)
+        cache = model_kwargs.get("past_key_values")
+        if cache is None or getattr(cache, "is_compileable", False):
+            raise BadInputError("SkipDecode needs a cache that grows.", "Leave cache_implementation out.")
+        self._check_cache(cache, active_layers(schedule, 0, total))
+        self.layers_run = []
+        now = {"depth": schedule.depth(0)}
+
+        def see_position(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+            length = kwargs["past_key_values"].get_seq_length() + tokens.shape[1]
+            now["depth"] = schedule.depth(length - prompt)
+            self.layers_run.append(0)
+
+        def route(index: int, hidden: torch.Tensor, run: Callable) -> torch.Tensor:
+            if not runs(schedule, index, now["depth"], total):
+                return hidden
+            self.layers_run[-1] += 1
+            return run()
+
+        hook = model.base_model.register_forward_pre_hook(see_position, with_kwargs=True)
+        try:
+            with rerouted(layers, route):
+                yield
+        finally:
+            hook.remove()
+
+    @staticmethod
+    def _check_cache(cache: Any, first: list[int]) -> None:
+        """Refuses a filled cache in which a layer that is to run has been skipped."""
+        length = cache.get_seq_length()
+        missing = [index for index in first if length and cache.get_seq_length(index) < length]
+        if missing:
+            raise BadInputError(
+                f"The cache lacks keys of layer {missing[0]}, which an earlier call skipped and this schedule would run.",
+                "Go on with at most as many layers as the earlier call ended with, or start from an empty cache.",
+            )
+
+    def finished(self, sequences: torch.Tensor, new: list[list[int]]) -> None:
+        self.stats.rounds = len(self.layers_run)
+        if self.trace_enabled:
+            longest = max(map(len, new))
+            steps: list[Any] = list(self.layers_run[len(self.layers_run) - longest :])
+            for tokens, column in zip(new, by_row(new, steps), strict=True):
+                self.trace.append(TokenTrace(tokens, columns={"layers": column}, station="generation"))
+
+
+# -- training ------------------------------------------------------------------------------------------------------------
+def depths_of(schedule: DepthSchedule, labels: torch.Tensor) -> torch.Tensor:
+    """The depth of every position of training rows ``[B, T]``, from their labels (-100: prompt or padding).
+
+    The position that predicts token t of an answer (counted from the first label that is not -100) gets ``depth(t)``, and all
+    before it ``depth(0)``; what follows an answer keeps falling, so that depths never rise.
+    """
+    answer = labels != -100
+    first = torch.where(answer.any(1), answer.int().argmax(1), labels.shape[1])
+    positions = torch.arange(labels.shape[1], device=labels.device)[None] - (first[:, None] - 1)
+    table = torch.tensor([schedule.depth(t) for t in range(labels.shape[1] + 1)], device=labels.device)
+    return table[positions.clamp(min=0)]
+
+
+@contextmanager
+def skip_layers(model: Any, schedule: DepthSchedule) -> Iterator[Any]:
+    """Runs whole sequences as cached decoding would, for training and scoring.
+
+    ``model(input_ids=..., labels=...)`` takes each position's depth from the labels (see ``depths_of``); ``depths=[B, T]`` gives
+    them instead. Gradients flow through the layers that run.
+
+    Raises:
+        BadInputError: the schedule does not fit the model; a call has neither labels nor depths.
+    """
+    layers = find_layers(model)
+    check_schedule(schedule, len(layers))
+    original_forward = model.forward
+    now: dict[str, torch.Tensor] = {}
+
+    @functools.wraps(original_forward)
+    def forward(*args: Any, depths: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if depths is None:
+            if kwargs.get("labels") is None:
+                raise BadInputError(
+                    "Training with SkipDecode needs labels (-100 on the prompt), or depths.", "Pass labels=..."
+                )
+            depths = depths_of(schedule, kwargs["labels"])
+        now["depths"] = depths
+        return original_forward(*args, **kwargs)
+
+    def route(index: int, hidden: torch.Tensor, run: Callable) -> torch.Tensor:
+        active = runs(schedule, index, now["depths"], len(layers))
+        if bool(active.all()):
+            return run()
+        return torch.where(active[..., None], run(), hidden) if bool(active.any()) else hidden
+
+    model.forward = forward
+    try:
+        with rerouted(layers, route):
+            yield model
+    finally:
+        model.__dict__.pop("forward", None)
+        if original_forward is not model.forward:
+            model.forward = original_forward
+
+
+class SkipDecodeCallback(TrainerCallback):
+    """Trains with a schedule in any Trainer: layers are skipped from the start of training to its end.
+
+    Args:
+        schedule: as for ``SkipDecode``.
+    """
+
+    def __init__(self, schedule: DepthSchedule):
+        self.schedule = schedule
+        self._context: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._context = skip_layers(model, self.schedule)
+        self._context.__enter__()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._context is not None:
+            self._context.__exit__(None, None, None)
+            self._context = None
