@@ -10,7 +10,8 @@ import pytest
 import torch
 from scipy import stats
 
-from everytoken.constraints.awrs import AWRS, awrs, effective_sample_size, load_function, resample, visit
+from everytoken.constraints.awrs import AWRS, awrs, effective_sample_size, resample, visit
+from everytoken.core.trials import load_function
 from everytoken.constraints.base import CallableConstraint, DeadEndError
 from everytoken.constraints.grammar import Grammar
 from everytoken.constraints.vocabulary import TokenizerInfo

@@ -308,7 +308,8 @@ class AWRS(Decoder):
             self._compiled = self.constraint
         else:
             check, done = (
-                load_function(value) if isinstance(value, str) else value for value in (self.constraint, self.finished)
+                load_function(value, "A constraint", "--constraint checks:is_json") if isinstance(value, str) else value
+                for value in (self.constraint, self.finished)
             )
             self._compiled = check if isinstance(check, Constraint) else CallableConstraint(check, done, self.on)
 
@@ -503,35 +504,3 @@ class AWRS(Decoder):
             self._spell(particle.tokens),
             "Use more particles, a higher temperature, or a constraint that looks further ahead.",
         )
-
-
-def load_function(path: str) -> Any:
-    """``"module:function"`` as the object it names.
-
-    Raises:
-        BadInputError: no such module or attribute, or not callable.
-    """
-    module_name, colon, name = path.partition(":")
-    if not colon or not name:
-        raise BadInputError(
-            f"A constraint is named module:function; got {path!r}.", "For example: --constraint checks:is_json"
-        )
-    import sys
-
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a file beside the user, as with python -m
-    try:
-        found: Any = importlib.import_module(module_name)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except ModuleNotFoundError as error:
-        raise BadInputError(
-            f"There is no module {module_name!r} ({error}).", "Run from its folder, or install it."
-        ) from error
-    except AttributeError as error:
-        raise BadInputError(
-            f"The module {module_name!r} has no {name!r}.", "Check the name behind the colon."
-        ) from error
-    if not callable(found) and not isinstance(found, Constraint):
-        raise BadInputError(f"{path} is not callable.", "Name a function text -> bool.")
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -30,6 +31,11 @@ def embed(texts: Sequence[str], purpose: str, progress: bool = False) -> Any:
     """
     require("sentence_transformers", "search", purpose)
     require(EMBEDDER, "search", purpose)
+    return _encoder().encode(list(texts), normalize_embeddings=True, show_progress_bar=progress, batch_size=256)
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder() -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
@@ -38,5 +44,4 @@ def embed(texts: Sequence[str], purpose: str, progress: bool = False) -> Any:
     spec = find_spec(EMBEDDER)
     assert spec is not None and spec.origin is not None
     folder = next(path.parent for path in sorted(Path(spec.origin).parent.rglob("modules.json")))
-    model = SentenceTransformer(str(folder), device="cpu")
-    return model.encode(list(texts), normalize_embeddings=True, show_progress_bar=progress, batch_size=256)
+    return SentenceTransformer(str(folder), device="cpu")

@@ -162,7 +162,7 @@ def convert_gguf(source: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _quiet_transformers():
+    with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
         config = loaded.config
@@ -183,7 +183,8 @@ def convert_gguf(source: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _quiet_transformers() -> Any:
+def quiet_transformers() -> Any:
+    """No progress bars and warnings of transformers inside."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -275,7 +276,7 @@ def load_model(
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **arguments, **kwargs)
     except (OSError, ValueError) as error:
         raise _hub_error(name, error) from error

@@ -146,3 +146,37 @@ def _typed(key: str, text: str, kinds: tuple[Any, ...]) -> Any:
         return text
     wanted = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
     raise BadInputError(f"{key} takes {wanted}; got {text!r}.")
+
+
+def load_function(path: str, what: str = "A function", example: str = "checks:is_json") -> Any:
+    """``"module:function"`` as the object it names.
+
+    Args:
+        what, example: for the error.
+
+    Raises:
+        BadInputError: no such module or attribute, or not callable (an object with a ``prefix`` method is a constraint).
+    """
+    module_name, colon, name = path.partition(":")
+    if not colon or not name:
+        raise BadInputError(f"{what} is named module:function; got {path!r}.", f"For example: {example}")
+    import importlib
+    import sys
+
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a file beside the user, as with python -m
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except ModuleNotFoundError as error:
+        raise BadInputError(
+            f"There is no module {module_name!r} ({error}).", "Run from its folder, or install it."
+        ) from error
+    except AttributeError as error:
+        raise BadInputError(
+            f"The module {module_name!r} has no {name!r}.", "Check the name behind the colon."
+        ) from error
+    if not callable(found) and not hasattr(found, "prefix"):
+        raise BadInputError(f"{path} is not callable.", "Name a function.")
+    return found

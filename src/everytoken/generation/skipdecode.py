@@ -133,9 +133,7 @@ def check_schedule(schedule: DepthSchedule, num_layers: int) -> None:
     """Raises BadInputError where a schedule does not fit a model, or rises."""
     depths = [schedule.depth(t) for t in range(4096)]
     if max(depths) > num_layers:
-        raise BadInputError(
-            f"The schedule runs {max(depths)} layers; the model has {num_layers}.", "Lower max_layers."
-        )
+        raise BadInputError(f"The schedule runs {max(depths)} layers; the model has {num_layers}.", "Lower max_layers.")
     if min(depths) < schedule.warmup or schedule.warmup < 1:
         raise BadInputError("A schedule runs its warm-up layers at least, and one of them is needed.")
     if any(later > earlier for earlier, later in zip(depths, depths[1:], strict=False)):
@@ -154,7 +152,9 @@ def rerouted(layers: nn.ModuleList, route: Callable[[int, torch.Tensor, Callable
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             output = route(index, hidden_states, lambda: original(hidden_states, *args, **kwargs))
             if not isinstance(output, torch.Tensor):
-                raise UnsupportedModelError("The model's layers return more than hidden states; they cannot be skipped.")
+                raise UnsupportedModelError(
+                    "The model's layers return more than hidden states; they cannot be skipped."
+                )
             return output
 
         return forward

@@ -234,7 +234,9 @@ class TokenSelect(LoopDecoder):
         """
         rotary = find_rotary(model)
         modules = [item for item in model.modules() if hasattr(item, "layer_idx") and hasattr(item, "q_proj")]
-        modules = modules or [item for item in model.modules() if hasattr(item, "layer_idx") and hasattr(item, "scaling")]
+        modules = modules or [
+            item for item in model.modules() if hasattr(item, "layer_idx") and hasattr(item, "scaling")
+        ]
         if not modules:
             raise UnsupportedModelError(f"TokenSelect finds no attention layers in {type(model).__name__}.")
         apply = getattr(sys.modules[type(modules[0]).__module__], "apply_rotary_pos_emb", None)
@@ -401,7 +403,13 @@ def token_select_attention(
                 rows.append(torch.zeros_like(query[part]))
                 continue
             kept = _kept(settings, rotation, layer, row, pad, mine, keys)
-            if kept is not None and fresh == 1 and rotation.compiled and keys.dtype == torch.float32 and rotation.width == keys.shape[-1]:
+            if (
+                kept is not None
+                and fresh == 1
+                and rotation.compiled
+                and keys.dtype == torch.float32
+                and rotation.width == keys.shape[-1]
+            ):
                 out = _attend_compiled(rotation, mine, keys, values, kept, scaling)
             else:
                 if kept is not None:
@@ -465,7 +473,12 @@ def _attend(
 
 
 def _attend_compiled(
-    rotation: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept: torch.Tensor, scaling: float | None
+    rotation: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kept: torch.Tensor,
+    scaling: float | None,
 ) -> torch.Tensor:
     """``_attend`` over the rows ``kept`` of ``[1, H_kv, N, d]``, for one query on a CPU, without copying the rows."""
     turned = rotation(query, len(kept) - 1)[0, :, 0].unflatten(0, (key.shape[1], -1)).numpy()
@@ -479,7 +492,13 @@ def _attend_compiled(
 
 
 def _count(
-    settings: TokenSelect, layer: Any, rows: Any, pads: list[int], kept: torch.Tensor | None, query: torch.Tensor, length: int
+    settings: TokenSelect,
+    layer: Any,
+    rows: Any,
+    pads: list[int],
+    kept: torch.Tensor | None,
+    query: torch.Tensor,
+    length: int,
 ) -> None:
     """Counts what a decoding step attended to."""
     if query.shape[2] != 1 or layer is None:

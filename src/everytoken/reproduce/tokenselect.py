@@ -98,7 +98,10 @@ def attention_times(model: Any, length: int, repeats: int) -> dict[str, float]:
         return run
 
     with decoder.attention(model):
-        from ..generation.tokenselect import _Rotation, find_rotary  # the model's own rotation, not the one standing still
+        from ..generation.tokenselect import (
+            _Rotation,
+            find_rotary,
+        )  # the model's own rotation, not the one standing still
 
         rotary = find_rotary(model)
         standing = rotary.__dict__.pop("forward")

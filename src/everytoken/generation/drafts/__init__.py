@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...core.errors import EverytokenError, UnsupportedModelError
+from ...core.loading import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,5 +45,6 @@ def load_draft(target: PreTrainedModel, folder: str | Path | None = None) -> Fea
         raise EverytokenError(
             f"{path} holds no draft (no model.safetensors).", "Train one with scripts/train_draft.py."
         )
-    draft = FeatureDraftForCausalLM.from_pretrained(path, dtype=target.dtype)
+    with quiet_transformers():
+        draft = FeatureDraftForCausalLM.from_pretrained(path, dtype=target.dtype)
     return draft.attach(target).eval()
