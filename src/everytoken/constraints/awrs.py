@@ -21,7 +21,6 @@ one without, by adding Geometric(1 - M) - 1 phantom rejections before every fres
 
 from __future__ import annotations
 
-import importlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,7 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
+from ..core.trials import load_function
 from ..generation.base import (
     Decoder,
     DecodingStats,

@@ -71,6 +71,8 @@ class Decoder:
     stats: DecodingStats = field(default_factory=DecodingStats, init=False, repr=False)
     trace: list[TokenTrace] = field(default_factory=list, init=False, repr=False)
 
+    streams: ClassVar[bool] = True
+    """Whether tokens are final as they appear, so that a streamer can follow."""
     extrapolates: ClassVar[bool] = False
     """Whether prompts may be longer than the model's context."""
     lossless: ClassVar[bool] = True

@@ -35,7 +35,8 @@ class MatcherLogitsProcessor(LogitsProcessor):
         self.states: dict[tuple[int, ...], Any] = {(): matcher}
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores, states = scores.clone(), {(): self.states[()]}
+        scores = scores.clone()
+        states: dict[tuple[int, ...], Any] = {(): self.states[()]}
         for row, text in enumerate(input_ids[:, self.prompt_length :].tolist()):
             matcher = self.follow(tuple(text))
             states[tuple(text)] = matcher

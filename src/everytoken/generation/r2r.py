@@ -240,7 +240,7 @@ class R2R(Decoder):
             raise BadInputError(f"threshold must not be negative; got {self.threshold}.")
         if isinstance(self.router, str) and self.router not in ("entropy", "aleatoric"):
             self.router = as_router(self.router)  # a wrong folder is refused now, not after the models have loaded
-        self._parameters = (0, 0, 0)
+        self._parameters: list[int] = [0, 0, 0]
 
     @property
     def draft_model(self) -> Any:
@@ -306,10 +306,10 @@ class R2R(Decoder):
         check_one_row("R2R", len(rows), streamer, cache)
         self.stats, self.trace = DecodingStats(), []
         network = getattr(router, "network", None)
-        self._parameters = tuple(
+        self._parameters = [
             sum(item.numel() for item in part.parameters()) if part is not None else 0
             for part in (self.small_model, model, network)
-        )
+        ]
         keep = bool(config.return_dict_in_generate)
         results, mine = [], cache
         for ids, padding in rows:

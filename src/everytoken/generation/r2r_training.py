@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -25,8 +25,8 @@ import torch
 from torch.nn import functional as F
 
 from ..core.errors import BadInputError
-from ..core.trials import load_function
 from ..core.training import Training, TrainingContext, TrainingResult
+from ..core.trials import load_function
 from .base import check_same_vocabulary
 from .routers.configuration_token_router import TokenRouterConfig
 from .routers.modeling_token_router import TokenRouter, top_logits
@@ -300,7 +300,7 @@ def _verify(
     ends = _end_tokens(large)
     for name in ("small", "large"):
         starts = [int(parts[index][name][place]) for index, place in places]
-        texts = [prefix + [token] for prefix, token in zip(prefixes, starts, strict=True)]
+        texts = [[*prefix, token] for prefix, token in zip(prefixes, starts, strict=True)]
         longer = [row for row, token in enumerate(starts) if token not in ends]
         tails: list[list[int]] = [[] for _ in texts]
         if longer:
@@ -360,14 +360,14 @@ def train_router(
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            total += float(loss) * len(rows) / len(target)
+            total += loss.item() * len(rows) / len(target)
         out = values(router, held_out)
-        loss = float(F.binary_cross_entropy_with_logits(out, checked, pos_weight=weight))
+        missed = float(F.binary_cross_entropy_with_logits(out, checked, pos_weight=weight))
         curves["loss"].append(total)
-        curves["held-out loss"].append(loss)
-        report(f"the router learns, held-out loss {loss:.3f}", epoch + 1, epochs)
-        if loss < best:
-            best, waited = loss, 0
+        curves["held-out loss"].append(missed)
+        report(f"the router learns, held-out loss {missed:.3f}", epoch + 1, epochs)
+        if missed < best:
+            best, waited = missed, 0
             best_state = {name: tensor.clone() for name, tensor in router.state_dict().items()}
         else:
             waited += 1

@@ -21,6 +21,7 @@ carries its hidden state through and gives it no keys; it lies behind all that d
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -136,7 +137,7 @@ def check_schedule(schedule: DepthSchedule, num_layers: int) -> None:
         raise BadInputError(f"The schedule runs {max(depths)} layers; the model has {num_layers}.", "Lower max_layers.")
     if min(depths) < schedule.warmup or schedule.warmup < 1:
         raise BadInputError("A schedule runs its warm-up layers at least, and one of them is needed.")
-    if any(later > earlier for earlier, later in zip(depths, depths[1:], strict=False)):
+    if any(later > earlier for earlier, later in itertools.pairwise(depths)):
         raise BadInputError(
             "The schedule gives a later position more layers than an earlier one, whose keys would be missing.",
             "Depths must not rise.",
@@ -205,9 +206,10 @@ class SkipDecode(LoopDecoder):
     @contextmanager
     def applied(self, model: Any, input_ids: torch.Tensor, config: Any, model_kwargs: dict[str, Any]) -> Iterator[None]:
         layers = find_layers(model)
-        total, mask = len(layers), model_kwargs.get("attention_mask")
+        total = len(layers)
+        mask: Any = model_kwargs.get("attention_mask")
         # a cache may hold the beginning of the text, and input_ids only the rest; the mask covers both
-        prompt = int(getattr(config, "_mask_length", input_ids.shape[1])) if mask is None else mask.shape[1]
+        prompt = mask.shape[1] if mask is not None else int(getattr(config, "_mask_length", input_ids.shape[1]))
         schedule = self.schedule
         if schedule is None:
             room = max((config.max_length or prompt + 128) - prompt, 1)

@@ -226,8 +226,8 @@ class TokenSelect(LoopDecoder):
             yield cache
 
     @contextmanager
-    def attention(self, model: Any) -> Iterator[Any]:
-        """Switches a model's attention to this selection, and back; for use outside ``generate``.
+    def attention(self, model: Any) -> Iterator[Rotation]:
+        """Switches a model's attention to this selection, and back; for use outside ``generate``. Yields the model's rotation.
 
         Raises:
             UnsupportedModelError: no rotary embedding of the usual form.
@@ -247,7 +247,7 @@ class TokenSelect(LoopDecoder):
             )
         text = model.config.get_text_config(decoder=True)
         before, hooks = text._attn_implementation, []
-        rotation = _Rotation(rotary, apply)
+        rotation = Rotation(rotary, apply)
 
         def see_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
             cache = kwargs.get("past_key_values")
@@ -267,7 +267,7 @@ class TokenSelect(LoopDecoder):
             hooks = [item.register_forward_pre_hook(see_cache, with_kwargs=True) for item in modules]
             rotary.forward = stand_still
             text._attn_implementation = IMPLEMENTATION
-            yield model
+            yield rotation
         finally:
             text._attn_implementation = before
             del rotary.forward
@@ -295,11 +295,11 @@ class TokenSelect(LoopDecoder):
             steps[start:] = torch.arange(seen - start, 0, -1).float()
             share = (reads / (steps * max(len(layers), 1)).clamp(min=1)).clamp(max=1)[pads:].tolist()
             share = (share + [None] * len(text))[: len(text)]
-            source = ["prompt"] * (len(text) - len(tokens)) + ["answer"] * len(tokens)
+            source: list[Any] = ["prompt"] * (len(text) - len(tokens)) + ["answer"] * len(tokens)
             self.trace.append(TokenTrace(text, columns={"reads": share, "source": source}, station="generation"))
 
 
-class _Rotation:
+class Rotation:
     """The model's own rotary embedding, at positions of our choice."""
 
     def __init__(self, rotary: Any, apply: Any):

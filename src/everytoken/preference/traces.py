@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..core.errors import BadInputError
-from ..core.logprobs import token_stats
+from ..core.implicit_reward import ImplicitReward
 from ..core.trace import TokenTrace
 
 
@@ -26,14 +26,12 @@ def credit_trace(
     if not after:
         raise BadInputError("The response is empty.")
     ids = torch.tensor([before + after], device=model.device)
-    hidden = [m.base_model(input_ids=ids).last_hidden_state[0, len(before) - 1 : -1] for m in (model, reference)]
-    heads = [m.get_output_embeddings().weight for m in (model, reference)]
-    stats = token_stats(
-        hidden[0], heads[0], ids[0, len(before) :], ref_hidden=hidden[1], ref_weight=heads[1], forward_kl=True
-    )
-    assert stats.ref_logps is not None and stats.forward_kl is not None
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, len(before) :] = True
+    stats = ImplicitReward(model, reference, beta).statistics(ids, mask, forward_kl=True)
+    logps, ref_logps, forward_kl = (stats[name][0, len(before) :] for name in ("logps", "ref_logps", "forward_kl"))
     trace = TokenTrace(after, title=title, station="preference")
-    trace.add("implicit_reward", beta * (stats.logps - stats.ref_logps))
-    trace.add("forward_kl", stats.forward_kl)
-    trace.add("logp", stats.logps).add("ref_logp", stats.ref_logps)
+    trace.add("implicit_reward", beta * (logps - ref_logps))
+    trace.add("forward_kl", forward_kl)
+    trace.add("logp", logps).add("ref_logp", ref_logps)
     return trace.with_text(tokenizer)

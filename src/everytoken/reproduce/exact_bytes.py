@@ -52,7 +52,8 @@ def second_model(context: Context) -> tuple[object, object]:
     import torch
     from transformers import PreTrainedTokenizerFast
 
-    from .stochastok import bpe, fit, small_model
+    from .small import fit, small_model
+    from .stochastok import bpe
 
     text = re.sub(r"\s+", " ", prose()[:-400_000])
     backend = bpe(text[:1_000_000].replace(". ", ".\n\n"), 1_024 if context.quick else 4_096)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from .base import Arms, Claim, Context, Reproduction
+from .small import fit, small_model
 
 ARMS = (("fixed tokens", 0.0), ("StochasTok", 0.1))
 WHY_SPELLING = "The mechanism in isolation: 400 made-up words in lists said twice, and questions about 280 of them; chance is about 4%."
@@ -70,42 +71,6 @@ def bpe(text: str, size: int) -> Any:
     )
     tokenizer.train_from_iterator(text.split("\n\n"), trainer)
     return tokenizer
-
-
-def small_model(vocab: int, hidden: int = 128, layers: int = 3) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab,
-            hidden_size=hidden,
-            intermediate_size=3 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
-
-
-def fit(model: Any, batches: Any, steps: int, lr: float, report: Any, label: str) -> None:
-    """AdamW with warm-up and cosine decay over ``batches`` of ``(ids [B, T], labels [B, T])``."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    model.train()
-    for step in range(steps):
-        ids, labels = next(batches)
-        loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 20 == 0:
-            report(f"{label}: step {step} of {steps}, loss {loss.item():.3f}")
-    model.eval()
 
 
 # -- the language game ---------------------------------------------------------------------------------------------------

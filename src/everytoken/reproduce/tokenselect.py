@@ -97,20 +97,11 @@ def attention_times(model: Any, length: int, repeats: int) -> dict[str, float]:
 
         return run
 
-    with decoder.attention(model):
-        from ..generation.tokenselect import (
-            _Rotation,
-            find_rotary,
-        )  # the model's own rotation, not the one standing still
-
-        rotary = find_rotary(model)
-        standing = rotary.__dict__.pop("forward")
-        rotation = _Rotation(rotary, __import__("sys").modules[type(module).__module__].apply_rotary_pos_emb)
-        rotary.forward = standing
+    with decoder.attention(model) as rotation:
         return alternate(
             {
                 "full": full,
-                "kernel": lambda: F.scaled_dot_product_attention(query, *cached, enable_gqa=True),
+                "kernel": lambda: F.scaled_dot_product_attention(query, cached[0], cached[1], enable_gqa=True),
                 "select": selected("select"),
                 "exact": selected("exact"),
             },
@@ -123,15 +114,15 @@ def decode_speed(model: Any, prompt: torch.Tensor, steps: int) -> dict[str, floa
     """Tokens a second behind ``prompt``, by arm; the caches are filled by one chunked prefill of TokenSelect."""
     from transformers import DynamicCache
 
-    from ..generation.tokenselect import TokenSelect, _Rotation, find_rotary
+    from ..generation.tokenselect import TokenSelect
 
     decoder = TokenSelect()
     cache = decoder.new_cache(model)
     decoder.generate(model, prompt, past_key_values=cache, max_new_tokens=1, do_sample=False)
-    rotation = _Rotation(find_rotary(model), __import__("sys").modules[type(model).__module__].apply_rotary_pos_emb)
     full = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        full.update(rotation(layer.keys), layer.values.clone(), index)
+    with decoder.attention(model) as rotation:
+        for index, layer in enumerate(cache.layers):
+            full.update(rotation(layer.keys), layer.values.clone(), index)
 
     def run(past: Any) -> float:
         token = prompt[:, -1:]

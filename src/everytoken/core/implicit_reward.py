@@ -1,0 +1,106 @@
+"""Implicit rewards: what a preference-trained model thinks each token is worth (arXiv 2305.18290, 2404.12358).
+
+In the token-level decision process (state: the text so far; action: the next token) a model pi trained with DPO against a reference
+is the optimal policy of some reward, so its log-ratio is a credit for every token, up to a potential of the state::
+
+    r_t = beta [log pi(y_t | s_t) - log ref(y_t | s_t)] = Q*(s_t, y_t) - V*(s_t) - beta log ref(y_t | s_t)
+
+Sums telescope: over a whole answer they are ``sum_t r(s_t, y_t) - V*(s_0)``, so differences between answers to one prompt are
+differences of their true rewards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import BadInputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class ImplicitReward:
+    """Credit per token from two models.
+
+    Args:
+        policy: a causal language model trained on preferences.
+        reference: the model it started from; None takes a PEFT policy without its adapter.
+        beta: the strength that it was trained with; credits are in its units.
+
+    Raises:
+        BadInputError: no reference, or vocabularies of different size.
+    """
+
+    policy: Any
+    reference: Any = None
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.reference is None and not hasattr(self.policy, "disable_adapter"):
+            raise BadInputError("An implicit reward compares with a reference.", "Pass reference=...")
+        if self.reference is not None:
+            sizes = [model.get_output_embeddings().weight.shape[0] for model in (self.policy, self.reference)]
+            if sizes[0] != sizes[1]:
+                raise BadInputError(
+                    f"Policy and reference have vocabularies of {sizes[0]} and {sizes[1]} tokens.",
+                    "The reference is the model that training started from.",
+                )
+
+    def score(
+        self, ids: torch.Tensor, mask: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``r_t`` of every answer token: ``[B, T]`` float32, 0 where ``mask`` is False. No gradient.
+
+        Args:
+            ids: ``[B, T]`` prompts and answers.
+            mask: ``[B, T]`` True on the tokens to score; a row's first token cannot be scored (nothing precedes it).
+            attention_mask: ``[B, T]``, 0 on padding (either side); default no padding.
+        """
+        stats = self.statistics(ids, mask, attention_mask)
+        return self.beta * (stats["logps"] - stats["ref_logps"])
+
+    def statistics(
+        self, ids: torch.Tensor, mask: torch.Tensor, attention_mask: torch.Tensor | None = None, forward_kl: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """``logps``, ``ref_logps`` (and ``forward_kl``) per token, ``[B, T]``, aligned to the scored tokens; see ``score``."""
+        import torch
+
+        from .logprobs import token_stats
+
+        kept = mask.bool().clone()
+        kept[:, 0] = False
+        kwargs: dict[str, Any] = {}
+        if attention_mask is not None:
+            kwargs = {
+                "attention_mask": attention_mask,
+                "position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0),
+            }
+        before = kept.roll(-1, 1)  # the positions that predict the scored tokens
+        before[:, -1] = False
+        with torch.no_grad():
+            hidden, heads = [], []
+            for model in (self.policy, self.reference):
+                scope = self.policy.disable_adapter() if model is None else contextlib.nullcontext()
+                model = self.policy if model is None else model
+                model = model.get_base_model() if hasattr(model, "get_base_model") else model
+                with scope:
+                    hidden.append(model.base_model(input_ids=ids, **kwargs).last_hidden_state[before])
+                heads.append(model.get_output_embeddings())
+            stats = token_stats(
+                hidden[0],
+                heads[0].weight,
+                ids[kept],
+                bias=heads[0].bias,
+                ref_hidden=hidden[1],
+                ref_weight=heads[1].weight,
+                ref_bias=heads[1].bias,
+                forward_kl=forward_kl,
+            )
+        result = {}
+        for name in ("logps", "ref_logps", *(("forward_kl",) if forward_kl else ())):
+            grid = torch.zeros(ids.shape, device=ids.device)
+            result[name] = grid.masked_scatter(kept, getattr(stats, name))
+        return result

@@ -1,0 +1,157 @@
+"""Beam search over Q*: likelihood search under a preference-trained model is search with its value function (arXiv 2404.12358).
+
+A model trained with DPO is the optimal policy of an implicit reward, so the logits are a soft Q-function, and the sum of its
+log-probabilities along a partial answer ranks answers by the reward they lead to. Beam search keeps the ``width`` best::
+
+    likelihood:  sum_t log pi(y_t | s_t)                        the paper's search, without length normalisation
+    value:       sum_t beta [log pi - log ref](y_t | s_t)       the implicit reward itself, for comparison
+
+Quality rises with the width and falls again when it is large, as with any beam. transformers' own beam search runs it; the trace has
+each token's log-probability and, with a reference, its implicit reward.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+
+from ..core.errors import BadInputError
+from ..core.implicit_reward import ImplicitReward
+from ..core.trace import TokenTrace
+from .base import check_empty_cache
+from .loop import LoopDecoder
+
+
+class ValueSearch(LogitsProcessor):
+    """Turns a policy's log-probabilities into implicit rewards by taking the reference's away; follows reordered beams."""
+
+    def __init__(self, reference: Any, beta: float, attention_mask: torch.Tensor | None):
+        self.reference, self.beta, self.mask = reference, beta, attention_mask
+        self.cache, self.rows = DynamicCache(), {}
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        texts = [tuple(row) for row in input_ids.tolist()]
+        past = self.cache.get_seq_length()
+        if past:  # beams are picked from last step's rows, some twice and some never
+            index = torch.tensor([self.rows[text[:past]] for text in texts], device=input_ids.device)
+            self.cache.batch_select_indices(index)
+        kwargs: dict[str, Any] = {}
+        if self.mask is not None:
+            extra = input_ids.shape[1] - self.mask.shape[1]
+            mask = torch.nn.functional.pad(self.mask, (0, extra), value=1)
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+            kwargs = {"attention_mask": mask, "position_ids": positions[:, past:]}
+        output = self.reference(
+            input_ids=input_ids[:, past:], past_key_values=self.cache, use_cache=True, logits_to_keep=1, **kwargs
+        )
+        self.rows = {text: row for row, text in enumerate(texts)}
+        return self.beta * (scores - torch.log_softmax(output.logits[:, -1].float(), -1))
+
+
+@dataclass
+class QStarBeam(LoopDecoder):
+    """Beam search on a preference-trained model.
+
+    Args:
+        width: beams; 1 is greedy decoding.
+        reference: the model that training started from; needed for ``score="value"`` and for implicit rewards in the trace.
+        beta: the strength that the policy was trained with.
+        score: ``"likelihood"`` or ``"value"``.
+        length_penalty: exponent of the length by which sums are divided; 0 as in the paper.
+
+    ``num_beams`` of a call, where given, goes before ``width``. Beams start from an empty cache and take no streamer.
+    """
+
+    lossless: ClassVar[bool] = False
+    streams: ClassVar[bool] = False
+    width: int = 5
+    reference: Any = None
+    beta: float = 0.1
+    score: str = "likelihood"
+    length_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.beta <= 0:
+            raise BadInputError(f"QStarBeam needs width >= 1 and beta > 0; got {self.width}, {self.beta}.")
+        if self.score not in ("likelihood", "value"):
+            raise BadInputError(f"score is 'likelihood' or 'value'; got {self.score!r}.")
+        if self.score == "value" and self.reference is None:
+            raise BadInputError("Value search compares with a reference.", "Pass reference=..., or search by likelihood.")
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: Any = None,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Decodes as ``generate`` with ``num_beams=width`` would; see ``Decoder``.
+
+        Raises:
+            BadInputError: a streamer with several beams, a filled cache, or several returned sequences without beams.
+        """
+        config = copy.copy(generation_config if generation_config is not None else model.generation_config)
+        given = (config.num_beams or 1) > 1
+        width = int(config.num_beams) if given else self.width
+        if not given and (config.num_return_sequences or 1) > 1:
+            raise BadInputError("Several returned sequences need num_beams.", f"Pass num_beams={width} to generate.")
+        if width > 1:
+            check_empty_cache("QStarBeam", model_kwargs.get("past_key_values"))
+            config.num_beams, config.length_penalty = width, self.length_penalty
+            config.num_return_sequences = config.num_return_sequences or 1
+            config.early_stopping = False if config.early_stopping is None else config.early_stopping
+        if width > 1 and not given:
+            input_ids, model_kwargs = model._expand_inputs_for_generation(
+                expand_size=width, is_encoder_decoder=False, input_ids=input_ids, **model_kwargs
+            )
+        processors = LogitsProcessorList(logits_processor or [])
+        if self.score == "value":
+            processors.append(ValueSearch(self.reference, self.beta, model_kwargs.get("attention_mask")))
+        self._padding, self._model = model_kwargs.get("attention_mask"), model
+        self._prompt = input_ids.shape[1]
+        self._rows_apart = width // max(config.num_return_sequences or 1, 1) if width > 1 else 1
+        try:
+            return super().__call__(
+                model, input_ids, processors, stopping_criteria, config, synced_gpus, streamer, **model_kwargs
+            )
+        finally:
+            del self._model
+
+    @contextmanager
+    def applied(self, model: Any, input_ids: torch.Tensor, config: Any, model_kwargs: dict[str, Any]) -> Iterator[None]:
+        yield  # the model computes as it always does
+
+    def finished(self, sequences: torch.Tensor, new: list[list[int]]) -> None:
+        if not self.trace_enabled:
+            return
+        ends = [len(tokens) for tokens in new]
+        mask = torch.zeros_like(sequences, dtype=torch.bool)
+        attention = torch.ones_like(sequences)
+        for row, length in enumerate(ends):
+            mask[row, self._prompt : self._prompt + length] = True
+            attention[row, self._prompt + length :] = 0
+        if self._padding is not None:
+            attention[:, : self._prompt] = self._padding[:: self._rows_apart][: len(sequences)]
+        reward = ImplicitReward(self._model, self.reference if self.reference is not None else self._model, self.beta)
+        stats = reward.statistics(sequences, mask, attention)
+        for row, tokens in enumerate(new):
+            part = slice(self._prompt, self._prompt + len(tokens))
+            trace = TokenTrace(tokens, columns={"logp": stats["logps"][row, part].tolist()}, station="generation")
+            if self.reference is not None:
+                credit = self.beta * (stats["logps"] - stats["ref_logps"])
+                trace.add("implicit_reward", credit[row, part])
+            self.trace.append(trace)
+
+    def figures(self) -> dict[str, float]:
+        sums = [sum(trace.columns["logp"]) for trace in self.trace]  # type: ignore[arg-type]
+        return super().figures() | ({"log-probability": sum(sums) / len(sums)} if sums else {})

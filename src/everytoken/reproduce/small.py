@@ -1,0 +1,73 @@
+"""Small models trained on the spot, for experiments that need their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def small_model(
+    vocab: int, hidden: int = 128, layers: int = 3, heads: int = 4, end: int | None = 0, context: int = 512
+) -> Any:
+    """A Llama with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=context,
+            tie_word_embeddings=True,
+            bos_token_id=end,
+            eos_token_id=end,
+        )
+    )
+
+
+def fit(model: Any, batches: Any, steps: int, lr: float, report: Any, label: str) -> None:
+    """AdamW with warm-up and cosine decay over ``batches`` of ``(ids [B, T], labels [B, T])``."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    model.train()
+    for step in range(steps):
+        ids, labels = next(batches)
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            report(f"{label}: step {step} of {steps}, loss {loss.item():.3f}")
+    model.eval()
+
+
+def character_tokenizer(characters: str, end: str = "\n", pad: str = "_") -> Any:
+    """A tokenizer of single characters; ``pad`` must be one that texts do not use."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {item: index for index, item in enumerate(dict.fromkeys(end + pad + characters))}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=pad))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=pad, unk_token=pad, padding_side="left")
+
+
+def answer_batches(rng: Any, example: Any, tokenizer: Any, size: int) -> Any:
+    """Endless ``(ids, labels)`` of ``example(rng) -> (prompt, answer)``; the loss is on the answer, padding on the right."""
+    while True:
+        pairs = [example(rng) for _ in range(size)]
+        rows = [[tokenizer(text)["input_ids"] for text in pair] for pair in pairs]
+        width = max(len(a) + len(b) for a, b in rows)
+        ids = torch.full((size, width), tokenizer.pad_token_id)
+        labels = torch.full((size, width), -100)
+        for index, (prompt, answer) in enumerate(rows):
+            text = torch.tensor(prompt + answer)
+            ids[index, : len(text)] = text
+            labels[index, len(prompt) : len(text)] = text[len(prompt) :]
+        yield ids, labels
