@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import chisquare
 from transformers import DynamicCache
 
 from everytoken.core.errors import BadInputError, TokenizerMismatchError, UnsupportedModelError
@@ -16,6 +13,7 @@ from everytoken.generation.dyspec import DySpec
 from everytoken.generation.trees import TokenTree, grow_tree
 
 from ..conftest import tiny_llama
+from .common import ToyMatcher, check_distribution
 
 SHAPES = [
     dict(budget=1, threshold=None),
@@ -88,43 +86,6 @@ def test_budget_zero_is_plain_decoding():
 
 
 # -- sampling ------------------------------------------------------------------------------------------------------------
-def exact_distribution(model, prompt, steps, temperature=1.0, top_k=None):
-    """Probability of every continuation of ``steps`` tokens, by enumeration."""
-    vocab = model.config.vocab_size
-    table = {}
-    for tail in itertools.product(range(vocab), repeat=steps):
-        ids = torch.tensor([prompt + list(tail)])
-        logits = model(ids).logits[0, len(prompt) - 1 : -1] / temperature
-        if top_k:
-            floor = logits.topk(top_k).values[:, -1:]
-            logits = logits.masked_fill(logits < floor, -torch.inf)
-        probs = torch.softmax(logits, -1)
-        table[tail] = float(torch.stack([probs[i, token] for i, token in enumerate(tail)]).prod())
-    return table
-
-
-def check_distribution(target, decoder, prompt, draws, **sampling):
-    torch.manual_seed(1234)
-    exact = exact_distribution(target, prompt, 3, sampling.get("temperature", 1.0), sampling.get("top_k"))
-    batch = torch.tensor([prompt] * draws)
-    output = target.generate(
-        batch, max_new_tokens=3, do_sample=True, custom_generate=decoder, **{"top_k": 0, "top_p": 1.0} | sampling
-    )
-    counts: dict[tuple, int] = {}
-    for row in output[:, len(prompt) :].tolist():
-        counts[tuple(row)] = counts.get(tuple(row), 0) + 1
-    assert all(exact[key] > 0 for key in counts)
-    frequent = [key for key in exact if exact[key] * draws >= 5]
-    observed = [counts.get(key, 0) for key in frequent]
-    expected = [exact[key] * draws for key in frequent]
-    observed.append(draws - sum(observed))
-    expected.append(draws - sum(expected))
-    if expected[-1] < 1e-6:
-        observed.pop(), expected.pop()
-    scale = sum(observed) / sum(expected)
-    assert chisquare(observed, [value * scale for value in expected]).pvalue > 1e-4
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=names)
 @pytest.mark.parametrize("which", ["itself", "random", "contrary"])
 def test_sampled_distribution_is_the_targets(shape, which):
@@ -143,6 +104,57 @@ def test_sampled_distribution_is_the_targets_long(which):
 def test_sampled_distribution_with_temperature_and_top_k():
     target = tiny_llama(5, seed=5, scale=0.5)
     check_distribution(target, DySpec(tiny_llama(5, seed=8), budget=6), [1, 2], 2000, temperature=0.6, top_k=3)
+
+
+# -- with a matcher ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[5]], ids=names)
+@pytest.mark.parametrize("which", ["itself", "random", "contrary"])
+def test_a_matcher_keeps_the_masked_distribution(shape, which):
+    target, matcher = tiny_llama(5, seed=3, scale=0.4), ToyMatcher(5)
+    check_distribution(target, DySpec(drafts(target)[which], matcher=matcher, **shape), [1, 2], 1200, matcher=matcher)
+    assert matcher.text == []
+
+
+@pytest.mark.parametrize("extra", [{}, {"repetition_penalty": 1.3}])
+def test_greedy_with_a_matcher_equals_plain_decoding_with_one(extra):
+    from everytoken.generation.loop import MatcherLogitsProcessor
+
+    target, matcher = tiny_llama(13, seed=1), ToyMatcher(13)
+    prompt = torch.tensor([[3, 5, 8, 2]])
+    expected = target.generate(
+        prompt, max_new_tokens=30, do_sample=False, logits_processor=[MatcherLogitsProcessor(matcher, 4)], **extra
+    )
+    decoder = DySpec(target, budget=8, threshold=0.05, matcher=matcher)
+    actual = target.generate(prompt, max_new_tokens=30, do_sample=False, custom_generate=decoder, **extra)
+    if not extra:  # processors of the user run on masked scores, in either order the same without penalties
+        assert decoder.stats.accepted > 0
+    assert actual.tolist() == expected.tolist()
+
+
+def test_a_finished_matcher_ends_the_text():
+    target = tiny_llama(13, seed=1)
+    decoder = DySpec(target, budget=6, matcher=ToyMatcher(13, length=4, end=12))
+    output = target.generate(torch.tensor([[3, 5]]), max_new_tokens=30, do_sample=False, custom_generate=decoder)
+    assert output.shape[1] == 2 + 5
+    assert output[0, -1] == 12
+
+
+def test_a_real_grammar_on_the_embedded_model(embedded):
+    from everytoken.constraints.grammar import Grammar
+    from everytoken.constraints.matcher import GrammarCompiler, GrammarMatcher
+    from everytoken.constraints.vocabulary import TokenizerInfo
+    from everytoken.constraints.xgrammar import XGrammar
+    from everytoken.generation.drafts import load_draft
+
+    model, tokenizer = embedded
+    compiled = GrammarCompiler(TokenizerInfo.from_huggingface(tokenizer, model.config.vocab_size)).compile_grammar(
+        Grammar.from_json_schema('{"type":"object","properties":{"name":{"type":"string","maxLength":12}},"required":["name"]}')
+    )
+    ids = tokenizer("A person as JSON: ", return_tensors="pt")
+    expected = model.generate(**ids, max_new_tokens=24, do_sample=False, custom_generate=XGrammar(compiled))
+    decoder = DySpec(load_draft(model), matcher=GrammarMatcher(compiled))
+    actual = model.generate(**ids, max_new_tokens=24, do_sample=False, custom_generate=decoder)
+    assert actual.tolist() == expected.tolist()
 
 
 def test_a_wrong_acceptance_rule_would_be_caught(monkeypatch):

@@ -59,7 +59,7 @@ class Card:
         claim, figure: the claimed effect and its number.
         code: the authors' repository, or empty.
         authors: how many there are; None where not known for sure.
-        implementation, reproduction: ``module:attribute``, empty while there is none.
+        implementation, reproduction, training: ``module:attribute``, empty while there is none.
     """
 
     slug: str
@@ -74,6 +74,7 @@ class Card:
     authors: int | None = None
     implementation: str = ""
     reproduction: str = ""
+    training: str = ""
 
     @property
     def url(self) -> str:
@@ -131,6 +132,13 @@ class Card:
             )
         return _attribute(self, self.reproduction)
 
+    def load_training(self) -> Any:
+        """How it is trained; raises as ``load`` does."""
+        if not self.training:
+            able = ", ".join(card.slug for card in load_catalog().values() if card.training)
+            raise BadInputError(f"{self.slug} has nothing to train from the command line.", f"These have: {able}.")
+        return _attribute(self, self.training)
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"url": self.url, "status": self.status, "measured": self.headline}
 
@@ -181,7 +189,7 @@ def parse_card(text: str, source: str) -> Card:
         raise CardError(f"{source}: there is no station {raw['station']!r}.", f"Stations: {', '.join(STATIONS)}.")
     if raw["arxiv"] and not re.fullmatch(r"\d{4}\.\d{4,5}", raw["arxiv"]):
         raise CardError(f"{source}: {raw['arxiv']!r} is not an arXiv id such as 2410.11744.")
-    for name in ("implementation", "reproduction"):
+    for name in ("implementation", "reproduction", "training"):
         if raw.get(name) and not re.fullmatch(r"[\w.]+:\w+", raw[name]):
             raise CardError(f"{source}: {name} must read module:attribute; got {raw[name]!r}.")
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", raw["slug"]):

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from ..core.errors import EverytokenError
-from . import compare, doctor, papers, reproduce, tokenizer, try_
+from . import compare, doctor, papers, reproduce, tokenizer, train, try_
 
 app = typer.Typer(
     name="everytoken",
@@ -45,6 +45,7 @@ app.add_typer(papers.app, name="papers")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.command("try", epilog=try_.EXAMPLES)(try_.try_method)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
+app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("reproduce", epilog=reproduce.EXAMPLES)(reproduce.reproduce)
 app.command("scoreboard", epilog=reproduce.SCOREBOARD_EXAMPLES)(reproduce.scoreboard)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)

@@ -264,6 +264,7 @@ class AWRS(Decoder):
     """
 
     lossless: ClassVar[bool] = False
+    colour: ClassVar[str] = "evaluations"
     samples_only: ClassVar[bool] = True
     constraint: Any = None
     finished: Any = None

@@ -10,5 +10,4 @@ EXAMPLE = "Describe a person as JSON with a name, an age and a list of hobbies."
 
 def trial(request: TrialRequest) -> TrialResult:
     """Runs plain decoding, then every method; see ``core.trials``."""
-    sampled = all(getattr(item.factory, "samples_only", False) for item in request.trials)
-    return run_decoders(request, EXAMPLE, "evaluations" if sampled else "choice_bits")
+    return run_decoders(request, EXAMPLE)

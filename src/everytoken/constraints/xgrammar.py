@@ -77,6 +77,7 @@ class XGrammar(Decoder):
     """
 
     lossless: ClassVar[bool] = False
+    colour: ClassVar[str] = "choice_bits"
     constraint: CompiledGrammar | Sequence[CompiledGrammar] | None = None
     schema: str | None = None
     regex: str | None = None

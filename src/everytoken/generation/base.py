@@ -71,6 +71,8 @@ class Decoder:
     stats: DecodingStats = field(default_factory=DecodingStats, init=False, repr=False)
     trace: list[TokenTrace] = field(default_factory=list, init=False, repr=False)
 
+    colour: ClassVar[str] = "source"
+    """The trace's column to look at first."""
     streams: ClassVar[bool] = True
     """Whether tokens are final as they appear, so that a streamer can follow."""
     extrapolates: ClassVar[bool] = False

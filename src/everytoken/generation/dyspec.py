@@ -26,7 +26,7 @@ that reads the target's hidden states (``drafts.FeatureDraftForCausalLM``) gets 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ from .base import (
     check_one_row,
     check_prompt,
     check_same_vocabulary,
+    fill_mask,
     join_rows,
     refuse_unsupported,
     split_rows,
@@ -93,6 +94,9 @@ class DySpec(Decoder):
         max_depth: longest drafted path.
         max_children: drafted alternatives considered per node.
 
+        matcher: a ``Matcher`` (constraints station) in its initial state. Every node of the tree is masked by it, in the draft's
+            distribution and in the target's, so the output has exactly the distribution of masked plain decoding.
+
     Rows of a batch are decoded one after the other, each with its own tree and cache.
     """
 
@@ -101,6 +105,7 @@ class DySpec(Decoder):
     threshold: float | None = 0.08
     max_depth: int = 12
     max_children: int = 8
+    matcher: Any = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         if self.budget < 0 or self.max_depth < 1 or self.max_children < 1:
@@ -229,6 +234,7 @@ class _Row:
         self.max_length = max_length
         self.columns: dict[str, list[Any]] = {"round": [], "depth": [], "draft_prob": [], "source": [], "value": []}
         self.draft = DraftSession(decoder.draft_model, model, vocab)
+        self.matcher = decoder.matcher.fork() if decoder.matcher is not None else None
 
     # -- the loop --------------------------------------------------------------------------------------------------------
     def decode(self) -> _Row:
@@ -302,18 +308,21 @@ class _Row:
     def _expand(self, tree: TokenTree, nodes: list[int]) -> Candidates:
         """Draft candidates after each of ``nodes`` (one draft forward): tokens and probabilities, in drawing order."""
         self.decoder.stats.draft_forwards += 1
-        reduced = not self.do_sample and self.path_free
+        reduced = not self.do_sample and self.path_free and self.matcher is None
         logits = self.draft.forward(tree, nodes, reduced)
         width = min(self.decoder.max_children, self.decoder.budget)
         if reduced:  # greedy: the ranking needs no full-size distribution
             top = torch.softmax(logits, -1).topk(min(width, logits.shape[-1]), -1)
             tokens = self.draft.token_ids[top.indices] if self.draft.token_ids is not None else top.indices
             return list(zip(tokens.tolist(), top.values.tolist(), strict=True))
-        scores = self._process(logits, [self.text + tree.path(node) for node in nodes])
+        paths = [tree.path(node) for node in nodes]
+        scores = self._process(self._masked(logits, paths), [self.text + path for path in paths])
         dists = torch.softmax(scores, -1)
         if not self.do_sample:
             top = dists.topk(min(width, dists.shape[-1]), -1)
-            return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+            kept = (top.values > 0).sum(-1).tolist()  # a matcher may leave fewer tokens than that
+            rows = zip(top.indices.tolist(), top.values.tolist(), kept, strict=True)
+            return [(tokens[:count], probs[:count]) for tokens, probs, count in rows]
         for node, dist in zip(nodes, dists, strict=True):
             tree.dists[node] = dist
         # Gumbel top-k: the order in which y ~ R would be drawn one by one without replacement
@@ -326,6 +335,23 @@ class _Row:
             pairs = [(token, prob) for token, prob in zip(tokens, chances, strict=True) if prob > 0]
             candidates.append(([token for token, _ in pairs], [prob for _, prob in pairs]))
         return candidates
+
+    def _masked(self, logits: torch.Tensor, paths: list[list[int]]) -> torch.Tensor:
+        """Logits ``[n, V]`` without what the matcher forbids after each path below the text; the matcher ends where it began."""
+        if self.matcher is None:
+            return logits
+        logits = logits.clone()
+        for row, path in enumerate(paths):
+            taken = 0
+            for token in path:
+                if self.matcher.is_terminated() or not self.matcher.accept_token(token):
+                    break
+                taken += 1
+            if taken == len(path):
+                fill_mask(self.matcher, logits[row])
+            if taken:
+                self.matcher.rollback(taken)
+        return logits
 
     def _process(self, logits: torch.Tensor, texts: list[list[int]]) -> torch.Tensor:
         """Logits processors on ``[n, V]`` rows, each with its own text (rows of equal length share a call)."""
@@ -348,7 +374,7 @@ class _Row:
         past = self.cache.get_seq_length() - len(tree)
         path, node, stop = [0], 0, False
         greedy = None
-        if not self.do_sample and self.path_free:
+        if not self.do_sample and self.path_free and self.matcher is None:
             greedy = (self._process(logits, [self.text] * len(tree)) if self.processors else logits).argmax(-1).tolist()
         while not stop:
             text = self.text
@@ -356,14 +382,14 @@ class _Row:
                 chosen = greedy[node]
                 child = next((kid for kid in tree.children[node] if tree.tokens[kid] == chosen), None)
             else:
-                scores = self._process(logits[node : node + 1], [text])[0]
+                scores = self._process(self._masked(logits[node : node + 1], [[]]), [text])[0]
                 if self.do_sample:
                     child, chosen = self._accept(tree, node, torch.softmax(scores, -1))
                 else:
                     chosen = int(scores.argmax())
                     child = next((kid for kid in tree.children[node] if tree.tokens[kid] == chosen), None)
             if self.scores is not None:
-                self.scores.append(self._process(logits[node : node + 1].clone(), [text])[0])
+                self.scores.append(self._process(self._masked(logits[node : node + 1].clone(), [[]]), [text])[0])
             if self.logits is not None:
                 self.logits.append(logits[node])
             source = "target" if child is None else "draft"
@@ -405,7 +431,7 @@ class _Row:
 
     def _commit_first(self, logits: torch.Tensor) -> bool:
         """The first token after the prompt, straight from the target."""
-        scores = self._process(logits[None].clone(), [self.text])[0]
+        scores = self._process(self._masked(logits[None].clone(), [[]]), [self.text])[0]
         token = int(torch.multinomial(torch.softmax(scores, -1), 1)) if self.do_sample else int(scores.argmax())
         if self.scores is not None:
             self.scores.append(scores)
@@ -417,7 +443,11 @@ class _Row:
         return stop
 
     def _append(self, token: int, turn: int, depth: int, source: str, prob: float | None, value: float | None) -> bool:
-        """Adds a token to the text and says whether a stopping criterion is met."""
+        """Adds a token to the text and says whether a stopping criterion is met, or the matcher is finished."""
+        if self.matcher is not None and not self.matcher.accept_token(token):
+            raise BadInputError(
+                f"A logits processor chose token {token}, which the matcher forbids.", "Drop forced tokens."
+            )
         self.text.append(token)
         self.new.append(token)
         if self.streamer is not None:
@@ -426,7 +456,8 @@ class _Row:
             for name, entry in zip(self.columns, (turn, depth, prob, source, value), strict=True):
                 self.columns[name].append(entry)
         ids = torch.tensor([self.padding + self.text], device=self.device)
-        return bool(self.criteria(ids, None).all())
+        finished = self.matcher is not None and self.matcher.is_terminated()
+        return finished or bool(self.criteria(ids, None).all())
 
     def _keep_rows(self, past: int, path: list[int]) -> None:
         """Moves the cache rows of the accepted path behind the first ``past`` rows and drops the others."""

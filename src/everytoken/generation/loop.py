@@ -28,10 +28,11 @@ class MatcherLogitsProcessor(LogitsProcessor):
     Args:
         matcher: in its initial state, directly behind the prompt; each row follows a fork of it.
         prompt_length: padded length of the prompts.
+        strict: raise where a row holds a forbidden token. Beam search is not: it fills up its beams with impossible ones.
     """
 
-    def __init__(self, matcher: Any, prompt_length: int):
-        self.prompt_length = prompt_length
+    def __init__(self, matcher: Any, prompt_length: int, strict: bool = True):
+        self.prompt_length, self.strict = prompt_length, strict
         self.states: dict[tuple[int, ...], Any] = {(): matcher}
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -40,23 +41,26 @@ class MatcherLogitsProcessor(LogitsProcessor):
         for row, text in enumerate(input_ids[:, self.prompt_length :].tolist()):
             matcher = self.follow(tuple(text))
             states[tuple(text)] = matcher
-            fill_mask(matcher, scores[row])
+            if matcher is not None:
+                fill_mask(matcher, scores[row])
         self.states = states
         return scores
 
     def follow(self, text: tuple[int, ...]) -> Any:
-        """The matcher behind ``text``; a finished one stays where it is (``generate`` pads such rows)."""
+        """The matcher behind ``text``; a finished one stays where it is (``generate`` pads such rows). None: the text is impossible."""
         known = len(text)
         while text[:known] not in self.states:
             known -= 1
         matcher = self.states[text[:known]]
-        if known == len(text):
+        if known == len(text) or matcher is None:
             return matcher
         matcher = matcher.fork()
         for token in text[known:]:
             if matcher.is_terminated():
                 break
             if not matcher.accept_token(token):
+                if not self.strict:
+                    return None
                 raise BadInputError(
                     f"A logits processor chose token {token}, which the matcher forbids.",
                     "Drop forced tokens, or the processor.",
@@ -72,7 +76,8 @@ class MatcherStoppingCriteria(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         texts = input_ids[:, self.processor.prompt_length :].tolist()
-        done = [self.processor.follow(tuple(text)).is_terminated() for text in texts]
+        matchers = [self.processor.follow(tuple(text)) for text in texts]
+        done = [matcher is not None and matcher.is_terminated() for matcher in matchers]
         return torch.tensor(done, device=input_ids.device)
 
 
@@ -91,6 +96,20 @@ class LoopDecoder(Decoder):
     ) -> AbstractContextManager[Any]:
         """What is different about ``model`` during a call; may change ``config`` (a copy) and ``model_kwargs``."""
         raise NotImplementedError
+
+    def mode(self, config: Any) -> str:
+        """The generation mode that a configuration asks for.
+
+        Raises:
+            BadInputError: one that transformers' loops here do not cover, or no cache.
+        """
+        mode, name = str(config.get_generation_mode().value), type(self).__name__
+        if mode not in LOOPS:
+            readable = mode.replace("_", " ")
+            raise BadInputError(f"{name} does not support {readable}.", "Use greedy decoding, sampling or beam search.")
+        if config.use_cache is False:
+            raise BadInputError(f"{name} does not support use_cache=False.", "Leave it out.")
+        return mode
 
     def finished(self, sequences: torch.Tensor, new: list[list[int]]) -> None:
         """Called with the result, still inside ``applied``: fills ``self.trace`` and counters."""
@@ -112,13 +131,8 @@ class LoopDecoder(Decoder):
             BadInputError: an empty prompt, ``use_cache=False``, or a generation mode other than sampling, greedy and beams.
         """
         began = time.perf_counter()
-        name = type(self).__name__
         config = copy.copy(generation_config if generation_config is not None else model.generation_config)
-        mode = str(config.get_generation_mode().value)
-        if mode not in LOOPS:
-            raise BadInputError(f"{name} does not support {mode}.", "Use greedy decoding, sampling or beam search.")
-        if config.use_cache is False:
-            raise BadInputError(f"{name} does not support use_cache=False.", "Leave it out.")
+        mode = self.mode(config)
         if input_ids.shape[1] == 0:
             raise BadInputError("The prompt is empty.", "Give at least one token (a BOS token will do).")
         self.stats, self.trace = DecodingStats(), []
@@ -129,7 +143,7 @@ class LoopDecoder(Decoder):
             "synced_gpus": synced_gpus,
         }
         if self.matcher is not None:
-            processor = MatcherLogitsProcessor(self.matcher, input_ids.shape[1])
+            processor = MatcherLogitsProcessor(self.matcher, input_ids.shape[1], LOOPS[mode] == "_sample")
             arguments["logits_processor"].insert(0, processor)
             arguments["stopping_criteria"].append(MatcherStoppingCriteria(processor))
         if LOOPS[mode] == "_sample":

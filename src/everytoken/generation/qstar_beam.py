@@ -70,6 +70,7 @@ class QStarBeam(LoopDecoder):
 
     lossless: ClassVar[bool] = False
     streams: ClassVar[bool] = False
+    colour: ClassVar[str] = "logp"
     width: int = 5
     reference: Any = None
     beta: float = 0.1
@@ -101,6 +102,7 @@ class QStarBeam(LoopDecoder):
             BadInputError: a streamer with several beams, a filled cache, or several returned sequences without beams.
         """
         config = copy.copy(generation_config if generation_config is not None else model.generation_config)
+        self.mode(config)
         given = (config.num_beams or 1) > 1
         width = int(config.num_beams) if given else self.width
         if not given and (config.num_return_sequences or 1) > 1:

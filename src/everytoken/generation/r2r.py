@@ -223,7 +223,7 @@ class R2R(Decoder):
         matcher: a ``Matcher`` in its initial state: the text stays inside what it allows.
 
     Rows of a batch are decoded one after the other: the two models would lag in each row by another number of tokens. The trace has
-    ``model`` ("small" or "large") and ``divergence``, the router's value.
+    ``source`` ("small" or "large") and ``divergence``, the router's value.
 
     ``stats``: ``target_forwards`` and ``draft_forwards`` of the large and the small model, ``proposed`` tokens of the small one and
     how many were ``accepted``.
@@ -323,7 +323,7 @@ class R2R(Decoder):
                 self.matcher,
                 bool(keep and config.output_scores),
                 bool(keep and config.output_logits),
-                ("model", "divergence") if self.trace_enabled else None,
+                ("source", "divergence") if self.trace_enabled else None,
             )
             mine = cache if len(rows) == 1 and cache is not None else DynamicCache()
             check_croppable("R2R", mine)
@@ -375,10 +375,10 @@ class R2R(Decoder):
                     scores = row.processed(logits)
                     token = row.choose(scores)
                     writer.caught_up(row.text, token)
-                    done = row.append(token, scores, logits, model="large", divergence=value)
+                    done = row.append(token, scores, logits, source="large", divergence=value)
                 else:
                     self.stats.accepted += 1
-                    done = row.append(token, scores, logits, model="small", divergence=value)
+                    done = row.append(token, scores, logits, source="small", divergence=value)
         finally:
             writer.close()
 

@@ -185,6 +185,7 @@ class SkipDecode(LoopDecoder):
     """
 
     lossless: ClassVar[bool] = False
+    colour: ClassVar[str] = "layers"
     schedule: Any = None
     speedup: float = 2.0
     warmup: int = 1

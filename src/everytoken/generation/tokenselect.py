@@ -161,6 +161,7 @@ class TokenSelect(LoopDecoder):
     """
 
     lossless: ClassVar[bool] = False
+    colour: ClassVar[str] = "reads"
     extrapolates: ClassVar[bool] = True
     top_k: int = 2048
     n_init: int = 128

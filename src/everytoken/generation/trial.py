@@ -29,15 +29,14 @@ def encode_prompt(tokenizer: Any, prompt: str) -> dict[str, Any]:
 
 def trial(request: TrialRequest) -> TrialResult:
     """Runs plain decoding, then every decoder; see ``core.trials``."""
-    return run_decoders(request, EXAMPLE, "source")
+    return run_decoders(request, EXAMPLE)
 
 
-def run_decoders(request: TrialRequest, example: str, column: str) -> TrialResult:
+def run_decoders(request: TrialRequest, example: str) -> TrialResult:
     """Plain decoding and every decoder on one prompt.
 
     Args:
         example: the prompt if none is given.
-        column: the trace's column to colour by.
     """
     prompt = example if request.prompt is None else request.prompt
     if not prompt.strip():
@@ -56,7 +55,8 @@ def run_decoders(request: TrialRequest, example: str, column: str) -> TrialResul
     model = load_model(request.model, dtype=options.get("dtype", "auto"), packed=bool(options.get("packed", True)))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     new_tokens = int(options.get("max_new_tokens", 128))
-    if context is not None and length + new_tokens > context:
+    extends = all(decoder.extrapolates for decoder in decoders.values())
+    if context is not None and length + new_tokens > context and not extends:
         raise BadInputError(
             f"The prompt has {length} tokens and {new_tokens} more are asked for; the model's context is {context}.",
             "Shorten the prompt, or lower --max-new-tokens.",
@@ -74,7 +74,7 @@ def run_decoders(request: TrialRequest, example: str, column: str) -> TrialResul
     request.report("warming up")
     model.generate(**inputs, max_new_tokens=4, do_sample=False)
     rows: dict[str, dict[str, float]] = {}
-    result = TrialResult(rows, "tokens per second", column=column)
+    result = TrialResult(rows, "tokens per second")
     seed = int(options.get("seed", 0))
 
     def record(name: str, output: Any, seconds: float, extra: dict[str, float]) -> None:
@@ -89,7 +89,7 @@ def run_decoders(request: TrialRequest, example: str, column: str) -> TrialResul
     record("plain generate", output, time.perf_counter() - began, {"target forwards": float(output.shape[1] - length)})
     for name, decoder in decoders.items():
         request.report(f"decoding with {name}")
-        if getattr(decoder, "draft_model", False) is None:
+        if getattr(decoder, "draft_model", False) is None:  # a helper that ships for the embedded model
             from .drafts import load_draft
 
             decoder.draft_model = load_draft(model)  # loading is not decoding: keep it out of the time
@@ -104,7 +104,7 @@ def run_decoders(request: TrialRequest, example: str, column: str) -> TrialResul
         seed_everything(seed)
         streamer = (
             None
-            if getattr(decoder, "particles", 1) > 1
+            if getattr(decoder, "particles", 1) > 1 or not decoder.streams
             else Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         )
         began = time.perf_counter()
@@ -119,4 +119,6 @@ def run_decoders(request: TrialRequest, example: str, column: str) -> TrialResul
                 f"{name}: the text is {'identical to' if same else 'different from'} plain greedy decoding"
                 + ("." if same else " (rounding of the low-precision model, or a lossy method).")
             )
+    wanted = [decoder.colour for decoder in decoders.values()]
+    result.column = next((name for name in wanted if all(name in trace.columns for trace in result.traces)), None)
     return result

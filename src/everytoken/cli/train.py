@@ -1,0 +1,78 @@
+"""``everytoken train NAME``: trains what a method needs, from a typed configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from ..catalog.cards import find_card
+from .common import check_outputs, figure
+
+EXAMPLES = (
+    "Examples:  everytoken train r2r --data prompts.txt --out router  ·  "
+    "everytoken train r2r --model large/ --set small=small/ --set verifier=checks:final_number --config r2r.yaml"
+)
+
+
+def trainable(incomplete: str) -> list[str]:
+    """Names of methods that can be trained, for shell completion."""
+    from ..catalog.cards import load_catalog
+
+    return [card.slug for card in load_catalog().values() if card.training and card.slug.startswith(incomplete)]
+
+
+def train(
+    name: Annotated[str, typer.Argument(help="A method's name or arXiv id.", autocompletion=trainable)],
+    model: Annotated[
+        str | None, typer.Option(help="Hub id, folder or .gguf file; default: the embedded model.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Your data; default: the method's own example.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings as YAML, one `key: value` a line.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="A setting, key=value; repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; default: the method's name.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Train a method's router, loss or model; an unknown --set names those there are."""
+    from ..core.errors import BadInputError, require
+    from ..core.training import TrainingContext, read_config
+
+    card = find_card(name)
+    training = card.load_training()
+    chosen = read_config(training, config, settings or [])
+    if data is not None and not data.is_file():
+        raise BadInputError(f"There is no file {data}.")
+    folder = out or Path(card.slug)
+    check_outputs(folder)
+    if training.extra is not None:
+        require(training.extra[1], training.extra[0], f"Training {card.slug}")
+    status = Console(stderr=True)
+    status.print(f"[bold]{card.slug}[/]: {training.summary}", highlight=False)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=status, transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+        stage = [""]
+
+        def report(text: str, done: int, total: int) -> None:
+            if text.split(",")[0] != stage[0]:  # a new stage: its time is estimated anew
+                stage[0] = text.split(",")[0]
+                progress.reset(task)
+            progress.update(task, description=text, completed=done, total=total or None)
+
+        result = training.run(chosen, TrainingContext(model, str(data) if data is not None else None, folder, report))
+    if as_json:
+        typer.echo(json.dumps({"figures": result.figures, "files": [str(path) for path in result.files]}, indent=1))
+        return
+    console = Console()
+    width = max(map(len, result.figures), default=0)
+    for label, value in result.figures.items():
+        console.print(f"{label:<{width}}  {figure(value)}", highlight=False)
+    for path in result.files:
+        console.print(f"written: {path}", highlight=False)
+    for note in result.notes:
+        console.print(note, style="dim", highlight=False)
+
