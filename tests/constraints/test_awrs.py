@@ -11,11 +11,11 @@ import torch
 from scipy import stats
 
 from everytoken.constraints.awrs import AWRS, awrs, effective_sample_size, resample, visit
-from everytoken.core.trials import load_function
 from everytoken.constraints.base import CallableConstraint, DeadEndError
 from everytoken.constraints.grammar import Grammar
 from everytoken.constraints.vocabulary import TokenizerInfo
 from everytoken.core.errors import BadInputError
+from everytoken.core.trials import load_function
 
 from ..conftest import tiny_llama
 from .common import compile_

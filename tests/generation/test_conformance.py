@@ -123,7 +123,9 @@ def test_ragged_batches_give_what_single_rows_give(name):
 @pytest.mark.parametrize("name", [*LOSSLESS, "tokenselect"])
 def test_a_cache_is_reused_across_calls(name):
     model = target()
-    whole = run(model, LOSSLESS[name]() if name in LOSSLESS else TokenSelect(top_k=2, n_init=1, n_local=4, chunk_size=1))
+    whole = run(
+        model, LOSSLESS[name]() if name in LOSSLESS else TokenSelect(top_k=2, n_init=1, n_local=4, chunk_size=1)
+    )
     make = LOSSLESS.get(name, lambda: TokenSelect(top_k=2, n_init=1, n_local=4, chunk_size=1))
     first = run(model, make(), max_new_tokens=5, return_dict_in_generate=True)
     assert first.sequences.tolist() == whole[:, : PROMPT.shape[1] + 5].tolist()

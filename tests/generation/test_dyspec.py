@@ -148,7 +148,9 @@ def test_a_real_grammar_on_the_embedded_model(embedded):
 
     model, tokenizer = embedded
     compiled = GrammarCompiler(TokenizerInfo.from_huggingface(tokenizer, model.config.vocab_size)).compile_grammar(
-        Grammar.from_json_schema('{"type":"object","properties":{"name":{"type":"string","maxLength":12}},"required":["name"]}')
+        Grammar.from_json_schema(
+            '{"type":"object","properties":{"name":{"type":"string","maxLength":12}},"required":["name"]}'
+        )
     )
     ids = tokenizer("A person as JSON: ", return_tensors="pt")
     expected = model.generate(**ids, max_new_tokens=24, do_sample=False, custom_generate=XGrammar(compiled))

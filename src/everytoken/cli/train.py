@@ -52,7 +52,13 @@ def train(
         require(training.extra[1], training.extra[0], f"Training {card.slug}")
     status = Console(stderr=True)
     status.print(f"[bold]{card.slug}[/]: {training.summary}", highlight=False)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=status, transient=True) as progress:
         task = progress.add_task("starting", total=None)
         stage = [""]
@@ -75,4 +81,3 @@ def train(
         console.print(f"written: {path}", highlight=False)
     for note in result.notes:
         console.print(note, style="dim", highlight=False)
-

@@ -49,9 +49,7 @@ class ImplicitReward:
                     "The reference is the model that training started from.",
                 )
 
-    def score(
-        self, ids: torch.Tensor, mask: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def score(self, ids: torch.Tensor, mask: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """``r_t`` of every answer token: ``[B, T]`` float32, 0 where ``mask`` is False. No gradient.
 
         Args:
@@ -63,7 +61,11 @@ class ImplicitReward:
         return self.beta * (stats["logps"] - stats["ref_logps"])
 
     def statistics(
-        self, ids: torch.Tensor, mask: torch.Tensor, attention_mask: torch.Tensor | None = None, forward_kl: bool = False
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        forward_kl: bool = False,
     ) -> dict[str, torch.Tensor]:
         """``logps``, ``ref_logps`` (and ``forward_kl``) per token, ``[B, T]``, aligned to the scored tokens; see ``score``."""
         import torch

@@ -156,7 +156,7 @@ class LoopDecoder(Decoder):
 
         hook = model.register_forward_pre_hook(count)
         try:
-            with torch.inference_mode(), self.applied(model, input_ids, config, model_kwargs):
+            with torch.no_grad(), self.applied(model, input_ids, config, model_kwargs):
                 output = getattr(model, LOOPS[mode])(input_ids, **arguments, **model_kwargs)
                 sequences = output if isinstance(output, torch.Tensor) else output.sequences
                 new = new_tokens(sequences, input_ids.shape[1], config)

@@ -83,7 +83,9 @@ class QStarBeam(LoopDecoder):
         if self.score not in ("likelihood", "value"):
             raise BadInputError(f"score is 'likelihood' or 'value'; got {self.score!r}.")
         if self.score == "value" and self.reference is None:
-            raise BadInputError("Value search compares with a reference.", "Pass reference=..., or search by likelihood.")
+            raise BadInputError(
+                "Value search compares with a reference.", "Pass reference=..., or search by likelihood."
+            )
 
     def __call__(
         self,

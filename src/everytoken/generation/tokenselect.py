@@ -80,6 +80,8 @@ class TokenSelectLayer(DynamicLayer):
                 fresh = old.new_empty((*old.shape[:2], room, old.shape[-1]))
                 fresh[:, :, :start] = old[:, :, :start]
                 self.buffers[place] = fresh
+        if self.buffers[0].is_inference() and not torch.is_inference_mode_enabled():  # filled in another mode
+            self.buffers = [buffer.clone() for buffer in self.buffers]
         for buffer, states in zip(self.buffers, (key_states, value_states, key_states), strict=False):
             buffer[:, :, start:end] = states
         self.keys, self.values = self.buffers[0][:, :, :end], self.buffers[1][:, :, :end]

@@ -21,7 +21,7 @@ CHARACTERS = "0123456789+=;,#> "
 SEPARATORS = (";", ", ", "> ")
 WHY = (
     "The paper routes between R1-1.5B and R1-32B on AIME, GPQA and LiveCodeBench (1.6x the accuracy of a 7B model at 5.6B "
-    "parameters a token); here two models of {} weights add five two-digit numbers."
+    "parameters a token); here two models of {} weights add four two-digit numbers."
 )
 WHY_SPEED = (
     "The paper's 2.8x compares 1.5B with 32B parameters on GPUs. Here a forward of either model is mostly Python and small kernels, so the "
@@ -33,7 +33,7 @@ def reverse(number: int) -> str:
     return str(number)[::-1]
 
 
-def example(rng: random.Random, terms: int = 5) -> tuple[str, str]:
+def example(rng: random.Random, terms: int = 4) -> tuple[str, str]:
     """A sum and its worked answer, for instance ``32+54+...=`` and ``32+54=86;86+...#...``, numbers reversed."""
     numbers = [rng.randint(10, 99) for _ in range(terms)]
     total, steps = numbers[0], []
@@ -56,6 +56,15 @@ def truth(prompt: str) -> str:
     return reverse(sum(int(part[::-1]) for part in prompt.rstrip("=").split("+")))
 
 
+def solved(model: Any, tokenizer: Any, prompts: list[str]) -> float:
+    """The share of sums that a model gets right, in one batch."""
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    inputs.pop("token_type_ids", None)
+    output = model.generate(**inputs, max_new_tokens=80, do_sample=False)
+    texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :])
+    return sum(outcome(text) == truth(prompt) for text, prompt in zip(texts, prompts, strict=True)) / len(prompts)
+
+
 def run(context: Context) -> Arms:
     from ..generation.r2r import R2R, EntropyRouter, LearnedRouter
     from ..generation.r2r_training import (
@@ -73,18 +82,31 @@ def run(context: Context) -> Arms:
     vocab = len(tokenizer)
     rng = random.Random(context.seed)
     torch.manual_seed(context.seed)
-    sizes = {"large": (128, 4, 450, 2e-3), "small": (48, 1, 900, 4e-3)}
-    if context.quick:
-        sizes = {"large": (64, 2, 60, 3e-3), "small": (32, 1, 40, 4e-3)}
+    terms = 2 if context.quick else 4
+    sizes = {"large": (64, 2), "small": (32, 1)} if context.quick else {"large": (128, 4), "small": (80, 2)}
     models = {}
-    for name, (hidden, layers, steps, lr) in sizes.items():
+    for name, (hidden, layers) in sizes.items():
         models[name] = small_model(vocab, hidden, layers, end=tokenizer.convert_tokens_to_ids("\n"), context=256)
         models[name].generation_config.pad_token_id = tokenizer.pad_token_id
-        batches = answer_batches(rng, lambda r: example(r, 2 if context.quick else 5), tokenizer, 64)
-        fit(models[name], batches, steps, lr, context.progress, f"the {name} model")
     large, small = models["large"], models["small"]
+    batches = answer_batches(rng, lambda r: example(r, terms), tokenizer, 64)
+    fit(large, batches, 60 if context.quick else 600, 2e-3, context.progress, "the large model")
+    # learning is sudden, so the small model stops as soon as a third of its answers are right: later there is no gap to close
+    checks = [example(random.Random(seed), terms)[0] for seed in range(60)]
+    for step in range(0, 30 if context.quick else 600, 15):
+        fit(
+            small,
+            batches,
+            15,
+            2e-3,
+            lambda line, step=step: context.progress(f"after {step} steps, {line}"),
+            "the small model",
+        )
+        if step >= 150 and solved(small, tokenizer, checks) >= 1 / 3:
+            break
+    context.artifacts["steps of the small model"] = step + 15
 
-    seen = [example(rng, 2 if context.quick else 5)[0] for _ in range(24 if context.quick else 250)]
+    seen = [example(rng, terms)[0] for _ in range(24 if context.quick else 250)]
     labels = label(
         small,
         large,
@@ -98,14 +120,14 @@ def run(context: Context) -> Arms:
     )
     learn, held = split_by_prompt(labels, 0.2, context.seed)
     config = TokenRouterConfig(
-        labels.hidden.shape[1], labels.embedding.shape[1], vocab, width=64, num_blocks=2, dropout=0.1
+        labels.hidden.shape[1], labels.embedding.shape[1], vocab, width=32, num_blocks=1, dropout=0.1
     )
     router, _ = train_router(learn, config, held, epochs=60, lr=1e-3, batch=256, seed=context.seed)
     kinds = [float((labels.kinds == kind).float().mean()) for kind in range(3)]
     context.artifacts["labels"] = dict(zip(("identical", "neutral", "divergent"), kinds, strict=True))
 
     fresh = random.Random(10_000 + context.seed)
-    prompts = [example(fresh, 2 if context.quick else 5)[0] for _ in range(12 if context.quick else 100)]
+    prompts = [example(fresh, terms)[0] for _ in range(12 if context.quick else 100)]
 
     def measure(name: str, model: Any, decoder: Any) -> dict[str, float]:
         right = tokens = 0
@@ -157,7 +179,8 @@ def run(context: Context) -> Arms:
     gap = arms["large model"]["accuracy"] - arms["small model"]["accuracy"]
     if gap:
         context.artifacts["share of the accuracy gap closed"] = {
-            name: (arms[name]["accuracy"] - arms["small model"]["accuracy"]) / gap for name in ("R2R", "entropy routing")
+            name: (arms[name]["accuracy"] - arms["small model"]["accuracy"]) / gap
+            for name in ("R2R", "entropy routing")
         }
     return arms
 
@@ -173,12 +196,12 @@ REPRODUCTION = Reproduction(
     summary="worked sums by a large model (0.9M weights), a small one, and both routed by R2R and by entropy at an equal share",
     run=run,
     claims=[
-        Claim("accuracy", "R2R", "small model", "most of the gap closed", kind="difference", why=WHY.format("0.9M and 0.03M")),
+        Claim("accuracy", "R2R", "small model", "most of the gap closed", kind="difference", why=WHY.format("0.9M and 0.2M")),
         Claim("accuracy", "R2R", "large model", "comparable", kind="difference", why="At the threshold of 95% recall."),
         Claim("large model's share", "R2R", "large model", "0.11 to 0.15", higher_is_better=False),
         Claim("accuracy", "R2R", "entropy routing", "higher", kind="difference", why="At R2R's share of the large model's tokens."),
         Claim("parameters a token", "R2R", "large model", "5.6B of 32B", higher_is_better=False, why="The router counts."),
         Claim("tokens per second", "R2R", "large model", "2.8x", why=WHY_SPEED),
     ],
-    seeds=3,
+    seeds=2,
 )  # fmt: skip

@@ -15,10 +15,38 @@ import torch
 
 from .base import Arms, Claim, Context, Reproduction
 
-WORDS = (
-    "terrible horrible awful bad ugly disgusting cruel miserable painful worst sad boring poor dangerous broken wrong dull lost dead sick "
-    "angry empty hard cold dirty weak disappointing failed useless annoying"
-).split()
+WORDS = [
+    "terrible",
+    "horrible",
+    "awful",
+    "bad",
+    "ugly",
+    "disgusting",
+    "cruel",
+    "miserable",
+    "painful",
+    "worst",
+    "sad",
+    "boring",
+    "poor",
+    "dangerous",
+    "broken",
+    "wrong",
+    "dull",
+    "lost",
+    "dead",
+    "sick",
+    "angry",
+    "empty",
+    "hard",
+    "cold",
+    "dirty",
+    "weak",
+    "disappointing",
+    "failed",
+    "useless",
+    "annoying",
+]
 WIDTHS = (1, 3, 5, 10)
 WHY_CREDIT = (
     "The paper shows planted errors in one summarisation example. Here one word of a positive continuation becomes the negative one that the "
@@ -92,14 +120,18 @@ def run(context: Context) -> Arms:
     rows = sentiment_pairs(base, tokenizer, steps * batch, max_new_tokens=new_tokens, report=context.progress)
     policy = load_model(context.model, dtype="float32", packed=True)
     context.progress(f"DPO, {steps} steps")
-    train_arm(DPOLoss(beta=0.1), policy, base, tokenizer, rows, steps, batch, 5e-5, context.seed, lambda *_: None, steps)
+    train_arm(
+        DPOLoss(beta=0.1), policy, base, tokenizer, rows, steps, batch, 5e-5, context.seed, lambda *_: None, steps
+    )
     policy.eval()
 
     rng = random.Random(context.seed)
     torch.manual_seed(context.seed)
     prompts = (openings("test") * 4)[: 2 * samples]
     texts = continuations(base, tokenizer, prompts, new_tokens)
-    scored = sorted(zip(positivity([p + t for p, t in zip(prompts, texts, strict=True)]), prompts, texts, strict=True), reverse=True)
+    scored = sorted(
+        zip(positivity([p + t for p, t in zip(prompts, texts, strict=True)]), prompts, texts, strict=True), reverse=True
+    )
     cases = []
     for _, prompt, text in scored[:samples]:
         if (changed := corrupt(base, tokenizer, prompt, text, rng)) is not None:

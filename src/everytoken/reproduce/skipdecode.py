@@ -15,11 +15,32 @@ import torch
 from .base import Arms, Claim, Context, Reproduction
 from .small import answer_batches, fit, small_model
 
-NAMES = "Alma Bosco Cedar Delta Ember Fjord Grove Haven Iris Juno Kite Lumen Maple Nova Onyx Pearl Quill River Saffron Tulip".split()
-FOODS = "Italian Indian French Chinese Japanese English Mexican Greek Thai Turkish".split()
-AREAS = "riverside city harbour market station castle park".split()
-KINDS = "restaurant pub cafe bistro".split()
-NUMBERS = "zero one two three four five six seven eight nine ten".split()
+NAMES = [
+    "Alma",
+    "Bosco",
+    "Cedar",
+    "Delta",
+    "Ember",
+    "Fjord",
+    "Grove",
+    "Haven",
+    "Iris",
+    "Juno",
+    "Kite",
+    "Lumen",
+    "Maple",
+    "Nova",
+    "Onyx",
+    "Pearl",
+    "Quill",
+    "River",
+    "Saffron",
+    "Tulip",
+]
+FOODS = ["Italian", "Indian", "French", "Chinese", "Japanese", "English", "Mexican", "Greek", "Thai", "Turkish"]
+AREAS = ["riverside", "city", "harbour", "market", "station", "castle", "park"]
+KINDS = ["restaurant", "pub", "cafe", "bistro"]
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 PRICES = {"cheap": "low", "moderate": "fair", "high": "high"}
 SPEEDUPS = (2, 3, 4)
 WHY = (
