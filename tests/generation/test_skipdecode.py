@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -38,7 +40,7 @@ def test_schedules_fall_and_keep_their_bounds(layers, data, length):
     depths = [schedule.depth(t) for t in range(length + 20)]
     assert depths[0] == top
     assert set(depths[length:]) == {bottom}
-    assert all(a >= b for a, b in zip(depths, depths[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(depths))
     previous = set(range(layers))
     for t in (0, length // 2, length):
         running = active_layers(schedule, t, layers)
@@ -251,7 +253,7 @@ def test_models_that_are_not_llama_like():
     from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
     gpt = GPT2LMHeadModel(GPT2Config(vocab_size=13, n_embd=8, n_layer=2, n_head=2, n_positions=32))
-    with pytest.raises(UnsupportedModelError, match="base_model.layers"):
+    with pytest.raises(UnsupportedModelError, match=r"base_model\.layers"):
         gpt.generate(PROMPTS[1:2], max_new_tokens=2, custom_generate=SkipDecode())
     mixed = Qwen2ForCausalLM(
         Qwen2Config(

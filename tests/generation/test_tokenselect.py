@@ -310,7 +310,7 @@ def test_settings_out_of_range(settings, words):
 def test_a_filled_cache_of_another_kind_is_refused():
     model = tiny_llama(13)
     first = model.generate(PROMPT, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
-    with pytest.raises(BadInputError, match="decoder.new_cache"):
+    with pytest.raises(BadInputError, match=r"decoder\.new_cache"):
         model.generate(
             first.sequences, past_key_values=first.past_key_values, max_new_tokens=2, custom_generate=TokenSelect()
         )

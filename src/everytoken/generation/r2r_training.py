@@ -14,6 +14,7 @@ checked); ``SimilarityVerifier`` compares sentence embeddings; ``JudgeVerifier``
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from ..core.errors import BadInputError
@@ -185,11 +188,16 @@ def _continue(
     output = large.generate(
         ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, stopping_criteria=criteria
     )
-    from .loop import new_tokens
-
-    ends = large.generation_config.eos_token_id
-    config = type("Ends", (), {"_eos_token_tensor": None if ends is None else torch.tensor(ends)})
-    return new_tokens(output, width, config)
+    ends, rows = _end_tokens(large), []
+    for row in output[:, width:].tolist():  # a row that is done is filled up, or goes on, until all are
+        pieces = tokenizer.batch_decode([[token] for token in row]) if stops is not None else []
+        done = [
+            place
+            for place, token in enumerate(row)
+            if token in ends or (stops is not None and any(stop in pieces[place] for stop in stops))
+        ]
+        rows.append(row[: done[0] + 1] if done else row)
+    return rows
 
 
 @torch.inference_mode()
@@ -496,15 +504,16 @@ def run(config: R2RTraining, context: TrainingContext) -> TrainingResult:
     elif config.verifier != "judge":
         verifier = AnswerVerifier(load_function(config.verifier, "A verifier", "--set verifier=checks:final_number"))
     context.out.mkdir(parents=True, exist_ok=True)
-    kept = context.out / "labels.pt"
+    kept = context.out / "labels.safetensors"
     asked = {name: value for name, value in asdict(config).items() if name in LABEL_SETTINGS}
-    key = json.dumps([asked, context.model, prompts])
+    key = hashlib.sha256(json.dumps([asked, context.model, prompts]).encode()).hexdigest()
     labels = None
     if kept.is_file():
         try:
-            saved = torch.load(kept, weights_only=True)
-            labels = Labels(**saved["labels"]) if saved["key"] == key else None
-        except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+            with safe_open(kept, "pt") as file:
+                if (file.metadata() or {}).get("key") == key:
+                    labels = Labels(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
+        except (OSError, SafetensorError, TypeError) as error:
             raise BadInputError(
                 f"{kept} cannot be read: {error}", "Delete it; the labels will be made anew."
             ) from error
@@ -531,7 +540,7 @@ def run(config: R2RTraining, context: TrainingContext) -> TrainingResult:
             config.gather,
             report=context.report,
         )
-        torch.save({"key": key, "labels": vars(labels)}, kept)
+        save_file({name: value.contiguous() for name, value in vars(labels).items()}, kept, {"key": key})
     else:
         notes.append(f"Labels were taken from {kept}.")
     learn, held = split_by_prompt(labels, config.held_out, config.seed)

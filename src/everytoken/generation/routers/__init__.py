@@ -18,6 +18,8 @@ def load_router(folder: str | Path) -> TokenRouter:
     Raises:
         BadInputError: the folder holds no router.
     """
+    from safetensors import SafetensorError
+
     from .modeling_token_router import TokenRouter
 
     path = Path(folder).expanduser()
@@ -26,6 +28,6 @@ def load_router(folder: str | Path) -> TokenRouter:
     try:
         with quiet_transformers():
             router: Any = TokenRouter.from_pretrained(path)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadInputError(f"The router in {path} cannot be read: {error}", "Train it again.") from error
     return router.eval()
