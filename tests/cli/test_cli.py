@@ -57,7 +57,8 @@ def test_papers_show():
 
 
 @pytest.mark.parametrize(
-    "verb", [[], ["papers"], ["papers", "show"], ["try"], ["compare"], ["reproduce"], ["scoreboard"], ["doctor"]]
+    "verb",
+    [[], ["papers"], ["papers", "show"], ["try"], ["compare"], ["train"], ["reproduce"], ["scoreboard"], ["doctor"]],
 )
 def test_help_has_real_examples(verb):
     result = RUNNER.invoke(app, [*verb, "--help"])
@@ -96,6 +97,16 @@ def test_help_has_real_examples(verb):
         (["papers", "--station", "generaton"], "Did you mean generation", 2),
         (["papers", "show", "tpdo"], "Did you mean", 2),
         (["reproduce", "xar"], "no experiment yet", 2),
+        (["try", "skipdecode", "--set", "speedup=0.5"], "speedup >= 1", 2),
+        (["try", "tokenselect", "--set", "chunk_size=4096"], "does not fit the local window", 2),
+        (["try", "r2r", "--set", "router=absent"], "holds no router", 2),
+        (["try", "r-to-q-star", "--set", "score=value"], "compares with a reference", 2),
+        (["train", "xar"], "nothing to train", 2),
+        (["train", "r2r", "--set", "epoch=3"], "Did you mean epochs", 2),
+        (["train", "r2r", "--set", "verifier=magic"], "Unknown verifier", 2),
+        (["train", "r2r", "--data", "absent.txt"], "no file", 2),
+        (["train", "r2r", "--config", "absent.yaml"], "cannot be read", 2),
+        (["train", "r2r", "--out", "/no/such/folder/x"], "does not exist", 2),
         (["scoreboard", "--out", "/no/such/folder/x.md"], "does not exist", 2),
     ],
 )
@@ -342,3 +353,68 @@ def test_try_xgrammar_and_awrs(tmp_path):
     assert result.returncode == 0, result.stderr
     data = json.loads(result.stdout)
     assert data["texts"]["awrs"] == data["texts"]["awrs"].lower() and data["rows"]["awrs"]["tests a token"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("skipdecode", ["speedup=1.5"], "layers a forward"),
+        ("tokenselect", ["top_k=16", "n_init=4", "n_local=16", "chunk_size=16"], "share of tokens attended"),
+        ("r2r", ["router=entropy", "threshold=2.5"], "large model's share"),
+        ("r-to-q-star", ["width=3"], "log-probability"),
+    ],
+)
+def test_try_the_decoders_of_the_station(name, settings, words, tmp_path):
+    page = tmp_path / "trace.html"
+    pairs = [part for pair in settings for part in ("--set", pair)]
+    result = run("try", name, *pairs, "--max-new-tokens", "12", "--prompt", "Why do cats purr?", "--trace", page)
+    assert result.returncode == 0, result.stderr
+    assert words in result.stdout
+    assert "tokens per second" in result.stdout
+    assert "<html" in page.read_text()
+
+
+def test_compare_decoders_whose_traces_differ(tmp_path):
+    page = tmp_path / "traces.html"
+    result = run(
+        "compare", "skipdecode:speedup=1.2", "r2r:threshold=2.5", "r-to-q-star:width=2", "--max-new-tokens", "8",
+        "--trace", page,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "r2r:threshold=2.5" in result.stdout
+    assert page.is_file()
+
+
+def test_tokenselect_takes_prompts_beyond_the_context(tmp_path):
+    """Only a decoder that says so is let through; plain decoding is told what it will do."""
+    from everytoken.generation.dyspec import DySpec
+    from everytoken.generation.tokenselect import TokenSelect
+
+    assert TokenSelect.extrapolates
+    assert not DySpec.extrapolates
+
+
+def test_train_r2r_from_a_configuration(tmp_path):
+    """The whole pipeline in a real process, on two small models saved to folders."""
+    from everytoken.reproduce.small import character_tokenizer
+
+    from ..conftest import tiny_llama
+
+    tokenizer = character_tokenizer("abcdefgh.")
+    for name, seed in (("large", 1), ("small", 2)):
+        tiny_llama(len(tokenizer), seed=seed, scale=0.5).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": p}) + "\n" for p in ("ab", "cd", "ef", "gh", "ba"))
+    )
+    (tmp_path / "r2r.yaml").write_text(
+        f"small: {tmp_path / 'small'}\nverifier: builtins:hash\nmax_new_tokens: 6\nwidth: 16\nnum_blocks: 1\nepochs: 2\n"
+    )
+    result = run(
+        "train", "r2r", "--model", tmp_path / "large", "--data", tmp_path / "prompts.jsonl", "--config", tmp_path / "r2r.yaml",
+        "--set", "epochs=3", "--out", tmp_path / "router", "--json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)["figures"]
+    assert figures["tokens"] == 30
+    assert json.loads((tmp_path / "router" / "training.json").read_text())["settings"]["epochs"] == 3

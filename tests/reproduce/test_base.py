@@ -109,10 +109,15 @@ def test_the_seed_makes_a_run_repeatable():
     assert first[0] != first[1]
 
 
-NOTHING_DRAWN = ("tokenadapt", "dynamic-tokenization")  # one seed is all there is
+NOTHING_DRAWN = ("tokenadapt", "dynamic-tokenization", "tokenselect")  # one seed is all there is
 
 
-@pytest.mark.parametrize("name", ["stochastok", "dyspec", "tdpo", "xgrammar", "awrs", "exact-bytes", *NOTHING_DRAWN])
+GENERATION = ("skipdecode", "r2r", "r-to-q-star")
+
+
+@pytest.mark.parametrize(
+    "name", ["stochastok", "dyspec", "tdpo", "xgrammar", "awrs", "exact-bytes", *GENERATION, *NOTHING_DRAWN]
+)
 def test_shipped_results_are_sound(name):
     """Full results, several seeds, versions and machine recorded; every claim of the experiment is in the file."""
     from everytoken.catalog import find_card
@@ -199,3 +204,32 @@ def test_quick_exact_bytes_runs_end_to_end():
     by_metric = {(claim["metric"], claim["baseline"]): claim for claim in result["claims"]}
     assert by_metric["bits a byte", "own tokens"]["value"] < 0.6
     assert by_metric["next 4 bytes right", "own tokens"]["value"] > 0
+
+
+@pytest.mark.slow
+def test_quick_tokenselect_runs_end_to_end():
+    from everytoken.reproduce.tokenselect import REPRODUCTION
+
+    result = execute(REPRODUCTION, quick=True, console=QUIET)
+    arms = result["runs"][0]
+    assert arms["TokenSelect"]["pass keys found at 4k"] == 1.0
+    assert arms["TokenSelect"]["tokens per second behind 4k"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["skipdecode", "r2r"])
+def test_quick_experiments_with_models_of_their_own_run_end_to_end(name):
+    from everytoken.catalog import find_card
+
+    result = execute(find_card(name).load_reproduction(), quick=True, console=QUIET)
+    assert len(result["claims"]) >= 5
+    assert all(claim["method_value"] >= 0 for claim in result["claims"] if claim["kind"] == "ratio")
+
+
+@pytest.mark.slow
+def test_quick_r_to_q_star_runs_end_to_end():
+    from everytoken.reproduce.r_to_q_star import REPRODUCTION
+
+    arms = execute(REPRODUCTION, quick=True, console=QUIET)["runs"][0]
+    assert 0 <= arms["implicit reward"]["planted error among the lowest 3"] <= 1
+    assert "reward" in arms["DPO policy, 3 beams"]

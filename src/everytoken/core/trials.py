@@ -87,13 +87,16 @@ class TrialResult:
 
 
 def settable(factory: Any) -> dict[str, Any]:
-    """The settings of a dataclass that can be given as text: name -> type."""
+    """The settings of a dataclass that can be given as text: name -> types.
+
+    A field that takes objects as well names its simple types in ``metadata={"text": (str, NoneType)}``.
+    """
     if not dataclasses.is_dataclass(factory):
         return {}
     hints = typing.get_type_hints(factory)
     simple = {}
     for item in dataclasses.fields(factory):
-        kinds = _kinds(hints[item.name])
+        kinds = item.metadata.get("text") or _kinds(hints[item.name])
         if item.init and kinds and item.name != "trace_enabled":
             simple[item.name] = kinds
     return simple

@@ -63,6 +63,10 @@ class DecodingStats:
         return values | {"tokens_per_second": self.tokens_per_second, "mean_accepted": self.mean_accepted}
 
 
+BY_NAME: dict[str, Any] = {"text": (str, type(None))}
+"""Metadata of a field that takes a model, or its hub id or folder."""
+
+
 @dataclass
 class Decoder:
     """Base of every decoder: settings are fields; ``__call__`` is a transformers ``custom_generate``."""
@@ -85,6 +89,9 @@ class Decoder:
     def prepare(self, tokenizer: Any, vocab_size: int) -> Any:
         """Tells the decoder of the tokenizer and the width of the logits, where it needs them; returns it."""
         return self
+
+    def load_helpers(self, model: PreTrainedModel) -> None:
+        """Loads further models that were named by hub id or folder, or that ship with the package, before any time is taken."""
 
     def figures(self) -> dict[str, float]:
         """What is worth comparing after a call, beside speed."""

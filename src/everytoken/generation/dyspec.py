@@ -116,6 +116,12 @@ class DySpec(Decoder):
         if self.threshold is not None and not 0 < self.threshold < 1:
             raise BadInputError(f"threshold is a probability between 0 and 1; got {self.threshold}.", "Try 1 / budget.")
 
+    def load_helpers(self, model: PreTrainedModel) -> None:
+        if self.draft_model is None:
+            from .drafts import load_draft
+
+            self.draft_model = load_draft(model)
+
     def grow(self, tree: TokenTree, expand: Expand, budget: int, max_depth: int, sampling: bool) -> TokenTree:
         """Grows a round's tree; override it for another shape (see ``grow_tree`` for the arguments)."""
         return grow_tree(tree, expand, budget, self.threshold, max_depth, sampling)
@@ -144,11 +150,9 @@ class DySpec(Decoder):
         refuse_unsupported("DySpec", config, synced_gpus)
         mask = model_kwargs.get("attention_mask")
         check_prompt(model, input_ids.shape[1])
-        if self.draft_model is None:
-            from .drafts import load_draft
-
-            with torch.inference_mode(False):  # its weights outlive this call
-                self.draft_model = load_draft(model)
+        with torch.inference_mode(False):  # its weights outlive this call
+            self.load_helpers(model)
+        assert self.draft_model is not None
         vocab = check_same_vocabulary(model, self.draft_model)
         cache = model_kwargs.get("past_key_values")
         if cache is not None:

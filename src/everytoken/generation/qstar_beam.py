@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -23,8 +23,9 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from ..core.errors import BadInputError
 from ..core.implicit_reward import ImplicitReward
+from ..core.loading import load_model, resolve
 from ..core.trace import TokenTrace
-from .base import check_empty_cache
+from .base import BY_NAME, check_empty_cache
 from .loop import LoopDecoder
 
 
@@ -33,7 +34,8 @@ class ValueSearch(LogitsProcessor):
 
     def __init__(self, reference: Any, beta: float, attention_mask: torch.Tensor | None):
         self.reference, self.beta, self.mask = reference, beta, attention_mask
-        self.cache, self.rows = DynamicCache(), {}
+        self.cache = DynamicCache()
+        self.rows: dict[tuple[int, ...], int] = {}
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         texts = [tuple(row) for row in input_ids.tolist()]
@@ -60,7 +62,7 @@ class QStarBeam(LoopDecoder):
 
     Args:
         width: beams; 1 is greedy decoding.
-        reference: the model that training started from; needed for ``score="value"`` and for implicit rewards in the trace.
+        reference: the model that training started from (or its hub id or folder); needed for ``score="value"`` and for implicit rewards in the trace.
         beta: the strength that the policy was trained with.
         score: ``"likelihood"`` or ``"value"``.
         length_penalty: exponent of the length by which sums are divided; 0 as in the paper.
@@ -72,7 +74,7 @@ class QStarBeam(LoopDecoder):
     streams: ClassVar[bool] = False
     colour: ClassVar[str] = "logp"
     width: int = 5
-    reference: Any = None
+    reference: Any = field(default=None, metadata=BY_NAME)
     beta: float = 0.1
     score: str = "likelihood"
     length_penalty: float = 0.0
@@ -82,10 +84,16 @@ class QStarBeam(LoopDecoder):
             raise BadInputError(f"QStarBeam needs width >= 1 and beta > 0; got {self.width}, {self.beta}.")
         if self.score not in ("likelihood", "value"):
             raise BadInputError(f"score is 'likelihood' or 'value'; got {self.score!r}.")
+        if isinstance(self.reference, str):
+            resolve(self.reference)  # a wrong name is refused now
         if self.score == "value" and self.reference is None:
             raise BadInputError(
                 "Value search compares with a reference.", "Pass reference=..., or search by likelihood."
             )
+
+    def load_helpers(self, model: Any) -> None:
+        if isinstance(self.reference, str):
+            self.reference = load_model(self.reference, dtype=model.dtype, device=model.device)
 
     def __call__(
         self,
@@ -105,6 +113,7 @@ class QStarBeam(LoopDecoder):
         """
         config = copy.copy(generation_config if generation_config is not None else model.generation_config)
         self.mode(config)
+        self.load_helpers(model)
         given = (config.num_beams or 1) > 1
         width = int(config.num_beams) if given else self.width
         if not given and (config.num_return_sequences or 1) > 1:

@@ -28,8 +28,10 @@ from transformers import DynamicCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..core.errors import BadInputError, TokenizerMismatchError
+from ..core.loading import load_model, resolve
 from ..core.trace import TokenTrace
 from .base import (
+    BY_NAME,
     Decoder,
     DecodingStats,
     check_croppable,
@@ -215,7 +217,7 @@ class R2R(Decoder):
     """Decoding by a small model, with a router that calls the large one (the model it is given to).
 
     Args:
-        small_model: a causal language model with the same tokenizer, or a ``FeatureDraftForCausalLM``. None is only allowed for the
+        small_model: a causal language model with the same tokenizer (or its hub id or folder), or a ``FeatureDraftForCausalLM``. None is only allowed for the
             embedded model, whose draft ships with the package.
         router: a folder, a ``TokenRouter``, ``"entropy"``, ``"aleatoric"``, or any ``Router``; None routes by entropy.
         threshold: value from which the large model writes the token; None is the router's own. 0 gives the large model's own text,
@@ -230,8 +232,8 @@ class R2R(Decoder):
     """
 
     lossless: ClassVar[bool] = False
-    small_model: Any = None
-    router: Any = None
+    small_model: Any = field(default=None, metadata=BY_NAME)
+    router: Any = field(default=None, metadata=BY_NAME)
     threshold: float | None = None
     matcher: Any = field(default=None, kw_only=True, repr=False)
 
@@ -240,16 +242,17 @@ class R2R(Decoder):
             raise BadInputError(f"threshold must not be negative; got {self.threshold}.")
         if isinstance(self.router, str) and self.router not in ("entropy", "aleatoric"):
             self.router = as_router(self.router)  # a wrong folder is refused now, not after the models have loaded
+        if isinstance(self.small_model, str):
+            resolve(self.small_model)
         self._parameters: list[int] = [0, 0, 0]
 
-    @property
-    def draft_model(self) -> Any:
-        """The small model, by the name under which trials look for a helper that has to be loaded."""
-        return self.small_model
+    def load_helpers(self, model: Any) -> None:
+        if self.small_model is None:
+            from .drafts import load_draft
 
-    @draft_model.setter
-    def draft_model(self, value: Any) -> None:
-        self.small_model = value
+            self.small_model = load_draft(model)
+        elif isinstance(self.small_model, str):
+            self.small_model = load_model(self.small_model, dtype=model.dtype, device=model.device)
 
     @property
     def large_share(self) -> float:
@@ -287,11 +290,8 @@ class R2R(Decoder):
         config = generation_config if generation_config is not None else model.generation_config
         refuse_unsupported("R2R", config, synced_gpus)
         check_prompt(model, input_ids.shape[1])
-        if self.small_model is None:
-            from .drafts import load_draft
-
-            with torch.inference_mode(False):  # its weights outlive this call
-                self.small_model = load_draft(model)
+        with torch.inference_mode(False):  # its weights outlive this call
+            self.load_helpers(model)
         try:
             vocab = check_same_vocabulary(model, self.small_model)
         except TokenizerMismatchError as error:

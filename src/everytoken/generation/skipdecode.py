@@ -210,7 +210,8 @@ class SkipDecode(LoopDecoder):
         total = len(layers)
         mask: Any = model_kwargs.get("attention_mask")
         # a cache may hold the beginning of the text, and input_ids only the rest; the mask covers both
-        prompt = mask.shape[1] if mask is not None else int(getattr(config, "_mask_length", input_ids.shape[1]))
+        whole = input_ids.shape[1] if mask is None else mask.shape[1]
+        prompt = int(getattr(config, "_mask_length", whole)) if mask is None else whole
         schedule = self.schedule
         if schedule is None:
             room = max((config.max_length or prompt + 128) - prompt, 1)

@@ -89,10 +89,7 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
     record("plain generate", output, time.perf_counter() - began, {"target forwards": float(output.shape[1] - length)})
     for name, decoder in decoders.items():
         request.report(f"decoding with {name}")
-        if getattr(decoder, "draft_model", False) is None:  # a helper that ships for the embedded model
-            from .drafts import load_draft
-
-            decoder.draft_model = load_draft(model)  # loading is not decoding: keep it out of the time
+        decoder.load_helpers(model)  # loading is not decoding: keep it out of the time
         began = time.perf_counter()
         decoder.prepare(tokenizer, model.config.get_text_config().vocab_size)
         if (spent := time.perf_counter() - began) > 1e-3:

@@ -168,8 +168,8 @@ def run(context: Context) -> Arms:
         torch.manual_seed(context.seed)
         sampled = continuations(model, tokenizer, prompts, new_tokens)
         curve[name]["sampled"] = sum(positivity([p + t for p, t in zip(prompts, sampled, strict=True)])) / len(prompts)
-        for width, value in curve[name].items():
-            arms[f"{name}, {width} beams" if width != "sampled" else f"{name}, sampled"] = {"reward": value}
+        for label, value in curve[name].items():
+            arms[f"{name}, {label} beams" if label != "sampled" else f"{name}, sampled"] = {"reward": value}
     context.artifacts["reward by beam width"] = curve
     return arms
 
