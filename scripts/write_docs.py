@@ -65,6 +65,7 @@ def method_page(card: Card) -> str:
     runnable = card.implementation and card.station != "catalog"
     if runnable:
         lines += ["## Try it", "", "```console", f"everytoken try {card.slug}"]
+        lines += [f"everytoken train {card.slug}"] if card.training else []
         lines += [f"everytoken reproduce {card.slug} --quick"] if card.reproduction else []
         lines += ["```", ""]
     result = card.result()
@@ -107,6 +108,44 @@ def station_page(station: str, cards: list[Card]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def selection_table() -> str:
+    """TokenSelect's measurements by length, from its result file."""
+    path = ROOT / "results" / "tokenselect.json"
+    if not path.is_file():
+        return ""
+    result = json.loads(path.read_text())
+    arms, artifacts = result["runs"][0], result["artifacts"]["0"]
+    full, ours = arms["full attention"], arms["TokenSelect"]
+    lines = [
+        "| cached tokens | attention of a step, one layer, ms: full | TokenSelect | tokens a second: full | TokenSelect | pass keys: full | TokenSelect |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for label in ("8k", "16k", "32k", "64k"):
+        steps = [arm[f"attention step at {label}, ms"] for arm in (full, ours)]
+        speeds = [arm[f"tokens per second behind {label}"] for arm in (full, ours)]
+        found = artifacts["pass keys found"][label]
+        keys = [found[name].replace("0 of 0", "not run") for name in ("full attention", "TokenSelect")]
+        lines.append(
+            f"| {label} | {steps[0]:.1f} | {steps[1]:.1f} ({steps[0] / steps[1]:.1f}x) | {speeds[0]:.2f} | {speeds[1]:.2f} "
+            f"({speeds[1] / speeds[0]:.1f}x) | {keys[0]} | {keys[1]} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def bench_table(name: str) -> str:
+    """A benchmark's rows as Markdown."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    if not path.is_file():
+        return ""
+    result = json.loads(path.read_text())
+    heads = list(result["rows"][0])
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for row in result["rows"]:
+        cells = [f"{row[head]:.3g}" if isinstance(row[head], float) else str(row[head]) for head in heads]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", result["note"], ""])
+
+
 def main() -> None:
     catalog = load_catalog()
     for name in ("methods", "stations"):
@@ -118,6 +157,8 @@ def main() -> None:
         cards = [card for card in catalog.values() if card.station == station]
         (DOCS / "stations" / f"{station}.md").write_text(station_page(station, cards), encoding="utf-8")
     (DOCS / "scoreboard.md").write_text(scoreboard(load_results(ROOT / "results")), encoding="utf-8")
+    (DOCS / "assets" / "tokenselect.md").write_text(selection_table(), encoding="utf-8")
+    (DOCS / "assets" / "bench-generation.md").write_text(bench_table("generation"), encoding="utf-8")
     curve = ROOT / "results" / "dynamic-tokenization.json"
     if curve.is_file():
         picture = curve_svg(json.loads(curve.read_text()))

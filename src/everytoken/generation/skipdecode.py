@@ -225,7 +225,8 @@ class SkipDecode(LoopDecoder):
         now = {"depth": schedule.depth(0)}
 
         def see_position(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+            tokens: Any = kwargs.get("input_ids")
+            tokens = kwargs["inputs_embeds"] if tokens is None else tokens
             length = kwargs["past_key_values"].get_seq_length() + tokens.shape[1]
             now["depth"] = schedule.depth(length - prompt)
             self.layers_run.append(0)

@@ -28,8 +28,12 @@ def small_model(
     )
 
 
-def fit(model: Any, batches: Any, steps: int, lr: float, report: Any, label: str) -> None:
-    """AdamW with warm-up and cosine decay over ``batches`` of ``(ids [B, T], labels [B, T])``."""
+def fit(model: Any, batches: Any, steps: int, lr: float, report: Any, label: str, enough: Any = None) -> int:
+    """AdamW with warm-up and cosine decay over ``batches`` of ``(ids [B, T], labels [B, T])``; returns the steps taken.
+
+    Args:
+        enough: called every 20 steps; training ends where it returns True.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     model.train()
@@ -43,7 +47,13 @@ def fit(model: Any, batches: Any, steps: int, lr: float, report: Any, label: str
         optimizer.zero_grad()
         if step % 20 == 0:
             report(f"{label}: step {step} of {steps}, loss {loss.item():.3f}")
+            if enough is not None and step:
+                model.eval()
+                if enough():
+                    return step + 1
+                model.train()
     model.eval()
+    return steps
 
 
 def character_tokenizer(characters: str, end: str = "\n", pad: str = "_") -> Any:
