@@ -240,7 +240,7 @@ class R2R(Decoder):
     def __post_init__(self) -> None:
         if self.threshold is not None and self.threshold < 0:
             raise BadInputError(f"threshold must not be negative; got {self.threshold}.")
-        if isinstance(self.router, str) and self.router not in ("entropy", "aleatoric"):
+        if isinstance(self.router, (str, Path)) and self.router not in ("entropy", "aleatoric"):
             self.router = as_router(self.router)  # a wrong folder is refused now, not after the models have loaded
         if isinstance(self.small_model, str):
             resolve(self.small_model)

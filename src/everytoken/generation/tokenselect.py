@@ -225,8 +225,11 @@ class TokenSelect(LoopDecoder):
         config.prefill_chunk_size = self.chunk_size
         self.attended = self.available = 0
         self._prompt, self._mask, self._cache = input_ids, model_kwargs.get("attention_mask"), cache
-        with self.attention(model):
-            yield cache
+        try:
+            with self.attention(model):
+                yield cache
+        finally:
+            del self._prompt, self._mask, self._cache  # gigabytes, with long prompts
 
     @contextmanager
     def attention(self, model: Any) -> Iterator[Rotation]:
@@ -312,7 +315,7 @@ class Rotation:
         self.table: tuple[torch.Tensor, torch.Tensor] | None = None
         self.compiled = False
         if probe.device.type == "cpu":  # the kernel rotates one half of a vector against the other, as most models do
-            x = torch.randn(1, 1, 4, self.width)
+            x = torch.linspace(-1, 1, 4 * self.width).view(1, 1, 4, self.width)
             turned, half = self(x, 3), torch.cat([-x[..., self.width // 2 :], x[..., : self.width // 2]], -1)
             cos, sin = (part[:, 3:7] for part in self.table)  # type: ignore[attr-defined]
             self.compiled = torch.allclose(turned, x * cos + half * sin, atol=1e-5)
@@ -321,7 +324,9 @@ class Rotation:
         """Rotates ``[B, H, T, d]`` to positions ``start .. start + T - 1``."""
         end = start + x.shape[-2]
         if self.table is None or self.table[0].shape[1] < end or self.table[0].dtype != x.dtype:
-            room = max(end, 1024)
+            # up to the trained length with room to spare; beyond, some embeddings depend on how far they are asked for
+            limit = int(getattr(self.rotary, "original_max_seq_len", end))
+            room = end if end >= limit else min(limit, max(1024, 2 * end))
             self.table = self.compute(x, torch.arange(room, device=x.device)[None])
         cos, sin = (part[:, start:end] for part in self.table)
         turned = x[..., : self.width]
