@@ -218,6 +218,43 @@ def test_the_callback_works_in_a_real_trainer(tmp_path):
     assert len(counts) == 6
 
 
+def test_the_callback_works_in_trls_trainer(tmp_path):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from everytoken.reproduce.small import character_tokenizer
+
+    tokenizer = character_tokenizer("abcdefghijk")
+    model = tiny_llama(len(tokenizer), seed=2, layers=6)
+    rows = Dataset.from_list([{"prompt": "abc", "completion": "defg"}] * 4)
+    counts: list[int] = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *_: counts.append(1))
+    arguments = SFTConfig(
+        str(tmp_path), max_steps=2, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, bf16=False,
+        gradient_checkpointing=False, per_device_train_batch_size=4,
+    )  # fmt: skip
+    schedule = LinearDepth(3, 1, 1, 2)
+    SFTTrainer(
+        model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[SkipDecodeCallback(schedule)]
+    ).train()
+    assert len(counts) == 2 * 3  # the prompt's three layers a step
+    assert model(input_ids=torch.tensor([[1, 2]])).logits is not None
+    assert len(counts) == 2 * 3 + 6
+
+
+def test_what_others_patched_is_put_back():
+    model = tiny_llama(13, layers=4)
+    original = model.model.layers[1].forward
+    patched = lambda *args, **kwargs: original(*args, **kwargs)  # noqa: E731
+    model.model.layers[1].forward = patched
+    with skip_layers(model, LinearDepth(2, 1)):
+        pass
+    assert model.model.layers[1].forward is patched
+    assert "forward" not in model.__dict__
+    assert "forward" not in model.model.layers[0].__dict__
+
+
 # -- bad input -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("values", [(4, 5, 1, 8), (5, 1, 2, 8), (5, 2, 0, 8), (5, 2, 1, 0)], ids=str)
 def test_impossible_schedules(values):

@@ -20,6 +20,7 @@ carries its hidden state through and gives it no keys; it lies behind all that d
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -160,13 +161,23 @@ def rerouted(layers: nn.ModuleList, route: Callable[[int, torch.Tensor, Callable
 
         return forward
 
-    try:
+    with contextlib.ExitStack() as stack:
         for index, layer in enumerate(layers):
-            layer.forward = wrap(index, layer.forward)  # type: ignore[method-assign]
+            stack.enter_context(_forward_of(layer, wrap(index, layer.forward)))
+        yield
+
+
+@contextmanager
+def _forward_of(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Replaces a module's forward, and puts back what was there (others patch it too)."""
+    before = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
         yield
     finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 @dataclass
@@ -310,14 +321,8 @@ def skip_layers(model: Any, schedule: DepthSchedule) -> Iterator[Any]:
             return run()
         return torch.where(active[..., None], run(), hidden) if bool(active.any()) else hidden
 
-    model.forward = forward
-    try:
-        with rerouted(layers, route):
-            yield model
-    finally:
-        model.__dict__.pop("forward", None)
-        if original_forward is not model.forward:
-            model.forward = original_forward
+    with _forward_of(model, forward), rerouted(layers, route):
+        yield model
 
 
 class SkipDecodeCallback(TrainerCallback):

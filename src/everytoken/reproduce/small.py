@@ -65,7 +65,7 @@ def character_tokenizer(characters: str, end: str = "\n", pad: str = "_") -> Any
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=pad))
     core.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
     core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=pad, unk_token=pad, padding_side="left")
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=pad, unk_token=pad, eos_token=end, padding_side="left")
 
 
 def answer_batches(rng: Any, example: Any, tokenizer: Any, size: int) -> Any:
