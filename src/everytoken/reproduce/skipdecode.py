@@ -1,7 +1,7 @@
 """SkipDecode's claim: two to five times fewer layers a token with little loss, where plain truncation loses more.
 
-A model is trained on the spot to put a restaurant's attributes into sentences (in the manner of the E2E task), then tuned for a few steps
-for each depth: with SkipDecode's schedule, and as a truncated model of the same average depth. One more arm is not tuned at all.
+A model is trained on the spot to write sums with every running total, then tuned for a few steps for each depth: with SkipDecode's
+schedule, and as a truncated model of the same average depth. One more arm is not tuned at all.
 """
 
 from __future__ import annotations
@@ -13,39 +13,14 @@ from typing import Any
 import torch
 
 from .base import Arms, Claim, Context, Reproduction
-from .small import answer_batches, fit, small_model
+from .small import answer_batches, character_tokenizer, fit, small_model
 
-NAMES = [
-    "Alma",
-    "Bosco",
-    "Cedar",
-    "Delta",
-    "Ember",
-    "Fjord",
-    "Grove",
-    "Haven",
-    "Iris",
-    "Juno",
-    "Kite",
-    "Lumen",
-    "Maple",
-    "Nova",
-    "Onyx",
-    "Pearl",
-    "Quill",
-    "River",
-    "Saffron",
-    "Tulip",
-]
-FOODS = ["Italian", "Indian", "French", "Chinese", "Japanese", "English", "Mexican", "Greek", "Thai", "Turkish"]
-AREAS = ["riverside", "city", "harbour", "market", "station", "castle", "park"]
-KINDS = ["restaurant", "pub", "cafe", "bistro"]
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-PRICES = {"cheap": "low", "moderate": "fair", "high": "high"}
+CHARACTERS = "0123456789+=;#"
 SPEEDUPS = (2, 3, 4)
 WHY = (
-    "The paper tunes OPT-1.3B and 6.7B on E2E, TL;DR and CNN-DM; here a model of 2.4M weights and 12 layers, trained for minutes, turns six "
-    "attributes in random order into two sentences. Its layers are few, so each one missing weighs more."
+    "The paper tunes OPT-1.3B and 6.7B on E2E, TL;DR and CNN-DM; here a model of 0.6M weights and 8 layers, trained for minutes, writes worked "
+    "sums. Each layer is an eighth of it, so each one missing weighs more. (A data-to-text task in the manner of E2E was tried first: in the "
+    "minutes there were, the full model learnt its sentences and not its attributes, and every arm scored alike.)"
 )
 WHY_SPEED = (
     "Decoding of a batch of 16 on two cores: embedding, head, sampling and Python cost the same at any depth, so the ratio stays "
@@ -53,42 +28,19 @@ WHY_SPEED = (
 )
 
 
-def example(rng: random.Random) -> tuple[str, str]:
-    """Attributes in random order, and the text that says them in a fixed order with small inferences (counts, relations)."""
-    name, other = rng.sample(NAMES, 2)
-    food, area, kind = rng.choice(FOODS), rng.choice(AREAS), rng.choice(KINDS)
-    rating, seats = rng.randint(1, 9), rng.randint(1, 9)
-    price, family = rng.choice(list(PRICES)), rng.random() < 0.5
-    slots = [
-        f"name {name}", f"food {food}", f"area {area}", f"kind {kind}", f"rating {NUMBERS[rating]}",
-        f"tables {NUMBERS[seats]}", f"price {price}", f"near {other}", f"family {'yes' if family else 'no'}",
-    ]  # fmt: skip
-    rng.shuffle(slots)
-    relation = "more" if rating > seats else "fewer" if rating < seats else "as many"
-    text = (
-        f"{name} is a {kind} in the {area} area that serves {food} food at {PRICES[price]} prices . "
-        f"It has {NUMBERS[seats]} tables and {relation} stars , near {other} , and families are "
-        f"{'welcome' if family else 'not welcome'} . Twice its stars minus its tables is "
-        f"{'below zero' if 2 * rating < seats else NUMBERS[min(2 * rating - seats, 10)]} ."
-    )
-    return " | ".join(slots) + " =", text + " <end>"
+def example(rng: random.Random, terms: int = 4) -> tuple[str, str]:
+    """A sum and its worked answer: ``32+54+...=`` and ``32+54=86;86+...#...``; numbers are written from their last digit."""
+    numbers = [rng.randint(10, 99) for _ in range(terms)]
+    total, steps = numbers[0], []
+    for number in numbers[1:]:
+        steps.append("{}+{}={}".format(*(str(item)[::-1] for item in (total, number, total + number))))
+        total += number
+    prompt = "+".join(str(number)[::-1] for number in numbers) + "="
+    return prompt, ";".join(steps) + "#" + str(total)[::-1] + "\n"
 
 
-def word_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    rng = random.Random(0)
-    words = dict.fromkeys(["<end>", "<pad>"])
-    for _ in range(3000):
-        words.update(dict.fromkeys(" ".join(example(rng)).split()))
-    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<pad>", padding_side="left")
-
-
-def overlap(text: list[str], reference: list[str]) -> float:
-    """ROUGE-L: F1 of the longest common subsequence."""
+def overlap(text: str, reference: str) -> float:
+    """ROUGE-L of characters: F1 of the longest common subsequence."""
     table = [[0] * (len(reference) + 1) for _ in range(len(text) + 1)]
     for i, a in enumerate(text):
         for j, b in enumerate(reference):
@@ -112,10 +64,9 @@ def quality(model: Any, tokenizer: Any, decoder: Any, work: list[tuple[str, str]
         new = output[:, inputs["input_ids"].shape[1] :]
         tokens += int((new != tokenizer.pad_token_id).sum())
         for row, (_, wanted) in zip(new, part, strict=True):
-            words = [word for word in tokenizer.decode(row).split() if word not in ("<pad>", "<end>")]
-            reference = wanted.split()[:-1]
-            exact += words == reference
-            score += overlap(words, reference)
+            text = tokenizer.decode(row).replace(tokenizer.pad_token, "").split("\n")[0]
+            exact += text == wanted.strip()
+            score += overlap(text, wanted.strip())
     return {"exact match": exact / len(work), "ROUGE-L": score / len(work), "tokens per second": tokens / spent}
 
 
@@ -124,16 +75,17 @@ def run(context: Context) -> Arms:
 
     from ..generation.skipdecode import LinearDepth, SkipDecode, skip_layers, speedup
 
-    tokenizer = word_tokenizer()
+    tokenizer = character_tokenizer(CHARACTERS)
     torch.manual_seed(context.seed)
     rng = random.Random(context.seed)
-    hidden, layers, steps, tuning = (64, 6, 60, 15) if context.quick else (128, 12, 550, 110)
-    batches = answer_batches(rng, example, tokenizer, 16)
-    base = small_model(len(tokenizer), hidden, layers, end=tokenizer.convert_tokens_to_ids("<end>"), context=256)
+    hidden, layers, steps, tuning = (32, 4, 40, 10) if context.quick else (80, 8, 500, 80)
+    terms = 2 if context.quick else 4
+    batches = answer_batches(rng, lambda r: example(r, terms), tokenizer, 64)
+    base = small_model(len(tokenizer), hidden, layers, end=tokenizer.eos_token_id, context=256)
     fit(base, batches, steps, 2e-3, context.progress, "the full model")
     test = random.Random(10_000 + context.seed)
-    work = [example(test) for _ in range(32 if context.quick else 128)]
-    length = 46  # tokens of an answer
+    work = [example(test, terms) for _ in range(32 if context.quick else 128)]
+    length = len(work[0][1])  # tokens of an answer, give or take one
     arms: Arms = {}
     tuned = copy.deepcopy(base)
     fit(tuned, batches, tuning, 5e-4, context.progress, "full depth, tuned")
@@ -160,7 +112,7 @@ def run(context: Context) -> Arms:
 
 REPRODUCTION = Reproduction(
     name="skipdecode",
-    summary="data to text by a 12-layer model tuned for SkipDecode's schedules, against full depth and truncation to the same mean depth",
+    summary="worked sums by an 8-layer model tuned for SkipDecode's schedules, against full depth and truncation to the same mean depth",
     run=run,
     claims=[
         *(

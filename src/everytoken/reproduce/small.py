@@ -35,7 +35,7 @@ def fit(model: Any, batches: Any, steps: int, lr: float, report: Any, label: str
         enough: called every 20 steps; training ends where it returns True.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=max(0.1, 2 / steps))
     model.train()
     for step in range(steps):
         ids, labels = next(batches)
@@ -65,7 +65,9 @@ def character_tokenizer(characters: str, end: str = "\n", pad: str = "_") -> Any
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=pad))
     core.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
     core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=pad, unk_token=pad, eos_token=end, padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=pad, unk_token=pad, eos_token=end, padding_side="left"
+    )
 
 
 def answer_batches(rng: Any, example: Any, tokenizer: Any, size: int) -> Any:
