@@ -298,12 +298,3 @@ def test_partial_and_interleaved_rotations():
         ours, theirs = logits_of(model.eval(), decoder, PROMPT), logits_of(model, None, PROMPT)
         assert torch.allclose(ours[1], theirs[1], atol=1e-4)
     assert isinstance(decoder.new_cache(model), TokenSelectCache)
-
-
-@pytest.mark.slow
-def test_a_pass_key_in_four_thousand_tokens(embedded):
-    from everytoken.reproduce.tokenselect import finds, passkey_prompt
-
-    model, tokenizer = embedded
-    prompt = passkey_prompt(tokenizer, 4000, 0.4, 48213)
-    assert finds(tokenizer, model, TokenSelect(top_k=512, n_init=32, n_local=256, chunk_size=256), prompt, 48213)

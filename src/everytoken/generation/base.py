@@ -226,14 +226,13 @@ def attention_mask_for(model: Any, allowed: torch.Tensor) -> torch.Tensor:
 
 def fill_mask(matcher: Any, scores: torch.Tensor) -> None:
     """Sets the scores ``[V]`` of tokens that a ``Matcher`` forbids to minus infinity, in place; a finished one forbids none."""
-    import torch
+    from ..constraints.base import allocate_token_bitmask, apply_token_bitmask_inplace
 
     if matcher.is_terminated():
         return
-    words = torch.full((1, (scores.shape[-1] + 31) // 32), -1, dtype=torch.int32)
-    if matcher.fill_next_token_bitmask(words, 0):
-        bits = (words[0, :, None] >> torch.arange(32, dtype=torch.int32)) & 1
-        scores.masked_fill_(~bits.flatten()[: scores.shape[-1]].bool().to(scores.device), float("-inf"))
+    bitmask = allocate_token_bitmask(1, scores.shape[-1])
+    if matcher.fill_next_token_bitmask(bitmask, 0):
+        apply_token_bitmask_inplace(scores, bitmask[0])
 
 
 def check_same_vocabulary(target: PreTrainedModel, draft: PreTrainedModel, slack: int = 512) -> int:
