@@ -78,7 +78,7 @@ def run(context: Context) -> Arms:
     tokenizer = character_tokenizer(CHARACTERS)
     torch.manual_seed(context.seed)
     rng = random.Random(context.seed)
-    hidden, layers, steps, tuning = (32, 4, 40, 10) if context.quick else (80, 8, 500, 80)
+    hidden, layers, steps, tuning = (32, 4, 40, 10) if context.quick else (80, 8, 500, 240)
     terms = 2 if context.quick else 4
     batches = answer_batches(rng, lambda r: example(r, terms), tokenizer, 64)
     base = small_model(len(tokenizer), hidden, layers, end=tokenizer.eos_token_id, context=256)
@@ -88,7 +88,7 @@ def run(context: Context) -> Arms:
     length = len(work[0][1])  # tokens of an answer, give or take one
     arms: Arms = {}
     tuned = copy.deepcopy(base)
-    fit(tuned, batches, tuning, 5e-4, context.progress, "full depth, tuned")
+    fit(tuned, batches, tuning, 1e-3, context.progress, "full depth, tuned")
     arms["full depth"] = quality(tuned, tokenizer, None, work)
     nominal = {}
     for ratio in SPEEDUPS:
@@ -96,7 +96,7 @@ def run(context: Context) -> Arms:
         nominal[f"{ratio}x"] = speedup(schedule, layers, length)
         skipping = copy.deepcopy(base)
         with skip_layers(skipping, schedule):
-            fit(skipping, batches, tuning, 5e-4, context.progress, f"SkipDecode {ratio}x")
+            fit(skipping, batches, tuning, 1e-3, context.progress, f"SkipDecode {ratio}x")
         context.progress(f"SkipDecode {ratio}x writes")
         arms[f"SkipDecode {ratio}x"] = quality(skipping, tokenizer, SkipDecode(schedule), work)
         arms[f"not tuned {ratio}x"] = quality(base, tokenizer, SkipDecode(schedule), work)
@@ -104,7 +104,7 @@ def run(context: Context) -> Arms:
         kept = max(1, round(layers / ratio))
         short.model.layers = short.model.layers[:kept]
         short.config.num_hidden_layers = kept
-        fit(short, batches, tuning, 5e-4, context.progress, f"truncated {ratio}x")
+        fit(short, batches, tuning, 1e-3, context.progress, f"truncated {ratio}x")
         arms[f"truncated {ratio}x"] = quality(short, tokenizer, None, work)
     context.artifacts["nominal speed-up"] = nominal
     return arms
