@@ -17,6 +17,7 @@ from everytoken.generation.r2r_training import (
     IDENTICAL,
     NEUTRAL,
     AnswerVerifier,
+    Diary,
     JudgeVerifier,
     Labels,
     R2RTraining,
@@ -101,6 +102,40 @@ def test_continuations_stop_at_the_sentence(pair):
         for side in sides:
             assert len(side) <= 13
             assert "." not in side[1:-1]
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(pair, tmp_path):
+    large, small, tokenizer = pair
+    whole = label(small, large, tokenizer, PROMPTS, AnswerVerifier(last_letters), max_new_tokens=8, batch=2, count=5)
+    asked: list[int] = []
+
+    class Breaks(AnswerVerifier):
+        def __call__(self, contexts, small, large):
+            if len(asked) == 2:
+                raise KeyboardInterrupt
+            asked.append(len(contexts))
+            return super().__call__(contexts, small, large)
+
+    path = tmp_path / "labels.jsonl"
+    arguments = dict(max_new_tokens=8, batch=2, count=5)
+    with pytest.raises(KeyboardInterrupt):
+        label(small, large, tokenizer, PROMPTS, Breaks(last_letters), **arguments, diary=Diary(path, "key"))
+    with path.open("a") as file:
+        file.write('{"verdict": [0')  # cut off in the middle of a line
+    diary = Diary(path, "key")
+    assert len(diary.answers) == 5
+    assert len(diary.verdicts) == 4
+    stages = []
+    again = label(
+        small, large, tokenizer, PROMPTS, AnswerVerifier(last_letters), **arguments, diary=diary,
+        report=lambda stage, done, total: stages.append((stage, done)),
+    )  # fmt: skip
+    assert "the large model answers" not in dict(stages)
+    assert next(done for stage, done in stages if stage == "both ways go on") == 4
+    for name, value in vars(whole).items():
+        assert torch.equal(value, getattr(again, name))
+    assert Diary(path, "key").verdicts == diary.verdicts  # the cut line took nothing with it
+    assert Diary(path, "other").answers == []
 
 
 def synthetic(count=600, seed=0):

@@ -31,6 +31,7 @@ from ..core.errors import BadInputError
 from ..core.training import Training, TrainingContext, TrainingResult
 from ..core.trials import load_function
 from .base import check_same_vocabulary
+from .drafts.modeling_feature_draft import FeatureDraftForCausalLM, FeatureTap
 from .routers.configuration_token_router import TokenRouterConfig
 from .routers.modeling_token_router import TokenRouter, top_logits
 
@@ -151,17 +152,61 @@ class JudgeVerifier:
         return answers
 
 
+class Diary:
+    """Answers and verdicts as they come, one JSON object a line, so that an interrupted run goes on where it stopped.
+
+    Args:
+        path: the file; None keeps nothing.
+        key: what the labels depend on; a file with another key is begun anew.
+    """
+
+    def __init__(self, path: Path | None = None, key: str = ""):
+        self.path, self.answers, self.verdicts = path, [], {}  # type: ignore[var-annotated]
+        if path is None:
+            return
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        lines = text.splitlines()
+        if lines[:1] != [json.dumps({"key": key})]:
+            path.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+            return
+        for line in lines[1:]:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # the line that an interruption cut off
+            if "answer" in entry:
+                self.answers.append(tuple(entry["answer"]))
+            else:
+                index, place, divergent = entry["verdict"]
+                self.verdicts[index, place] = divergent
+        if not text.endswith("\n"):
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n")
+
+    def write(self, entries: list[dict[str, Any]]) -> None:
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+    def add_answers(self, pairs: list[tuple[list[int], list[int]]]) -> None:
+        self.answers += pairs
+        self.write([{"answer": pair} for pair in pairs])
+
+    def add_verdicts(self, places: list[tuple[int, int]], divergent: list[bool]) -> None:
+        self.verdicts |= dict(zip(places, divergent, strict=True))
+        self.write([{"verdict": [*place, verdict]} for place, verdict in zip(places, divergent, strict=True)])
+
+
 # -- labels --------------------------------------------------------------------------------------------------------------
-def answer(large: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, batch: int, report: Any) -> list:
-    """The large model's greedy answers: ``(prompt ids, answer ids)`` each."""
-    pairs = []
-    for first in range(0, len(prompts), batch):
+def answer(
+    large: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, batch: int, report: Any, diary: Diary
+) -> None:
+    """The large model's greedy answers: ``(prompt ids, answer ids)`` each, into the diary."""
+    for first in range(len(diary.answers), len(prompts), batch):
         report("the large model answers", first, len(prompts))
         encoded = [encode(tokenizer, prompt) for prompt in prompts[first : first + batch]]
-        for ids, new in zip(encoded, _continue(large, tokenizer, encoded, max_new_tokens, None), strict=True):
-            if new:
-                pairs.append((ids, new))
-    return pairs
+        new = _continue(large, tokenizer, encoded, max_new_tokens, None)
+        diary.add_answers(list(zip(encoded, new, strict=True)))
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:
@@ -205,8 +250,6 @@ def read_answer(
     small: Any, large: Any, ids: list[int], new: list[int], vocab: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The small model over one answer, in one forward: states ``[T, D]`` that the head reads, and logits ``[T, V]``."""
-    from .drafts.modeling_feature_draft import FeatureDraftForCausalLM, FeatureTap
-
     text = torch.tensor([ids + new], device=large.device)
     if isinstance(small, FeatureDraftForCausalLM):
         tap = FeatureTap(large, small.config.feature_layers)
@@ -240,12 +283,14 @@ def label(
     batch: int = 16,
     count: int = 100,
     report: Callable[[str, int, int], None] = lambda _stage, _done, _total: None,
+    diary: Diary | None = None,
 ) -> Labels:
     """Steps 1 to 4: a label for every token of the large model's answers.
 
     Args:
         max_new_tokens: of an answer. ``max_sentence``: of a continuation (unless the verifier wants the whole answer).
         batch: texts continued at a time. ``count``: largest logits kept for the router.
+        diary: what an interrupted call has found already.
 
     Raises:
         TokenizerMismatchError: the models have different vocabularies.
@@ -254,14 +299,19 @@ def label(
     vocab = check_same_vocabulary(large, small)
     if not prompts:
         raise BadInputError("There are no prompts to learn from.", "Give one a line.")
-    pairs = answer(large, tokenizer, prompts, max_new_tokens, batch, report)
-    if not pairs:
+    diary = diary or Diary()
+    answer(large, tokenizer, prompts, max_new_tokens, batch, report, diary)
+    pairs = diary.answers
+    if not any(new for _, new in pairs):
         raise BadInputError("The large model answered none of the prompts.", "Give others.")
-    embed = (large if not hasattr(small, "lm_head") else small).get_input_embeddings()
+    # a feature draft reads its target's embeddings
+    embed = (large if isinstance(small, FeatureDraftForCausalLM) else small).get_input_embeddings()
     parts: list[dict[str, torch.Tensor]] = []
     mismatches: list[tuple[int, int]] = []
     for index, (ids, new) in enumerate(pairs):
         report("the small model reads", index, len(pairs))
+        if not new:
+            continue
         hidden, logits = read_answer(small, large, ids, new, vocab)
         chosen = logits.argmax(-1)
         truth = torch.tensor(new, device=chosen.device)
@@ -279,14 +329,15 @@ def label(
             }
         )
         mismatches += [(index, place) for place in (chosen != truth).nonzero()[:, 0].tolist()]
-    for first in range(0, len(mismatches), batch):
-        report("both ways go on", first, len(mismatches))
-        some = mismatches[first : first + batch]
-        for (index, place), divergent in zip(
-            some, _verify(large, tokenizer, pairs, parts, some, verifier, max_new_tokens, max_sentence), strict=True
-        ):
-            if divergent:
-                parts[index]["kinds"][place] = DIVERGENT
+    known = {int(part["prompts"][0]): part for part in parts}
+    left = [place for place in mismatches if place not in diary.verdicts]
+    for first in range(0, len(left), batch):
+        report("both ways go on", len(mismatches) - len(left) + first, len(mismatches))
+        some = left[first : first + batch]
+        diary.add_verdicts(some, _verify(large, tokenizer, pairs, known, some, verifier, max_new_tokens, max_sentence))
+    for index, place in mismatches:
+        if diary.verdicts[index, place]:
+            known[index]["kinds"][place] = DIVERGENT
     return Labels(**{name: torch.cat([part[name] for part in parts]).clone() for name in parts[0]})
 
 
@@ -294,7 +345,7 @@ def _verify(
     large: Any,
     tokenizer: Any,
     pairs: list,
-    parts: list,
+    parts: dict[int, dict[str, torch.Tensor]],
     places: list[tuple[int, int]],
     verifier: Verifier,
     max_new_tokens: int,
@@ -539,8 +590,10 @@ def run(config: R2RTraining, context: TrainingContext) -> TrainingResult:
             config.max_sentence,
             config.gather,
             report=context.report,
+            diary=Diary(context.out / "labels.jsonl", key),
         )
         save_file({name: value.contiguous() for name, value in vars(labels).items()}, kept, {"key": key})
+        (context.out / "labels.jsonl").unlink()  # it is all in the labels now
     else:
         notes.append(f"Labels were taken from {kept}.")
     learn, held = split_by_prompt(labels, config.held_out, config.seed)
