@@ -61,6 +61,7 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
             f"The prompt has {length} tokens and {new_tokens} more are asked for; the model's context is {context}.",
             "Shorten the prompt, or lower --max-new-tokens.",
         )
+    beyond = context is not None and length + new_tokens > context
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     temperature = float(options.get("temperature", 0.0))
     arguments: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": temperature > 0}
@@ -75,6 +76,10 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
     model.generate(**inputs, max_new_tokens=4, do_sample=False)
     rows: dict[str, dict[str, float]] = {}
     result = TrialResult(rows, "tokens per second")
+    if beyond:
+        result.notes.append(
+            f"The text is longer than the model's context of {context} tokens: plain decoding was not trained for it."
+        )
     seed = int(options.get("seed", 0))
 
     def record(name: str, output: Any, seconds: float, extra: dict[str, float]) -> None:
