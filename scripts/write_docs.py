@@ -158,6 +158,7 @@ def main() -> None:
         (DOCS / "stations" / f"{station}.md").write_text(station_page(station, cards), encoding="utf-8")
     (DOCS / "scoreboard.md").write_text(scoreboard(load_results(ROOT / "results")), encoding="utf-8")
     (DOCS / "assets" / "tokenselect.md").write_text(selection_table(), encoding="utf-8")
+    (DOCS / "assets" / "bench-attention.md").write_text(bench_table("attention"), encoding="utf-8")
     (DOCS / "assets" / "bench-generation.md").write_text(bench_table("generation"), encoding="utf-8")
     curve = ROOT / "results" / "dynamic-tokenization.json"
     if curve.is_file():
