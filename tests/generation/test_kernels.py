@@ -9,7 +9,7 @@ import transformers.models.llama.modeling_llama as llama
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everytoken.generation.kernels import attend_selected, top_indices
+from everytoken.generation.kernels import attend_rotated, top_indices
 from everytoken.generation.tokenselect import Rotation, _attend, find_rotary
 
 from ..conftest import tiny_llama
@@ -46,7 +46,5 @@ def test_compiled_attention_equals_torchs(groups):
     turned = rotation(query, 39)[0, :, 0].unflatten(0, (2, groups)).numpy()
     cos, sin = (part[0].numpy() for part in rotation.table)
     for head in range(2):
-        got = attend_selected(
-            turned[head], keys[0, head].numpy(), values[0, head].numpy(), kept.numpy(), cos, sin, 0.25
-        )
+        got = attend_rotated(turned[head], keys[0, head, kept].numpy(), values[0, head, kept].numpy(), cos, sin, 0.25)
         assert torch.allclose(torch.from_numpy(got), expected[head * groups : (head + 1) * groups], atol=1e-5)

@@ -43,34 +43,26 @@ def top_indices(values: np.ndarray, k: int) -> np.ndarray:
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
-def attend_selected(
-    query: np.ndarray,
-    keys: np.ndarray,
-    values: np.ndarray,
-    kept: np.ndarray,
-    cos: np.ndarray,
-    sin: np.ndarray,
-    scale: float,
+def attend_rotated(
+    query: np.ndarray, keys: np.ndarray, values: np.ndarray, cos: np.ndarray, sin: np.ndarray, scale: float
 ) -> np.ndarray:
-    """Attention of one key head's queries over selected rows, gathered, rotated and read in one pass: ``[G, d]``.
+    """Attention of one key head's queries over M rows, which are rotated as they are read: ``[G, d]``.
 
     Args:
         query: ``[G, d]``, rotated.
-        keys, values: ``[N, d]``, keys un-rotated.
-        kept: ``[M]`` rows to read, in order; the j-th is rotated to position j.
+        keys, values: ``[M, d]``, keys un-rotated; the j-th is rotated to position j.
         cos, sin: ``[M, d]`` rotary tables whose two halves are equal (halves of a vector are rotated against each other).
     """
     groups, size = query.shape
-    length, half = kept.size, size // 2
+    length, half = keys.shape[0], size // 2
     output = np.zeros((groups, size), np.float32)
     weights = np.empty((groups, length), np.float32)
     turned = np.empty(size, np.float32)
     factor = np.float32(scale)
     for j in range(length):
-        row = kept[j]
         for i in range(half):
-            turned[i] = keys[row, i] * cos[j, i] - keys[row, i + half] * sin[j, i]
-            turned[i + half] = keys[row, i + half] * cos[j, i] + keys[row, i] * sin[j, i]
+            turned[i] = keys[j, i] * cos[j, i] - keys[j, i + half] * sin[j, i]
+            turned[i + half] = keys[j, i + half] * cos[j, i] + keys[j, i] * sin[j, i]
         for group in range(groups):
             total = np.float32(0)
             for i in range(size):
@@ -85,9 +77,8 @@ def attend_selected(
         for j in range(length):
             weights[group, j] /= total
     for j in range(length):
-        row = kept[j]
         for group in range(groups):
             weight = weights[group, j]
             for i in range(size):
-                output[group, i] += weight * values[row, i]
+                output[group, i] += weight * values[j, i]
     return output

@@ -38,7 +38,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from ..core.errors import BadInputError, UnsupportedModelError
 from ..core.trace import TokenTrace
-from .kernels import attend_selected, top_indices
+from .kernels import attend_rotated, top_indices
 from .loop import LoopDecoder
 
 IMPLEMENTATION = "token_select"
@@ -488,13 +488,15 @@ def _attend_compiled(
     kept: torch.Tensor,
     scaling: float | None,
 ) -> torch.Tensor:
-    """``_attend`` over the rows ``kept`` of ``[1, H_kv, N, d]``, for one query on a CPU, without copying the rows."""
+    """``_attend`` over the rows ``kept`` of ``[1, H_kv, N, d]``, for one query on a CPU: rotated keys are never written down."""
     turned = rotation(query, len(kept) - 1)[0, :, 0].unflatten(0, (key.shape[1], -1)).numpy()
     cos, sin = (part[0].numpy() for part in rotation.table)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     heads = [
-        attend_selected(turned[head], key[0, head].numpy(), value[0, head].numpy(), kept.numpy(), cos, sin, scale)
-        for head in range(key.shape[1])
+        attend_rotated(mine, keys.index_select(0, kept).numpy(), values.index_select(0, kept).numpy(), cos, sin, scale)
+        for mine, keys, values in zip(
+            turned, key[0], value[0], strict=True
+        )  # a head's rows lie together: quick to gather
     ]
     return torch.from_numpy(np.concatenate(heads))[None, :, None]
 
