@@ -14,7 +14,8 @@ from pathlib import Path
 
 from everytoken.catalog.cards import STATIONS, Card, load_catalog
 from everytoken.reproduce.base import formatted, load_results, scoreboard
-from everytoken.reproduce.dynamic_tokenization import curve_svg
+from everytoken.reproduce.dynamic_tokenization import curve_svg as dynamic_curve
+from everytoken.reproduce.r2r import curve_svg as r2r_curve
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -160,10 +161,11 @@ def main() -> None:
     (DOCS / "assets" / "tokenselect.md").write_text(selection_table(), encoding="utf-8")
     (DOCS / "assets" / "bench-attention.md").write_text(bench_table("attention"), encoding="utf-8")
     (DOCS / "assets" / "bench-generation.md").write_text(bench_table("generation"), encoding="utf-8")
-    curve = ROOT / "results" / "dynamic-tokenization.json"
-    if curve.is_file():
-        picture = curve_svg(json.loads(curve.read_text()))
-        (DOCS / "assets" / "dynamic-curve.svg").write_text(picture, encoding="utf-8")
+    for name, draw in (("dynamic-tokenization", dynamic_curve), ("r2r", r2r_curve)):
+        path = ROOT / "results" / f"{name}.json"
+        if path.is_file():
+            picture = draw(json.loads(path.read_text()))
+            (DOCS / "assets" / f"{name.removesuffix('-tokenization')}-curve.svg").write_text(picture, encoding="utf-8")
     print(f"{len(catalog)} method pages, {len(STATIONS)} station pages, the scoreboard")
 
 

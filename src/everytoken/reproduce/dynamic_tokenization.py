@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .base import Arms, Claim, Context, Reproduction
+from .base import Arms, Claim, Context, Reproduction, lines_svg
 from .texts import declarations
 
 MEASURED = ("German", "French", "Spanish", "Italian", "Polish", "Finnish", "Turkish", "Russian", "Greek", "Hindi", "Indonesian", "Vietnamese")  # fmt: skip
@@ -178,38 +178,10 @@ def large_vocabulary(context: Context, model: Any, tokenizer: Any, embedder: Any
 def curve_svg(result: dict[str, Any]) -> str:
     """Positions against bits a byte, an SVG of its own."""
     curve = result["artifacts"]["0"]["curve"]
-    names = ("mean of pieces", "hypernetwork")
-    values = [row[name] for row in curve for name in names]
-    low, high = min(values), max(values)
-    left, right, top, bottom = 70, 690, 40, 320
-    narrow = min(row["positions"] for row in curve)
-
-    def place(row: dict[str, float], name: str) -> tuple[float, float]:
-        x = left + (1 - row["positions"]) / (1 - narrow) * (right - left)
-        return x, bottom - (row[name] - low) / (high - low) * (bottom - top)
-
-    parts = []
-    for name, colour in zip(names, ("#f58518", "#277f8e"), strict=True):
-        points = [place(row, name) for row in curve]
-        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2.5" points="{" ".join(f"{x:.0f},{y:.0f}" for x, y in points)}"/>')  # fmt: skip
-        parts += [f'<circle cx="{x:.0f}" cy="{y:.0f}" r="4" fill="{colour}"/>' for x, y in points]
-    for step in range(5):
-        value = low + (high - low) * step / 4
-        y = bottom - (bottom - top) * step / 4
-        parts.append(f'<text x="{left - 12}" y="{y + 5:.0f}" text-anchor="end">{value:.2f}</text>')
-        parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.0f}" y2="{y:.0f}" stroke="#dde1e6"/>')
-        share = (1 - narrow) * step / 4
-        x = left + (right - left) * step / 4
-        parts.append(f'<text x="{x:.0f}" y="{bottom + 22}" text-anchor="middle">{share:.0%}</text>')
-    legend = "".join(
-        f'<rect x="{left + 20 + 170 * n}" y="14" width="14" height="14" fill="{c}"/><text x="{left + 40 + 170 * n}" y="26">{name}</text>'
-        for n, (name, c) in enumerate(zip(names, ("#f58518", "#277f8e"), strict=True))
-    )
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" width="720" height="380" viewBox="0 0 720 380" font-family="system-ui, sans-serif" '
-        f'font-size="14" fill="#1b1f24"><rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}{legend}'
-        f'<text x="380" y="366" text-anchor="middle">positions saved in the prefix; bits a byte of the text after it</text></svg>\n'
-    )
+    lines = {
+        name: [[(1 - row["positions"], row[name]) for row in curve]] for name in ("mean of pieces", "hypernetwork")
+    }
+    return lines_svg(lines, "positions saved in the prefix; bits a byte of the text after it")
 
 
 REPRODUCTION = Reproduction(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .base import Arms, Claim, Context, Reproduction
+from .base import Arms, Claim, Context, Reproduction, lines_svg
 from .small import answer_batches, character_tokenizer, fit, small_model
 
 CHARACTERS = "0123456789+=;,#> "
@@ -185,6 +185,14 @@ def _answers(labels: Any, tokenizer: Any, prompts: list[str]) -> Any:
     """The labelled answers again, as token ids."""
     for index, prompt in enumerate(prompts):
         yield tokenizer(prompt)["input_ids"], labels.large[labels.prompts == index].tolist()
+
+
+def curve_svg(result: dict[str, Any]) -> str:
+    """Accuracy against the large model's share of the tokens, an SVG of its own; a line a seed."""
+    names = {"entropy": "entropy routing", "R2R": "R2R"}
+    seeds = [artifacts["accuracy by share"] for artifacts in result["artifacts"].values()]
+    lines = {shown: [[(x, y) for x, y in curves[name]] for curves in seeds] for name, shown in names.items()}
+    return lines_svg(lines, "the large model's share of the tokens; right answers")
 
 
 REPRODUCTION = Reproduction(
