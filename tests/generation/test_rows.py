@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper
+from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper
 
 from everytoken.core.errors import BadInputError
 from everytoken.generation.rows import Row, stacked
 
 from .common import ToyMatcher
 
+GREEDY = GenerationConfig(do_sample=False)
+SCORED = GenerationConfig(do_sample=False, return_dict_in_generate=True, output_scores=True)
 IDS, NONE = torch.tensor([3, 4]), torch.tensor([], dtype=torch.long)
 
 
@@ -21,7 +23,7 @@ def test_processors_see_padded_text_and_raw_logits_stay():
         seen.append(ids.tolist())
         return scores + 1
 
-    row = Row(IDS, torch.tensor([0, 0]), [look, TemperatureLogitsWarper(2.0)], [], False)
+    row = Row(IDS, torch.tensor([0, 0]), [look, TemperatureLogitsWarper(2.0)], [], GREEDY)
     logits = torch.arange(6.0)
     assert row.processed(logits).tolist() == [(value + 1) / 2 for value in range(6)]
     assert logits.tolist() == list(range(6))
@@ -33,7 +35,7 @@ def test_tokens_are_kept_with_scores_and_columns():
     def three(ids, scores, **kwargs):
         return torch.tensor([ids.shape[1] >= 4])
 
-    row = Row(IDS, NONE, LogitsProcessorList(), [three], False, keep_scores=True, columns=("source",))
+    row = Row(IDS, NONE, LogitsProcessorList(), [three], SCORED, columns=("source",))
     logits = torch.zeros(6)
     assert not row.append(1, logits, logits, source="small")
     assert row.append(2, logits + 1, logits, source="large", other=3)
@@ -45,7 +47,7 @@ def test_tokens_are_kept_with_scores_and_columns():
 
 
 def test_a_matcher_masks_ends_and_objects():
-    row = Row(IDS, NONE, [], [], False, matcher=ToyMatcher(6, length=1, end=5))
+    row = Row(IDS, NONE, [], [], GREEDY, matcher=ToyMatcher(6, length=1, end=5))
     assert row.processed(torch.zeros(6)).isfinite().tolist() == [True, False, True, False, True, False]
     with pytest.raises(BadInputError, match="forbids"):
         row.append(1, torch.zeros(6), torch.zeros(6))

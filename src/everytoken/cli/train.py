@@ -38,14 +38,12 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Train a method's router, loss or model; an unknown --set names those there are."""
-    from ..core.errors import BadInputError, require
+    from ..core.errors import require
     from ..core.training import TrainingContext, read_config
 
     card = find_card(name)
     training = card.load_training()
     chosen = read_config(training, config, settings or [])
-    if data is not None and not data.is_file():
-        raise BadInputError(f"There is no file {data}.")
     folder = out or Path(card.slug)
     check_outputs(folder)
     if training.extra is not None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LogitsProcessor
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..core.errors import BadInputError
+from ..generation.rows import DecodingOutput
 from .base import apply_token_bitmask_inplace
 from .grammar import Grammar
 from .matcher import CompiledGrammar, GrammarMatcher
@@ -87,12 +86,7 @@ class GrammarLogitsProcessor(LogitsProcessor):
         return matcher
 
 
-@dataclass
-class ConstrainedOutput(GenerateDecoderOnlyOutput):
-    """``generate``'s usual output plus ``stats`` and ``trace``."""
-
-    stats: Any = None
-    trace: Any = None
+ConstrainedOutput = DecodingOutput
 
 
 def read_source(value: str) -> str:

@@ -47,6 +47,7 @@ from ..generation.base import (
     DecodingStats,
     check_one_row,
     check_prompt,
+    check_unread,
     join_rows,
     refuse_unsupported,
     split_rows,
@@ -171,13 +172,10 @@ class XGrammar(Decoder):
         self, model: Any, ids: torch.Tensor, padding: torch.Tensor, cache: Any, matcher: GrammarMatcher, processors: Any, criteria: Any,
         do_sample: bool, streamer: Any, pool: ThreadPoolExecutor,
     ) -> list[int]:  # fmt: skip
+        check_unread(cache, len(ids))
         device, past = ids.device, cache.get_seq_length()
         text = torch.cat([padding, ids])[None]
         pending = ids[past:]
-        if pending.numel() == 0:
-            raise BadInputError(
-                "The cache already holds the whole prompt.", "Pass at least one token beyond the cache."
-            )
         vocab = model.config.get_text_config().vocab_size
         bitmask = torch.zeros(1, (vocab + 31) // 32, dtype=torch.int32)
         new: list[int] = []

@@ -19,6 +19,12 @@ def can_embed() -> bool:
     return find_spec("sentence_transformers") is not None and find_spec(EMBEDDER) is not None
 
 
+def require_embedder(purpose: str) -> None:
+    """Raises MissingExtraError unless the ``search`` extra is installed; ``purpose`` is what needs it."""
+    require("sentence_transformers", "search", purpose)
+    require(EMBEDDER, "search", purpose)
+
+
 def embed(texts: Sequence[str], purpose: str, progress: bool = False) -> Any:
     """``[n, 384]`` float32 unit vectors.
 
@@ -29,8 +35,7 @@ def embed(texts: Sequence[str], purpose: str, progress: bool = False) -> Any:
     Raises:
         MissingExtraError: the ``search`` extra is not installed.
     """
-    require("sentence_transformers", "search", purpose)
-    require(EMBEDDER, "search", purpose)
+    require_embedder(purpose)
     return _encoder().encode(list(texts), normalize_embeddings=True, show_progress_bar=progress, batch_size=256)
 
 

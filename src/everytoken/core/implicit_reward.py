@@ -83,8 +83,12 @@ class ImplicitReward:
         before = kept.roll(-1, 1)  # the positions that predict the scored tokens
         before[:, -1] = False
         with torch.no_grad():
-            hidden, heads = [], []
+            hidden: list[torch.Tensor] = []
+            heads: list[Any] = []
             for model in (self.policy, self.reference):
+                if model is self.policy and hidden:  # compared with itself: one forward is enough
+                    hidden, heads = 2 * hidden, 2 * heads
+                    continue
                 scope = self.policy.disable_adapter() if model is None else contextlib.nullcontext()
                 model = self.policy if model is None else model
                 model = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .errors import BadInputError, UnknownNameError
@@ -183,3 +184,17 @@ def load_function(path: str, what: str = "A function", example: str = "checks:is
     if not callable(found) and not hasattr(found, "prefix"):
         raise BadInputError(f"{path} is not callable.", "Name a function.")
     return found
+
+
+def read_text(path: Path) -> str:
+    """A file of the user's.
+
+    Raises:
+        BadInputError: no such file, or one that is no UTF-8.
+    """
+    if not path.is_file():
+        raise BadInputError(f"There is no file {path}.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error

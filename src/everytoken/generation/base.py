@@ -183,6 +183,12 @@ def check_empty_cache(decoder: str, cache: Any) -> None:
         raise BadInputError(f"{decoder} starts from an empty cache.", "Leave past_key_values out.")
 
 
+def check_unread(cache: Any, length: int) -> None:
+    """Raises BadInputError where a cache leaves nothing to read of a prompt of ``length`` tokens."""
+    if cache.get_seq_length() >= length:
+        raise BadInputError("The cache already holds the whole prompt.", "Pass at least one token beyond the cache.")
+
+
 def check_one_row(decoder: str, rows: int, streamer: Any, cache: Any) -> None:
     """Raises BadInputError where a batch of several rows comes with a streamer or a filled cache, which follow one."""
     if rows > 1 and cache is not None and cache.get_seq_length() > 0:
@@ -204,10 +210,15 @@ def join_rows(input_ids: torch.Tensor, new: list[list[int]], config: GenerationC
     return torch.cat([input_ids, block], dim=1)
 
 
-def check_prompt(model: PreTrainedModel, length: int) -> None:
-    """Raises BadInputError for an empty prompt, or one that leaves no room in the model's context."""
+def check_not_empty(length: int) -> None:
+    """Raises BadInputError for an empty prompt."""
     if length == 0:
         raise BadInputError("The prompt is empty.", "Give at least one token (a BOS token will do).")
+
+
+def check_prompt(model: PreTrainedModel, length: int) -> None:
+    """Raises BadInputError for an empty prompt, or one that leaves no room in the model's context."""
+    check_not_empty(length)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and length >= context:
         raise BadInputError(f"The prompt has {length} tokens; the model's context is {context}.", "Shorten the prompt.")

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -40,7 +40,6 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
@@ -52,12 +51,13 @@ from .base import (
     check_one_row,
     check_prompt,
     check_same_vocabulary,
+    check_unread,
     fill_mask,
-    join_rows,
     refuse_unsupported,
     split_rows,
 )
 from .drafting import DraftSession
+from .rows import DecodingOutput, Row, collect, read_on
 from .trees import Candidates, Expand, TokenTree, grow_tree
 
 # Processors that look at one row of scores and not at the text before it: they can run on all nodes at once.
@@ -70,14 +70,6 @@ PATH_FREE = (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
 )
-
-
-@dataclass
-class DySpecOutput(GenerateDecoderOnlyOutput):
-    """``generate``'s usual output plus ``stats`` (DecodingStats) and ``trace`` (a TokenTrace per row, or None)."""
-
-    stats: Any = None
-    trace: Any = None
 
 
 @dataclass
@@ -106,6 +98,7 @@ class DySpec(Decoder):
     max_depth: int = 12
     max_children: int = 8
     matcher: Any = field(default=None, kw_only=True, repr=False)
+    columns: ClassVar[tuple[str, ...]] = ("round", "depth", "draft_prob", "source", "value")
 
     def __post_init__(self) -> None:
         if self.budget < 0 or self.max_depth < 1 or self.max_children < 1:
@@ -137,7 +130,7 @@ class DySpec(Decoder):
         synced_gpus: bool = False,
         streamer: Any = None,
         **model_kwargs: Any,
-    ) -> DySpecOutput | torch.Tensor:
+    ) -> DecodingOutput | torch.Tensor:
         """Decodes as ``generate`` would; see ``Decoder``.
 
         Raises:
@@ -162,90 +155,44 @@ class DySpec(Decoder):
         self.stats, self.trace = DecodingStats(), []
         results = []
         for ids, padding in split_rows(input_ids, mask):
-            run = _Row(
-                self,
-                model,
-                ids,
-                padding,
-                vocab,
-                LogitsProcessorList(logits_processor or []),
-                StoppingCriteriaList(stopping_criteria or []),
-                bool(config.do_sample),
-                cache if rows == 1 and cache is not None else DynamicCache(),
-                streamer,
-                bool(config.return_dict_in_generate and config.output_scores),
-                bool(config.return_dict_in_generate and config.output_logits),
-                config.max_length,
-            )
+            mine = cache if rows == 1 and cache is not None else DynamicCache()
+            run = _Row(self, model, vocab, mine, config, ids, padding, logits_processor, stopping_criteria, streamer)
             results.append(run.decode())
         if streamer is not None:
             streamer.end()
         self.stats.seconds = time.perf_counter() - start
-        self.stats.new_tokens = sum(len(result.new) for result in results)
-        return self._collect(results, input_ids, config)
-
-    def _collect(self, results: list[_Row], input_ids: torch.Tensor, config: Any) -> DySpecOutput | torch.Tensor:
-        """Pads the rows' new tokens to one tensor and wraps what was asked for."""
-        sequences = join_rows(input_ids, [result.new for result in results], config)
-        if not config.return_dict_in_generate:
-            return sequences
-
-        def stacked(name: str) -> tuple[torch.Tensor, ...] | None:
-            columns = [getattr(result, name) for result in results]
-            if columns[0] is None:
-                return None
-            longest = range(max(map(len, columns)))
-            return tuple(torch.stack([column[min(step, len(column) - 1)] for column in columns]) for step in longest)
-
-        return DySpecOutput(
-            sequences=sequences,
-            scores=stacked("scores"),
-            logits=stacked("logits"),
-            past_key_values=results[0].cache if len(results) == 1 else None,
-            stats=self.stats,
-            trace=self.trace or None,
-        )
+        return collect(self, results, input_ids, config, results[0].cache)
 
 
-class _Row:
+class _Row(Row):
     """Decoding of one prompt: target cache, draft, and the rounds."""
 
     def __init__(
         self,
         decoder: DySpec,
         model: PreTrainedModel,
+        vocab: int,
+        cache: Any,
+        config: Any,
         ids: torch.Tensor,
         padding: torch.Tensor,
-        vocab: int,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        do_sample: bool,
-        cache: Any,
+        processors: Any,
+        criteria: Any,
         streamer: Any,
-        keep_scores: bool,
-        keep_logits: bool,
-        max_length: int | None,
     ):
+        columns = decoder.columns if decoder.trace_enabled else None
+        super().__init__(ids, padding, processors, criteria, config, streamer, decoder.matcher, columns)
         self.decoder, self.model, self.vocab, self.cache = decoder, model, vocab, cache
-        self.device, self.do_sample, self.streamer = ids.device, do_sample, streamer
-        self.processors, self.criteria = processors, criteria
-        self.path_free = all(isinstance(item, PATH_FREE) for item in processors)
-        self.text = ids.tolist()
-        self.padding = padding.tolist()  # stopping criteria count padded length, as in generate
-        self.new: list[int] = []
-        self.scores: list[torch.Tensor] | None = [] if keep_scores else None
-        self.logits: list[torch.Tensor] | None = [] if keep_logits else None
-        self.max_length = max_length
-        self.columns: dict[str, list[Any]] = {"round": [], "depth": [], "draft_prob": [], "source": [], "value": []}
+        self.path_free = all(isinstance(item, PATH_FREE) for item in self.processors)
+        self.max_length = config.max_length
         self.draft = DraftSession(decoder.draft_model, model, vocab)
-        self.matcher = decoder.matcher.fork() if decoder.matcher is not None else None
 
     # -- the loop --------------------------------------------------------------------------------------------------------
     def decode(self) -> _Row:
         stats = self.decoder.stats
         try:
             logits = self._prefill()
-            done = self._commit_first(logits[0])
+            done = self._commit_first(logits)
             turn = 1
             while not done:
                 # a tree deeper than the room left would only be thrown away
@@ -258,27 +205,19 @@ class _Row:
                 turn += 1
         finally:
             self.draft.close()
-        if self.decoder.trace_enabled:
-            start = len(self.text) - len(self.new)
-            self.decoder.trace.append(TokenTrace(self.text[start:], columns=self.columns, station="generation"))
+        if self.columns is not None:
+            self.decoder.trace.append(TokenTrace(self.new, columns=self.columns, station="generation"))
         return self
 
     def _prefill(self) -> torch.Tensor:
-        """The prompt through the target; returns ``[1, V]`` logits for the next token."""
+        """The prompt through the target; returns ``[V]`` logits for the next token."""
         past = self.cache.get_seq_length()
-        if past >= len(self.text):
-            raise BadInputError(
-                "The cache already holds the whole prompt.", "Pass at least one token beyond the cache."
-            )
-        fresh = torch.tensor([self.text[past:]], device=self.device)
-        positions = torch.arange(past, len(self.text), device=self.device)[None]
-        output = self.model(
-            input_ids=fresh, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        )
+        check_unread(self.cache, len(self.text))
+        logits = read_on(self.model, self.cache, self.text, self.vocab)
         check_croppable("DySpec", self.cache)
         self.decoder.stats.target_forwards += 1
         self.draft.commit(self.text[past:], past)
-        return output.logits[0, -1:, : self.vocab].float()
+        return logits
 
     def _verify_forward(self, tree: TokenTree) -> torch.Tensor:
         """All nodes through the target in one forward: ``[n, V]`` logits after each node's path."""
@@ -381,25 +320,18 @@ class _Row:
         if not self.do_sample and self.path_free and self.matcher is None:
             greedy = (self._process(logits, [self.text] * len(tree)) if self.processors else logits).argmax(-1).tolist()
         while not stop:
-            text = self.text
-            if greedy is not None:
-                chosen = greedy[node]
-                child = next((kid for kid in tree.children[node] if tree.tokens[kid] == chosen), None)
+            scores = self.processed(logits[node]) if greedy is None or self.scores is not None else logits[node]
+            if greedy is None and self.do_sample:
+                child, chosen = self._accept(tree, node, torch.softmax(scores, -1))
             else:
-                scores = self._process(self._masked(logits[node : node + 1], [[]]), [text])[0]
-                if self.do_sample:
-                    child, chosen = self._accept(tree, node, torch.softmax(scores, -1))
-                else:
-                    chosen = int(scores.argmax())
-                    child = next((kid for kid in tree.children[node] if tree.tokens[kid] == chosen), None)
-            if self.scores is not None:
-                self.scores.append(self._process(self._masked(logits[node : node + 1].clone(), [[]]), [text])[0])
-            if self.logits is not None:
-                self.logits.append(logits[node])
+                chosen = int(scores.argmax()) if greedy is None else greedy[node]
+                child = next((kid for kid in tree.children[node] if tree.tokens[kid] == chosen), None)
             source = "target" if child is None else "draft"
             prob = tree.probs[child] if child is not None else None
             value = tree.values[child] if child is not None else None
-            stop = self._append(chosen, turn, len(path), source, prob, value)
+            stop = self.append(
+                chosen, scores, logits[node], round=turn, depth=len(path), draft_prob=prob, source=source, value=value
+            )
             if child is None:
                 break
             self.decoder.stats.accepted += 1
@@ -435,33 +367,12 @@ class _Row:
 
     def _commit_first(self, logits: torch.Tensor) -> bool:
         """The first token after the prompt, straight from the target."""
-        scores = self._process(self._masked(logits[None].clone(), [[]]), [self.text])[0]
-        token = int(torch.multinomial(torch.softmax(scores, -1), 1)) if self.do_sample else int(scores.argmax())
-        if self.scores is not None:
-            self.scores.append(scores)
-        if self.logits is not None:
-            self.logits.append(logits)
-        stop = self._append(token, 0, 0, "target", None, None)
+        scores = self.processed(logits)
+        token = self.choose(scores)
+        stop = self.append(token, scores, logits, round=0, depth=0, source="target")
         if not stop:
             self.draft.commit([token], len(self.text) - 1)
         return stop
-
-    def _append(self, token: int, turn: int, depth: int, source: str, prob: float | None, value: float | None) -> bool:
-        """Adds a token to the text and says whether a stopping criterion is met, or the matcher is finished."""
-        if self.matcher is not None and not self.matcher.accept_token(token):
-            raise BadInputError(
-                f"A logits processor chose token {token}, which the matcher forbids.", "Drop forced tokens."
-            )
-        self.text.append(token)
-        self.new.append(token)
-        if self.streamer is not None:
-            self.streamer.put(torch.tensor([token]))
-        if self.decoder.trace_enabled:
-            for name, entry in zip(self.columns, (turn, depth, prob, source, value), strict=True):
-                self.columns[name].append(entry)
-        ids = torch.tensor([self.padding + self.text], device=self.device)
-        finished = self.matcher is not None and self.matcher.is_terminated()
-        return finished or bool(self.criteria(ids, None).all())
 
     def _keep_rows(self, past: int, path: list[int]) -> None:
         """Moves the cache rows of the accepted path behind the first ``past`` rows and drops the others."""

@@ -17,7 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from ..core.errors import BadInputError
 from ..core.trace import Value
-from .base import Decoder, DecodingStats, fill_mask
+from .base import Decoder, DecodingStats, check_not_empty, fill_mask
 
 LOOPS = {"sample": "_sample", "greedy_search": "_sample", "beam_search": "_beam_search", "beam_sample": "_beam_search"}
 
@@ -111,8 +111,15 @@ class LoopDecoder(Decoder):
             raise BadInputError(f"{name} does not support use_cache=False.", "Leave it out.")
         return mode
 
-    def finished(self, sequences: torch.Tensor, new: list[list[int]]) -> None:
-        """Called with the result, still inside ``applied``: fills ``self.trace`` and counters."""
+    def finished(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        model_kwargs: dict[str, Any],
+        sequences: torch.Tensor,
+        new: list[list[int]],
+    ) -> None:
+        """Called with what ``applied`` got and the result, still inside it: fills ``self.trace`` and counters."""
 
     def __call__(
         self,
@@ -133,8 +140,7 @@ class LoopDecoder(Decoder):
         began = time.perf_counter()
         config = copy.copy(generation_config if generation_config is not None else model.generation_config)
         mode = self.mode(config)
-        if input_ids.shape[1] == 0:
-            raise BadInputError("The prompt is empty.", "Give at least one token (a BOS token will do).")
+        check_not_empty(input_ids.shape[1])
         self.stats, self.trace = DecodingStats(), []
         arguments = {
             "logits_processor": LogitsProcessorList(logits_processor or []),
@@ -161,7 +167,7 @@ class LoopDecoder(Decoder):
                 sequences = output if isinstance(output, torch.Tensor) else output.sequences
                 new = new_tokens(sequences, input_ids.shape[1], config)
                 self.stats.new_tokens = sum(map(len, new))
-                self.finished(sequences, new)
+                self.finished(model, input_ids, model_kwargs, sequences, new)
         finally:
             hook.remove()
         self.stats.seconds = time.perf_counter() - began

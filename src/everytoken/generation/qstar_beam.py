@@ -130,38 +130,39 @@ class QStarBeam(LoopDecoder):
         processors = LogitsProcessorList(logits_processor or [])
         if self.score == "value":
             processors.append(ValueSearch(self.reference, self.beta, model_kwargs.get("attention_mask")))
-        self._padding, self._model = model_kwargs.get("attention_mask"), model
-        self._prompt = input_ids.shape[1]
-        self._rows_apart = width // max(config.num_return_sequences or 1, 1) if width > 1 else 1
-        try:
-            return super().__call__(
-                model, input_ids, processors, stopping_criteria, config, synced_gpus, streamer, **model_kwargs
-            )
-        finally:
-            del self._model
+        return super().__call__(
+            model, input_ids, processors, stopping_criteria, config, synced_gpus, streamer, **model_kwargs
+        )
 
     @contextmanager
     def applied(self, model: Any, input_ids: torch.Tensor, config: Any, model_kwargs: dict[str, Any]) -> Iterator[None]:
         yield  # the model computes as it always does
 
-    def finished(self, sequences: torch.Tensor, new: list[list[int]]) -> None:
+    def finished(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        model_kwargs: dict[str, Any],
+        sequences: torch.Tensor,
+        new: list[list[int]],
+    ) -> None:
         if not self.trace_enabled:
             return
-        ends = [len(tokens) for tokens in new]
+        start, padding = input_ids.shape[1], model_kwargs.get("attention_mask")
         mask = torch.zeros_like(sequences, dtype=torch.bool)
         attention = torch.ones_like(sequences)
-        for row, length in enumerate(ends):
-            mask[row, self._prompt : self._prompt + length] = True
-            attention[row, self._prompt + length :] = 0
-        if self._padding is not None:
-            attention[:, : self._prompt] = self._padding[:: self._rows_apart][: len(sequences)]
-        reward = ImplicitReward(self._model, self.reference if self.reference is not None else self._model, self.beta)
-        stats = reward.statistics(sequences, mask, attention)
         for row, tokens in enumerate(new):
-            part = slice(self._prompt, self._prompt + len(tokens))
+            mask[row, start : start + len(tokens)] = True
+            attention[row, start + len(tokens) :] = 0
+        if padding is not None:  # a row a beam; sequences are fewer
+            attention[:, :start] = padding[:: len(padding) // len(sequences)]
+        reward = ImplicitReward(model, self.reference if self.reference is not None else model, self.beta)
+        stats = reward.statistics(sequences, mask, attention)
+        credit = self.beta * (stats["logps"] - stats["ref_logps"])
+        for row, tokens in enumerate(new):
+            part = slice(start, start + len(tokens))
             trace = TokenTrace(tokens, columns={"logp": stats["logps"][row, part].tolist()}, station="generation")
             if self.reference is not None:
-                credit = self.beta * (stats["logps"] - stats["ref_logps"])
                 trace.add("implicit_reward", credit[row, part])
             self.trace.append(trace)
 

@@ -25,7 +25,6 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from transformers import DynamicCache
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..core.errors import BadInputError, TokenizerMismatchError
 from ..core.loading import load_model, resolve
@@ -38,12 +37,12 @@ from .base import (
     check_one_row,
     check_prompt,
     check_same_vocabulary,
-    join_rows,
+    check_unread,
     refuse_unsupported,
     split_rows,
 )
 from .drafting import DraftSession
-from .rows import Row, stacked
+from .rows import DecodingOutput, Row, collect, read_on
 from .trees import TokenTree
 
 
@@ -149,14 +148,9 @@ class Writer:
 
     def step(self, text: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads what is new of ``text``: the last hidden state ``[D]`` and logits ``[V]`` after it."""
-        past = self.cache.get_seq_length()
-        ids = torch.tensor([text[past:]], device=self.model.device)
-        positions = torch.arange(past, len(text), device=ids.device)[None]
-        output = self.model(
-            input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        )
+        logits = read_on(self.model, self.cache, text, self.vocab)
         assert self._seen is not None
-        return self._seen[0, -1], output.logits[0, -1, : self.vocab].float()
+        return self._seen[0, -1], logits
 
     def caught_up(self, text: list[int], token: int) -> None:
         """The large model has read ``text`` and written ``token``."""
@@ -177,10 +171,7 @@ class DraftWriter(Writer):
         self.tree = TokenTree()
 
     def step(self, text: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        if len(self.tree) == 0:
-            node = self.tree.add(text[-1], -1, 1.0)
-        else:
-            node = self.tree.add(text[-1], len(self.tree) - 1, 1.0)
+        node = self.tree.add(text[-1], len(self.tree) - 1, 1.0)  # below the last one; the first is the root, below -1
         logits = self.session.forward(self.tree, [node], False)[0]
         return self.session.states[node], logits
 
@@ -204,14 +195,6 @@ def writer_for(small: Any, large: Any, vocab: int) -> Writer:
 
 
 # -- decoding ------------------------------------------------------------------------------------------------------------
-@dataclass
-class R2ROutput(GenerateDecoderOnlyOutput):
-    """``generate``'s usual output plus ``stats`` and ``trace``."""
-
-    stats: Any = None
-    trace: Any = None
-
-
 @dataclass
 class R2R(Decoder):
     """Decoding by a small model, with a router that calls the large one (the model it is given to).
@@ -279,7 +262,7 @@ class R2R(Decoder):
         synced_gpus: bool = False,
         streamer: Any = None,
         **model_kwargs: Any,
-    ) -> R2ROutput | torch.Tensor:
+    ) -> DecodingOutput | torch.Tensor:
         """Decodes as ``generate`` would; see ``Decoder``.
 
         Raises:
@@ -310,21 +293,10 @@ class R2R(Decoder):
             sum(item.numel() for item in part.parameters()) if part is not None else 0
             for part in (self.small_model, model, network)
         ]
-        keep = bool(config.return_dict_in_generate)
+        columns = ("source", "divergence") if self.trace_enabled else None
         results, mine = [], cache
         for ids, padding in rows:
-            row = Row(
-                ids,
-                padding,
-                logits_processor,
-                stopping_criteria,
-                bool(config.do_sample),
-                streamer,
-                self.matcher,
-                bool(keep and config.output_scores),
-                bool(keep and config.output_logits),
-                ("source", "divergence") if self.trace_enabled else None,
-            )
+            row = Row(ids, padding, logits_processor, stopping_criteria, config, streamer, self.matcher, columns)
             mine = cache if len(rows) == 1 and cache is not None else DynamicCache()
             check_croppable("R2R", mine)
             self._decode(row, model, mine, vocab, router, threshold)
@@ -334,25 +306,11 @@ class R2R(Decoder):
         if streamer is not None:
             streamer.end()
         self.stats.seconds = time.perf_counter() - began
-        self.stats.new_tokens = sum(len(row.new) for row in results)
-        sequences = join_rows(input_ids, [row.new for row in results], config)
-        if not keep:
-            return sequences
-        return R2ROutput(
-            sequences=sequences,
-            scores=stacked([row.scores for row in results]),
-            logits=stacked([row.logits for row in results]),
-            past_key_values=mine if len(rows) == 1 else None,
-            stats=self.stats,
-            trace=self.trace or None,
-        )
+        return collect(self, results, input_ids, config, mine)
 
     def _decode(self, row: Row, large: Any, cache: Any, vocab: int, router: Router, threshold: float) -> None:
         """One row: the small model proposes, the router decides, the large model catches up and writes."""
-        if cache.get_seq_length() >= len(row.text):
-            raise BadInputError(
-                "The cache already holds the whole prompt.", "Pass at least one token beyond the cache."
-            )
+        check_unread(cache, len(row.text))
         writer = writer_for(self.small_model, large, vocab)
         if writer.needs_target and cache.get_seq_length() > 0:
             raise BadInputError(
@@ -371,7 +329,8 @@ class R2R(Decoder):
                     embedding = writer.embed(torch.tensor([token], device=hidden.device))
                     value = float(router(hidden[None], embedding, logits[None])[0])
                 if value is None or value >= threshold:
-                    logits = self._catch_up(large, cache, row.text, vocab)
+                    logits = read_on(large, cache, row.text, vocab)  # all since its last turn, in one forward
+                    self.stats.target_forwards += 1
                     scores = row.processed(logits)
                     token = row.choose(scores)
                     writer.caught_up(row.text, token)
@@ -381,12 +340,3 @@ class R2R(Decoder):
                     done = row.append(token, scores, logits, source="small", divergence=value)
         finally:
             writer.close()
-
-    def _catch_up(self, large: Any, cache: Any, text: list[int], vocab: int) -> torch.Tensor:
-        """The large model reads everything since its last turn in one forward: logits ``[V]`` of the next token."""
-        past = cache.get_seq_length()
-        ids = torch.tensor([text[past:]], device=large.device)
-        positions = torch.arange(past, len(text), device=ids.device)[None]
-        output = large(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        self.stats.target_forwards += 1
-        return output.logits[0, -1, :vocab].float()

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from ..core.errors import BadInputError
 from ..core.training import Training, TrainingContext, TrainingResult
-from ..core.trials import load_function
+from ..core.trials import load_function, read_text
 from .base import check_same_vocabulary
 from .drafts.modeling_feature_draft import FeatureDraftForCausalLM, FeatureTap
 from .routers.configuration_token_router import TokenRouterConfig
@@ -140,14 +140,8 @@ class JudgeVerifier:
         answers = []
         for context, a, b in zip(contexts, small, large, strict=True):
             text = self.question.format(context=context[-600:], small=a, large=b)
-            if self.tokenizer.chat_template:
-                turn = [{"role": "user", "content": text}]
-                ids = self.tokenizer.apply_chat_template(
-                    turn, add_generation_prompt=True, return_tensors="pt", return_dict=True
-                )["input_ids"]
-            else:
-                ids = self.tokenizer(text + "\nAnswer:", return_tensors="pt")["input_ids"]
-            logits = self.model(ids.to(self.model.device), logits_to_keep=1).logits[0, -1]
+            ids = encode(self.tokenizer, text if self.tokenizer.chat_template else text + "\nAnswer:")
+            logits = self.model(torch.tensor([ids], device=self.model.device), logits_to_keep=1).logits[0, -1]
             answers.append(bool(logits[words[0]] >= logits[words[1]]))
         return answers
 
@@ -508,15 +502,12 @@ def read_prompts(data: str | None) -> list[str]:
     """Prompts of a file: one a line, or JSONL objects with a ``prompt``; without a file, a few examples.
 
     Raises:
-        BadInputError: no such file, or a line that is neither; names it.
+        BadInputError: no such file, one that is no UTF-8, or a line that is neither; names it.
     """
     if data is None:
         return list(EXAMPLES)
-    path = Path(data)
-    if not path.is_file():
-        raise BadInputError(f"There is no file {data}.")
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    path, prompts = Path(data), []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         if path.suffix == ".jsonl":
@@ -548,9 +539,9 @@ def run(config: R2RTraining, context: TrainingContext) -> TrainingResult:
     prompts = read_prompts(context.data)
     verifier: Any = None
     if config.verifier == "similarity":
-        from ..core.embedding import embed
+        from ..core.embedding import require_embedder
 
-        embed(["a sentence"], "The verifier `similarity`")  # a missing extra is reported before any work
+        require_embedder("The verifier `similarity`")  # a missing extra is reported before any work
         verifier = SimilarityVerifier(config.similarity)
     elif config.verifier != "judge":
         verifier = AnswerVerifier(load_function(config.verifier, "A verifier", "--set verifier=checks:final_number"))

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..core.errors import BadInputError
-from .base import fill_mask
+from .base import Decoder, fill_mask, join_rows
+
+
+@dataclass
+class DecodingOutput(GenerateDecoderOnlyOutput):
+    """``generate``'s usual output plus ``stats`` (DecodingStats) and ``trace`` (a TokenTrace per row, or None)."""
+
+    stats: Any = None
+    trace: Any = None
 
 
 class Row:
@@ -18,10 +29,9 @@ class Row:
         ids: the prompt ``[T]``.
         padding: what precedes it in the batch; stopping criteria count padded length, as in ``generate``.
         processors, criteria: of the call.
-        do_sample: sample, or take the largest score.
+        config: the call's generation configuration: whether to sample, and what to remember of every token.
         streamer: gets every token, or None.
         matcher: a ``Matcher`` in the state of the prompt's end, or None.
-        keep_scores, keep_logits: remember processed and raw scores of every token.
         columns: names of trace columns; None keeps no trace.
     """
 
@@ -31,21 +41,20 @@ class Row:
         padding: torch.Tensor,
         processors: Any,
         criteria: Any,
-        do_sample: bool,
+        config: Any,
         streamer: Any = None,
         matcher: Any = None,
-        keep_scores: bool = False,
-        keep_logits: bool = False,
         columns: tuple[str, ...] | None = None,
     ):
-        self.device, self.do_sample, self.streamer = ids.device, do_sample, streamer
+        self.device, self.do_sample, self.streamer = ids.device, bool(config.do_sample), streamer
         self.processors = LogitsProcessorList(processors or [])
         self.criteria = StoppingCriteriaList(criteria or [])
         self.text, self.padding = ids.tolist(), padding.tolist()
         self.matcher = matcher.fork() if matcher is not None else None
         self.new: list[int] = []
-        self.scores: list[torch.Tensor] | None = [] if keep_scores else None
-        self.logits: list[torch.Tensor] | None = [] if keep_logits else None
+        keep = bool(config.return_dict_in_generate)
+        self.scores: list[torch.Tensor] | None = [] if keep and config.output_scores else None
+        self.logits: list[torch.Tensor] | None = [] if keep and config.output_logits else None
         self.columns: dict[str, list[Any]] | None = None if columns is None else {name: [] for name in columns}
 
     def processed(self, logits: torch.Tensor) -> torch.Tensor:
@@ -86,6 +95,31 @@ class Row:
         ids = torch.tensor([self.padding + self.text], device=self.device)
         finished = self.matcher is not None and self.matcher.is_terminated()
         return finished or bool(self.criteria(ids, None).all())
+
+
+def read_on(model: Any, cache: Any, text: list[int], vocab: int) -> torch.Tensor:
+    """Runs a model over what its cache does not hold of ``text`` yet, in one forward: logits ``[V]`` of the next token."""
+    past = cache.get_seq_length()
+    ids = torch.tensor([text[past:]], device=model.device)
+    positions = torch.arange(past, len(text), device=ids.device)[None]
+    output = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return output.logits[0, -1, :vocab].float()
+
+
+def collect(decoder: Decoder, rows: Sequence[Row], input_ids: torch.Tensor, config: Any, cache: Any) -> Any:
+    """What ``generate`` returns: rows padded to one tensor, wrapped with what was asked for. Counts the new tokens."""
+    decoder.stats.new_tokens = sum(len(row.new) for row in rows)
+    sequences = join_rows(input_ids, [row.new for row in rows], config)
+    if not config.return_dict_in_generate:
+        return sequences
+    return DecodingOutput(
+        sequences=sequences,
+        scores=stacked([row.scores for row in rows]),
+        logits=stacked([row.logits for row in rows]),
+        past_key_values=cache if len(rows) == 1 else None,
+        stats=decoder.stats,
+        trace=decoder.trace or None,
+    )
 
 
 def stacked(columns: list[list[torch.Tensor] | None]) -> tuple[torch.Tensor, ...] | None:

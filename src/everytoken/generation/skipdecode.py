@@ -266,7 +266,14 @@ class SkipDecode(LoopDecoder):
                 "Go on with at most as many layers as the earlier call ended with, or start from an empty cache.",
             )
 
-    def finished(self, sequences: torch.Tensor, new: list[list[int]]) -> None:
+    def finished(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        model_kwargs: dict[str, Any],
+        sequences: torch.Tensor,
+        new: list[list[int]],
+    ) -> None:
         self.stats.rounds = len(self.layers_run)
         if self.trace_enabled:
             longest = max(map(len, new))

@@ -224,12 +224,8 @@ class TokenSelect(LoopDecoder):
             model_kwargs["past_key_values"] = cache
         config.prefill_chunk_size = self.chunk_size
         self.attended = self.available = 0
-        self._prompt, self._mask, self._cache = input_ids, model_kwargs.get("attention_mask"), cache
-        try:
-            with self.attention(model):
-                yield cache
-        finally:
-            del self._prompt, self._mask, self._cache  # gigabytes, with long prompts
+        with self.attention(model):
+            yield cache
 
     @contextmanager
     def attention(self, model: Any) -> Iterator[Rotation]:
@@ -282,22 +278,30 @@ class TokenSelect(LoopDecoder):
             for item in modules:
                 item.__dict__.pop("_token_select", None)
 
-    def finished(self, sequences: torch.Tensor, new: list[list[int]]) -> None:
-        if not self.trace_enabled or len(new) != self._prompt.shape[0]:
+    def finished(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        model_kwargs: dict[str, Any],
+        sequences: torch.Tensor,
+        new: list[list[int]],
+    ) -> None:
+        if not self.trace_enabled or len(new) != input_ids.shape[0]:
             return
-        layers = [layer for layer in self._cache.layers if isinstance(layer, TokenSelectLayer)]
+        cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+        start = input_ids.shape[1]
+        layers = [layer for layer in cache.layers if isinstance(layer, TokenSelectLayer)]
         for row, tokens in enumerate(new):
             ids = sequences[row].tolist()
-            pads = 0 if self._mask is None else int((self._mask[row] == 0).sum())
-            text = ids[pads : self._prompt.shape[1]] + tokens
-            seen = self._cache.get_seq_length()
+            pads = 0 if mask is None else int((mask[row] == 0).sum())
+            text = ids[pads:start] + tokens
+            seen = cache.get_seq_length()
             reads = torch.zeros(seen)
             for layer in layers:
                 if layer.reads is not None:
                     counted = layer.reads[row, :seen].cpu()
                     reads[: len(counted)] += counted
             steps = torch.full((seen,), float(max(len(tokens) - 1, 0)))  # the prompt could be read by all of them
-            start = self._prompt.shape[1]
             steps[start:] = torch.arange(seen - start, 0, -1).float()
             share = (reads / (steps * max(len(layers), 1)).clamp(min=1)).clamp(max=1)[pads:].tolist()
             share = (share + [None] * len(text))[: len(text)]
@@ -404,7 +408,7 @@ def token_select_attention(
         rows = []
         for row, pad in enumerate(pads):
             part = slice(row, row + 1)
-            fresh = query.shape[2] if pad <= key.shape[2] - query.shape[2] else key.shape[2] - pad
+            fresh = min(query.shape[2], key.shape[2] - pad)
             mine = query[part, :, query.shape[2] - fresh :]  # a chunk may begin with padding
             keys, values = key[part, :, pad:], value[part, :, pad:]
             if fresh <= 0:
@@ -438,21 +442,16 @@ def _kept(
         return None
     asked = query[0].mean(1)  # a chunk is asked for by its mean query
     settings.stats.proposed += 1
-    old = layer.selected.get(row) if layer is not None else None
-    if old is not None and settings.tau is not None:
+    chosen = None
+    if settings.tau is not None and layer is not None and row in layer.selected:
         alike = F.cosine_similarity(asked.flatten().float(), layer.asked[row].flatten().float(), dim=0)
-        if alike < settings.tau:
-            old = None
-    else:
-        old = None
-    if old is None:
+        chosen = layer.selected[row] if alike >= settings.tau else None
+        settings.stats.accepted += chosen is not None
+    if chosen is None:
         scored = keys[0] if layer is None else layer.score_keys[row, :, pad:]
         chosen = select(settings, asked, scored, rotation)
         if layer is not None:
             layer.selected[row], layer.asked[row] = chosen, asked
-    else:
-        chosen = old
-        settings.stats.accepted += 1
     device = keys.device
     return torch.cat(
         [

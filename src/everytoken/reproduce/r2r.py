@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .base import Arms, Claim, Context, Reproduction, lines_svg
-from .small import answer_batches, character_tokenizer, fit, small_model
+from .small import answer_batches, character_tokenizer, fit, reverse, small_model, worked_sum
 
 CHARACTERS = "0123456789+=;,#> "
 SEPARATORS = (";", ", ", "> ")
@@ -27,23 +27,6 @@ WHY_SPEED = (
     "The paper's 2.8x compares 1.5B with 32B parameters on GPUs. Here a forward of either model is mostly Python and small kernels, so the "
     "large one costs a few times the small one, not hundreds of times, and the router's own forward counts."
 )
-
-
-def reverse(number: int) -> str:
-    return str(number)[::-1]
-
-
-def example(rng: random.Random, terms: int = 4) -> tuple[str, str]:
-    """A sum and its worked answer, for instance ``32+54+...=`` and ``32+54=86;86+...#...``, numbers reversed."""
-    numbers = [rng.randint(10, 99) for _ in range(terms)]
-    total, steps = numbers[0], []
-    for number in numbers[1:]:
-        steps.append(f"{reverse(total)}+{reverse(number)}={reverse(total + number)}")
-        total += number
-    text = steps[0]
-    for step in steps[1:]:
-        text += rng.choice(SEPARATORS) + step
-    return "+".join(map(reverse, numbers)) + "=", text + "#" + reverse(total) + "\n"
 
 
 def outcome(text: str) -> str | None:
@@ -59,7 +42,6 @@ def truth(prompt: str) -> str:
 def solved(model: Any, tokenizer: Any, prompts: list[str]) -> float:
     """The share of sums that a model gets right, in one batch."""
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
-    inputs.pop("token_type_ids", None)
     output = model.generate(**inputs, max_new_tokens=80, do_sample=False)
     texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :])
     return sum(outcome(text) == truth(prompt) for text, prompt in zip(texts, prompts, strict=True)) / len(prompts)
@@ -70,7 +52,6 @@ def run(context: Context) -> Arms:
     from ..generation.r2r_training import (
         AnswerVerifier,
         label,
-        read_answer,
         split_by_prompt,
         threshold_for_share,
         train_router,
@@ -89,8 +70,8 @@ def run(context: Context) -> Arms:
         models[name] = small_model(vocab, hidden, layers, end=tokenizer.convert_tokens_to_ids("\n"), context=256)
         models[name].generation_config.pad_token_id = tokenizer.pad_token_id
     large, small = models["large"], models["small"]
-    batches = answer_batches(rng, lambda r: example(r, terms), tokenizer, 64)
-    checks = [example(random.Random(seed), terms)[0] for seed in range(60)]
+    batches = answer_batches(rng, lambda r: worked_sum(r, terms, SEPARATORS), tokenizer, 64)
+    checks = [worked_sum(random.Random(seed), terms, SEPARATORS)[0] for seed in range(60)]
     # learning is sudden and its moment differs by seed: the large model goes on until it can add, the small one stops when it
     # gets a third of the answers right, for later there would be no gap to close
     trained = {"large": fit(large, batches, 60 if context.quick else 600, 2e-3, context.progress, "the large model")}
@@ -102,7 +83,7 @@ def run(context: Context) -> Arms:
     )  # fmt: skip
     context.artifacts["steps of training"] = trained
 
-    seen = [example(rng, terms)[0] for _ in range(24 if context.quick else 250)]
+    seen = [worked_sum(rng, terms, SEPARATORS)[0] for _ in range(24 if context.quick else 250)]
     labels = label(
         small,
         large,
@@ -123,7 +104,7 @@ def run(context: Context) -> Arms:
     context.artifacts["labels"] = dict(zip(("identical", "neutral", "divergent"), kinds, strict=True))
 
     fresh = random.Random(10_000 + context.seed)
-    prompts = [example(fresh, terms)[0] for _ in range(12 if context.quick else 100)]
+    prompts = [worked_sum(fresh, terms, SEPARATORS)[0] for _ in range(12 if context.quick else 100)]
 
     def measure(name: str, model: Any, decoder: Any) -> dict[str, float]:
         right = tokens = 0
@@ -132,7 +113,6 @@ def run(context: Context) -> Arms:
         for index, prompt in enumerate(prompts):
             context.progress(f"{name}: sum {index + 1} of {len(prompts)}")
             inputs = tokenizer(prompt, return_tensors="pt")
-            inputs.pop("token_type_ids", None)
             output = model.generate(**inputs, max_new_tokens=80, do_sample=False, custom_generate=decoder)
             new = output[0, inputs["input_ids"].shape[1] :]
             tokens += len(new)
@@ -158,11 +138,8 @@ def run(context: Context) -> Arms:
         "R2R": measure("R2R", large, R2R(small, router)),
     }
     # the same share of tokens for entropy, and both at smaller shares
-    entropies = []
-    for prompt_ids, answer_ids in _answers(labels, tokenizer, seen):
-        _, logits = read_answer(small, large, prompt_ids, answer_ids, vocab)
-        entropies.append(EntropyRouter()(logits, logits, logits))
-    entropy, learned = torch.cat(entropies), torch.sigmoid(values(router, labels))
+    everything = labels.logits  # all of them, in falling order: entropy does not mind
+    entropy, learned = EntropyRouter()(everything, everything, everything), torch.sigmoid(values(router, labels))
     share = arms["R2R"]["large model's share"]
     curve: dict[str, list] = {"R2R": [], "entropy": []}
     for part in (share, 0.05, 0.1, 0.2):
@@ -179,12 +156,6 @@ def run(context: Context) -> Arms:
             for name in ("R2R", "entropy routing")
         }
     return arms
-
-
-def _answers(labels: Any, tokenizer: Any, prompts: list[str]) -> Any:
-    """The labelled answers again, as token ids."""
-    for index, prompt in enumerate(prompts):
-        yield tokenizer(prompt)["input_ids"], labels.large[labels.prompts == index].tolist()
 
 
 def curve_svg(result: dict[str, Any]) -> str:

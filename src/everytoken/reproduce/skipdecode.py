@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .base import Arms, Claim, Context, Reproduction
-from .small import answer_batches, character_tokenizer, fit, small_model
+from .small import answer_batches, character_tokenizer, fit, small_model, worked_sum
 
 CHARACTERS = "0123456789+=;#"
 SPEEDUPS = (2, 3, 4)
@@ -26,17 +26,6 @@ WHY_SPEED = (
     "Decoding of a batch of 16 on two cores: embedding, head, sampling and Python cost the same at any depth, so the ratio stays "
     "below the nominal one."
 )
-
-
-def example(rng: random.Random, terms: int = 4) -> tuple[str, str]:
-    """A sum and its worked answer: ``32+54+...=`` and ``32+54=86;86+...#...``; numbers are written from their last digit."""
-    numbers = [rng.randint(10, 99) for _ in range(terms)]
-    total, steps = numbers[0], []
-    for number in numbers[1:]:
-        steps.append("{}+{}={}".format(*(str(item)[::-1] for item in (total, number, total + number))))
-        total += number
-    prompt = "+".join(str(number)[::-1] for number in numbers) + "="
-    return prompt, ";".join(steps) + "#" + str(total)[::-1] + "\n"
 
 
 def overlap(text: str, reference: str) -> float:
@@ -55,7 +44,6 @@ def quality(model: Any, tokenizer: Any, decoder: Any, work: list[tuple[str, str]
     for first in range(0, len(work), 16):
         part = work[first : first + 16]
         inputs = tokenizer([prompt for prompt, _ in part], return_tensors="pt", padding=True)
-        inputs.pop("token_type_ids", None)
         began = time.perf_counter()
         output = model.generate(
             **inputs, max_new_tokens=64, do_sample=False, custom_generate=decoder, pad_token_id=tokenizer.pad_token_id
@@ -80,16 +68,16 @@ def run(context: Context) -> Arms:
     rng = random.Random(context.seed)
     hidden, layers, steps, tuning = (32, 4, 40, 10) if context.quick else (80, 8, 500, 240)
     terms = 2 if context.quick else 4
-    batches = answer_batches(rng, lambda r: example(r, terms), tokenizer, 64)
+    batches = answer_batches(rng, lambda r: worked_sum(r, terms), tokenizer, 64)
     base = small_model(len(tokenizer), hidden, layers, end=tokenizer.eos_token_id, context=256)
     trained = fit(base, batches, steps, 2e-3, context.progress, "the full model")
     # learning is sudden and its moment differs by seed: tuning starts from a model that can do its task
-    checks = [example(random.Random(seed), terms) for seed in range(64)]
+    checks = [worked_sum(random.Random(seed), terms) for seed in range(64)]
     while not context.quick and trained < 1500 and quality(base, tokenizer, None, checks)["exact match"] < 0.95:
         trained += fit(base, batches, 250, 2e-3, context.progress, "the full model, again")
     context.artifacts["steps of the full model"] = trained
     test = random.Random(10_000 + context.seed)
-    work = [example(test, terms) for _ in range(32 if context.quick else 128)]
+    work = [worked_sum(test, terms) for _ in range(32 if context.quick else 128)]
     length = len(work[0][1])  # tokens of an answer, give or take one
     arms: Arms = {}
     tuned = copy.deepcopy(base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,8 +67,34 @@ def character_tokenizer(characters: str, end: str = "\n", pad: str = "_") -> Any
     core.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=pad, unk_token=pad, eos_token=end, padding_side="left"
+        tokenizer_object=core,
+        pad_token=pad,
+        unk_token=pad,
+        eos_token=end,
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def reverse(number: int) -> str:
+    """A number from its last digit, as sums are carried."""
+    return str(number)[::-1]
+
+
+def worked_sum(rng: Any, terms: int = 4, separators: Sequence[str] = (";",)) -> tuple[str, str]:
+    """A sum of two-digit numbers and its worked answer, ``32+54+...=`` and ``32+54=86;86+...#...``, numbers reversed.
+
+    Args:
+        separators: any of them may stand between two steps.
+    """
+    numbers = [rng.randint(10, 99) for _ in range(terms)]
+    total, text = numbers[0], ""
+    for number in numbers[1:]:
+        if text:
+            text += rng.choice(separators) if len(separators) > 1 else separators[0]
+        text += f"{reverse(total)}+{reverse(number)}={reverse(total + number)}"
+        total += number
+    return "+".join(map(reverse, numbers)) + "=", f"{text}#{reverse(total)}\n"
 
 
 def answer_batches(rng: Any, example: Any, tokenizer: Any, size: int) -> Any:

@@ -92,13 +92,10 @@ def attention_times(model: Any, length: int, repeats: int) -> dict[str, float]:
     def selected(name: str) -> Any:
         def run() -> None:
             layer = layers[name]
-            kept = layer.selected, layer.asked
             keys, values = layer.update(*step)
             module._token_select = (decoders[name], rotation, layer, None)
             token_select_attention(module, query, keys, values, None, scaling=module.scaling)
-            kept = (layer.selected, layer.asked) if not kept[0] else kept
-            layer.crop(-1)
-            layer.selected, layer.asked = kept  # cropping forgets them
+            DynamicLayer.crop(layer, -1)  # without forgetting the selection
 
         return run
 

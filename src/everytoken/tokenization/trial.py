@@ -9,7 +9,7 @@ from typing import Any
 
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
-from ..core.trials import TrialRequest, TrialResult
+from ..core.trials import TrialRequest, TrialResult, read_text
 from .base import spell, start_token
 
 CUT = "The capital of France is Par"
@@ -18,20 +18,6 @@ FOREIGN = (
     "Geiste der Brüderlichkeit begegnen. Jeder hat das Recht auf Leben, Freiheit und Sicherheit der Person. Niemand darf in Sklaverei"
 )
 EXAMPLE = "Strawberry fields: how many r's are in strawberry? Tokenizers rarely know, and 1234 + 5678 is 6912."
-
-
-def read_text(path: Path) -> str:
-    """A file of the user's.
-
-    Raises:
-        BadInputError: no such file, or one that is no UTF-8.
-    """
-    if not path.is_file():
-        raise BadInputError(f"There is no file {path}.")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise BadInputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
 
 
 def text_of(request: TrialRequest, example: str) -> str:

@@ -75,6 +75,4 @@ class TokenRouter(PreTrainedModel):
 def top_logits(logits: torch.Tensor, count: int) -> torch.Tensor:
     """The ``count`` largest of ``[N, V]``, falling; a smaller vocabulary is filled up with its lowest."""
     top = logits.float().topk(min(count, logits.shape[-1]), -1).values
-    return F.pad(top, (0, count - top.shape[-1])) if top.shape[-1] == count else torch.cat(
-        [top, top[:, -1:].expand(-1, count - top.shape[-1])], -1
-    )  # fmt: skip
+    return torch.cat([top, top[:, -1:].expand(-1, count - top.shape[-1])], -1)
