@@ -13,36 +13,11 @@ from torch.nn import functional as F
 
 from everytoken.core.errors import BadInputError
 from everytoken.core.logprobs import token_stats
-from everytoken.preference.base import PairScores, PreferenceLoss
+from everytoken.preference.base import PreferenceLoss
 from everytoken.preference.dpo import DPOLoss
 from everytoken.preference.tdpo import TDPOLoss
 
-VOCAB = 5
-
-
-def pairs(batch=3, length=6, seed=0, same=False):
-    """Logits of policy (with gradient) and reference over a tiny vocabulary, labels and masks: chosen, then rejected."""
-    generator = torch.Generator().manual_seed(seed)
-    policy = torch.randn(2, batch, length, VOCAB, generator=generator, dtype=torch.float64)
-    reference = policy.clone() if same else torch.randn(policy.shape, generator=generator, dtype=torch.float64)
-    labels = torch.randint(0, VOCAB, (2, batch, length), generator=generator)
-    mask = torch.rand(2, batch, length, generator=generator) < 0.7
-    return policy.requires_grad_(True), reference, labels, mask
-
-
-def scores(logits, other, labels, mask):
-    """PairScores by the plain formulas (KL by explicit sums over the vocabulary)."""
-    logp = torch.log_softmax(logits, -1)
-    ref = torch.log_softmax(other, -1)
-    picked = logp.gather(-1, labels[..., None])[..., 0] * mask
-    kl = (ref.exp() * (ref - logp)).sum(-1) * mask
-    return PairScores(picked[0], picked[1], mask[0], mask[1], {"forward_kl": kl[0]}, {"forward_kl": kl[1]})
-
-
-def evaluate(loss, policy, reference, labels, mask):
-    output = loss(scores(policy, reference, labels, mask), scores(reference, reference, labels, mask))
-    (grad,) = torch.autograd.grad(output.losses.mean(), policy)
-    return output, grad
+from .problems import VOCAB, evaluate, pairs, scores
 
 
 def test_contract():

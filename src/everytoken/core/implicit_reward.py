@@ -66,22 +66,16 @@ class ImplicitReward:
         mask: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         forward_kl: bool = False,
+        reverse_kl: bool = False,
     ) -> dict[str, torch.Tensor]:
-        """``logps``, ``ref_logps`` (and ``forward_kl``) per token, ``[B, T]``, aligned to the scored tokens; see ``score``."""
+        """``logps``, ``ref_logps`` (``forward_kl``, ``reverse_kl``) per token, ``[B, T]``, aligned to the scored tokens; see ``score``."""
         import torch
 
         from .logprobs import token_stats
+        from .scoring import response_hidden
 
         kept = mask.bool().clone()
         kept[:, 0] = False
-        kwargs: dict[str, Any] = {}
-        if attention_mask is not None:
-            kwargs = {
-                "attention_mask": attention_mask,
-                "position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0),
-            }
-        before = kept.roll(-1, 1)  # the positions that predict the scored tokens
-        before[:, -1] = False
         with torch.no_grad():
             hidden: list[torch.Tensor] = []
             heads: list[Any] = []
@@ -91,9 +85,8 @@ class ImplicitReward:
                     continue
                 scope = self.policy.disable_adapter() if model is None else contextlib.nullcontext()
                 model = self.policy if model is None else model
-                model = model.get_base_model() if hasattr(model, "get_base_model") else model
                 with scope:
-                    hidden.append(model.base_model(input_ids=ids, **kwargs).last_hidden_state[before])
+                    hidden.append(response_hidden(model, ids, kept, attention_mask))
                 heads.append(model.get_output_embeddings())
             stats = token_stats(
                 hidden[0],
@@ -104,9 +97,11 @@ class ImplicitReward:
                 ref_weight=heads[1].weight,
                 ref_bias=heads[1].bias,
                 forward_kl=forward_kl,
+                reverse_kl=reverse_kl,
             )
         result = {}
-        for name in ("logps", "ref_logps", *(("forward_kl",) if forward_kl else ())):
-            grid = torch.zeros(ids.shape, device=ids.device)
-            result[name] = grid.masked_scatter(kept, getattr(stats, name))
+        for name in ("logps", "ref_logps", "forward_kl", "reverse_kl"):
+            values = getattr(stats, name)
+            if values is not None:
+                result[name] = torch.zeros(ids.shape, device=ids.device).masked_scatter(kept, values)
         return result

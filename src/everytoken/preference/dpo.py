@@ -28,6 +28,7 @@ class DPOLoss:
 
     beta: float = 0.1
     needs: ClassVar[frozenset[str]] = frozenset()
+    columns: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         if self.beta <= 0:

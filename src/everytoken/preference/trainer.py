@@ -6,25 +6,38 @@ whatever else the loss ``needs`` in one chunked pass (``core.logprobs.token_stat
 The ``[B, T, V]`` logits never exist, neither the policy's nor the reference's.
 
     trainer = PreferenceTrainer(model, loss=TDPOLoss(alpha=0.5), args=DPOConfig(...), train_dataset=..., processing_class=...)
+    trainer = PreferenceTrainer(model, loss=TGDPOLoss(), annotators=[ModelLogps(guide)], args=..., ...)
+
+A loss that takes per-token columns (a guide's log-probabilities, a criticality) finds them in the dataset, or an annotator makes them
+once, before training. With ``precompute_ref_log_probs=True`` the reference becomes such a column too, and is not held in memory.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import use_adapter
 
-from ..core.errors import BadInputError, UnsupportedModelError
+from ..core.errors import BadInputError, EverytokenError
 from ..core.logprobs import TokenStats, token_stats
-from .base import NEEDS, PairScores, PreferenceLoss, PreferenceOutput
+from ..core.scoring import check_guide, plain_head
+from .base import NEEDS, PairScores, PreferenceLoss, PreferenceOutput, TokenAnnotator
+from .columns import SIDES, ModelLogps, check_columns, precompute
+from .data import check_rows
 
 UNUSED_SETTINGS = {
-    "precompute_ref_log_probs": (False, "per-token statistics need the reference model itself"),
-    "padding_free": (False, "pairs are scored as padded rows"),
+    "padding_free": (False, "TRL's preference trainer has none at present, and pairs are scored as padded rows"),
     "use_weighting": (False, "WPO weights belong to TRL's own losses"),
     "ld_alpha": (None, "it belongs to TRL's own losses"),
     "use_liger_kernel": (False, "the head is fused here already"),
@@ -42,13 +55,7 @@ def add_scored_forward(model: Any) -> None:
     original = model.forward
     if getattr(original, "_everytoken_scored", False):
         return
-    text_config = model.config.get_text_config()
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
-        value = getattr(text_config, name, None)
-        if value not in (None, 1, 1.0):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} transforms its logits ({name}={value}), which the fused statistics do not follow."
-            )
+    plain_head(model)
 
     def forward(self: Any, *args: Any, score: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         if score is None:
@@ -87,21 +94,68 @@ def quiet_config(folder: str, **settings: Any) -> DPOConfig:
     )
 
 
+class NonFiniteLossError(EverytokenError, FloatingPointError):
+    """Training stopped at a loss that is not a number; the batch that gave it is saved."""
+
+
+@dataclass
+class PairCollator(DataCollatorForPreference):
+    """TRL's collator, which carries per-token columns along: ``column/NAME`` is ``[2B, T]``, 0 outside the responses."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        names = [
+            key.removeprefix("chosen_") for key in examples[0] if key.startswith("chosen_") and key != "chosen_ids"
+        ]
+        kept = slice(None)
+        if self.max_length is not None:
+            kept = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
+        for name in names:
+            rows = [
+                torch.tensor(
+                    ([0.0] * len(item["prompt_ids"]) + list(item[f"{side}_{name}"]))[kept], dtype=torch.float32
+                )
+                for side in SIDES
+                for item in examples
+            ]
+            values = pad_sequence(rows, batch_first=True)
+            batch[f"column/{name}"] = torch.nn.functional.pad(
+                values, (0, batch["input_ids"].shape[1] - values.shape[1])
+            )
+        return batch
+
+
 class PreferenceTrainer(DPOTrainer):
     """TRL's DPOTrainer with a pluggable per-token loss.
 
     Args:
         loss: a PreferenceLoss; default DPO with ``args.beta``.
+        annotators: make the per-token columns that the loss takes where the dataset lacks them.
+        monitor_kl: also log ``kl/chosen`` and ``kl/rejected`` (forward KL a response, nats) for losses that do not need it.
+        report: called with ``(stage, done, total)`` while columns are computed.
         kwargs: as for ``trl.DPOTrainer`` (``model``, ``ref_model``, ``args``, ``train_dataset``, ``peft_config``, ...).
 
     Raises:
-        BadInputError: a DPOConfig setting that has no meaning here, or rows whose chosen and rejected are identical.
+        BadInputError: a DPOConfig setting that has no meaning here, a missing column, or a bad row (identical or empty responses), which
+            it names.
+        TokenizerMismatchError: reference or guide read another vocabulary.
+        NonFiniteLossError: while training; the offending batch is in ``output_dir/bad_batch.json``.
     """
 
     _tag_names = ["everytoken", "preference"]
     _name = "everytoken preference"
+    data_collator: Any
+    _signature_columns: Any
 
-    def __init__(self, *positional: Any, loss: PreferenceLoss | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *positional: Any,
+        loss: PreferenceLoss | None = None,
+        annotators: Sequence[TokenAnnotator] = (),
+        monitor_kl: bool = False,
+        report: Any = None,
+        **kwargs: Any,
+    ):
         args: DPOConfig | None = kwargs.get("args")
         if args is None and len(positional) > 2:
             args = positional[2]
@@ -113,43 +167,101 @@ class PreferenceTrainer(DPOTrainer):
 
             loss = DPOLoss(beta=args.beta if args is not None else 0.1)
         self.preference_loss = loss
+        self.columns = tuple(sorted(getattr(loss, "columns", ())))
+        self.annotators, self._report = list(annotators), report or (lambda _stage, _done, _total: None)
+        self.monitor_kl = monitor_kl
+        self.needs = frozenset(loss.needs) | ({"forward_kl"} if monitor_kl else set())
+        if args is not None and args.precompute_ref_log_probs:
+            if self.needs:
+                raise BadInputError(
+                    f"precompute_ref_log_probs keeps one number a token, but this training needs {', '.join(sorted(self.needs))}.",
+                    "Leave it off, so that the reference's distributions are there.",
+                )
+            if args.max_length is not None and args.truncation_mode == "keep_end":
+                raise BadInputError("precompute_ref_log_probs needs truncation_mode=keep_start.", "Or max_length=None.")
+        policy = kwargs.get("model", positional[0] if positional else None)
+        for what, model in self._guides(kwargs.get("ref_model", positional[1] if len(positional) > 1 else None)):
+            if policy is not None and hasattr(policy, "get_output_embeddings"):
+                check_guide(policy, model, what)
         super().__init__(*positional, **kwargs)
-        self._refuse_ties(self.train_dataset)
+        if type(self.data_collator) is DataCollatorForPreference:
+            self.data_collator = PairCollator(**vars(self.data_collator))
         for model in (self.model, self.ref_model):
             if model is not None:
                 unwrapped = self.accelerator.unwrap_model(model)
                 base = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
                 add_scored_forward(base)
 
+    def _guides(self, reference: Any) -> list[tuple[str, Any]]:
+        found = [] if reference is None or isinstance(reference, str) else [("reference", reference)]
+        for item in self.annotators:
+            for name in ("model", "positive_model", "negative_model"):
+                model = getattr(item, name, None)
+                if hasattr(model, "get_output_embeddings"):
+                    found.append((f"guide for {item.column}", model))
+        return found
+
+    # -- data ------------------------------------------------------------------------------------------------------------
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        """TRL's preparation (skipped for rows that are tokenized), checks of every row, and the columns that the loss takes."""
+        sized = hasattr(dataset, "__len__")
+        names = set(getattr(dataset, "column_names", None) or [])
+        if "chosen_ids" not in names:
+            if sized and {"prompt", "chosen", "rejected"} <= names:
+                self._check(dataset, ("prompt", "chosen", "rejected"), dataset_name)
+            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if sized:
+            self._check(dataset, ("prompt_ids", "chosen_ids", "rejected_ids"), dataset_name)
+        if self.columns:
+            dataset = precompute(
+                dataset, [item for item in self.annotators if item.column in self.columns], self._report
+            )
+            check_columns(dataset, self.columns)
+        return dataset
+
     @staticmethod
-    def _refuse_ties(dataset: Any) -> None:
-        names = getattr(dataset, "column_names", None) or []
-        if "chosen_ids" not in names or not hasattr(dataset, "__len__"):
-            return
-        for index, (chosen, rejected) in enumerate(zip(dataset["chosen_ids"], dataset["rejected_ids"], strict=True)):
-            if list(chosen) == list(rejected):
-                raise BadInputError(
-                    f"Row {index} of the training data has identical chosen and rejected responses.",
-                    "Remove such rows.",
-                )
-            if not len(chosen) or not len(rejected):
-                raise BadInputError(f"Row {index} of the training data has an empty response.", "Remove such rows.")
+    def _check(dataset: Any, names: tuple[str, ...], dataset_name: str) -> None:
+        columns = [dataset[name] for name in names]
+        check_rows([dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)], f"{dataset_name} data")
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        extra = [f"{side}_{name}" for name in (*self.columns, "ref_logps") for side in SIDES]
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *extra]))
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """The reference's log-probabilities per token, as columns ``chosen_ref_logps`` and ``rejected_ref_logps``."""
+        model = self.ref_model if self.ref_model is not None else self.accelerator.unwrap_model(self.model)
+        model.to(self.accelerator.device)
+        peft = self.ref_model is None and hasattr(model, "peft_config")
+        scope = (
+            use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None)
+            if peft
+            else contextlib.nullcontext()
+        )
+        training = model.training
+        model.eval()
+        with scope:
+            dataset = precompute(dataset, [ModelLogps(model, "ref_logps", batch_size)], self._report)
+        model.train(training)
+        check_columns(dataset, ["ref_logps"])
+        return dataset
 
     # -- scoring ---------------------------------------------------------------------------------------------------------
     def score_pairs(self, model: Any, inputs: dict[str, Any]) -> tuple[PairScores, PairScores]:
         """Per-token statistics of a collated batch (chosen rows, then rejected): ``(policy, reference)``."""
         mask = inputs["completion_mask"][:, 1:].bool()
         labels = inputs["input_ids"][:, 1:][mask]
-        kept = {name: value for name, value in inputs.items() if name not in ("completion_mask",)}
-        reference, head = self._reference(kept, mask)
-        score = {
-            "mask": mask,
-            "labels": labels,
-            "ref_hidden": reference,
-            "ref_weight": _whole(head.weight).detach(),
-            "ref_bias": None if head.bias is None else _whole(head.bias).detach(),
-            "needs": self.preference_loss.needs,
+        columns = {
+            name.removeprefix("column/"): value[:, 1:] for name, value in inputs.items() if name.startswith("column/")
         }
+        kept = {name: inputs[name] for name in inputs if name != "completion_mask" and not name.startswith("column/")}
+        score: dict[str, Any] = {"mask": mask, "labels": labels, "needs": self.needs}
+        if "ref_logps" not in columns or self.needs:
+            reference, head = self._reference(kept, mask)
+            score["ref_hidden"] = reference
+            score["ref_weight"] = _whole(head.weight).detach()
+            score["ref_bias"] = None if head.bias is None else _whole(head.bias).detach()
         stats: TokenStats = model(**kept, score=score)
 
         def spread(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,10 +271,16 @@ class PreferenceTrainer(DPOTrainer):
 
         masks = mask.chunk(2)
         policy = PairScores(*spread(stats.logps), *masks)
-        assert stats.ref_logps is not None
-        ref = PairScores(*spread(stats.ref_logps), *masks)
-        for name in self.preference_loss.needs:
+        if stats.ref_logps is not None:
+            ref = PairScores(*spread(stats.ref_logps), *masks)
+        else:
+            ref = PairScores(*spread(columns["ref_logps"][mask]), *masks)
+        for name in self.needs:
             policy.chosen[name], policy.rejected[name] = spread(getattr(stats, name))
+        for name in self.columns:
+            policy.chosen[name], policy.rejected[name] = (
+                part * side for part, side in zip(columns[name].chunk(2), masks, strict=True)
+            )
         return policy, ref
 
     def _reference(self, kept: dict[str, Any], mask: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -172,6 +290,11 @@ class PreferenceTrainer(DPOTrainer):
                 model = self.accelerator.unwrap_model(self.ref_model)
                 return self.ref_model(**kept, score={"mask": mask}), model.get_output_embeddings()
             model = self.accelerator.unwrap_model(self.model)
+            if not hasattr(model, "peft_config"):
+                raise BadInputError(
+                    "The reference was not kept, and this batch has no column ref_logps.",
+                    "Pass ref_model, or evaluate on a dataset that was given to the trainer at the start.",
+                )
             with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
                 return self.model(**kept, score={"mask": mask}), model.get_output_embeddings()
 
@@ -181,13 +304,38 @@ class PreferenceTrainer(DPOTrainer):
         loss = output.losses.mean()
         self._log_pairs(output, policy, inputs)
         if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step}; lower the learning rate or check the data."
-            )
+            raise self._stopped(loss.item(), output, policy, inputs)
         if return_outputs:
             with torch.no_grad():
                 return loss, model(**{name: inputs[name] for name in ("input_ids", "attention_mask")})
         return loss
+
+    def _stopped(
+        self, loss: float, output: PreferenceOutput, policy: PairScores, inputs: dict[str, Any]
+    ) -> NonFiniteLossError:
+        """Saves the batch and says where it is."""
+        pairs = len(output.losses)
+        ids, mask = inputs["input_ids"].tolist(), inputs["completion_mask"].bool().tolist()
+        logps = [*policy.chosen_logps.detach().sum(1).tolist(), *policy.rejected_logps.detach().sum(1).tolist()]
+
+        def row(index: int) -> dict[str, Any]:
+            prompt = [token for token, response in zip(ids[index], mask[index], strict=True) if not response]
+            response = [token for token, inside in zip(ids[index], mask[index], strict=True) if inside]
+            texts = [self.processing_class.decode(part, skip_special_tokens=True) for part in (prompt, response)]
+            return {"prompt": texts[0], "response": texts[1], "response_ids": response, "logps": logps[index]}
+
+        saved = [
+            {"loss": value, "chosen": row(index), "rejected": row(index + pairs)}
+            for index, value in enumerate(output.losses.detach().tolist())
+        ]
+        rank = self.accelerator.process_index
+        path = Path(self.args.output_dir) / (f"bad_batch.{rank}.json" if rank else "bad_batch.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"step": self.state.global_step, "loss": loss, "pairs": saved}, indent=1))
+        return NonFiniteLossError(
+            f"The loss is {loss} at step {self.state.global_step}; the batch is saved in {path}.",
+            "Lower the learning rate, or look at its rows; checkpoints before this step are untouched.",
+        )
 
     def _log_pairs(self, output: PreferenceOutput, policy: PairScores, inputs: dict[str, Any]) -> None:
         """The metrics under TRL's names, plus those of the loss."""
@@ -205,5 +353,8 @@ class PreferenceTrainer(DPOTrainer):
             "logps/chosen": policy.chosen_logps.detach().sum(1),
             "logps/rejected": policy.rejected_logps.detach().sum(1),
         } | {name: value.reshape(1) for name, value in output.metrics.items()}
+        if self.monitor_kl:
+            values["kl/chosen"] = policy.chosen["forward_kl"].detach().sum(1)
+            values["kl/rejected"] = policy.rejected["forward_kl"].detach().sum(1)
         for name, value in values.items():
             self._metrics[mode][name].append(self.accelerator.gather(value).float().mean().item())

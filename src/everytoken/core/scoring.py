@@ -1,0 +1,157 @@
+"""Scoring given tokens with frozen models: padding rows, hidden states at the scored positions, log-probabilities.
+
+A *row* is a prompt and a response, both token ids. Everything here is without gradient; training computes the same quantities inside
+its own forward (``preference.trainer``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .errors import BadInputError, TokenizerMismatchError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+
+Row = tuple[Sequence[int], Sequence[int]]
+"""Prompt ids and response ids."""
+
+
+def plain_head(model: Any) -> Any:
+    """The output head of a causal model whose logits are ``head(hidden)`` and nothing else.
+
+    Raises:
+        UnsupportedModelError: the model caps or scales its logits, which fused statistics would not follow, or has no head.
+    """
+    config = model.config.get_text_config()
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
+        value = getattr(config, name, None)
+        if value not in (None, 1, 1.0):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} transforms its logits ({name}={value}), which the fused statistics do not follow."
+            )
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no output embeddings.", "Use a causal language model.")
+    return head
+
+
+def check_guide(
+    policy: Any, guide: Any, what: str = "guide", tokenizer: Any = None, guide_tokenizer: Any = None
+) -> None:
+    """Refuses a guide that reads other tokens than the policy.
+
+    Raises:
+        TokenizerMismatchError: vocabularies of different size, or (where both tokenizers are given) of different content.
+    """
+    sizes = [plain_head(model).weight.shape[0] for model in (policy, guide)]
+    if sizes[0] != sizes[1]:
+        raise TokenizerMismatchError(
+            f"The {what} has a vocabulary of {sizes[1]} tokens and the policy of {sizes[0]}: they use different tokenizers.",
+            f"Token-level credit needs a {what} with the policy's own tokenizer.",
+        )
+    if tokenizer is None or guide_tokenizer is None:
+        return
+    ours, theirs = tokenizer.get_vocab(), guide_tokenizer.get_vocab()
+    if ours != theirs:
+        token = next(iter(set(ours.items()) ^ set(theirs.items())))
+        raise TokenizerMismatchError(
+            f"The {what}'s tokenizer differs from the policy's, for example in {token[0]!r}.",
+            f"Token-level credit needs a {what} with the policy's own tokenizer.",
+        )
+
+
+def pad_rows(rows: Sequence[Row], pad: int = 0, device: Any = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows as right-padded tensors: ``ids [B, T]``, ``attention_mask [B, T]``, and ``mask [B, T]``, True on response tokens."""
+    import torch
+
+    width = max(len(prompt) + len(response) for prompt, response in rows)
+    ids = torch.full((len(rows), width), pad)
+    attention, mask = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    for index, (prompt, response) in enumerate(rows):
+        end = len(prompt) + len(response)
+        ids[index, :end] = torch.tensor([*prompt, *response])
+        attention[index, :end] = 1
+        mask[index, len(prompt) : end] = True
+    return ids.to(device), attention.to(device), mask.to(device)
+
+
+def response_hidden(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The ``[N, D]`` last hidden states that predict the N tokens where ``mask``; a row's first token cannot be scored."""
+    kwargs: dict[str, Any] = {}
+    if attention_mask is not None:
+        positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        kwargs = {"attention_mask": attention_mask, "position_ids": positions}
+    before = mask.roll(-1, 1)
+    before[:, -1] = False
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.base_model(input_ids=ids, use_cache=False, **kwargs).last_hidden_state[before]
+
+
+def response_logps(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Log-probabilities ``[B, T]`` float32 of the tokens where ``mask``, at their own positions; 0 elsewhere. No gradient."""
+    import torch
+
+    from .logprobs import token_stats
+
+    kept = mask.bool().clone()
+    kept[:, 0] = False
+    head = plain_head(model)
+    with torch.no_grad():
+        stats = token_stats(
+            response_hidden(model, ids, kept, attention_mask), head.weight, ids[kept], bias=getattr(head, "bias", None)
+        )
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(kept, stats.logps)
+
+
+def score_rows(
+    rows: Sequence[Row],
+    score: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    batch_size: int = 16,
+    device: Any = None,
+    report: Callable[[int, int], None] = lambda _done, _total: None,
+) -> list[torch.Tensor]:
+    """One ``[len(response)]`` tensor a row from a function on padded batches; rows of like length share a batch.
+
+    Args:
+        score: ``(ids, mask, attention_mask) -> values [B, T]``, as ``response_logps``.
+
+    Raises:
+        BadInputError: an empty prompt (nothing would predict the first token) or response; names the row.
+    """
+    for index, (prompt, response) in enumerate(rows):
+        if not len(prompt) or not len(response):
+            raise BadInputError(
+                f"Row {index} has an empty {'response' if len(prompt) else 'prompt'}.", "Remove such rows."
+            )
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index][0]) - len(rows[index][1]))
+    found: dict[int, torch.Tensor] = {}
+    for first in range(0, len(order), batch_size):
+        picked = order[first : first + batch_size]
+        ids, attention, mask = pad_rows([rows[index] for index in picked], device=device)
+        values = score(ids, mask, attention).float().cpu()
+        for line, index in enumerate(picked):
+            prompt, response = rows[index]
+            found[index] = values[line, len(prompt) : len(prompt) + len(response)].clone()
+        report(min(first + batch_size, len(order)), len(order))
+    return [found[index] for index in range(len(rows))]
+
+
+def model_fingerprint(model: Any) -> str:
+    """A hash of a model's architecture and weights (a strided sample of every tensor, and its sum), for caches."""
+    import torch
+
+    digest = hashlib.sha256(model.config.to_json_string(use_diff=True).encode())
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            flat = weight.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 2048)].float().cpu()
+            digest.update(f"{name}{tuple(weight.shape)}{flat.sum(dtype=torch.float64).item():.9g}".encode())
+            digest.update(sample.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,225 @@
+"""cDPO: critical tokens by contrastive estimation, and DPO weighted by them (arXiv 2411.19943).
+
+In a wrong line of reasoning a few tokens decide the failure. Rolling out from every prefix finds them (``RolloutOracle``); contrastive
+estimation finds them in two forwards, by comparing p+ (the base model tuned on its own correct traces) with p- (tuned on incorrect
+ones), over the whole vocabulary::
+
+    s_t = softmax( (1 + a) l+_t - a l-_t )[y_t]          in (0, 1); a low s_t marks a critical token
+
+cDPO weights the rejected side of DPO by how critical each token is, ``w_t = 1 - s_t``; the chosen side keeps ``c_t = 1``, or takes
+``s_t`` (``weight_chosen``)::
+
+    u_t(y) = log pi(y_t|x,y_<t) - log ref(y_t|x,y_<t)
+    z = sum_t c_t u_t(y_w) - sum_t w_t u_t(y_l)          loss = -log sigmoid(beta z)
+
+The authors' code leaves the per-token difference unsummed, pairing token t of one response with token t of the other inside the
+sigmoid; the paper's equation sums, and so does this (``per_position=True`` is their code's form).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.nn import functional as F
+
+from ..core.errors import BadInputError
+from ..core.logprobs import CHUNK_BYTES, masked_mean
+from ..core.scoring import check_guide, model_fingerprint, plain_head, response_hidden, score_rows
+from .base import Example, PairScores, PreferenceOutput, log_ratios, weighted_log_ratios
+
+
+@dataclass
+class CDPOLoss:
+    """DPO whose rejected tokens count as much as they are critical.
+
+    Args:
+        beta: strength of the pull towards the reference (0.1).
+        weight_chosen: also weight chosen tokens, by ``s_t`` (default: only the rejected side).
+        label_smoothing: as in DPO, the probability that a pair is labelled the wrong way round.
+        per_position: the form of the authors' code: one sigmoid a position, averaged.
+
+    Raises:
+        BadInputError: a setting out of range.
+    """
+
+    beta: float = 0.1
+    weight_chosen: bool = False
+    label_smoothing: float = 0.0
+    per_position: bool = False
+    needs: ClassVar[frozenset[str]] = frozenset()
+    columns: ClassVar[frozenset[str]] = frozenset({"contrast"})
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise BadInputError(f"beta must be positive; got {self.beta}.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise BadInputError(f"label_smoothing lies in [0, 0.5); got {self.label_smoothing}.")
+
+    def __call__(self, policy: PairScores, reference: PairScores) -> PreferenceOutput:
+        """See the module's docstring; ``policy.chosen["contrast"]`` and ``policy.rejected["contrast"]`` are s, ``[B, T]``."""
+        criticality = 1 - policy.rejected["contrast"].detach()
+        kept = policy.chosen["contrast"].detach() if self.weight_chosen else torch.ones_like(policy.chosen_logps)
+        if self.per_position:
+            z = torch.where(policy.chosen_mask, kept * (policy.chosen_logps - reference.chosen_logps), 0.0)
+            z = z - torch.where(
+                policy.rejected_mask, criticality * (policy.rejected_logps - reference.rejected_logps), 0.0
+            )
+            losses = masked_mean(self._loss(z), policy.chosen_mask | policy.rejected_mask)
+        else:
+            chosen, rejected = weighted_log_ratios(policy, reference, kept, criticality)
+            losses = self._loss(chosen - rejected)
+        plain_chosen, plain_rejected = log_ratios(policy, reference)
+        return PreferenceOutput(
+            losses=losses,
+            chosen_rewards=self.beta * plain_chosen.detach(),
+            rejected_rewards=self.beta * plain_rejected.detach(),
+            metrics={"criticality": masked_mean(criticality, policy.rejected_mask, dim=None)},
+        )
+
+    def _loss(self, z: torch.Tensor) -> torch.Tensor:
+        smoothing = self.label_smoothing
+        return -(1 - smoothing) * F.logsigmoid(self.beta * z) - smoothing * F.logsigmoid(-self.beta * z)
+
+
+@dataclass
+class ContrastiveEstimator:
+    """s_t from a model of correct and a model of incorrect traces; makes the column ``contrast``.
+
+    Args:
+        positive_model, negative_model: p+ and p-, which share the policy's tokenizer.
+        alpha: a, how strongly p- is subtracted (1).
+        batch_size: rows a forward.
+
+    Raises:
+        TokenizerMismatchError: the two have vocabularies of different size.
+    """
+
+    positive_model: Any
+    negative_model: Any
+    alpha: float = 1.0
+    batch_size: int = 16
+    column: str = "contrast"
+
+    def __post_init__(self) -> None:
+        check_guide(self.positive_model, self.negative_model, "negative model")
+
+    @torch.no_grad()
+    def score(self, ids: torch.Tensor, mask: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """``s_t`` of every token where ``mask``: ``[B, T]`` float32, at the token's own position (logits at t predict t + 1); 0 elsewhere.
+
+        The ``[N, V]`` logits exist in chunks only.
+        """
+        kept = mask.bool().clone()
+        kept[:, 0] = False
+        models = (self.positive_model, self.negative_model)
+        hidden = [response_hidden(model, ids, kept, attention_mask) for model in models]
+        heads = [plain_head(model) for model in models]
+        labels = ids[kept]
+        values = torch.empty(len(labels), device=ids.device)
+        size = max(1, CHUNK_BYTES // (4 * heads[0].weight.shape[0]))
+        for first in range(0, len(labels), size):
+            part = slice(first, first + size)
+            mixed = (1 + self.alpha) * heads[0](hidden[0][part]).float() - self.alpha * heads[1](
+                hidden[1][part]
+            ).float()
+            values[part] = (mixed.gather(1, labels[part, None])[:, 0] - mixed.logsumexp(-1)).exp()
+        return torch.zeros(ids.shape, device=ids.device).masked_scatter(kept, values)
+
+    def annotate(
+        self, examples: Sequence[Example], report: Callable[[int, int], None] = lambda _done, _total: None
+    ) -> list[torch.Tensor]:
+        rows = [(item.prompt_ids, item.response_ids) for item in examples]
+        return score_rows(rows, self.score, self.batch_size, self.positive_model.device, report)
+
+    def fingerprint(self) -> str:
+        return (
+            f"contrast {self.alpha} {model_fingerprint(self.positive_model)} {model_fingerprint(self.negative_model)}"
+        )
+
+
+@dataclass
+class RolloutOracle:
+    """The share of k continuations from every prefix of a trace that end correct: exact, and expensive.
+
+    Args:
+        model, tokenizer: the base model.
+        correct: ``(prompt text, response text) -> bool``.
+        rollouts: k continuations a position (64).
+        max_new_tokens: of a continuation.
+        temperature: of sampling.
+        batch_size: continuations a forward.
+    """
+
+    model: Any
+    tokenizer: Any
+    correct: Callable[[str, str], bool]
+    rollouts: int = 64
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    batch_size: int = 256
+
+    @torch.inference_mode()
+    def score(
+        self,
+        prompt_ids: Sequence[int],
+        response_ids: Sequence[int],
+        report: Callable[[int, int], None] = lambda _done, _total: None,
+    ) -> torch.Tensor:
+        """``[len(response_ids)]``: value t is the share of correct endings after ``response_ids[: t + 1]``.
+
+        A prefix that has ended (its last token ends a text) is graded as it is.
+        """
+        prompt = self.tokenizer.decode(prompt_ids, skip_special_tokens=True)
+        ends = self.model.generation_config.eos_token_id
+        ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+        scores = torch.zeros(len(response_ids))
+        open_prefixes = [t for t in range(len(response_ids)) if response_ids[t] not in ends]
+        for t in set(range(len(response_ids))) - set(open_prefixes):
+            text = self.tokenizer.decode(response_ids[: t + 1], skip_special_tokens=True)
+            scores[t] = float(self.correct(prompt, text))
+        group = max(1, self.batch_size // self.rollouts)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else next(iter(ends))
+        for first in range(0, len(open_prefixes), group):
+            picked = open_prefixes[first : first + group]
+            width = len(prompt_ids) + picked[-1] + 1
+            ids = torch.full((len(picked), width), pad)
+            attention = torch.zeros_like(ids)
+            for line, t in enumerate(picked):
+                row = torch.tensor([*prompt_ids, *response_ids[: t + 1]])
+                ids[line, width - len(row) :] = row
+                attention[line, width - len(row) :] = 1
+            device = self.model.device
+            output = self.model.generate(
+                ids.to(device),
+                attention_mask=attention.to(device),
+                do_sample=True,
+                temperature=self.temperature,
+                top_k=0,
+                top_p=1.0,
+                num_return_sequences=self.rollouts,
+                max_new_tokens=self.max_new_tokens,
+                pad_token_id=pad,
+            )
+            for line, t in enumerate(picked):
+                rows = output[line * self.rollouts : (line + 1) * self.rollouts, width:].tolist()
+                texts = self.tokenizer.batch_decode(
+                    [[*response_ids[: t + 1], *row] for row in rows], skip_special_tokens=True
+                )
+                scores[t] = sum(self.correct(prompt, text) for text in texts) / self.rollouts
+            report(min(first + group, len(open_prefixes)), len(open_prefixes))
+        return scores
+
+
+def critical_tokens(scores: torch.Tensor, low: float = 0.05, before: float = 0.05) -> list[int]:
+    """Positions where a rollout score drops to ``low`` or less and stays there, having been above ``before``.
+
+    The first token is critical if the score is low from the start: nothing before it is known, so ``before`` is not asked there.
+    """
+    values = scores.tolist()
+    for t in range(len(values)):
+        if all(value <= low for value in values[t:]):
+            return [t] if t == 0 or values[t - 1] > before else []
+    return []

@@ -1,0 +1,165 @@
+"""Per-token dataset columns: constants that a frozen model says about every response token, computed once and used again.
+
+    dataset = precompute(dataset, [ModelLogps(guide, column="guide_logps")])       # adds chosen_guide_logps, rejected_guide_logps
+
+Values are kept in the user's cache under the rows' tokens and the annotator's fingerprint, so a second run (another loss, another
+seed, a resumed training) reads them. Under ``accelerate launch`` every process annotates its share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..core.errors import BadInputError
+from ..core.scoring import model_fingerprint, plain_head, response_logps, score_rows
+from .base import Example, TokenAnnotator
+
+SIDES = ("chosen", "rejected")
+Report = Callable[[str, int, int], None]
+
+
+@dataclass
+class ModelLogps:
+    """Log-probabilities of the response tokens under a frozen model: a guide, or the reference.
+
+    Args:
+        model: a causal language model with the policy's tokenizer.
+        column: ``"guide_logps"`` (TGDPO's guide) or ``"ref_logps"`` (the reference).
+        batch_size: rows a forward.
+    """
+
+    model: Any
+    column: str = "guide_logps"
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        plain_head(self.model)
+
+    def score(self, ids: torch.Tensor, mask: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """``[B, T]`` log-probabilities at the tokens where ``mask``, 0 elsewhere."""
+        return response_logps(self.model, ids, mask, attention_mask)
+
+    def annotate(
+        self, examples: Sequence[Example], report: Callable[[int, int], None] = lambda _done, _total: None
+    ) -> list[torch.Tensor]:
+        rows = [(item.prompt_ids, item.response_ids) for item in examples]
+        return score_rows(rows, self.score, self.batch_size, self.model.device, report)
+
+    def fingerprint(self) -> str:
+        return f"logps {model_fingerprint(self.model)}"
+
+
+def check_columns(dataset: Any, names: Sequence[str]) -> None:
+    """Refuses columns that do not fit their tokens.
+
+    Raises:
+        BadInputError: a missing column, or a row with as many values as tokens nowhere; names row and column.
+    """
+    for name in names:
+        for side in SIDES:
+            column = f"{side}_{name}"
+            if column not in dataset.column_names:
+                raise BadInputError(
+                    f"The loss needs the dataset columns chosen_{name} and rejected_{name}.",
+                    "Compute them with everytoken.preference.columns.precompute, or pass annotators=[...] to the trainer.",
+                )
+            for index, (ids, values) in enumerate(zip(dataset[f"{side}_ids"], dataset[column], strict=True)):
+                if len(ids) != len(values):
+                    raise BadInputError(
+                        f"Row {index}: {column} holds {len(values)} values for {len(ids)} tokens.",
+                        "Columns belong to one tokenizer and chat template: compute them again.",
+                    )
+                if not np.isfinite(values).all():
+                    raise BadInputError(f"Row {index}: {column} holds a value that is not finite.")
+
+
+def precompute(
+    dataset: Any,
+    annotators: Sequence[TokenAnnotator],
+    report: Report = lambda _stage, _done, _total: None,
+) -> Any:
+    """A tokenized preference dataset with the annotators' columns.
+
+    Args:
+        dataset: rows with ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (as ``PreferenceTrainer`` prepares them) and, for
+            annotators that read it, ``prompt``.
+        annotators: each adds ``chosen_COLUMN`` and ``rejected_COLUMN``; columns that exist are kept as they are.
+        report: called with ``(stage, done, total)``.
+
+    Raises:
+        BadInputError: a dataset without length or without token columns.
+    """
+    wanted = [
+        item for item in annotators if f"chosen_{item.column}" not in (getattr(dataset, "column_names", None) or [])
+    ]
+    if not wanted:
+        return dataset
+    if not hasattr(dataset, "add_column"):
+        raise BadInputError("Columns can be computed for a dataset with a length only.", "Load it without streaming.")
+    if "chosen_ids" not in dataset.column_names:
+        raise BadInputError(
+            "The dataset is not tokenized: it has no chosen_ids.",
+            "Take PreferenceTrainer(...).train_dataset, or let the trainer do it.",
+        )
+    prompts = dataset["prompt"] if "prompt" in dataset.column_names else [None] * len(dataset)
+    examples = [
+        Example(prompt, prompt_ids, ids)
+        for side in SIDES
+        for prompt, prompt_ids, ids in zip(prompts, dataset["prompt_ids"], dataset[f"{side}_ids"], strict=True)
+    ]
+    for item in wanted:
+        values = _kept(item, examples, report)
+        for number, side in enumerate(SIDES):
+            part = values[number * len(dataset) : (number + 1) * len(dataset)]
+            dataset = dataset.add_column(f"{side}_{item.column}", [value.tolist() for value in part])
+    return dataset
+
+
+def _kept(annotator: TokenAnnotator, examples: Sequence[Example], report: Report) -> list[torch.Tensor]:
+    """The annotator's values, from the cache or computed (each process its share) and kept there."""
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    from ..core.loading import cache_dir, check_writable
+
+    digest = hashlib.sha256(annotator.fingerprint().encode())
+    for item in examples:
+        digest.update(repr(item.prompt).encode())
+        for ids in (item.prompt_ids, item.response_ids):
+            digest.update(np.asarray(ids, dtype=np.int64).tobytes() + b"|")
+    path = cache_dir() / "columns" / f"{annotator.column}-{digest.hexdigest()[:24]}.safetensors"
+    sizes = [len(item.response_ids) for item in examples]
+    state = PartialState()
+    found: Any = None
+    if path.is_file():
+        try:
+            found = load_file(path)["values"]
+        except (OSError, SafetensorError, KeyError):
+            found = None  # a damaged file is computed again
+    # all processes must agree: one may see a file that another does not (folders that are not shared)
+    if all(gather_object([found is not None and len(found) == sum(sizes)])):
+        return list(found.split(sizes))
+    mine = range(state.process_index, len(examples), state.num_processes)
+    name = annotator.column
+    local = annotator.annotate(
+        [examples[index] for index in mine], lambda done, total: report(f"annotating {name}", done, total)
+    )
+    values = dict(gather_object(list(zip(mine, local, strict=True))))
+    ordered = [values[index] for index in range(len(examples))]
+    if state.is_local_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path.parent)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({"values": torch.cat(ordered).contiguous()}, temporary)
+        os.replace(temporary, path)
+    state.wait_for_everyone()
+    return ordered

@@ -1,0 +1,174 @@
+"""T-REG: token-level reward regularization (arXiv 2412.02685).
+
+DPO learns a reward for every token, ``h_t = beta [log pi(y_t|x,y_<t) - log ref(y_t|x,y_<t)]``, but only their sum is supervised. T-REG
+asks the initial model pi_0 under two opposite instructions (answer better: x+, answer worse: x-) how likely each token is; the
+contrast is a noisy token reward that says how the sum should be spread::
+
+    q_t(y) = sigmoid( log pi_0(y_t|x+,y_<t) - log pi_0(y_t|x-,y_<t) ) - 1/2                          in (-1/2, 1/2), constant
+    v      = sg( sigmoid( sum_t h_t(y_l) - sum_t h_t(y_w) ) )                                        DPO's own gradient weight
+    L_reg  = - v [ sum_t q_t(y_w) h_t(y_w) + sum_t q_t(y_l) h_t(y_l) ]
+    loss   = L_DPO + alpha L_reg
+
+With ``base="simpo"`` (arXiv 2405.14734), h_t is ``beta log pi(y_t|...) / |y|``, without a reference, and a margin gamma is asked for.
+
+The idea and q are the paper's; where v stands, sums against means, and alpha are reconstructed, so ``pair_weight``, ``reduction`` and
+``alpha`` can be set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.nn import functional as F
+
+from ..core.errors import BadInputError
+from ..core.logprobs import masked_mean, masked_sum
+from ..core.scoring import model_fingerprint, plain_head, response_logps, score_rows
+from .base import Example, PairScores, PreferenceOutput
+
+BETTER = "Answer as well as you can: helpful, correct, clear and kind.\n\n"
+WORSE = "Answer as badly as you can: unhelpful, wrong, confusing and unkind.\n\n"
+
+
+@dataclass
+class TREGLoss:
+    """DPO or SimPO with a regulariser on the implicit reward of every token.
+
+    Args:
+        beta: strength of the implicit reward (DPO: 0.1; SimPO: 2).
+        alpha: weight of the regulariser (0.25; 0.1 to 0.5 are sensible).
+        base: ``"dpo"`` or ``"simpo"``.
+        gamma: SimPO's margin (0.5).
+        pair_weight: ``"dpo"`` weights a pair's regulariser by v, so that solved pairs stop pulling; ``"none"`` by 1.
+        reduction: ``"sum"`` over a response's tokens, or ``"mean"``.
+
+    Raises:
+        BadInputError: an unknown option or a strength out of range.
+    """
+
+    beta: float = 0.1
+    alpha: float = 0.25
+    base: str = "dpo"
+    gamma: float = 0.5
+    pair_weight: str = "dpo"
+    reduction: str = "sum"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    columns: ClassVar[frozenset[str]] = frozenset({"token_reward"})
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("base", ("dpo", "simpo")),
+            ("pair_weight", ("dpo", "none")),
+            ("reduction", ("sum", "mean")),
+        ):
+            if getattr(self, name) not in known:
+                raise BadInputError(f"Unknown {name} {getattr(self, name)!r}.", f"Use {' or '.join(known)}.")
+        if self.beta <= 0 or self.alpha < 0:
+            raise BadInputError(f"T-REG needs beta > 0 and alpha >= 0; got {self.beta} and {self.alpha}.")
+
+    def implicit_rewards(self, policy: PairScores, reference: PairScores) -> tuple[torch.Tensor, torch.Tensor]:
+        """``h_t`` of chosen and rejected, two ``[B, T]`` tensors with gradient."""
+        sides = (
+            (policy.chosen_logps, reference.chosen_logps, policy.chosen_mask),
+            (policy.rejected_logps, reference.rejected_logps, policy.rejected_mask),
+        )
+        if self.base == "dpo":
+            return tuple(self.beta * torch.where(mask, logps - ref, 0.0) for logps, ref, mask in sides)  # type: ignore[return-value]
+        return tuple(  # type: ignore[return-value]
+            self.beta * torch.where(mask, logps, 0.0) / mask.sum(-1, keepdim=True).clamp(min=1)
+            for logps, _, mask in sides
+        )
+
+    def __call__(self, policy: PairScores, reference: PairScores) -> PreferenceOutput:
+        """See the module's docstring; ``policy.chosen["token_reward"]`` and ``policy.rejected["token_reward"]`` are q, ``[B, T]``."""
+        h_chosen, h_rejected = self.implicit_rewards(policy, reference)
+        chosen, rejected = masked_sum(h_chosen, policy.chosen_mask), masked_sum(h_rejected, policy.rejected_mask)
+        margin = chosen - rejected - (self.gamma if self.base == "simpo" else 0.0)
+        v = torch.sigmoid(-margin).detach() if self.pair_weight == "dpo" else torch.ones_like(chosen)
+        reduce = masked_sum if self.reduction == "sum" else masked_mean
+        agreement = reduce(policy.chosen["token_reward"].detach() * h_chosen, policy.chosen_mask)
+        agreement = agreement + reduce(policy.rejected["token_reward"].detach() * h_rejected, policy.rejected_mask)
+        regulariser = -v * agreement
+        return PreferenceOutput(
+            losses=-F.logsigmoid(margin) + self.alpha * regulariser,
+            chosen_rewards=chosen.detach(),
+            rejected_rewards=rejected.detach(),
+            metrics={"regulariser": regulariser.detach().mean(), "pair_weight": v.mean()},
+        )
+
+
+@dataclass
+class ContrastivePromptRewards:
+    """q_t of every response token from one frozen model under two opposite instructions; makes the column ``token_reward``.
+
+    The response's own token ids follow either prompt: they are never tokenized again, so q belongs to the very tokens that are trained.
+
+    Args:
+        model: the initial model pi_0.
+        tokenizer: its tokenizer, which is the policy's.
+        better, worse: put before a text prompt; with a chat template, a system message before the conversation.
+        max_prompt_length: longer prompts lose tokens behind the instruction, never the response; None keeps them whole.
+        batch_size: rows a forward.
+    """
+
+    model: Any
+    tokenizer: Any
+    better: str = BETTER
+    worse: str = WORSE
+    max_prompt_length: int | None = None
+    batch_size: int = 16
+    column: str = "token_reward"
+
+    def __post_init__(self) -> None:
+        plain_head(self.model)
+
+    def wrap(self, prompt: Any, prompt_ids: Sequence[int], instruction: str) -> list[int]:
+        """Ids of the prompt with an instruction in front."""
+        if isinstance(prompt, list):
+            messages = [dict(message) for message in prompt]
+            if messages[0]["role"] == "system":
+                messages[0]["content"] = f"{instruction.strip()}\n\n{messages[0]['content']}"
+            else:
+                messages = [{"role": "system", "content": instruction.strip()}, *messages]
+            head: list[int] = []
+            body = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
+        else:
+            head = self.tokenizer(instruction, add_special_tokens=False)["input_ids"]
+            body = list(prompt_ids)
+            start = self.tokenizer.bos_token_id
+            if body and start is not None and body[0] == start:  # keep a leading start token in front
+                head, body = [start, *head], body[1:]
+        limit = self.max_prompt_length
+        if limit is not None and len(head) + len(body) > limit:
+            body = body[len(body) - max(limit - len(head), 1) :]
+        return [*head, *body]
+
+    def annotate(
+        self, examples: Sequence[Example], report: Callable[[int, int], None] = lambda _done, _total: None
+    ) -> list[torch.Tensor]:
+        def score(ids: torch.Tensor, mask: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+            return response_logps(self.model, ids, mask, attention)
+
+        sides = []
+        for part, instruction in enumerate((self.better, self.worse)):
+            rows = [(self.wrap(item.prompt, item.prompt_ids, instruction), item.response_ids) for item in examples]
+            sides.append(
+                score_rows(
+                    rows,
+                    score,
+                    self.batch_size,
+                    self.model.device,
+                    lambda done, total, part=part: report(part * total + done, 2 * total),  # type: ignore[misc]
+                )
+            )
+        return [torch.sigmoid(up - down) - 0.5 for up, down in zip(*sides, strict=True)]
+
+    def fingerprint(self) -> str:
+        text = "\0".join((self.better, self.worse, str(self.max_prompt_length), str(self.tokenizer.chat_template)))
+        return f"contrastive prompts {hashlib.sha256(text.encode()).hexdigest()} {model_fingerprint(self.model)}"
