@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +29,12 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import use_adapter
 
 from ..core.errors import BadInputError, EverytokenError
-from ..core.logprobs import TokenStats, token_stats
-from ..core.scoring import check_guide, plain_head
-from .base import NEEDS, PairScores, PreferenceLoss, PreferenceOutput, TokenAnnotator
+from ..core.logprobs import TokenStats
+from ..core.scoring import check_guide
+from .base import PairScores, PreferenceLoss, PreferenceOutput, TokenAnnotator
 from .columns import SIDES, ModelLogps, check_columns, precompute
 from .data import check_rows
+from .scored import add_scored_forward, whole
 
 UNUSED_SETTINGS = {
     "padding_free": (False, "TRL's preference trainer has none at present, and pairs are scored as padded rows"),
@@ -43,41 +43,6 @@ UNUSED_SETTINGS = {
     "use_liger_kernel": (False, "the head is fused here already"),
     "reference_free": (False, "these losses compare with a reference, and without one they are undefined"),
 }
-
-
-def add_scored_forward(model: Any) -> None:
-    """Adds ``score=`` to a causal model's forward: hidden states or token statistics instead of logits.
-
-    ``model(input_ids=..., attention_mask=..., score={"mask": mask})`` returns the ``[N, D]`` hidden states that predict the
-    masked tokens. With ``labels`` and reference states in ``score`` it returns TokenStats. Being inside ``forward``, it works
-    under DDP and FSDP, which must see every use of a parameter.
-    """
-    original = model.forward
-    if getattr(original, "_everytoken_scored", False):
-        return
-    plain_head(model)
-
-    def forward(self: Any, *args: Any, score: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        if score is None:
-            return original(*args, **kwargs)
-        kwargs.pop("labels", None)
-        kwargs["use_cache"] = False
-        hidden = self.base_model(*args, **kwargs).last_hidden_state
-        hidden = hidden[:, -score["mask"].shape[1] - 1 : -1][score["mask"]]
-        if "labels" not in score:
-            return hidden
-        head = self.get_output_embeddings()
-        arguments: dict[str, Any] = {name: score.get(name) for name in ("ref_hidden", "ref_weight", "ref_bias")}
-        arguments |= {name: name in score["needs"] for name in NEEDS}
-        return token_stats(hidden, _whole(head.weight), score["labels"], bias=_whole(head.bias), **arguments)
-
-    forward._everytoken_scored = True  # type: ignore[attr-defined]
-    model.forward = types.MethodType(forward, model)
-
-
-def _whole(parameter: Any) -> Any:
-    """A parameter, gathered if FSDP holds it in shards."""
-    return parameter.full_tensor() if parameter is not None and hasattr(parameter, "full_tensor") else parameter
 
 
 def quiet_config(folder: str, **settings: Any) -> DPOConfig:
@@ -260,8 +225,8 @@ class PreferenceTrainer(DPOTrainer):
         if "ref_logps" not in columns or self.needs:
             reference, head = self._reference(kept, mask)
             score["ref_hidden"] = reference
-            score["ref_weight"] = _whole(head.weight).detach()
-            score["ref_bias"] = None if head.bias is None else _whole(head.bias).detach()
+            score["ref_weight"] = whole(head.weight).detach()
+            score["ref_bias"] = None if head.bias is None else whole(head.bias).detach()
         stats: TokenStats = model(**kept, score=score)
 
         def spread(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -110,3 +110,48 @@ def answer_batches(rng: Any, example: Any, tokenizer: Any, size: int) -> Any:
             ids[index, : len(text)] = text
             labels[index, len(prompt) : len(text)] = text[len(prompt) :]
         yield ids, labels
+
+
+def pruned_tokenizer(tokenizer: Any, texts: Sequence[str], min_count: int = 1) -> tuple[Any, list[int]]:
+    """A byte-level BPE tokenizer that keeps only the tokens which ``texts`` use ``min_count`` times, and the old id of each new one.
+
+    With ``min_count`` 1 the texts encode as before: a merge that never fired in them can be left out. Rarer words, and any other text,
+    are spelt with shorter tokens. Special tokens stay.
+    """
+    import json
+    from collections import Counter
+
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab: dict[str, int] = spec["model"]["vocab"]
+    names = {index: name for name, index in vocab.items()}
+    pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in spec["model"]["merges"]]
+    parts: dict[str, list[tuple[str, str]]] = {}
+    for left, right in pairs:
+        parts.setdefault(left + right, []).append((left, right))
+    counts = Counter(token for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"] for token in ids)
+    used = [token for token, count in counts.items() if count >= min_count]
+    kept = {name for name in vocab if len(name) == 1} | {entry["content"] for entry in spec["added_tokens"]}
+    waiting = [names[token] for token in used if token in names]
+    while waiting:  # a token, and the tokens that it is merged from
+        name = waiting.pop()
+        if name not in kept or name in parts:
+            fresh = [side for pair in parts.get(name, []) for side in pair if side not in kept]
+            kept.update([name, *fresh])
+            waiting += fresh
+    order = sorted(kept & set(vocab), key=vocab.__getitem__)
+    spec["model"]["vocab"] = {name: index for index, name in enumerate(order)}
+    spec["model"]["merges"] = [list(pair) for pair in pairs if {*pair, pair[0] + pair[1]} <= kept]
+    for entry in spec["added_tokens"]:
+        entry["id"] = spec["model"]["vocab"][entry["content"]]
+    spec["post_processor"] = None
+    small = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token or tokenizer.eos_token,
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    return small, [vocab[name] for name in order]

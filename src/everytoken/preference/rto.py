@@ -1,0 +1,399 @@
+"""RTO: Reinforced Token Optimization, DPO meets PPO (arXiv 2404.18922).
+
+PPO for language models usually gets one reward, at the last token. A model trained with DPO carries a reward for every token, its
+log-ratio to the reference. RTO adds it to the sparse reward and the KL penalty, and runs PPO on the sum. Per response token t::
+
+    r_dpo,t = beta_1 [log pi_dpo(y_t|.) - log ref(y_t|.)],  clamped to [-c, c]
+    r_kl,t  = -beta_2 [log pi_old(y_t|.) - log ref(y_t|.)]
+    r_t     = r_dpo,t + r_kl,t + 1[t is the last token] beta_3 clamp(RM(x, y), -10, 10)
+
+Two estimators make advantages of them:
+
+- ``"gae"`` (the paper's): a critic, and ``A_t = sum_{i >= t} (gamma lambda)^(i-t) [r_i + gamma V_{i+1} - V_i]``, whitened over the batch;
+- ``"group"``: no critic. The sequence reward is compared with its group's mean, as in GRPO; the token rewards' return-to-go at t with the
+  group's mean return-to-go at t (an answer that has ended has none left). Both are divided by the spread of the group's whole returns.
+  Without token rewards this is GRPO (arXiv 2402.03300).
+
+TRL no longer has a PPO trainer, so both run on its GRPOTrainer, which brings rollouts, reward functions, the clipped surrogate,
+distribution, PEFT and vLLM; with ``dpo_reward_scale=0`` they are PPO and GRPO, the baselines.
+
+    trainer = RTOTrainer(model, reward_funcs=score, dpo_model=dpo, args=RTOConfig(...), train_dataset=prompts, processing_class=tokenizer)
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import use_adapter
+
+from ..core.credit import discounted_sums
+from ..core.errors import BadInputError
+from ..core.logprobs import masked_mean, masked_sum
+from ..core.scoring import check_guide, response_logps
+from .critic import Critic, value_loss
+
+
+# -- rewards and advantages ----------------------------------------------------------------------------------------------
+def token_rewards(
+    old_logps: torch.Tensor,
+    ref_logps: torch.Tensor,
+    dpo_logps: torch.Tensor | None,
+    sequence_reward: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    dpo_reward_scale: float = 0.05,
+    dpo_reward_clip: float | None = 0.05,
+    kl_coef: float = 0.01,
+    reward_scale: float = 1.0,
+    reward_clip: float | None = 10.0,
+) -> torch.Tensor:
+    """``r_t``, ``[B, T]``, exactly 0 outside ``mask``.
+
+    Args:
+        old_logps, ref_logps, dpo_logps: ``[B, T]`` of the response tokens; ``dpo_logps`` None leaves the DPO reward out.
+        sequence_reward: ``[B]``; it goes to the last token of the mask (nowhere in an empty row).
+        mask: ``[B, T]`` response tokens.
+    """
+    mask = mask.bool()
+    rewards = -kl_coef * (old_logps - ref_logps)
+    if dpo_logps is not None and dpo_reward_scale:
+        shaped = dpo_reward_scale * (dpo_logps - ref_logps)
+        rewards = rewards + (shaped if dpo_reward_clip is None else shaped.clamp(-dpo_reward_clip, dpo_reward_clip))
+    rewards = torch.where(mask, rewards.float(), 0.0)
+    end = reward_scale * sequence_reward.float()
+    if reward_clip is not None:
+        end = end.clamp(-reward_clip, reward_clip)
+    return rewards + end[:, None] * last_token(mask)
+
+
+def last_token(mask: torch.Tensor) -> torch.Tensor:
+    """1 at every row's last masked position, ``[B, T]`` float."""
+    mask = mask.bool()
+    after = mask.flip(-1).long().cumsum(-1).flip(-1)  # masked tokens from here on
+    return (mask & (after == 1)).float()
+
+
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation (arXiv 1506.02438): ``(advantages, returns)``, ``[B, T]``, 0 outside ``mask``.
+
+    The masked tokens of a row are contiguous; the state behind the last has value 0.
+    """
+    kept = mask.to(values.dtype)
+    values = values * kept
+    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    errors = (rewards + gamma * following - values) * kept
+    advantages = discounted_sums(errors, gamma * lam) * kept
+    return advantages, (advantages + values) * kept
+
+
+def whiten(values: torch.Tensor, mask: torch.Tensor, reduce: Any = lambda moments: moments) -> torch.Tensor:
+    """Mean 0 and standard deviation 1 over the masked entries, 0 elsewhere; ``reduce`` sums the moments over processes."""
+    kept = mask.to(values.dtype)
+    moments = torch.stack([kept.sum(), (values * kept).sum(), (values.square() * kept).sum()])
+    count, total, squares = reduce(moments)
+    mean = total / count.clamp(min=1)
+    variance = (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
+    return torch.where(mask.bool(), (values - mean) * torch.rsqrt(variance + 1e-8), 0.0)
+
+
+def group_advantages(
+    shaping: torch.Tensor,
+    sequence_reward: torch.Tensor,
+    mask: torch.Tensor,
+    num_generations: int,
+    gamma: float = 1.0,
+    scale: bool = True,
+) -> torch.Tensor:
+    """The critic-free advantages ``[B, T]``; see the module's docstring.
+
+    Args:
+        shaping: ``[B, T]`` token rewards without the sequence reward, 0 outside ``mask``.
+        sequence_reward: ``[B]``, as it would stand on the last token.
+        num_generations: G; rows are groups of G in order.
+        scale: divide by the group's standard deviation of whole returns (plus 1e-4, as GRPO).
+    """
+    kept = mask.to(shaping.dtype)
+
+    def centred(values: torch.Tensor) -> torch.Tensor:
+        groups = values.unflatten(0, (-1, num_generations))
+        return (groups - groups.mean(1, keepdim=True)).flatten(0, 1)
+
+    to_go = discounted_sums(shaping, gamma) * kept
+    advantages = centred(sequence_reward)[:, None] + centred(to_go)
+    if scale and num_generations > 1:
+        whole = (sequence_reward + shaping.sum(-1)).view(-1, num_generations)
+        advantages = advantages / (whole.std(1) + 1e-4).repeat_interleave(num_generations)[:, None]
+    return advantages * kept
+
+
+# -- the trainer ---------------------------------------------------------------------------------------------------------
+@dataclass
+class RTOConfig(GRPOConfig):
+    """GRPOConfig, and what RTO adds. ``epsilon`` is PPO's clip, ``num_iterations`` its epochs over a batch of rollouts.
+
+    Args:
+        estimator: ``"gae"`` with a critic, or ``"group"``.
+        dpo_reward_scale: beta_1 (0.05); 0 is PPO or GRPO.
+        dpo_reward_clip: c (0.05); None for no clamp.
+        init_kl_coef: beta_2 (0.01).
+        reward_scale: beta_3 (1).
+        reward_clip: of the sequence reward (10).
+        normalize_rewards: subtract the running mean of the sequence rewards and divide by their running standard deviation.
+        gamma, gae_lambda: discount and GAE's trace (1, 0.95).
+        critic_lr, critic_epochs: AdamW on the critic (9e-6), passes over a batch of rollouts (1).
+        value_clip: PPO's clip of value changes (0.2); None for no clip.
+    """
+
+    # `gamma` is taken by learning-rate schedulers of some frameworks, not by TrainingArguments
+    estimator: str = field(default="gae", metadata={"help": "gae or group"})
+    dpo_reward_scale: float = field(default=0.05, metadata={"help": "beta_1"})
+    dpo_reward_clip: float | None = field(default=0.05, metadata={"help": "clamp of the DPO reward"})
+    init_kl_coef: float = field(default=0.01, metadata={"help": "beta_2"})
+    reward_scale: float = field(default=1.0, metadata={"help": "beta_3"})
+    reward_clip: float | None = field(default=10.0, metadata={"help": "clamp of the sequence reward"})
+    normalize_rewards: bool = field(default=False, metadata={"help": "running mean and standard deviation"})
+    gamma: float = field(default=1.0, metadata={"help": "discount"})
+    gae_lambda: float = field(default=0.95, metadata={"help": "GAE's lambda"})
+    critic_lr: float = field(default=9e-6, metadata={"help": "learning rate of the critic"})
+    critic_epochs: int = field(default=1, metadata={"help": "passes of the critic over a batch of rollouts"})
+    value_clip: float | None = field(default=0.2, metadata={"help": "clip of value changes"})
+    loss_type: str = field(default="bnpo", metadata={"help": "mean over the batch's tokens, as PPO"})
+    beta: float = field(default=0.0, metadata={"help": "stays 0: the KL penalty is part of the reward"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.estimator not in ("gae", "group"):
+            raise BadInputError(f"Unknown estimator {self.estimator!r}.", "Use gae or group.")
+        if self.beta != 0:
+            raise BadInputError(f"beta={self.beta} would charge the KL twice.", "Use init_kl_coef.")
+        if self.dpo_reward_clip is not None and self.dpo_reward_clip < 0:
+            raise BadInputError(f"dpo_reward_clip must not be negative; got {self.dpo_reward_clip}.")
+
+
+class RTOTrainer(GRPOTrainer):
+    """Policy optimisation on token rewards; see the module's docstring.
+
+    Args:
+        dpo_model: pi_dpo, a frozen model trained with DPO; may be None if ``dpo_reward_scale`` is 0.
+        ref_model: the reference of that training; default a copy of the policy as it starts (for PEFT, the policy without its adapter).
+        critic: for ``estimator="gae"``; default a copy of the policy's body with a new head.
+        kwargs: as for ``trl.GRPOTrainer``.
+
+    Raises:
+        BadInputError: no DPO model though its reward is asked for.
+        TokenizerMismatchError: the DPO model reads another vocabulary.
+    """
+
+    _tag_names = ["everytoken", "rto"]
+    _name = "RTO"
+
+    def __init__(
+        self,
+        model: Any,
+        *positional: Any,
+        dpo_model: Any = None,
+        ref_model: Any = None,
+        critic: Critic | None = None,
+        **kwargs: Any,
+    ):
+        args = kwargs.get("args")
+        if not isinstance(args, RTOConfig):
+            raise BadInputError("RTOTrainer needs args=RTOConfig(...).")
+        if isinstance(model, str):
+            raise BadInputError("RTOTrainer takes a loaded model.", "Load it with everytoken.core.loading.load_model.")
+        if args.dpo_reward_scale and dpo_model is None:
+            raise BadInputError(
+                "RTO needs dpo_model: a model trained with DPO from this reference.",
+                "Or dpo_reward_scale=0, which is PPO or GRPO.",
+            )
+        peft = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
+        # copies are made now: afterwards the policy's forward is patched, and a copy would share the patch
+        self.rto_reference = ref_model if ref_model is not None else None if peft else copy.deepcopy(model)
+        self.dpo_model = dpo_model if args.dpo_reward_scale else None
+        if self.dpo_model is not None:
+            check_guide(model, self.dpo_model, "DPO model")
+            start = self.rto_reference if self.rto_reference is not None else model
+            shapes = [m.config.get_text_config().to_dict() for m in (start, self.dpo_model)]
+            changed = [
+                key
+                for key in ("hidden_size", "num_hidden_layers", "model_type")
+                if shapes[0].get(key) != shapes[1].get(key)
+            ]
+            if changed:
+                warnings.warn(
+                    f"The DPO model and the reference differ in {', '.join(changed)}: unless the reference is what DPO training started "
+                    "from, their log-ratio is no reward.",
+                    stacklevel=2,
+                )
+        for frozen in (self.rto_reference, self.dpo_model):
+            if frozen is not None:
+                frozen.requires_grad_(False).eval()
+        made: Any = None
+        if args.estimator == "gae":
+            made = critic if critic is not None else Critic(model)
+        super().__init__(model, *positional, **kwargs)
+        device = self.accelerator.device
+        for frozen in (self.rto_reference, self.dpo_model):
+            if frozen is not None:
+                frozen.to(device)
+        self.critic: Any = None
+        self._moments = [0.0, 0.0, 0.0]  # count, mean, sum of squared deviations of sequence rewards
+        if made is not None:
+            made.to(device)
+            if self.accelerator.num_processes > 1:
+                made = torch.nn.parallel.DistributedDataParallel(
+                    made, device_ids=None if device.type == "cpu" else [device]
+                )
+            self.critic = made
+            self.critic_optimizer = torch.optim.AdamW(made.parameters(), lr=args.critic_lr, weight_decay=0.0)
+
+    # -- rollouts --------------------------------------------------------------------------------------------------------
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._rewards = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions(inputs)
+        mode = "train" if self.model.training else "eval"
+        mask = batch["completion_mask"].bool()
+        if "tool_mask" in batch:
+            mask = mask & batch["tool_mask"].bool()
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        length = batch["completion_ids"].shape[1]
+        rewards = (self._rewards * self.reward_weights.to(self._rewards.device)).nansum(1)  # of all processes
+        rewards = self._normalised(rewards, mode)
+        first = self.accelerator.process_index * len(mask)
+        mine = rewards[first : first + len(mask)]
+
+        old = batch.get("old_per_token_logps")
+        if old is None:
+            with torch.no_grad():
+                old = self._get_per_token_logps_and_entropies(
+                    self.model, ids, attention, length, batch_size=self.args.per_device_train_batch_size
+                )[0]
+        batch["old_per_token_logps"] = old
+        reference = self._frozen_logps(None, ids, attention, length)
+        guide = None if self.dpo_model is None else self._frozen_logps(self.dpo_model, ids, attention, length)
+        args = self.args
+        strengths = dict(
+            dpo_reward_scale=args.dpo_reward_scale, dpo_reward_clip=args.dpo_reward_clip, kl_coef=args.init_kl_coef,
+            reward_scale=args.reward_scale, reward_clip=args.reward_clip,
+        )  # fmt: skip
+        whole = token_rewards(old, reference, guide, mine, mask, **strengths)
+        shaping = token_rewards(old, reference, guide, torch.zeros_like(mine), mask, **strengths)
+        if args.estimator == "gae":
+            batch["advantages"] = self._with_critic(whole, ids, attention, mask, mode)
+        else:
+            batch["advantages"] = self._by_group(shaping, (whole - shaping).sum(-1), mask, mode)
+        counts = mask.sum(-1).clamp(min=1)
+        self._log("rto/kl", masked_sum(old - reference, mask), mode)
+        if guide is not None:
+            self._log("rto/dpo_reward", masked_sum(args.dpo_reward_scale * (guide - reference), mask), mode)
+        self._log("rto/token_reward", shaping.sum(-1) / counts, mode)
+        return batch
+
+    def _frozen_logps(self, model: Any, ids: torch.Tensor, attention: torch.Tensor, length: int) -> torch.Tensor:
+        """``[B, length]`` of the completions under a frozen model; None is the reference."""
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        mask[:, -length:] = attention[:, -length:].bool()
+        parts = []
+        size = self.args.per_device_train_batch_size
+        for start in range(0, len(ids), size):
+            rows = slice(start, start + size)
+            if model is None and self.rto_reference is None:
+                policy = self.accelerator.unwrap_model(self.model)
+                with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+                    parts.append(response_logps(policy, ids[rows], mask[rows], attention[rows]))
+            else:
+                scorer = self.rto_reference if model is None else model
+                parts.append(response_logps(scorer, ids[rows], mask[rows], attention[rows]))
+        return torch.cat(parts)[:, -length:]
+
+    def _normalised(self, rewards: torch.Tensor, mode: str) -> torch.Tensor:
+        if not self.args.normalize_rewards:
+            return rewards
+        if mode == "train":  # Welford's update by a batch; the same on every process, which all see all rewards
+            count, mean, spread = self._moments
+            new, fresh = len(rewards), rewards.double().mean().item()
+            total, gap = count + new, fresh - mean
+            squares = (rewards.double() - fresh).square().sum().item()
+            self._moments = [total, mean + gap * new / total, spread + squares + gap * gap * count * new / total]
+        count, mean, spread = self._moments
+        return (rewards - mean) / max((spread / max(count, 1)) ** 0.5, 1e-4) if count else rewards
+
+    def _by_group(self, shaping: torch.Tensor, ends: torch.Tensor, mask: torch.Tensor, mode: str) -> torch.Tensor:
+        """A group may be spread over processes: all of them see all rows, and each keeps its own."""
+        size = self.num_generations if mode == "train" else self.num_generations_eval
+        rows, length = mask.shape
+        padded = self.accelerator.pad_across_processes(torch.stack([shaping, mask.float()], -1), dim=1)
+        table, every = self.accelerator.gather(padded), self.accelerator.gather(ends)
+        found = group_advantages(
+            table[..., 0],
+            every,
+            table[..., 1].bool(),
+            size,
+            self.args.gamma,
+            self.args.scale_rewards in ("group", True),
+        )
+        first = self.accelerator.process_index * rows
+        return found[first : first + rows, :length]
+
+    # -- the critic ------------------------------------------------------------------------------------------------------
+    def _with_critic(
+        self, rewards: torch.Tensor, ids: torch.Tensor, attention: torch.Tensor, mask: torch.Tensor, mode: str
+    ) -> torch.Tensor:
+        length, size = mask.shape[1], self.args.per_device_train_batch_size
+        self.critic.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            values = torch.cat(
+                [self.critic(ids[i : i + size], attention[i : i + size], length) for i in range(0, len(ids), size)]
+            )
+        advantages, returns = gae(rewards, values, mask, self.args.gamma, self.args.gae_lambda)
+        self._log("rto/value_error", masked_mean((values - returns).square(), mask), mode)
+        if mode == "train":
+            self.critic.train()
+            for _ in range(self.args.critic_epochs):
+                for rows in torch.randperm(len(ids), device=ids.device).split(size):
+                    with self.accelerator.autocast():
+                        now = self.critic(ids[rows], attention[rows], length)
+                    loss = value_loss(now, values[rows], returns[rows], mask[rows], self.args.value_clip)
+                    loss.backward()
+                    torch.nn.utils.clip_grad_norm_(self.critic.parameters(), 1.0)
+                    self.critic_optimizer.step()
+                    self.critic_optimizer.zero_grad()
+        return whiten(advantages, mask, lambda moments: self.accelerator.reduce(moments, reduction="sum"))
+
+    # -- logs and checkpoints --------------------------------------------------------------------------------------------
+    def _log(self, name: str, values: torch.Tensor, mode: str) -> None:
+        self._metrics[mode][name].append(self.accelerator.gather(values.float()).mean().item())
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            state: dict[str, Any] = {"moments": self._moments}
+            if self.critic is not None:
+                state |= {
+                    "critic": getattr(self.critic, "module", self.critic).state_dict(),
+                    "optimizer": self.critic_optimizer.state_dict(),
+                }
+            torch.save(state, folder / "rto.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        path = None if checkpoint is None else Path(checkpoint) / "rto.pt"
+        if path is not None and path.is_file():
+            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            self._moments = state["moments"]
+            if self.critic is not None and "critic" in state:
+                getattr(self.critic, "module", self.critic).load_state_dict(state["critic"])
+                self.critic_optimizer.load_state_dict(state["optimizer"])

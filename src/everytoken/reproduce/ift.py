@@ -1,0 +1,202 @@
+"""IFT's claims: with the same demonstrations, a policy does better on its own than after supervised tuning (Frozen Lake, and text).
+
+Frozen Lake is gymnasium's: a map of safe ice, holes and a goal; an episode succeeds if the agent reaches the goal. A small transformer
+reads a random map and writes moves; demonstrations are shortest paths. Text: the embedded model writes words backwards, by letters.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections import deque
+from typing import Any
+
+import torch
+
+from ..core.rng import derive_seed, seed_everything
+from .base import Arms, Claim, Context, Reproduction
+from .small import character_tokenizer, small_model
+
+MOVES = "LDRU"  # gymnasium's actions 0 to 3
+SIZE = 5
+WHY = (
+    "The paper tunes Mistral-7B on UltraChat and UltraFeedback, and shows Frozen Lake as an illustration; here a small transformer learns "
+    "shortest paths on random maps, and the embedded 135M model a spelling task, both tuned for the same steps on the same rows."
+)
+
+
+def lake(rng: random.Random) -> list[str]:
+    """A random solvable map of ``SIZE`` rows, by gymnasium's generator."""
+    from gymnasium.envs.toy_text.frozen_lake import generate_random_map
+
+    return generate_random_map(size=SIZE, p=0.7, seed=rng.randrange(2**31))
+
+
+def shortest_path(field: list[str]) -> str:
+    """Moves from S to G along safe cells; among equals, the first in the order of ``MOVES``."""
+    steps = {"L": (0, -1), "D": (1, 0), "R": (0, 1), "U": (-1, 0)}
+    waiting, paths = deque([(0, 0)]), {(0, 0): ""}
+    while waiting:
+        row, column = waiting.popleft()
+        if field[row][column] == "G":
+            return paths[row, column]
+        for move, (down, right) in steps.items():
+            place = row + down, column + right
+            if place not in paths and all(0 <= x < SIZE for x in place) and field[place[0]][place[1]] != "H":
+                paths[place] = paths[row, column] + move
+                waiting.append(place)
+    raise AssertionError("gymnasium's maps are solvable")
+
+
+def succeeds(field: list[str], moves: str) -> bool:
+    """Plays the moves in gymnasium's environment."""
+    import gymnasium
+
+    environment = gymnasium.make("FrozenLake-v1", desc=field, is_slippery=False, max_episode_steps=100)
+    environment.reset(seed=0)
+    try:
+        for move in moves:
+            if move not in MOVES:
+                return False
+            _, reward, ended, *_ = environment.step(MOVES.index(move))
+            if ended:
+                return reward > 0
+        return False
+    finally:
+        environment.close()
+
+
+@torch.no_grad()
+def written(
+    model: Any, tokenizer: Any, prompts: list[str], new_tokens: int, sample: bool = False, batch: int = 128
+) -> list[str]:
+    """One answer a prompt, greedy or sampled."""
+    texts: list[str] = []
+    for first in range(0, len(prompts), batch):
+        encoded = tokenizer(prompts[first : first + batch], return_tensors="pt", padding=True, padding_side="left")
+        output = model.generate(
+            **encoded, max_new_tokens=new_tokens, do_sample=sample, top_k=0, top_p=1.0,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        )  # fmt: skip
+        texts += tokenizer.batch_decode(output[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def tune(
+    context: Context,
+    model: Any,
+    tokenizer: Any,
+    rows: list[dict],
+    settings: Any,
+    steps: int,
+    batch: int,
+    lr: float,
+    name: str,
+) -> Any:
+    """SFT is IFT with residual 0 and gamma 0: one trainer, equal in value and gradient to TRL's (tests say so)."""
+    from datasets import Dataset, disable_progress_bars
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import PrinterCallback
+    from transformers.utils import logging
+    from trl import SFTConfig
+
+    from ..preference.ift import IFTTrainer
+
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    seed_everything(context.seed)
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step % 10 == 0:
+                context.progress(f"{name}: step {state.global_step} of {steps}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = SFTConfig(
+            output_dir=folder, report_to=[], logging_strategy="no", save_strategy="no", bf16=False, disable_tqdm=True,
+            gradient_checkpointing=False, per_device_train_batch_size=batch, max_steps=steps, learning_rate=lr,
+            lr_scheduler_type="cosine", warmup_steps=max(1, steps // 10), seed=context.seed, data_seed=context.seed, completion_only_loss=True,
+        )  # fmt: skip
+        trainer = IFTTrainer(
+            model,
+            ift=settings,
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[Watch()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return model.eval()
+
+
+def run(context: Context) -> Arms:
+    from ..preference.ift import IFTSettings
+
+    arms: Arms = {"SFT": {}, "IFT": {}}
+    settings = {"SFT": IFTSettings(residual=0.0, gamma=0.0), "IFT": IFTSettings()}
+    rng = random.Random(derive_seed(context.seed, "lakes"))
+    train, test, steps = (64, 16, 10) if context.quick else (3000, 400, 900)
+    fields = [lake(rng) for _ in range(train + test)]
+    seen = {"/".join(field) for field in fields[:train]}
+    held = [field for field in fields[train:] if "/".join(field) not in seen]
+    rows = [{"prompt": "/".join(field) + ">", "completion": shortest_path(field)} for field in fields[:train]]
+    tokenizer = character_tokenizer("SFHG/>" + MOVES)
+    for name, setting in settings.items():
+        seed_everything(context.seed)
+        model = small_model(len(tokenizer), end=tokenizer.eos_token_id, context=128)
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        tune(context, model, tokenizer, rows, setting, steps, 32, 1e-3, f"Frozen Lake, {name}")
+        prompts = ["/".join(field) + ">" for field in held]
+        for label, sample in (("Frozen Lake success, greedy", False), ("Frozen Lake success, sampled", True)):
+            torch.manual_seed(context.seed)
+            moves = written(model, tokenizer, prompts, 24, sample)
+            arms[name][label] = sum(map(succeeds, held, moves)) / len(held)
+    arms = {name: arms[name] | found for name, found in spelling(context, settings).items()}
+    return arms
+
+
+def spelling(context: Context, settings: dict[str, Any]) -> Arms:
+    """Words of four to six letters backwards, by the embedded model; exact match of its own greedy answers on words never seen."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    from ..core.loading import load_model, load_tokenizer
+
+    rng = random.Random(derive_seed(context.seed, "words"))
+    words = [w for w in SentimentIntensityAnalyzer().lexicon if w.isalpha() and w.isascii() and 4 <= len(w) <= 6]
+    rng.shuffle(words)
+    train, test, steps = (16, 8, 2) if context.quick else (800, 200, 50)
+
+    def spelt(word: str) -> dict[str, str]:
+        return {"prompt": f"{word}:", "completion": " " + " ".join(reversed(word))}
+
+    tokenizer = load_tokenizer(context.model)
+    arms: Arms = {}
+    for name, setting in settings.items():
+        model = load_model(context.model, dtype="float32", packed=True)
+        tune(
+            context, model, tokenizer, [spelt(w) for w in words[:train]], setting, steps, 16, 1e-4, f"spelling, {name}"
+        )
+        held = [spelt(w) for w in words[train : train + test]]
+        texts = written(model, tokenizer, [row["prompt"] for row in held], 14, batch=100)
+        arms[name] = {
+            "spelling, exact match": sum(
+                t.strip() == row["completion"].strip() for t, row in zip(texts, held, strict=True)
+            )
+            / len(held)
+        }
+        del model
+    return arms
+
+
+REPRODUCTION = Reproduction(
+    name="ift",
+    summary="SFT and IFT on the same demonstrations for equal steps: Frozen Lake under its own rollouts, and spelling by the embedded model",
+    run=run,
+    claims=[
+        Claim("Frozen Lake success, greedy", "IFT", "SFT", "comparable or better", kind="difference", why=WHY),
+        Claim("Frozen Lake success, sampled", "IFT", "SFT", "comparable or better", kind="difference", why=WHY),
+        Claim("spelling, exact match", "IFT", "SFT", "comparable or better", kind="difference", why=WHY),
+    ],
+    extra=("train", "trl"),
+)

@@ -1,0 +1,29 @@
+"""TGDPO's claim: guided by a DPO-trained model's token rewards, DPO does better than DPO alone (controlled sentiment)."""
+
+from __future__ import annotations
+
+from .base import Arms, Claim, Context, Reproduction
+from .frontier import WHY, figures, make_work, train_arm
+
+
+def run(context: Context) -> Arms:
+    from ..preference.columns import ModelLogps
+    from ..preference.dpo import DPOLoss
+    from ..preference.tgdpo import TGDPOLoss
+
+    work = make_work(context)
+    guide, dpo = train_arm(context, work, "DPO", DPOLoss(beta=0.1))  # the first stage is the baseline
+    _, guided = train_arm(context, work, "TGDPO", TGDPOLoss(beta=0.1, alpha=0.5), [ModelLogps(guide)])
+    return figures(context, {"DPO": dpo, "TGDPO": guided})
+
+
+REPRODUCTION = Reproduction(
+    name="tgdpo",
+    summary="DPO gives the guide; TGDPO and DPO from one start on the same sentiment pairs, equal steps; reward against sequential KL",
+    run=run,
+    claims=[
+        Claim("reward at equal KL", "TGDPO", "DPO", "higher win rates (up to +7.5)", kind="difference", why=WHY),
+        Claim("reward at the end", "TGDPO", "DPO", "higher", kind="difference", why=WHY),
+    ],
+    extra=("train", "trl"),
+)
