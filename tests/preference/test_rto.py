@@ -168,15 +168,16 @@ def policy():
     return model
 
 
-def make(folder, tokenizer, dpo=None, **changes):
+def make(folder, tokenizer, dpo=None, reward=score, **changes):
     return RTOTrainer(
-        policy(), reward_funcs=score, dpo_model=dpo, args=config(folder, **changes),
+        policy(), reward_funcs=reward, dpo_model=dpo, args=config(folder, **changes),
         train_dataset=datasets.Dataset.from_list(PROMPTS), processing_class=copy.deepcopy(tokenizer),
     )  # fmt: skip
 
 
 def rollout(trainer):
     trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1  # Trainer sets it when training begins
     torch.manual_seed(0)
     return trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
 
@@ -262,7 +263,7 @@ def test_the_critic_learns_the_returns(tmp_path, embedded_tokenizer):
     trainer = make(
         tmp_path,
         embedded_tokenizer,
-        None,
+        reward=lambda completions, **_: [2.0] * len(completions),
         dpo_reward_scale=0.0,
         init_kl_coef=0.0,
         critic_lr=3e-3,
@@ -270,10 +271,10 @@ def test_the_critic_learns_the_returns(tmp_path, embedded_tokenizer):
         value_clip=None,
     )
     errors = []
-    for _ in range(3):
+    for _ in range(4):
         rollout(trainer)
         errors.append(trainer._metrics["train"]["rto/value_error"][-1])
-    assert errors[-1] < 0.3 * errors[0]
+    assert errors[-1] < 0.2 * errors[0]
 
 
 def test_lora_uses_the_policy_without_its_adapter(tmp_path, embedded_tokenizer):

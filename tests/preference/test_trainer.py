@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -39,19 +41,19 @@ def config(folder, **changes):
     return trl.DPOConfig(**settings | changes)
 
 
-def make(folder, tokenizer, loss=None, rows=ROWS, trainer_class=None, **changes):
+def make(folder, tokenizer, loss=None, rows=ROWS, trainer_class=None, annotators=None, monitor_kl=False, **changes):
     from everytoken.preference.trainer import PreferenceTrainer
 
     model, reference = tiny_llama(49152, seed=1, eos=2), tiny_llama(49152, seed=1, eos=2)
     with torch.no_grad():  # a policy that has already moved
         for weight in model.parameters():
             weight.add_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
-    extra = {"loss": loss} if trainer_class is None else {}
+    extra = {"loss": loss, "annotators": annotators or [], "monitor_kl": monitor_kl} if trainer_class is None else {}
     return (trainer_class or PreferenceTrainer)(
         model,
         ref_model=reference,
         args=config(folder, **changes),
-        train_dataset=datasets.Dataset.from_list(rows),
+        train_dataset=datasets.Dataset.from_list(rows) if isinstance(rows, list) else rows,
         processing_class=tokenizer,
         **extra,
     )
@@ -136,24 +138,74 @@ def test_evaluation(tmp_path, embedded_tokenizer):
     assert {"eval_loss", "eval_rewards/margins", "eval_kl/chosen"} <= set(metrics)
 
 
-def test_identical_and_empty_responses_are_named(tmp_path, embedded_tokenizer):
-    tie = {"prompt": "a", "chosen": " b", "rejected": " b"}
-    with pytest.raises(BadInputError, match=r"Row 2 .*identical"):
-        make(tmp_path, embedded_tokenizer, TDPOLoss(), rows=[*ROWS[:2], tie])
+BAD_ROWS = [
+    ({"prompt": "a", "chosen": " b", "rejected": " b"}, "row 2: chosen and rejected are identical"),
+    ({"prompt": "a", "chosen": " b", "rejected": ""}, "row 2: 'rejected' must be non-empty"),
+    ({"prompt": "", "chosen": " b", "rejected": " c"}, "row 2: 'prompt' must be non-empty"),
+]
 
 
-@pytest.mark.parametrize("setting", [dict(precompute_ref_log_probs=True), dict(use_weighting=True)])
+@pytest.mark.parametrize(("row", "message"), BAD_ROWS, ids=[message for _, message in BAD_ROWS])
+def test_bad_rows_are_named(tmp_path, embedded_tokenizer, row, message):
+    with pytest.raises(BadInputError, match=message):
+        make(tmp_path, embedded_tokenizer, TDPOLoss(), rows=[*ROWS[:2], row])
+
+
+@pytest.mark.parametrize("setting", [dict(padding_free=True), dict(use_weighting=True)])
 def test_settings_without_meaning_are_refused(tmp_path, embedded_tokenizer, setting):
     with pytest.raises(BadInputError, match=next(iter(setting))):
         make(tmp_path, embedded_tokenizer, TDPOLoss(), **setting)
 
 
-def test_a_loss_that_is_not_finite_stops_training(tmp_path, embedded_tokenizer):
+def test_a_loss_that_is_not_finite_stops_training_and_saves_the_batch(tmp_path, embedded_tokenizer):
+    from everytoken.preference.trainer import NonFiniteLossError
+
     trainer = make(tmp_path, embedded_tokenizer, TDPOLoss())
     with torch.no_grad():
         trainer.model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="learning rate"):
+    with pytest.raises(NonFiniteLossError, match=r"bad_batch\.json") as caught:
         trainer.train()
+    assert isinstance(caught.value, FloatingPointError)
+    saved = json.loads((tmp_path / "bad_batch.json").read_text())
+    assert saved["step"] == 0
+    assert {pair["chosen"]["prompt"] + pair["chosen"]["response"] for pair in saved["pairs"]} == {
+        row["prompt"] + row["chosen"] for row in ROWS
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(gradient_checkpointing=True),
+        dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}),
+        dict(gradient_accumulation_steps=2, per_device_train_batch_size=2),
+    ],
+    ids=str,
+)
+def test_checkpointing_and_accumulation_change_no_weight(tmp_path, embedded_tokenizer, changes):
+    weights = []
+    for extra in ({"gradient_checkpointing": False}, changes):
+        trainer = make(tmp_path, embedded_tokenizer, TDPOLoss(), **{"max_steps": 2, "learning_rate": 1e-3} | extra)
+        trainer.train()
+        weights.append(torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()]))
+    assert (weights[0] - weights[1]).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("how", ["autocast", "weights"])
+def test_bfloat16(tmp_path, embedded_tokenizer, how):
+    """Under autocast and with bfloat16 weights, the loss stays near float32's and training moves on."""
+    plain = make(tmp_path, embedded_tokenizer, TDPOLoss())
+    expected = plain.compute_loss(plain.model, first_batch(plain)).item()
+    trainer = make(tmp_path, embedded_tokenizer, TDPOLoss(), bf16=how == "autocast", learning_rate=1e-3)
+    if how == "weights":
+        trainer.model.bfloat16()
+        trainer.ref_model.bfloat16()
+    with trainer.compute_loss_context_manager():
+        loss = trainer.compute_loss(trainer.model, first_batch(trainer))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected, abs=0.05)
+    trainer.train()
+    assert all(weight.isfinite().all() for weight in trainer.model.parameters())
 
 
 def test_credit_trace(embedded_tokenizer):

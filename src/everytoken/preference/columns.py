@@ -101,7 +101,7 @@ def precompute(
     ]
     if not wanted:
         return dataset
-    if not hasattr(dataset, "add_column"):
+    if not hasattr(dataset, "__len__"):
         raise BadInputError("Columns can be computed for a dataset with a length only.", "Load it without streaming.")
     if "chosen_ids" not in dataset.column_names:
         raise BadInputError(

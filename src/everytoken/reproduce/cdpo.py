@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..core.errors import BadInputError
 from ..core.logprobs import entropy_from_logits
 from ..core.rng import derive_seed
 from ..core.scoring import response_hidden, response_logps, score_rows
@@ -65,7 +66,14 @@ def tuned(
 
 
 def train_preference(
-    context: Context, start: Any, tokenizer: Any, rows: list[dict], loss: Any, annotators: list[Any], steps: int
+    context: Context,
+    start: Any,
+    tokenizer: Any,
+    rows: list[dict],
+    loss: Any,
+    annotators: list[Any],
+    steps: int,
+    lr: float,
 ) -> Any:
     """A copy of ``start`` trained on pairs."""
     from datasets import Dataset, disable_progress_bars
@@ -78,7 +86,7 @@ def train_preference(
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         args = quiet_config(
-            folder, per_device_train_batch_size=16, max_steps=steps, learning_rate=2e-5, lr_scheduler_type="constant_with_warmup",
+            folder, per_device_train_batch_size=16, max_steps=steps, learning_rate=lr, lr_scheduler_type="constant_with_warmup",
             warmup_steps=5, seed=context.seed, data_seed=context.seed, max_length=None,
         )  # fmt: skip
         trainer = PreferenceTrainer(
@@ -107,6 +115,7 @@ def run(context: Context) -> Arms:
         example(random.Random(derive_seed(context.seed, "test", index)))[0]
         for index in range(64 if context.quick else 512)
     ]
+    valid = [example(random.Random(derive_seed(context.seed, "valid", index)))[0] for index in range(256)]
     probe = [example(random.Random(derive_seed(0, "probe", index)))[0] for index in range(64)]
 
     def enough() -> bool:  # about half right: rollouts must be able to fail and to succeed
@@ -114,7 +123,7 @@ def run(context: Context) -> Arms:
         return sum(map(correct, probe, texts)) / len(probe) >= 0.45
 
     batches = answer_batches(rng, example, tokenizer, 48)
-    fit(model, batches, 60 if context.quick else 3000, 1e-3, context.progress, "base model", enough)
+    fit(model, batches, 900 if context.quick else 3000, 1e-3, context.progress, "base model", enough)
     prompts = [example(rng)[0] for _ in range(questions)]
     texts = answers(model, tokenizer, prompts * samples, sample=True)
     graded = [(p, t, correct(p, t)) for p, t in zip(prompts * samples, texts, strict=True)]
@@ -125,6 +134,10 @@ def run(context: Context) -> Arms:
             wrong[p].append(t)
     context.progress(f"{sum(good for *_, good in graded)} of {len(graded)} traces are right")
     both = [p for p in prompts if p in right and wrong.get(p)]
+    if not both:
+        raise BadInputError(
+            "No question had both a right and a wrong trace.", "The base model learnt too little: train it longer."
+        )
     positive = tuned(model, tokenizer, [(p, right[p] + "\n") for p in both], steps, 3e-4, context.progress, "p+")
     negatives = [(p, t + "\n") for p in both for t in wrong[p]]
     negative = tuned(model, tokenizer, negatives, steps, 3e-4, context.progress, "p-")
@@ -173,9 +186,16 @@ def run(context: Context) -> Arms:
     ]  # fmt: skip
     context.artifacts["pairs"] = len(pairs)
     policies = {"start": model}
+    rates = (1e-5,) if context.quick else (3e-6, 1e-5)
     for name, loss, annotators in (("DPO", DPOLoss(0.1), []), ("cDPO", CDPOLoss(0.1), [estimator])):
-        context.progress(f"{name}: {steps} steps on {len(pairs)} pairs")
-        policies[name] = train_preference(context, model, tokenizer, pairs, loss, annotators, steps)
+        best = -1.0
+        for lr in rates:  # each loss gets the learning rate that suits it, by other questions than the test's
+            context.progress(f"{name}: {steps} steps on {len(pairs)} pairs, learning rate {lr}")
+            policy = train_preference(context, model, tokenizer, pairs, loss, annotators, steps, lr)
+            accuracy = sum(map(correct, valid, answers(policy, tokenizer, valid, sample=False))) / len(valid)
+            context.artifacts.setdefault("validation", {})[f"{name} {lr}"] = accuracy
+            if accuracy > best:
+                best, policies[name] = accuracy, policy
     for name, policy in policies.items():
         greedy = answers(policy, tokenizer, test, sample=False)
         torch.manual_seed(context.seed)

@@ -198,5 +198,6 @@ REPRODUCTION = Reproduction(
         Claim("Frozen Lake success, sampled", "IFT", "SFT", "comparable or better", kind="difference", why=WHY),
         Claim("spelling, exact match", "IFT", "SFT", "comparable or better", kind="difference", why=WHY),
     ],
+    seeds=2,
     extra=("train", "trl"),
 )

@@ -1,0 +1,71 @@
+"""Trains a tiny model as one of several processes (or alone) and writes the weights; run by test_distributed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import datasets
+import torch
+from trl import DPOConfig, SFTConfig
+
+from everytoken.core.loading import load_tokenizer
+from everytoken.preference.columns import ModelLogps
+from everytoken.preference.ift import IFTTrainer
+from everytoken.preference.rto import RTOConfig, RTOTrainer
+from everytoken.preference.tdpo import TDPOLoss
+from everytoken.preference.tgdpo import TGDPOLoss
+from everytoken.preference.trainer import PreferenceTrainer
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.conftest import tiny_llama
+from tests.preference.test_ift import ROWS as DEMONSTRATIONS
+from tests.preference.test_rto import PROMPTS, score
+from tests.preference.test_trainer import ROWS
+
+datasets.disable_progress_bars()
+
+
+def main(kind: str, out: Path, size: int) -> None:
+    tokenizer = load_tokenizer()
+    model, reference, guide = (tiny_llama(49152, seed=seed, eos=2) for seed in (1, 2, 3))
+    settings = dict(
+        output_dir=str(out / "run"), per_device_train_batch_size=size, max_steps=2, learning_rate=1e-3, report_to=[], logging_steps=1,
+        save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True, seed=0, gradient_checkpointing=False,
+    )  # fmt: skip
+    common = dict(processing_class=tokenizer)
+    if kind in ("tdpo", "tgdpo"):
+        loss = TDPOLoss() if kind == "tdpo" else TGDPOLoss()
+        annotators = [] if kind == "tdpo" else [ModelLogps(guide)]
+        trainer = PreferenceTrainer(
+            model, ref_model=reference, loss=loss, annotators=annotators, args=DPOConfig(**settings),
+            train_dataset=datasets.Dataset.from_list(ROWS), **common,
+        )  # fmt: skip
+    elif kind == "ift":
+        trainer = IFTTrainer(
+            model, args=SFTConfig(**settings), train_dataset=datasets.Dataset.from_list(DEMONSTRATIONS), **common
+        )
+    else:
+        model.generation_config.pad_token_id = 2
+        args = RTOConfig(**settings, estimator=kind, num_generations=4, max_completion_length=5)
+        trainer = RTOTrainer(
+            model,
+            reward_funcs=score,
+            dpo_model=guide,
+            args=args,
+            train_dataset=datasets.Dataset.from_list(PROMPTS),
+            **common,
+        )
+    trainer.train()
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    if trainer.accelerator.is_main_process:
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        torch.save({"weights": {name: weight.cpu() for name, weight in state.items()}, "logs": logs}, out / "state.pt")
+    trainer.accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
