@@ -238,9 +238,9 @@ def test_quick_r_to_q_star_runs_end_to_end():
 def test_curves_are_drawn_to_scale():
     import xml.etree.ElementTree as xml
 
-    picture = base.lines_svg(
-        {"one": [[(0.0, 1.0), (0.5, 3.0)], [(0.25, 2.0)]], "other": [[(0.5, 1.0)]]}, "share; value"
-    )
+    from everytoken.core.plots import lines_svg
+
+    picture = lines_svg({"one": [[(0.0, 1.0), (0.5, 3.0)], [(0.25, 2.0)]], "other": [[(0.5, 1.0)]]}, "share; value")
     root = xml.fromstring(picture)
     circles = [(item.get("cx"), item.get("cy")) for item in root.iter() if item.tag.endswith("circle")]
     assert circles == [("70", "320"), ("690", "40"), ("380", "180"), ("690", "320")]

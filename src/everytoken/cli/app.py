@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from ..core.errors import EverytokenError
-from . import compare, doctor, papers, reproduce, tokenizer, train, try_
+from . import compare, data, doctor, papers, reproduce, tokenizer, train, try_
 
 app = typer.Typer(
     name="everytoken",
@@ -43,6 +43,7 @@ def options(
 
 app.add_typer(papers.app, name="papers")
 app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(data.app, name="data")
 app.command("try", epilog=try_.EXAMPLES)(try_.try_method)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("train", epilog=train.EXAMPLES)(train.train)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,35 @@ def check_outputs(*paths: Path | None) -> None:
     for path in paths:
         if path is not None and not path.resolve().parent.is_dir():
             raise BadInputError(f"The folder {path.resolve().parent} does not exist.", "Create it, or write elsewhere.")
+
+
+@contextlib.contextmanager
+def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for work in stages: yields ``report(stage, done, total)``; what follows a comma in the stage may change.
+
+    Under ``accelerate launch`` only the first process shows it.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    first = os.environ.get("RANK", "0") == "0"
+    with Progress(*columns, console=console, transient=True, disable=not first) as progress:
+        task = progress.add_task("starting", total=None)
+        stage = [""]
+
+        def report(text: str, done: int, total: int) -> None:
+            if text.split(",")[0] != stage[0]:  # a new stage: its time is estimated anew
+                stage[0] = text.split(",")[0]
+                progress.reset(task)
+            progress.update(task, description=text, completed=done, total=total or None)
+
+        yield report
 
 
 def options_from(**values: Any) -> dict[str, Any]:

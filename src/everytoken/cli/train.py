@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from ..catalog.cards import find_card
-from .common import check_outputs, figure
+from .common import check_outputs, figure, stages
 
 EXAMPLES = (
-    "Examples:  everytoken train r2r --data prompts.txt --out router  ·  "
+    "Examples:  everytoken train tgdpo --data pairs/train.jsonl --set steps=50  ·  "
+    "everytoken train r2r --data prompts.txt --out router  ·  "
     "everytoken train r2r --model large/ --set small=small/ --set verifier=checks:final_number --config r2r.yaml"
 )
 
@@ -50,24 +51,11 @@ def train(
         require(training.extra[1], training.extra[0], f"Training {card.slug}")
     status = Console(stderr=True)
     status.print(f"[bold]{card.slug}[/]: {training.summary}", highlight=False)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=status, transient=True) as progress:
-        task = progress.add_task("starting", total=None)
-        stage = [""]
-
-        def report(text: str, done: int, total: int) -> None:
-            if text.split(",")[0] != stage[0]:  # a new stage: its time is estimated anew
-                stage[0] = text.split(",")[0]
-                progress.reset(task)
-            progress.update(task, description=text, completed=done, total=total or None)
-
+    first = os.environ.get("RANK", "0") == "0"
+    with stages(status) as report:
         result = training.run(chosen, TrainingContext(model, str(data) if data is not None else None, folder, report))
+    if not first:
+        return
     if as_json:
         typer.echo(json.dumps({"figures": result.figures, "files": [str(path) for path in result.files]}, indent=1))
         return

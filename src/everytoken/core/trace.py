@@ -298,9 +298,19 @@ def _ink(colour: str | None) -> str:
 
 
 def render_html(
-    traces: Sequence[TokenTrace], path: str | os.PathLike[str] | None = None, column: str | None = None, title: str = ""
+    traces: Sequence[TokenTrace],
+    path: str | os.PathLike[str] | None = None,
+    column: str | None = None,
+    title: str = "",
+    before: str = "",
+    beside: bool = False,
 ) -> str:
-    """Several traces on one page under one selector (for example chosen and rejected, or two methods)."""
+    """Several traces on one page under one selector (for example chosen and rejected, or two methods).
+
+    Args:
+        before: HTML above the traces (a report's tables and plots).
+        beside: set traces two by two, side by side where the window is wide enough.
+    """
     names = list(dict.fromkeys(name for trace in traces for name in trace.columns))
     chosen = column if column in names else (names[0] if names else "")
     data = []
@@ -338,6 +348,8 @@ def render_html(
         .replace("{{options}}", options)
         .replace("{{ramp}}", ", ".join(RAMP))
         .replace("{{categories}}", json.dumps(CATEGORIES))
+        .replace("{{before}}", before)
+        .replace("{{layout}}", "pairs" if beside else "")
         .replace("{{data}}", payload)
     )
     if path is not None:
@@ -368,24 +380,27 @@ select, button { font: inherit; color: inherit; background: var(--card); border:
 .text { font: 14px/1.9 ui-monospace, "Cascadia Mono", "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0 0; }
 .text span { border-radius: 3px; padding: .12em 0; cursor: default; box-shadow: inset -1px 0 var(--paper); }
 .text span:hover, .text span:focus { outline: 2px solid var(--ink); outline-offset: 0; }
+.pairs { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 0 2rem; }
 .small { color: var(--dim); font-size: .85rem; }
 #tip { position: fixed; display: none; pointer-events: none; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .5rem .7rem; font-size: .85rem; box-shadow: 0 4px 18px #0004; z-index: 2; max-width: 22rem; }
 #tip b { font-family: ui-monospace, monospace; white-space: pre-wrap; } #tip td { padding: 0 .75rem 0 0; vertical-align: top; } #tip td:first-child { color: var(--dim); }
 </style></head><body>
 <h1>{{title}}</h1>
+{{before}}
 <div class="bar"><label>Score <select id="score">{{options}}</select></label><div class="legend" id="legend"></div>
 <button id="theme" style="margin-left:auto" aria-label="Switch between light and dark">Light / dark</button></div>
-<main id="main"></main><div id="tip" role="tooltip"></div>
+<main id="main" class="{{layout}}"></main><div id="tip" role="tooltip"></div>
 <script id="data" type="application/json">{{data}}</script>
 <script>
 const traces = JSON.parse(document.getElementById("data").textContent), palette = {{categories}};
 const main = document.getElementById("main"), tip = document.getElementById("tip"), score = document.getElementById("score");
 const ink = c => { const [r, g, b] = [1, 3, 5].map(i => parseInt(c.slice(i, i + 2), 16)); return .299 * r + .587 * g + .114 * b > 140 ? "#000" : "#fff"; };
 const spans = traces.map((trace, t) => {
-  if (trace.title) { const h = document.createElement("h2"); h.textContent = trace.title; main.append(h); }
+  const part = document.createElement("section"); main.append(part);
+  if (trace.title) { const h = document.createElement("h2"); h.textContent = trace.title; part.append(h); }
   const note = document.createElement("div"); note.className = "small";
-  note.textContent = trace.tokens.length + " tokens" + (trace.station ? " · " + trace.station : ""); main.append(note);
-  const box = document.createElement("div"); box.className = "text"; main.append(box);
+  note.textContent = trace.tokens.length + " tokens" + (trace.station ? " · " + trace.station : ""); part.append(note);
+  const box = document.createElement("div"); box.className = "text"; part.append(box);
   return trace.tokens.map((token, i) => { const s = document.createElement("span"); s.textContent = token.replaceAll("\\n", "\\u23ce\\n") || "\\u00b7"; s.dataset.t = t; s.dataset.i = i; box.append(s); return s; });
 });
 function paint() {

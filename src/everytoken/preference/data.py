@@ -66,6 +66,30 @@ def load_pairs(source: str | Path, split: str = "train") -> Any:
     return dataset
 
 
+def read_rows(source: str | Path) -> list[dict[str, Any]]:
+    """Rows of a ``.jsonl``, ``.json`` or ``.parquet`` file, whatever their columns.
+
+    Raises:
+        BadInputError: no such file, or one that cannot be read.
+    """
+    path = Path(source)
+    if not path.is_file():
+        raise BadInputError(f"There is no file {source}.", "Give a .jsonl, .json or .parquet file.")
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise BadInputError(f"{path} cannot be read as Parquet: {error}.") from error
+    else:
+        rows = _parse(path)
+    if not rows:
+        raise BadInputError(f"{path} holds no rows.")
+    return rows
+
+
 def _split(dataset: Any, split: str, label: str) -> Any:
     if split not in dataset:
         raise BadInputError(f"{label} has no split {split!r}.", f"It has: {', '.join(dataset)}.")
@@ -73,6 +97,15 @@ def _split(dataset: Any, split: str, label: str) -> Any:
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    rows = _parse(path)
+    if not rows:
+        raise BadInputError(f"{path} holds no pairs.")
+    # checked here as well: rows of different types have no common Arrow schema, and its error names no row
+    check_rows(rows, str(path))
+    return rows
+
+
+def _parse(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8", errors="strict") if _is_utf8(path) else ""
     if path.suffix == ".json" and text.lstrip().startswith("["):
         try:
@@ -90,10 +123,6 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
                 raise BadInputError(f"{path}, line {number}: not JSON ({error}).") from error
             if not isinstance(rows[-1], dict):
                 raise BadInputError(f"{path}, line {number}: not an object.")
-    if not rows:
-        raise BadInputError(f"{path} holds no pairs.")
-    # checked here as well: rows of different types have no common Arrow schema, and its error names no row
-    check_rows(rows, str(path))
     return rows
 
 

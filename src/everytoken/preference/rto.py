@@ -136,6 +136,38 @@ def group_advantages(
 
 # -- the trainer ---------------------------------------------------------------------------------------------------------
 @dataclass
+class RTOSettings:
+    """RTO's own settings, without those of the trainer; see ``RTOConfig``, which takes them all."""
+
+    estimator: str = "gae"
+    dpo_reward_scale: float = 0.05
+    dpo_reward_clip: float | None = 0.05
+    init_kl_coef: float = 0.01
+    reward_scale: float = 1.0
+    reward_clip: float | None = 10.0
+    normalize_rewards: bool = False
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    critic_lr: float = 9e-6
+    critic_epochs: int = 1
+    value_clip: float | None = 0.2
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+def check_settings(settings: Any) -> None:
+    """Refuses an unknown estimator and strengths out of range."""
+    if settings.estimator not in ("gae", "group"):
+        raise BadInputError(f"Unknown estimator {settings.estimator!r}.", "Use gae or group.")
+    if settings.dpo_reward_clip is not None and settings.dpo_reward_clip < 0:
+        raise BadInputError(f"dpo_reward_clip must not be negative; got {settings.dpo_reward_clip}.")
+    for name in ("gamma", "gae_lambda"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise BadInputError(f"{name} lies in [0, 1]; got {getattr(settings, name)}.")
+
+
+@dataclass
 class RTOConfig(GRPOConfig):
     """GRPOConfig, and what RTO adds. ``epsilon`` is PPO's clip, ``num_iterations`` its epochs over a batch of rollouts.
 
@@ -170,12 +202,9 @@ class RTOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.estimator not in ("gae", "group"):
-            raise BadInputError(f"Unknown estimator {self.estimator!r}.", "Use gae or group.")
         if self.beta != 0:
             raise BadInputError(f"beta={self.beta} would charge the KL twice.", "Use init_kl_coef.")
-        if self.dpo_reward_clip is not None and self.dpo_reward_clip < 0:
-            raise BadInputError(f"dpo_reward_clip must not be negative; got {self.dpo_reward_clip}.")
+        check_settings(self)
 
 
 class RTOTrainer(GRPOTrainer):

@@ -8,6 +8,7 @@ scores them between -1 and 1.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,32 +94,44 @@ def continuations(
 
 
 def sentiment_pairs(
-    model: Any, tokenizer: Any, count: int, margin: float = 0.2, max_new_tokens: int = 20, report: Any = None
+    model: Any,
+    tokenizer: Any,
+    count: int,
+    margin: float = 0.2,
+    max_new_tokens: int = 20,
+    prompts: list[str] | None = None,
+    report: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[dict[str, str]]:
     """``count`` preference rows (``prompt``, ``chosen``, ``rejected``) from the model's own continuations.
 
     Two continuations of an opening make a pair if their scores differ by ``margin`` at least. Uses torch's global generator:
     seed it first.
+
+    Args:
+        prompts: openings; default the package's own, for training.
+        report: called with ``(pairs so far, count)``.
+
+    Raises:
+        BadInputError: after many rounds too few pairs differ by ``margin``.
     """
     rows: list[dict[str, str]] = []
-    pool = openings("train")
+    pool = prompts or openings("train")
     rounds = 0
     while len(rows) < count:
         rounds += 1
-        if rounds > 40:
+        if rounds > 40 + count // 8:
             raise BadInputError(
                 f"After {rounds} rounds only {len(rows)} of {count} pairs differ by {margin}.", "Lower margin."
             )
         order = torch.randperm(len(pool)).tolist()[:64]
-        prompts = [pool[index] for index in order]
-        texts = continuations(model, tokenizer, prompts * 2, max_new_tokens, batch=128)
-        scores = positivity([p + t for p, t in zip(prompts * 2, texts, strict=True)])
-        half = len(prompts)
-        for index, prompt in enumerate(prompts):
+        picked = [pool[index] for index in order]
+        texts = continuations(model, tokenizer, picked * 2, max_new_tokens, batch=128)
+        scores = positivity([p + t for p, t in zip(picked * 2, texts, strict=True)])
+        half = len(picked)
+        for index, prompt in enumerate(picked):
             one, other = (texts[index], scores[index]), (texts[index + half], scores[index + half])
             better, worse = (one, other) if one[1] > other[1] else (other, one)
             if better[1] - worse[1] >= margin and better[0].strip() and worse[0].strip():
                 rows.append({"prompt": prompt, "chosen": better[0], "rejected": worse[0]})
-        if report is not None:
-            report(f"{min(len(rows), count)} of {count} pairs sampled")
+        report(min(len(rows), count), count)
     return rows[:count]

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .base import Arms, Claim, Context, Reproduction, lines_svg
+from ..core.plots import lines_svg
+from .base import Arms, Claim, Context, Reproduction
 from .texts import declarations
 
 MEASURED = ("German", "French", "Spanish", "Italian", "Polish", "Finnish", "Turkish", "Russian", "Greek", "Hindi", "Indonesian", "Vietnamese")  # fmt: skip

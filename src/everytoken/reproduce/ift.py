@@ -60,7 +60,7 @@ def succeeds(field: list[str], moves: str) -> bool:
                 return False
             _, reward, ended, *_ = environment.step(MOVES.index(move))
             if ended:
-                return reward > 0
+                return bool(reward)
         return False
     finally:
         environment.close()

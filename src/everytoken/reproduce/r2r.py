@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .base import Arms, Claim, Context, Reproduction, lines_svg
+from ..core.plots import lines_svg
+from .base import Arms, Claim, Context, Reproduction
 from .small import answer_batches, character_tokenizer, fit, reverse, small_model, worked_sum
 
 CHARACTERS = "0123456789+=;,#> "

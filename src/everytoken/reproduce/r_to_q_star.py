@@ -107,8 +107,8 @@ def run(context: Context) -> Arms:
     from ..core.loading import load_model, load_tokenizer
     from ..generation.qstar_beam import QStarBeam
     from ..preference.dpo import DPOLoss
+    from ..preference.guides import GuideSettings, train_quietly
     from ..preference.sentiment import continuations, openings, positivity, sentiment_pairs
-    from .tdpo import train_arm
 
     logging.disable_progress_bar()
     import datasets
@@ -117,13 +117,18 @@ def run(context: Context) -> Arms:
     tokenizer = load_tokenizer(context.model)
     base = load_model(context.model, dtype="float32", packed=True)
     steps, batch, samples, new_tokens = (2, 4, 6, 10) if context.quick else (16, 8, 48, 20)
-    rows = sentiment_pairs(base, tokenizer, steps * batch, max_new_tokens=new_tokens, report=context.progress)
+    rows = sentiment_pairs(
+        base,
+        tokenizer,
+        steps * batch,
+        max_new_tokens=new_tokens,
+        report=lambda done, total: context.progress(f"{done} of {total} pairs sampled"),
+    )
     policy = load_model(context.model, dtype="float32", packed=True)
     context.progress(f"DPO, {steps} steps")
-    train_arm(
-        DPOLoss(beta=0.1), policy, base, tokenizer, rows, steps, batch, 5e-5, context.seed, lambda *_: None, steps
-    )
-    policy.eval()
+    settings = GuideSettings(steps=steps, batch_size=batch, lr=5e-5, seed=context.seed)
+    pairs = datasets.Dataset.from_list(rows)
+    train_quietly(policy, base, DPOLoss(beta=0.1), tokenizer, pairs, settings, lambda *_: None, "DPO")
 
     rng = random.Random(context.seed)
     torch.manual_seed(context.seed)

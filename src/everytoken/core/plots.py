@@ -1,0 +1,69 @@
+"""Curves without a plotting library: one self-contained SVG each, for result files, pages and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from .errors import BadInputError
+
+LINE_COLOURS = ("#f58518", "#277f8e", "#4c78a8", "#b279a2", "#54a24b", "#e45756")
+
+
+def lines_svg(
+    lines: Mapping[str, Sequence[Sequence[tuple[float, float]]]], caption: str, share: bool = True, dots: bool = True
+) -> str:
+    """Curves as one self-contained SVG.
+
+    Args:
+        lines: name -> one curve a seed, each a list of ``(x, value)``.
+        caption: what the axes are.
+        share: x is a share from 0 to 1, shown in percent.
+        dots: mark every point.
+    """
+    points = [point for curves in lines.values() for curve in curves for point in curve]
+    if not points:
+        raise BadInputError("There is no point to draw.")
+    widest, values = max(x for x, _ in points) or 1.0, [y for _, y in points]
+    low, high = min(values), max(max(values), min(values) + 1e-9)
+    left, right, top, bottom = 70, 690, 40, 320
+    parts = []
+    for step in range(5):
+        y, x = bottom - (bottom - top) * step / 4, left + (right - left) * step / 4
+        parts.append(
+            f'<text x="{left - 12}" y="{y + 5:.0f}" text-anchor="end">{_short(low + (high - low) * step / 4)}</text>'
+        )
+        parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.0f}" y2="{y:.0f}" stroke="#dde1e6"/>')
+        parts.append(
+            f'<text x="{x:.0f}" y="{bottom + 22}" text-anchor="middle">{_axis(widest * step / 4, share)}</text>'
+        )
+    for number, (name, curves) in enumerate(lines.items()):
+        colour = LINE_COLOURS[number % len(LINE_COLOURS)]
+        for curve in curves:
+            places = [
+                (left + x / widest * (right - left), bottom - (y - low) / (high - low) * (bottom - top))
+                for x, y in sorted(curve)
+            ]
+            line = " ".join(f"{x:.0f},{y:.0f}" for x, y in places)
+            parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2.5" points="{line}"/>')
+            parts += (
+                [] if not dots else [f'<circle cx="{x:.0f}" cy="{y:.0f}" r="4" fill="{colour}"/>' for x, y in places]
+            )
+        x = left + 20 + min(170, 620 // len(lines)) * number
+        parts.append(
+            f'<rect x="{x}" y="14" width="14" height="14" fill="{colour}"/><text x="{x + 20}" y="26">{escape(name)}</text>'
+        )
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" width="720" height="380" viewBox="0 0 720 380" '
+        'font-family="system-ui, sans-serif" font-size="14" fill="#1b1f24">'
+        f'<rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}'
+        f'<text x="380" y="366" text-anchor="middle">{escape(caption)}</text></svg>\n'
+    )
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}" if 0.01 <= abs(value) < 1000 or value == 0 else f"{value:.2g}"
+
+
+def _axis(value: float, share: bool) -> str:
+    return f"{value:.0%}" if share else f"{value:,.0f}" if value >= 10 or float(value).is_integer() else f"{value:.1f}"

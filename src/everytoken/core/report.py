@@ -1,0 +1,66 @@
+"""A training report: one self-contained HTML file with figures, curves, texts before and after, and credit token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from .plots import lines_svg
+from .trace import TokenTrace, render_html
+
+_STYLE = """<style>
+.figures { border-collapse: collapse; margin: .5rem 0 1rem; } .figures td { padding: .15rem 1.5rem .15rem 0; vertical-align: top; }
+.figures td:first-child { color: var(--dim); } .figures td:last-child { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1rem; margin: .5rem 0 1rem; }
+.curves svg { width: 100%; height: auto; border-radius: 8px; border: 1px solid var(--line); }
+.samples { border-collapse: collapse; width: 100%; margin-bottom: 1.5rem; } .samples td, .samples th { border-bottom: 1px solid var(--line); padding: .4rem 1rem .4rem 0; text-align: left; vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere; width: 33%; }
+</style>"""
+
+
+def training_report(
+    path: Path,
+    title: str,
+    figures: Mapping[str, float],
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    samples: Sequence[tuple[str, str, str]] = (),
+    traces: Sequence[TokenTrace] = (),
+    column: str | None = None,
+    settings: Mapping[str, object] | None = None,
+) -> Path:
+    """Writes the report.
+
+    Args:
+        figures: the final evaluation.
+        curves: metric -> ``(step, value)``; metrics of one point are left out.
+        samples: ``(prompt, text before, text after)``.
+        traces: credit of fixed examples, chosen and rejected in turn: they are set side by side.
+        column: the score shown first.
+        settings: what the training was run with.
+    """
+    parts = [_STYLE, "<h2>Final evaluation</h2>", _table({name: f"{value:,.4g}" for name, value in figures.items()})]
+    drawn = {name: list(points) for name, points in curves.items() if len(points) > 1}
+    if drawn:
+        parts.append('<h2>Curves</h2><div class="curves">')
+        parts += [
+            lines_svg({name: [points]}, "step", share=False, dots=len(points) < 40) for name, points in drawn.items()
+        ]
+        parts.append("</div>")
+    if samples:
+        parts.append(
+            '<h2>Before and after</h2><table class="samples"><tr><th>prompt</th><th>before</th><th>after</th></tr>'
+        )
+        parts += ["<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in samples]
+        parts.append("</table>")
+    if settings:
+        rows = _table({name: str(value) for name, value in settings.items()})
+        parts.append(f"<details><summary>Settings</summary>{rows}</details>")
+    if traces:
+        parts.append("<h2>Credit of every token</h2>")
+    render_html(list(traces), path, column, title, before="\n".join(parts), beside=True)
+    return path
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows.items())
+    return f'<table class="figures">{cells}</table>'
