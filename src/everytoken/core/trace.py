@@ -80,10 +80,17 @@ class TokenTrace:
         return self
 
     def with_text(self, tokenizer: PreTrainedTokenizerBase) -> TokenTrace:
-        """Fills ``texts`` and ``spans`` with the tokenizer's own bytes; returns the trace."""
+        """Fills ``texts`` and ``spans`` with the tokenizer's own bytes; returns the trace.
+
+        Where it is not known how a tokenizer spells its tokens, they are decoded one by one, and there are no spans.
+        """
         from .vocabulary import token_bytes
 
-        table = token_bytes(tokenizer)
+        try:
+            table = token_bytes(tokenizer)
+        except BadInputError:
+            self.texts, self.spans = [tokenizer.decode([item]) for item in self.ids], None
+            return self
         pieces = [(table[item] or b"") if 0 <= item < len(table) else b"" for item in self.ids]
         special = {item: token.content.encode() for item, token in tokenizer.added_tokens_decoder.items()}
         pieces = [special.get(item, piece) for item, piece in zip(self.ids, pieces, strict=True)]

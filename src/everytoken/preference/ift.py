@@ -231,12 +231,12 @@ class IFTTrainer(SFTTrainer):
         sums = torch.stack(
             [losses.detach().sum(), right.sum().float(), weights.detach().amax(-1).sum(), mask.sum().float()]
         )
-        total = self.accelerator.gather_for_metrics(sums).reshape(-1, 4).sum(0)
+        total = self.accelerator.reduce(sums, reduction="sum")
         self._metrics[mode]["nll"].append((total[0] / total[3].clamp(min=1)).item())
         if self.ift.residual > 0 and self.ift.top_k == 1:
             self._metrics[mode]["mean_token_accuracy"].append((total[1] / total[3].clamp(min=1)).item())
         rows = mask.shape[0] * self.accelerator.num_processes
         self._metrics[mode]["weights/largest"].append((total[2] / rows).item())
         if mode == "train":
-            self._total_train_tokens += self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
+            self._total_train_tokens += self.accelerator.reduce(inputs["attention_mask"].sum(), reduction="sum").item()
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]

@@ -1,0 +1,220 @@
+"""``everytoken train`` for every method of the station, on a tiny model: configuration, checkpoints, report, refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("trl")
+
+from everytoken.cli.app import app
+from everytoken.core.errors import BadInputError
+from everytoken.core.training import TrainingContext, read_config
+from everytoken.preference import training
+from everytoken.preference.training import CDPOTraining, RTOTraining, TGDPOTraining, demonstrations
+
+from ..conftest import tiny_llama
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
+ROWS = [
+    {"prompt": f"the {thing} was", "chosen": f" {good}.", "rejected": f" {bad}."}
+    for thing, good, bad in (
+        ("film", "lovely", "awful"), ("food", "kind", "cold"), ("house", "quiet", "loud"), ("train", "clean", "dirty"),
+        ("city", "a joy", "a bore"), ("trip", "the best", "a waste"),
+    )
+]  # fmt: skip
+SMALL = ["batch_size=2", "steps=2", "samples=1", "sample_tokens=4", "lr=0.001"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny model with a tokenizer of letters, and data, in a folder."""
+    from everytoken.reproduce.small import character_tokenizer
+
+    folder = tmp_path_factory.mktemp("train")
+    tokenizer = character_tokenizer(LETTERS)
+    for name, seed in (("model", 1), ("guide", 2)):
+        model = tiny_llama(len(tokenizer), seed=seed, eos=tokenizer.eos_token_id)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder
+
+
+def invoke(place, name, out, *settings, data="pairs.jsonl"):
+    options = [item for setting in [*SMALL, *settings] for item in ("--set", setting)]
+    return CliRunner().invoke(
+        app,
+        [
+            "train",
+            name,
+            "--model",
+            str(place / "model"),
+            "--data",
+            str(place / data),
+            "--out",
+            str(out),
+            "--json",
+            *options,
+        ],
+    )
+
+
+METHODS = {
+    "tdpo": ["save_steps=1"],
+    "tgdpo": ["guide_steps=1", "precompute_reference=true"],
+    "t-reg": ["lora_r=2"],
+    "cdpo": ["guide_steps=1", "accumulation=2"],
+    "ift": ["residual=0.5"],
+    "rto": ["guide_steps=1", "batch_size=4", "num_generations=2", "reward=tests.preference.test_training:brief"],
+}
+
+
+def brief(completions, **_):
+    """A reward: shorter is better."""
+    return [-float(len(text)) for text in completions]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_and_reports(place, tmp_path, name):
+    result = invoke(place, name, tmp_path / "out", *METHODS[name])
+    assert result.exit_code == 0, result.output + str(result.exception)
+    figures = json.loads(result.stdout[result.stdout.index("{") :])["figures"]
+    assert all(value == value for value in figures.values())
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert record["method"] == name
+    assert record["settings"]["lr"] == 0.001
+    assert record["curves"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    for piece in ("Final evaluation", "Curves", "Before and after", "Credit of every token", "<svg"):
+        assert piece in page, piece
+    assert not re.search(r'(src|href)="http', page)  # self-contained
+    column = {
+        "tgdpo": "weight",
+        "cdpo": "criticality",
+        "t-reg": "contrast_of_prompts",
+        "ift": "weight",
+        "rto": "dpo_reward",
+    }
+    assert f'"{column.get(name, "implicit_reward")}"' in page
+    if name == "t-reg":
+        assert (tmp_path / "out" / "model" / "adapter_config.json").is_file()
+    else:
+        from transformers import AutoModelForCausalLM
+
+        trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+        start = AutoModelForCausalLM.from_pretrained(place / "model")
+        moved = max((a - b).abs().max() for a, b in zip(trained.parameters(), start.parameters(), strict=True))
+        assert moved > 1e-4
+    assert (tmp_path / "out" / "checkpoints").exists() == (name == "tdpo")
+
+
+def test_a_second_run_goes_on_from_the_last_checkpoint(place, tmp_path):
+    invoke(place, "tdpo", tmp_path / "out", "save_steps=1")
+    result = invoke(place, "tdpo", tmp_path / "out", "save_steps=1", "steps=4")
+    assert result.exit_code == 0, result.output
+    steps = [step for step, _ in json.loads((tmp_path / "out" / "training.json").read_text())["curves"]["loss"]]
+    assert steps == [1, 2, 3, 4]
+    fresh = invoke(place, "tdpo", tmp_path / "other", "steps=4")
+    assert fresh.exit_code == 0
+    from transformers import AutoModelForCausalLM
+
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("out", "other"))
+    gap = max((a - b).abs().max() for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert gap < 1e-2  # the schedule of the first run was shorter
+
+
+def test_guides_can_be_brought(place, tmp_path):
+    for name, settings in (
+        ("tgdpo", [f"guide={place / 'guide'}"]),
+        ("cdpo", [f"positive={place / 'guide'}", f"negative={place / 'model'}"]),
+        (
+            "rto",
+            [
+                f"dpo={place / 'guide'}",
+                "batch_size=4",
+                "num_generations=2",
+                "estimator=group",
+                "reward=tests.preference.test_training:brief",
+            ],
+        ),
+    ):
+        result = invoke(place, name, tmp_path / name, *settings)
+        assert result.exit_code == 0, result.output + str(result.exception)
+
+
+def test_the_yaml_and_the_command_line_meet_in_one_typed_configuration(tmp_path):
+    (tmp_path / "c.yaml").write_text("alpha: 1\nlr: 1e-4\nguide: null\nmonitor_kl: no\n")
+    config = read_config(training.TGDPO, tmp_path / "c.yaml", ["alpha=2", "clamp=0.5"])
+    assert config == TGDPOTraining(alpha=2.0, lr=1e-4, monitor_kl=False, clamp=0.5)
+    assert config.loss().alpha == 2.0
+    assert read_config(training.CDPO, None, ["guide_lora_r=0"]).guide_settings().lora_r == 0
+    assert CDPOTraining(guide_steps=7).guide_settings().steps == 7
+
+
+BAD = [
+    ("tdpo", ["variant=x"], "Unknown variant"),
+    ("tdpo", ["batch_size=0"], "batch_size must be"),
+    ("tdpo", ["eval_share=1"], "eval_share"),
+    ("tdpo", ["dtype=int4"], "Unknown dtype"),
+    ("tdpo", ["precompute_reference=true"], "needs the reference's distributions"),
+    ("tgdpo", ["aplha=1"], "Did you mean alpha"),
+    ("ift", ["norm=l9"], "Unknown norm"),
+    ("rto", ["batch_size=3"], "no multiple of num_generations"),
+    ("rto", ["batch_size=8", "reward=nowhere:f"], "no module"),
+    ("rto", ["batch_size=8", "discount=2"], "gamma lies"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "message"), BAD, ids=[message for *_, message in BAD])
+def test_bad_settings_are_refused_before_anything_is_loaded(place, tmp_path, monkeypatch, name, settings, message):
+    def never(*_args, **_kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("everytoken.core.loading.load_model", never)
+    result = invoke(place, name, tmp_path / "out", *settings)
+    assert result.exit_code != 0
+    assert message in str(result.exception)
+
+
+def test_bad_data_is_named(place, tmp_path):
+    (tmp_path / "one.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the film was"}\n{"prompt": ""}\n')
+    (tmp_path / "good.jsonl").write_text('{"prompt": "the film was"}\n{"prompt": "the food was"}\n')
+    (tmp_path / "half.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": ""}\n')
+    (tmp_path / "other.jsonl").write_text('{"question": "a"}\n')
+    context = TrainingContext(str(place / "model"), None, tmp_path / "out")
+    for config, run, data, message in (
+        (TGDPOTraining(), training.TGDPO.run, "one.jsonl", "1 row"),
+        (RTOTraining(), training.RTO.run, "prompts.jsonl", "row 1: 'prompt'"),
+        (RTOTraining(), training.RTO.run, "good.jsonl", "RTO needs a DPO-trained model"),
+    ):
+        context.data = str(tmp_path / data)
+        with pytest.raises(BadInputError, match=message):
+            run(config, context)
+    with pytest.raises(BadInputError, match="row 1: 'completion' is empty"):
+        demonstrations(tmp_path / "half.jsonl")
+    with pytest.raises(BadInputError, match="row 0 has question"):
+        demonstrations(tmp_path / "other.jsonl")
+    assert demonstrations(place / "pairs.jsonl")[0] == {"prompt": ROWS[0]["prompt"], "completion": ROWS[0]["chosen"]}
+
+
+def test_an_interruption_leaves_a_checkpoint(place, tmp_path, monkeypatch):
+    from everytoken.preference.trainer import PreferenceTrainer
+
+    original = PreferenceTrainer._compute_loss
+
+    def stop_at_two(self, *args):
+        if self.state.global_step == 2 and self.model.training:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    monkeypatch.setattr(PreferenceTrainer, "_compute_loss", stop_at_two)
+    result = invoke(place, "tdpo", tmp_path / "out", "save_steps=50", "steps=4")
+    assert result.exit_code != 0
+    assert (tmp_path / "out" / "checkpoints" / "checkpoint-2").is_dir()
+    monkeypatch.undo()
+    assert invoke(place, "tdpo", tmp_path / "out", "save_steps=50", "steps=4").exit_code == 0
