@@ -15,7 +15,9 @@ from pathlib import Path
 from everytoken.catalog.cards import STATIONS, Card, load_catalog
 from everytoken.reproduce.base import formatted, load_results, scoreboard
 from everytoken.reproduce.dynamic_tokenization import curve_svg as dynamic_curve
+from everytoken.reproduce.frontier import frontier_svg
 from everytoken.reproduce.r2r import curve_svg as r2r_curve
+from everytoken.reproduce.rto import curve_svg as rto_curve
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -160,8 +162,13 @@ def main() -> None:
     (DOCS / "scoreboard.md").write_text(scoreboard(load_results(ROOT / "results")), encoding="utf-8")
     (DOCS / "assets" / "tokenselect.md").write_text(selection_table(), encoding="utf-8")
     (DOCS / "assets" / "bench-attention.md").write_text(bench_table("attention"), encoding="utf-8")
+    (DOCS / "assets" / "bench-preference.md").write_text(bench_table("preference"), encoding="utf-8")
     (DOCS / "assets" / "bench-generation.md").write_text(bench_table("generation"), encoding="utf-8")
-    for name, draw in (("dynamic-tokenization", dynamic_curve), ("r2r", r2r_curve)):
+    frontier = [ROOT / "results" / f"{name}.json" for name in ("tdpo", "tgdpo", "t-reg")]
+    if all(path.is_file() for path in frontier):
+        picture = frontier_svg([json.loads(path.read_text()) for path in frontier])
+        (DOCS / "assets" / "frontier.svg").write_text(picture, encoding="utf-8")
+    for name, draw in (("dynamic-tokenization", dynamic_curve), ("r2r", r2r_curve), ("rto", rto_curve)):
         path = ROOT / "results" / f"{name}.json"
         if path.is_file():
             picture = draw(json.loads(path.read_text()))

@@ -218,3 +218,16 @@ def test_an_interruption_leaves_a_checkpoint(place, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "checkpoints" / "checkpoint-2").is_dir()
     monkeypatch.undo()
     assert invoke(place, "tdpo", tmp_path / "out", "save_steps=50", "steps=4").exit_code == 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_shipped_configurations_are_valid(name):
+    """The papers' settings, as YAML files beside the package."""
+    from pathlib import Path
+
+    from everytoken.catalog import find_card
+
+    chosen = read_config(
+        find_card(name).load_training(), Path(__file__).parents[2] / "configs" / "train" / f"{name}.yaml", []
+    )
+    assert chosen.bf16

@@ -316,7 +316,7 @@ def render_html(
 
     Args:
         before: HTML above the traces (a report's tables and plots).
-        beside: set traces two by two, side by side where the window is wide enough.
+        beside: set traces two by two, side by side where the window is wide enough, with one scale for all.
     """
     names = list(dict.fromkeys(name for trace in traces for name in trace.columns))
     chosen = column if column in names else (names[0] if names else "")
@@ -326,12 +326,17 @@ def render_html(
         for name in trace.columns:
             numeric = trace.numeric(name)
             low, high = trace.limits(name) if numeric else (0.0, 0.0)
+            if numeric and beside:
+                every = [t.limits(name) for t in traces if name in t.columns and t.numeric(name)]
+                low, high = min(item[0] for item in every), max(item[1] for item in every)
             columns[name] = {
                 "numeric": numeric,
                 "low": low,
                 "high": high,
                 "categories": [] if numeric else trace.categories(name),
-                "colours": trace.colours(name),
+                "colours": [_shade(value, low, high) for value in trace.columns[name]]
+                if numeric
+                else trace.colours(name),
                 "values": [_show(value) for value in trace.columns[name]],
             }
         data.append(

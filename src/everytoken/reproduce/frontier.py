@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..core.plots import lines_svg
 from ..core.rng import derive_seed
 from ..preference.sentiment import openings
 from .base import Context
@@ -134,3 +135,20 @@ def figures(context: Context, curves: dict[str, Curve]) -> dict[str, dict[str, f
         }
         for name, curve in curves.items()
     }
+
+
+def frontier_svg(results: Sequence[dict[str, Any]], widest: float = 20.0) -> str:
+    """All losses on one plot, from the result files of several experiments: means over seeds at equal steps.
+
+    Args:
+        results: results whose artifacts hold ``curves``; an arm that several of them ran (DPO) is drawn once.
+        widest: points beyond this KL are left out (the caption says so).
+    """
+    lines: dict[str, list[list[tuple[float, float]]]] = {}
+    for result in results:
+        seeds = [artifact["curves"] for artifact in result["artifacts"].values()]
+        for name in seeds[0]:
+            points = zip(*(seed[name] for seed in seeds), strict=True)  # one step of every seed
+            means = [tuple(sum(values) / len(values) for values in zip(*step, strict=True)) for step in points]
+            lines.setdefault(name, [[(kl, reward) for kl, reward in means if kl <= widest]])
+    return lines_svg(lines, f"KL to the start, nats a response (up to {widest:.0f}); mean VADER score", share=False)

@@ -136,7 +136,7 @@ def run(context: Context) -> Arms:
     arms: Arms = {"SFT": {}, "IFT": {}}
     settings = {"SFT": IFTSettings(residual=0.0, gamma=0.0), "IFT": IFTSettings()}
     rng = random.Random(derive_seed(context.seed, "lakes"))
-    train, test, steps = (64, 16, 10) if context.quick else (3000, 400, 900)
+    train, test, steps = (64, 16, 10) if context.quick else (3000, 400, 600)
     fields = [lake(rng) for _ in range(train + test)]
     seen = {"/".join(field) for field in fields[:train]}
     held = [field for field in fields[train:] if "/".join(field) not in seen]
@@ -165,7 +165,7 @@ def spelling(context: Context, settings: dict[str, Any]) -> Arms:
     rng = random.Random(derive_seed(context.seed, "words"))
     words = [w for w in SentimentIntensityAnalyzer().lexicon if w.isalpha() and w.isascii() and 4 <= len(w) <= 6]
     rng.shuffle(words)
-    train, test, steps = (16, 8, 2) if context.quick else (800, 200, 50)
+    train, test, steps = (16, 8, 2) if context.quick else (640, 120, 40)
 
     def spelt(word: str) -> dict[str, str]:
         return {"prompt": f"{word}:", "completion": " " + " ".join(reversed(word))}

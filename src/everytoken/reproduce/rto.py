@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
+from ..core.plots import lines_svg
 from ..core.rng import seed_everything
 from ..preference.sentiment import openings, positivity
 from .base import Arms, Claim, Context, Reproduction
@@ -126,3 +127,14 @@ REPRODUCTION = Reproduction(
     ],
     extra=("train", "trl"),
 )  # fmt: skip
+
+
+def curve_svg(result: dict[str, Any]) -> str:
+    """Smoothed reward against rollouts, means over seeds."""
+    lines = {}
+    for name in ARMS:
+        seeds = [
+            smoothed([tuple(point) for point in artifact["curves"][name]]) for artifact in result["artifacts"].values()
+        ]  # type: ignore[misc]
+        lines[name] = [[(step[0][0], sum(value for _, value in step) / len(step)) for step in zip(*seeds, strict=True)]]
+    return lines_svg(lines, "rollouts; mean VADER score of the rollouts, smoothed", share=False, dots=False)
