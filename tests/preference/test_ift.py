@@ -179,7 +179,7 @@ def test_without_residual_the_second_pass_is_the_first(tmp_path, embedded_tokeni
     "changes",
     [
         dict(propagation="logps"), dict(propagation="mask"), dict(side="right"), dict(norm="softmax"), dict(norm="l2"),
-        dict(top_k=None, temperature=0.7), dict(top_k=5), dict(warmup=0.5, noise=0.1), dict(detach_weights=True), dict(reduction="token"),
+        dict(top_k=None, temperature=0.7), dict(top_k=5), dict(residual_warmup=0.5, noise=0.1), dict(detach_weights=True), dict(reduction="token"),
     ],
     ids=str,
 )  # fmt: skip

@@ -165,7 +165,7 @@ BAD = [
     ("ift", ["norm=l9"], "Unknown norm"),
     ("rto", ["batch_size=3"], "no multiple of num_generations"),
     ("rto", ["batch_size=8", "reward=nowhere:f"], "no module"),
-    ("rto", ["batch_size=8", "discount=2"], "gamma lies"),
+    ("rto", ["batch_size=8", "gamma=2"], "gamma lies"),
 ]
 
 

@@ -48,7 +48,7 @@ class IFTSettings:
         norm: ``"l1"`` (weights average 1), ``"l2"`` (their mean square is 1), ``"softmax"`` (n softmax(c)), ``"log"`` (of 1 + c, then L1).
         top_k: the predicted token is the arg-max (1), sampled among the top k, or among all (None).
         temperature: of that sampling.
-        warmup: share of the steps over which lambda rises linearly from 0.
+        residual_warmup: share of the steps over which lambda rises linearly from 0.
         noise: standard deviation of Gaussian noise on lambda (one draw a step; lambda stays in [0, 1]).
         detach_weights: no gradient through the weights.
         reduction: ``"sequence"`` averages every row's mean; ``"token"`` averages all target tokens, as TRL's SFTTrainer does.
@@ -64,7 +64,7 @@ class IFTSettings:
     norm: str = "l1"
     top_k: int | None = 1
     temperature: float = 1.0
-    warmup: float = 0.0
+    residual_warmup: float = 0.0
     noise: float = 0.0
     detach_weights: bool = False
     reduction: str = "sequence"
@@ -79,7 +79,7 @@ class IFTSettings:
         for name, values in known:
             if getattr(self, name) not in values:
                 raise BadInputError(f"Unknown {name} {getattr(self, name)!r}.", f"Use {', '.join(values)}.")
-        for name in ("residual", "gamma", "warmup"):
+        for name in ("residual", "gamma", "residual_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BadInputError(f"{name} lies in [0, 1]; got {getattr(self, name)}.")
         if self.temperature <= 0 or self.noise < 0 or (self.top_k is not None and self.top_k < 1):
@@ -87,7 +87,9 @@ class IFTSettings:
 
     def share(self, progress: float) -> float:
         """lambda after ``progress`` of training, from 0 to 1."""
-        value = self.residual * min(1.0, progress / self.warmup) if self.warmup else self.residual
+        value = self.residual
+        if self.residual_warmup:
+            value *= min(1.0, progress / self.residual_warmup)
         if self.noise:
             value += self.noise * torch.randn(()).item()
         return min(max(value, 0.0), 1.0)

@@ -137,7 +137,23 @@ def group_advantages(
 # -- the trainer ---------------------------------------------------------------------------------------------------------
 @dataclass
 class RTOSettings:
-    """RTO's own settings, without those of the trainer; see ``RTOConfig``, which takes them all."""
+    """RTO's own settings, without those of the trainer.
+
+    Args:
+        estimator: ``"gae"`` with a critic, or ``"group"``.
+        dpo_reward_scale: beta_1 (0.05); 0 is PPO or GRPO.
+        dpo_reward_clip: c (0.05); None for no clamp.
+        init_kl_coef: beta_2 (0.01).
+        reward_scale: beta_3 (1).
+        reward_clip: of the sequence reward (10).
+        normalize_rewards: subtract the running mean of the sequence rewards and divide by their running standard deviation.
+        gamma, gae_lambda: discount and GAE's trace (1, 0.95).
+        critic_lr, critic_epochs: AdamW on the critic (9e-6), passes over a batch of rollouts (1).
+        value_clip: PPO's clip of value changes (0.2); None for no clip.
+
+    Raises:
+        BadInputError: an unknown estimator, or a value out of range.
+    """
 
     estimator: str = "gae"
     dpo_reward_scale: float = 0.05
@@ -153,58 +169,30 @@ class RTOSettings:
     value_clip: float | None = 0.2
 
     def __post_init__(self) -> None:
-        check_settings(self)
-
-
-def check_settings(settings: Any) -> None:
-    """Refuses an unknown estimator and strengths out of range."""
-    if settings.estimator not in ("gae", "group"):
-        raise BadInputError(f"Unknown estimator {settings.estimator!r}.", "Use gae or group.")
-    if settings.dpo_reward_clip is not None and settings.dpo_reward_clip < 0:
-        raise BadInputError(f"dpo_reward_clip must not be negative; got {settings.dpo_reward_clip}.")
-    for name in ("gamma", "gae_lambda"):
-        if not 0 <= getattr(settings, name) <= 1:
-            raise BadInputError(f"{name} lies in [0, 1]; got {getattr(settings, name)}.")
+        if self.estimator not in ("gae", "group"):
+            raise BadInputError(f"Unknown estimator {self.estimator!r}.", "Use gae or group.")
+        if self.dpo_reward_clip is not None and self.dpo_reward_clip < 0:
+            raise BadInputError(f"dpo_reward_clip must not be negative; got {self.dpo_reward_clip}.")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadInputError(f"{name} lies in [0, 1]; got {getattr(self, name)}.")
 
 
 @dataclass
-class RTOConfig(GRPOConfig):
-    """GRPOConfig, and what RTO adds. ``epsilon`` is PPO's clip, ``num_iterations`` its epochs over a batch of rollouts.
+class RTOConfig(RTOSettings, GRPOConfig):
+    """GRPOConfig and RTOSettings in one; ``epsilon`` is PPO's clip, ``num_iterations`` its epochs over a batch of rollouts.
 
-    Args:
-        estimator: ``"gae"`` with a critic, or ``"group"``.
-        dpo_reward_scale: beta_1 (0.05); 0 is PPO or GRPO.
-        dpo_reward_clip: c (0.05); None for no clamp.
-        init_kl_coef: beta_2 (0.01).
-        reward_scale: beta_3 (1).
-        reward_clip: of the sequence reward (10).
-        normalize_rewards: subtract the running mean of the sequence rewards and divide by their running standard deviation.
-        gamma, gae_lambda: discount and GAE's trace (1, 0.95).
-        critic_lr, critic_epochs: AdamW on the critic (9e-6), passes over a batch of rollouts (1).
-        value_clip: PPO's clip of value changes (0.2); None for no clip.
+    ``loss_type`` is ``"bnpo"`` (a mean over the batch's tokens, as in PPO), and ``beta`` stays 0: the KL penalty is part of the reward.
     """
 
-    # `gamma` is taken by learning-rate schedulers of some frameworks, not by TrainingArguments
-    estimator: str = field(default="gae", metadata={"help": "gae or group"})
-    dpo_reward_scale: float = field(default=0.05, metadata={"help": "beta_1"})
-    dpo_reward_clip: float | None = field(default=0.05, metadata={"help": "clamp of the DPO reward"})
-    init_kl_coef: float = field(default=0.01, metadata={"help": "beta_2"})
-    reward_scale: float = field(default=1.0, metadata={"help": "beta_3"})
-    reward_clip: float | None = field(default=10.0, metadata={"help": "clamp of the sequence reward"})
-    normalize_rewards: bool = field(default=False, metadata={"help": "running mean and standard deviation"})
-    gamma: float = field(default=1.0, metadata={"help": "discount"})
-    gae_lambda: float = field(default=0.95, metadata={"help": "GAE's lambda"})
-    critic_lr: float = field(default=9e-6, metadata={"help": "learning rate of the critic"})
-    critic_epochs: int = field(default=1, metadata={"help": "passes of the critic over a batch of rollouts"})
-    value_clip: float | None = field(default=0.2, metadata={"help": "clip of value changes"})
     loss_type: str = field(default="bnpo", metadata={"help": "mean over the batch's tokens, as PPO"})
     beta: float = field(default=0.0, metadata={"help": "stays 0: the KL penalty is part of the reward"})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        GRPOConfig.__post_init__(self)
+        RTOSettings.__post_init__(self)
         if self.beta != 0:
             raise BadInputError(f"beta={self.beta} would charge the KL twice.", "Use init_kl_coef.")
-        check_settings(self)
 
 
 class RTOTrainer(GRPOTrainer):

@@ -222,40 +222,23 @@ class CDPOTraining(PreferenceTraining):
 
 
 @dataclass
-class IFTTraining(Common):
-    """IFT on demonstrations (``prompt`` and ``completion``, ``messages``, or the chosen side of pairs); settings as ``IFTSettings``."""
-
-    residual: float = 0.2
-    gamma: float = 0.95
-    propagation: str = "loss"
-    side: str = "left"
-    norm: str = "l1"
-    top_k: int | None = 1
-    temperature: float = 1.0
-    residual_warmup: float = 0.0
-    noise: float = 0.0
-    detach_weights: bool = False
-    reduction: str = "sequence"
+class IFTTraining(Common, IFTSettings):
+    """IFT on demonstrations (``prompt`` and ``completion``, ``messages``, or the chosen side of pairs); see ``IFTSettings``."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.settings()
-
-    def settings(self) -> IFTSettings:
-        names = {item.name for item in dataclasses.fields(IFTSettings)} - {"warmup"}
-        return IFTSettings(warmup=self.residual_warmup, **{name: getattr(self, name) for name in names})
+        Common.__post_init__(self)
+        IFTSettings.__post_init__(self)
 
 
 @dataclass
-class RTOTraining(Common):
-    """RTO on prompts.
+class RTOTraining(Common, RTOSettings):
+    """RTO on prompts; see ``RTOSettings``.
 
     Args:
         reward: ``sentiment`` (VADER), or ``module:function`` of TRL's form ``(prompts, completions, **columns) -> list of numbers``.
         dpo: hub id or folder of the DPO-trained model; None trains one first on the data's pairs, for ``guide_steps`` at ``guide_lr``.
         num_generations: rollouts a prompt; ``batch_size`` counts rollouts.
         num_iterations: PPO's passes over a batch of rollouts.
-        estimator, ...: see ``RTOConfig``.
     """
 
     batch_size: int = 16
@@ -266,30 +249,19 @@ class RTOTraining(Common):
     guide_lr: float = 5e-6
     num_generations: int = 8
     num_iterations: int = 1
-    estimator: str = "gae"
-    dpo_reward_scale: float = 0.05
-    dpo_reward_clip: float | None = 0.05
-    init_kl_coef: float = 0.01
-    reward_scale: float = 1.0
-    reward_clip: float | None = 10.0
-    normalize_rewards: bool = False
-    discount: float = 1.0
-    gae_lambda: float = 0.95
-    critic_lr: float = 9e-6
-    critic_epochs: int = 1
-    value_clip: float | None = 0.2
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.settings()
+        Common.__post_init__(self)
+        RTOSettings.__post_init__(self)
         if self.batch_size % self.num_generations:
             raise BadInputError(
                 f"batch_size={self.batch_size} is no multiple of num_generations={self.num_generations}."
             )
 
-    def settings(self) -> RTOSettings:
-        names = {item.name for item in dataclasses.fields(RTOSettings)} - {"gamma"}
-        return RTOSettings(gamma=self.discount, **{name: getattr(self, name) for name in names})
+
+def part(settings: Any, kind: type) -> Any:
+    """The settings of ``kind`` that a configuration carries."""
+    return kind(**{item.name: getattr(settings, item.name) for item in dataclasses.fields(kind)})
 
 
 # -- what all trainings share --------------------------------------------------------------------------------------------
@@ -587,7 +559,7 @@ def train_ift(config: IFTTraining, context: TrainingContext) -> TrainingResult:
     before = session.write_texts(session.policy, prompts) if session.main else []
     args = SFTConfig(**config.arguments(session.checkpoints), max_length=config.max_length)
     trainer = IFTTrainer(
-        session.policy, ift=config.settings(), args=args, train_dataset=train, eval_dataset=held, processing_class=session.tokenizer,
+        session.policy, ift=part(config, IFTSettings), args=args, train_dataset=train, eval_dataset=held, processing_class=session.tokenizer,
         peft_config=session.adapter,
     )  # fmt: skip
     session.train(trainer)
@@ -611,7 +583,7 @@ def train_rto(config: RTOTraining, context: TrainingContext) -> TrainingResult:
     from .guides import dpo_guide
     from .traces import rollout_trace
 
-    settings = config.settings()
+    settings = part(config, RTOSettings)
     reward = (
         _sentiment_reward()
         if config.reward == "sentiment"

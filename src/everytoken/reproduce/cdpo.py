@@ -39,7 +39,8 @@ def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float:
 def correct(prompt: str, response: str) -> bool:
     """Whether a worked sum ends in the right total (numbers are written from their last digit)."""
     total = sum(int(number[::-1]) for number in prompt.strip("=").split("+"))
-    return response.strip().rpartition("#")[2] == str(total)[::-1]
+    _, mark, final = response.strip().rpartition("#")
+    return bool(mark) and final == str(total)[::-1]
 
 
 @torch.no_grad()
