@@ -58,7 +58,19 @@ def test_papers_show():
 
 @pytest.mark.parametrize(
     "verb",
-    [[], ["papers"], ["papers", "show"], ["try"], ["compare"], ["train"], ["reproduce"], ["scoreboard"], ["doctor"]],
+    [
+        [],
+        ["papers"],
+        ["papers", "show"],
+        ["try"],
+        ["compare"],
+        ["data"],
+        ["data", "sentiment"],
+        ["train"],
+        ["reproduce"],
+        ["scoreboard"],
+        ["doctor"],
+    ],
 )
 def test_help_has_real_examples(verb):
     result = RUNNER.invoke(app, [*verb, "--help"])
@@ -107,6 +119,14 @@ def test_help_has_real_examples(verb):
         (["train", "r2r", "--data", "absent.txt"], "no file", 2),
         (["train", "r2r", "--config", "absent.yaml"], "cannot be read", 2),
         (["train", "r2r", "--out", "/no/such/folder/x"], "does not exist", 2),
+        (["train", "cdpo", "--set", "constrast=2"], "Did you mean contrast", 2),
+        (["train", "tgdpo", "--data", "absent.jsonl"], "no file", 2),
+        (["data", "sentiment", "--set", "cuont=3"], "Did you mean count", 2),
+        (["data", "sentiment", "--set", "prompts=absent.txt"], "no file absent.txt", 2),
+        (["data", "arithmetic", "--set", "task=juggling"], "no task 'juggling'", 2),
+        (["data", "arithmetic", "--out", "/no/such/folder/x"], "does not exist", 2),
+        (["try", "ift", "--set", "norm=l9"], "Unknown norm", 2),
+        (["try", "rto", "--set", "estimator=td"], "Unknown estimator", 2),
         (["scoreboard", "--out", "/no/such/folder/x.md"], "does not exist", 2),
     ],
 )

@@ -67,12 +67,12 @@ def test_splits_of_a_folder(tmp_path):
 
 
 BAD = [
-    ({"prompt": "a", "chosen": " b", "rejected": " b"}, "row 1: chosen and rejected are identical"),
-    ({"prompt": "a", "chosen": "", "rejected": " b"}, "row 1: 'chosen' must be non-empty"),
-    ({"prompt": "a", "chosen": " b"}, "row 1: 'rejected' must be"),
-    ({"prompt": 3, "chosen": " b", "rejected": " c"}, "row 1: 'prompt' must be"),
-    ({"prompt": "a", "chosen": [{"role": "user"}], "rejected": " c"}, "row 1: 'chosen': every message"),
-    ({"prompt": "a", "chosen": [], "rejected": " c"}, "row 1: 'chosen' has no messages"),
+    ({"prompt": "a", "chosen": " b", "rejected": " b"}, "line 2: chosen and rejected are identical"),
+    ({"prompt": "a", "chosen": "", "rejected": " b"}, "line 2: 'chosen' must be non-empty"),
+    ({"prompt": "a", "chosen": " b"}, "line 2: 'rejected' must be"),
+    ({"prompt": 3, "chosen": " b", "rejected": " c"}, "line 2: 'prompt' must be"),
+    ({"prompt": "a", "chosen": [{"role": "user"}], "rejected": " c"}, "line 2: 'chosen': every message"),
+    ({"prompt": "a", "chosen": [], "rejected": " c"}, "line 2: 'chosen' has no messages"),
     ({"prompt": "a", "chosen": [{"role": "assistant", "content": " "}], "rejected": " c"}, "last message is empty"),
     ({"prompt": "a", "chosen": [{"role": "assistant", "content": "x"}], "rejected": " c"}, "all be text"),
 ]

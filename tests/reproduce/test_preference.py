@@ -149,7 +149,7 @@ def test_quick_tgdpo_and_rto_run_end_to_end():
     from everytoken.reproduce.rto import REPRODUCTION as RTO
     from everytoken.reproduce.tgdpo import REPRODUCTION as TGDPO
 
-    assert set(execute(TGDPO, quick=True, console=QUIET)["runs"][0]) == {"DPO", "TGDPO"}
+    assert set(execute(TGDPO, quick=True, console=QUIET)["runs"][0]) == {"DPO", "TGDPO", "TGDPO, clamped"}
     result = execute(RTO, quick=True, console=QUIET)
     assert set(result["runs"][0]) == set(ARMS)
     assert all(len(curve) == 4 for curve in result["artifacts"]["0"]["curves"].values())

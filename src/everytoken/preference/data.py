@@ -84,7 +84,7 @@ def read_rows(source: str | Path) -> list[dict[str, Any]]:
         except (OSError, pyarrow.ArrowException) as error:
             raise BadInputError(f"{path} cannot be read as Parquet: {error}.") from error
     else:
-        rows = _parse(path)
+        rows = _parse(path)[1]
     if not rows:
         raise BadInputError(f"{path} holds no rows.")
     return rows
@@ -97,21 +97,24 @@ def _split(dataset: Any, split: str, label: str) -> Any:
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = _parse(path)
+    places, rows = _parse(path)
     if not rows:
         raise BadInputError(f"{path} holds no pairs.")
     # checked here as well: rows of different types have no common Arrow schema, and its error names no row
-    check_rows(rows, str(path))
+    check_rows(rows, str(path), places)
     return rows
 
 
-def _parse(path: Path) -> list[dict[str, Any]]:
+def _parse(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Where each row stands (``line 3``, ``row 2``), and the rows."""
+    places: list[str] = []
     text = path.read_text(encoding="utf-8", errors="strict") if _is_utf8(path) else ""
     if path.suffix == ".json" and text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
         except ValueError as error:
             raise BadInputError(f"{path} is not JSON: {error}.") from error
+        places = [f"row {index}" for index in range(len(rows))]
     else:
         rows = []
         for number, line in enumerate(text.split("\n"), 1):
@@ -123,7 +126,8 @@ def _parse(path: Path) -> list[dict[str, Any]]:
                 raise BadInputError(f"{path}, line {number}: not JSON ({error}).") from error
             if not isinstance(rows[-1], dict):
                 raise BadInputError(f"{path}, line {number}: not an object.")
-    return rows
+            places.append(f"line {number}")
+    return places, rows
 
 
 def _is_utf8(path: Path) -> bool:
@@ -156,13 +160,13 @@ def check_pairs(dataset: Any, label: str = "The data") -> None:
     check_rows([dict(zip(needed, row, strict=True)) for row in zip(*columns, strict=True)], label)
 
 
-def check_rows(rows: list[dict[str, Any]], label: str) -> None:
-    """As ``check_pairs``, for rows in memory."""
+def check_rows(rows: list[dict[str, Any]], label: str, places: list[str] | None = None) -> None:
+    """As ``check_pairs``, for rows in memory; ``places`` says where each stands, by default ``row N`` from 0."""
     tokenized = "chosen_ids" in rows[0]
     responses = ("chosen_ids", "rejected_ids") if tokenized else ("chosen", "rejected")
     names = (*(("prompt_ids",) if tokenized else ("prompt",) if "prompt" in rows[0] else ()), *responses)
     for index, row in enumerate(rows):
-        where = f"{label}, row {index}"
+        where = f"{label}, {places[index] if places is not None else f'row {index}'}"
         for name in names:
             _check_value(row.get(name), f"{where}: {name!r}", tokenized)
         if row[responses[0]] == row[responses[1]]:

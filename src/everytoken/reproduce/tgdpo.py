@@ -13,8 +13,13 @@ def run(context: Context) -> Arms:
 
     work = make_work(context)
     guide, dpo = train_arm(context, work, "DPO", DPOLoss(beta=0.1))  # the first stage is the baseline
-    _, guided = train_arm(context, work, "TGDPO", TGDPOLoss(beta=0.1, alpha=0.5), [ModelLogps(guide)])
-    return figures(context, {"DPO": dpo, "TGDPO": guided})
+    curves = {"DPO": dpo}
+    for name, loss in {
+        "TGDPO": TGDPOLoss(beta=0.1, alpha=0.5),
+        "TGDPO, clamped": TGDPOLoss(beta=0.1, alpha=0.5, clamp=0.5),
+    }.items():
+        _, curves[name] = train_arm(context, work, name, loss, [ModelLogps(guide)])
+    return figures(context, curves)
 
 
 REPRODUCTION = Reproduction(
@@ -24,6 +29,9 @@ REPRODUCTION = Reproduction(
     claims=[
         Claim("reward at equal KL", "TGDPO", "DPO", "higher win rates (up to +7.5)", kind="difference", why=WHY),
         Claim("reward at the end", "TGDPO", "DPO", "higher", kind="difference", why=WHY),
+        Claim(
+            "reward at equal KL", "TGDPO, clamped", "DPO", "higher (weights in 0.5 to 1.5)", kind="difference", why=WHY
+        ),
     ],
     extra=("train", "trl"),
 )
