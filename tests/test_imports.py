@@ -62,7 +62,17 @@ def imports_of(path):
 STATIONS = ("tokenization", "generation", "preference", "constraints")
 SHARED = {"base", "byte_view", "trial", "trainer", "traces", "sentiment", "drafts", "drafting", "trees"}
 SHARED |= {"loop", "rows", "routers", "r2r_training"}  # loops, rows of a batch, R2R's network and its training
-SHARED |= {"scored", "columns", "critic", "data", "guides", "arithmetic", "build", "training"}  # of preference
+SHARED |= {
+    "scored",
+    "columns",
+    "critic",
+    "data",
+    "guides",
+    "arithmetic",
+    "build",
+    "training",
+    "failures",
+}  # of preference
 SHARED |= {"merging", "hyper"}  # pair merges, embeddings of new tokens
 SHARED |= {"grammar", "kernels", "matcher", "pushdown", "sources", "vocabulary"}  # the grammar engine
 

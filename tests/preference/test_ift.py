@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
 from everytoken.core.errors import BadInputError, UnsupportedModelError
+from everytoken.preference.failures import NonFiniteLossError
 from everytoken.preference.ift import IFTSettings, IFTTrainer, relation_weights
 
 from ..conftest import tiny_llama
@@ -244,8 +246,12 @@ def test_bad_input(tmp_path, embedded_tokenizer):
     trainer = make(tmp_path, embedded_tokenizer, IFTSettings())
     with torch.no_grad():
         trainer.model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(BadInputError, match="learning rate"):
+    with pytest.raises(NonFiniteLossError, match="learning rate"):
         trainer.train()
+    saved = json.loads((tmp_path / "bad_batch.json").read_text())
+    assert {row["text"].split("<|im_end|>")[0] for row in saved["rows"]} == {
+        r["prompt"] + r["completion"] for r in ROWS
+    }
     model = tiny_llama(49152, eos=2)
     type(model).get_input_embeddings, kept = (lambda self: None), type(model).get_input_embeddings
     try:

@@ -14,6 +14,7 @@ datasets = pytest.importorskip("datasets")
 
 from everytoken.core.errors import BadInputError, TokenizerMismatchError
 from everytoken.preference.critic import Critic, value_loss
+from everytoken.preference.failures import NonFiniteLossError
 from everytoken.preference.rto import (
     RTOConfig,
     RTOTrainer,
@@ -303,6 +304,19 @@ def test_bad_input(tmp_path, embedded_tokenizer):
         config(tmp_path, estimator="td")
     with pytest.raises(BadInputError, match="RTOConfig"):
         RTOTrainer(policy(), reward_funcs=score, args=config(tmp_path, trl.GRPOConfig), train_dataset=None)
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_saves_the_batch(tmp_path, embedded_tokenizer):
+    import json
+
+    trainer = make(tmp_path, embedded_tokenizer, dpo_reward_scale=0.0, estimator="group")
+    batch = rollout(trainer)
+    batch["advantages"] = batch["advantages"] * float("nan")
+    with pytest.raises(NonFiniteLossError, match=r"bad_batch\.json"):
+        trainer._compute_loss(trainer.model, batch)
+    saved = json.loads((tmp_path / "bad_batch.json").read_text())
+    assert len(saved["rows"]) == 8
+    assert any("The film was" in row["prompt"] for row in saved["rows"])
 
 
 def test_a_fresh_critic_expects_nothing_and_shares_no_weights():

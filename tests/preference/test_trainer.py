@@ -158,7 +158,7 @@ def test_settings_without_meaning_are_refused(tmp_path, embedded_tokenizer, sett
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_saves_the_batch(tmp_path, embedded_tokenizer):
-    from everytoken.preference.trainer import NonFiniteLossError
+    from everytoken.preference.failures import NonFiniteLossError
 
     trainer = make(tmp_path, embedded_tokenizer, TDPOLoss())
     with torch.no_grad():
@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_saves_the_batch(tmp_path, 
     assert isinstance(caught.value, FloatingPointError)
     saved = json.loads((tmp_path / "bad_batch.json").read_text())
     assert saved["step"] == 0
-    assert {pair["chosen"]["prompt"] + pair["chosen"]["response"] for pair in saved["pairs"]} == {
+    assert {pair["chosen"]["prompt"] + pair["chosen"]["response"] for pair in saved["rows"]} == {
         row["prompt"] + row["chosen"] for row in ROWS
     }
 

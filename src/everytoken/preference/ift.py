@@ -29,6 +29,7 @@ from trl import SFTTrainer
 from ..core.credit import discounted_sums
 from ..core.errors import BadInputError
 from ..core.logprobs import masked_sum
+from .failures import stopped
 from .scored import add_scored_forward, input_embeddings
 
 PROPAGATIONS = ("loss", "logps", "mask")
@@ -132,6 +133,7 @@ class IFTTrainer(SFTTrainer):
     Raises:
         BadInputError: packing or padding-free batches (a row's weights would mix with its neighbour's), or another loss.
         UnsupportedModelError: no input embeddings to mix.
+        NonFiniteLossError: while training; the offending batch is in ``output_dir/bad_batch.json``.
     """
 
     _tag_names = ["everytoken", "ift"]
@@ -210,10 +212,9 @@ class IFTTrainer(SFTTrainer):
             if num_items_in_batch is not None:  # Trainer leaves accumulation to losses that take it
                 loss = loss / self.current_gradient_accumulation_steps
         if not torch.isfinite(loss):
-            raise BadInputError(
-                f"The loss is {loss.item()} at step {self.state.global_step}.",
-                "Lower the learning rate or check the data.",
-            )
+            texts = self.processing_class.batch_decode(inputs["input_ids"])
+            batch = zip(texts, inputs["labels"].tolist(), weighted.detach().tolist(), strict=True)
+            raise stopped(self, loss.item(), [{"text": t, "labels": y, "loss": value} for t, y, value in batch])
         self._log_tokens(losses, weights, mask, predicted, inputs)
         if return_outputs:
             with torch.no_grad():

@@ -37,6 +37,7 @@ from ..core.errors import BadInputError
 from ..core.logprobs import masked_mean, masked_sum
 from ..core.scoring import check_guide, response_logps
 from .critic import Critic, value_loss
+from .failures import stopped
 
 
 # -- rewards and advantages ----------------------------------------------------------------------------------------------
@@ -207,6 +208,7 @@ class RTOTrainer(GRPOTrainer):
     Raises:
         BadInputError: no DPO model though its reward is asked for.
         TokenizerMismatchError: the DPO model reads another vocabulary.
+        NonFiniteLossError: while training; the offending batch is in ``output_dir/bad_batch.json``.
     """
 
     _tag_names = ["everytoken", "rto"]
@@ -388,6 +390,14 @@ class RTOTrainer(GRPOTrainer):
                     self.critic_optimizer.step()
                     self.critic_optimizer.zero_grad()
         return whiten(advantages, mask, lambda moments: self.accelerator.reduce(moments, reduction="sum"))
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        loss = super()._compute_loss(model, inputs)
+        if not torch.isfinite(loss):
+            texts = [self.processing_class.batch_decode(inputs[name]) for name in ("prompt_ids", "completion_ids")]
+            rows = zip(*texts, inputs["advantages"].tolist(), strict=True)
+            raise stopped(self, loss.item(), [{"prompt": p, "completion": c, "advantages": a} for p, c, a in rows])
+        return loss
 
     # -- logs and checkpoints --------------------------------------------------------------------------------------------
     def _log(self, name: str, values: torch.Tensor, mode: str) -> None:

@@ -15,10 +15,8 @@ once, before training. With ``precompute_ref_log_probs=True`` the reference beco
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,12 +26,13 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import use_adapter
 
-from ..core.errors import BadInputError, EverytokenError
+from ..core.errors import BadInputError
 from ..core.logprobs import TokenStats
 from ..core.scoring import check_guide
 from .base import PairScores, PreferenceLoss, PreferenceOutput, TokenAnnotator
 from .columns import SIDES, ModelLogps, check_columns, precompute
 from .data import check_rows
+from .failures import NonFiniteLossError, stopped
 from .scored import add_scored_forward, whole
 
 UNUSED_SETTINGS = {
@@ -57,10 +56,6 @@ def quiet_config(folder: str, **settings: Any) -> DPOConfig:
         disable_tqdm=True,
         **settings,
     )
-
-
-class NonFiniteLossError(EverytokenError, FloatingPointError):
-    """Training stopped at a loss that is not a number; the batch that gave it is saved."""
 
 
 @dataclass
@@ -293,14 +288,7 @@ class PreferenceTrainer(DPOTrainer):
             {"loss": value, "chosen": row(index), "rejected": row(index + pairs)}
             for index, value in enumerate(output.losses.detach().tolist())
         ]
-        rank = self.accelerator.process_index
-        path = Path(self.args.output_dir) / (f"bad_batch.{rank}.json" if rank else "bad_batch.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"step": self.state.global_step, "loss": loss, "pairs": saved}, indent=1))
-        return NonFiniteLossError(
-            f"The loss is {loss} at step {self.state.global_step}; the batch is saved in {path}.",
-            "Lower the learning rate, or look at its rows; checkpoints before this step are untouched.",
-        )
+        return stopped(self, loss, saved)
 
     def _log_pairs(self, output: PreferenceOutput, policy: PairScores, inputs: dict[str, Any]) -> None:
         """The metrics under TRL's names, plus those of the loss."""

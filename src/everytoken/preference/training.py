@@ -468,8 +468,9 @@ def train_on_pairs(name: str) -> Callable[[PreferenceTraining, TrainingContext],
         columns = tuple(sorted(loss.columns))
         annotators: list[Any] = []
         if columns:
+            start = session.reference if session.reference is not None else session.load()
             probe = PreferenceTrainer(
-                session.policy, ref_model=session.reference, loss=DPOLoss(), args=args_without_reference(args),
+                session.policy, ref_model=start, loss=DPOLoss(), args=args_without_reference(args),
                 train_dataset=train, processing_class=session.tokenizer,
             )  # fmt: skip
             annotators = annotators_for(
@@ -482,7 +483,7 @@ def train_on_pairs(name: str) -> Callable[[PreferenceTraining, TrainingContext],
                 context.report,
             )
             del probe
-        session.policy = session.load()
+            session.policy = session.load()  # anew: the probe patched its forward
         trainer = PreferenceTrainer(
             session.policy, ref_model=session.reference, loss=loss, annotators=annotators, args=args, train_dataset=train,
             eval_dataset=held, processing_class=session.tokenizer, peft_config=session.adapter, monitor_kl=config.monitor_kl,

@@ -1,0 +1,29 @@
+"""A loss that is not a number stops training, and the batch that gave it is saved for the user to look at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import EverytokenError
+
+
+class NonFiniteLossError(EverytokenError, FloatingPointError):
+    """Training stopped at a loss that is not a number; the batch that gave it is saved."""
+
+
+def stopped(trainer: Any, loss: float, rows: list[dict[str, Any]]) -> NonFiniteLossError:
+    """Writes ``output_dir/bad_batch.json`` (``bad_batch.1.json`` for the second process) and returns the error to raise.
+
+    Args:
+        rows: the batch, readable: texts, ids, and what is known of each.
+    """
+    rank, step = trainer.accelerator.process_index, trainer.state.global_step
+    path = Path(trainer.args.output_dir) / (f"bad_batch.{rank}.json" if rank else "bad_batch.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"step": step, "loss": loss, "rows": rows}, indent=1))
+    return NonFiniteLossError(
+        f"The loss is {loss} at step {step}; the batch is saved in {path}.",
+        "Lower the learning rate, or look at its rows; checkpoints before this step are untouched.",
+    )
