@@ -131,7 +131,7 @@ def figures(context: Context, curves: dict[str, Curve]) -> dict[str, dict[str, f
             "reward at the end": curve[-1][1],
             "KL at the end": curve[-1][0],
             "reward at equal KL": reward_at(curve, shared),
-            "reward at half of it": reward_at(curve, shared / 2),
+            "reward at half that KL": reward_at(curve, shared / 2),
         }
         for name, curve in curves.items()
     }
