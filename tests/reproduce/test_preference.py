@@ -124,16 +124,6 @@ def test_the_dpo_arm_is_the_same_in_all_shipped_experiments():
 
 # -- quick runs ----------------------------------------------------------------------------------------------------------
 @pytest.mark.slow
-def test_quick_tdpo_runs_end_to_end():
-    from everytoken.reproduce.tdpo import REPRODUCTION
-
-    curves = execute(REPRODUCTION, quick=True, console=QUIET)["artifacts"]["0"]["curves"]
-    assert set(curves) == {"DPO", "TDPO1", "TDPO2"}
-    assert all(curve[0] == curves["DPO"][0] for curve in curves.values())
-    assert all(kl > 0 for curve in curves.values() for kl, _ in curve[1:])
-
-
-@pytest.mark.slow
 def test_quick_t_reg_runs_end_to_end():
     from everytoken.reproduce.t_reg import REPRODUCTION
 

@@ -110,7 +110,7 @@ def bed(context: Context) -> Bed:
     """The test bed, made once and kept in the user's cache (about ten minutes on two cores; a quick one in one)."""
     from transformers import AutoTokenizer
 
-    count, steps = (240, 60) if context.quick else (6000, 1200)
+    count, steps = (120, 40) if context.quick else (6000, 1200)
     name = "embedded" if context.model is None else str(derive_seed(0, context.model))
     folder = cache_dir() / "reproduce" / f"sentiment-bed-{name}-{count}"
     if not (folder / "teacher_ids.json").is_file():
