@@ -1,7 +1,7 @@
 """IFT's claims: with the same demonstrations, a policy does better on its own than after supervised tuning (Frozen Lake, and text).
 
 Frozen Lake is gymnasium's: a map of safe ice, holes and a goal; an episode succeeds if the agent reaches the goal. A small transformer
-reads a random map and writes moves; demonstrations are shortest paths. Text: the embedded model writes words backwards, by letters.
+reads a random map and writes moves; demonstrations are shortest paths. Text: the embedded model spells words, letter by letter.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def run(context: Context) -> Arms:
 
 
 def spelling(context: Context, settings: dict[str, Any]) -> Arms:
-    """Words of four to six letters backwards, by the embedded model; exact match of its own greedy answers on words never seen."""
+    """Words of four to six letters spelt, by the embedded model; exact match of its own greedy answers on words never seen."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     from ..core.loading import load_model, load_tokenizer
@@ -168,7 +168,7 @@ def spelling(context: Context, settings: dict[str, Any]) -> Arms:
     train, test, steps = (16, 8, 2) if context.quick else (640, 120, 40)
 
     def spelt(word: str) -> dict[str, str]:
-        return {"prompt": f"{word}:", "completion": " " + " ".join(reversed(word))}
+        return {"prompt": f"{word}:", "completion": " " + " ".join(word)}
 
     tokenizer = load_tokenizer(context.model)
     arms: Arms = {}
