@@ -154,3 +154,11 @@ def test_kl_can_be_watched_without_being_needed(tmp_path, embedded_tokenizer):
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert watched._metrics["train"]["kl/chosen"][-1] > 0
     assert "kl/chosen" not in plain._metrics["train"]
+
+
+def test_other_columns_of_the_users_do_no_harm(tmp_path, embedded_tokenizer):
+    rows = [
+        row | {"chosen_rating": 5.0, "rejected_rating": 1.0, "chosen_tags": ["a"], "rejected_tags": []} for row in ROWS
+    ]
+    trainer = make(tmp_path, embedded_tokenizer, DPOLoss(0.1), rows=rows, remove_unused_columns=False)
+    assert not [name for name in first_batch(trainer) if name.startswith("column/")]

@@ -230,6 +230,19 @@ def test_lora_accumulation_checkpointing_and_resume(tmp_path, embedded_tokenizer
         assert torch.allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+def test_accumulation_changes_no_weight(tmp_path, embedded_tokenizer, reduction):
+    weights = []
+    for changes in ({}, dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)):
+        settings_ = IFTSettings(reduction=reduction)
+        # plain SGD: Adam would turn rounding in gradients near zero into whole steps
+        trainer = make(tmp_path, embedded_tokenizer, settings_, max_steps=2, learning_rate=1e-2, optim="sgd", **changes)
+        start = torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()]).clone()
+        trainer.train()
+        weights.append(torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()]))
+    assert (weights[0] - weights[1]).abs().max() < 1e-4 * (weights[0] - start).abs().max()
+
+
 def test_bad_input(tmp_path, embedded_tokenizer):
     for bad in (
         dict(residual=2),

@@ -64,8 +64,14 @@ class PairCollator(DataCollatorForPreference):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
-        names = [
-            key.removeprefix("chosen_") for key in examples[0] if key.startswith("chosen_") and key != "chosen_ids"
+        first, length = examples[0], len(examples[0]["chosen_ids"])
+        names = [  # per-token columns only: users' data may have others, such as chosen_rating
+            key.removeprefix("chosen_")
+            for key, value in first.items()
+            if key.startswith("chosen_")
+            and key != "chosen_ids"
+            and isinstance(value, (list, tuple))
+            and len(value) == length
         ]
         kept = slice(None)
         if self.max_length is not None:
