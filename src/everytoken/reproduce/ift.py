@@ -1,7 +1,7 @@
 """IFT's claims: with the same demonstrations, a policy does better on its own than after supervised tuning (Frozen Lake, and text).
 
 Frozen Lake is gymnasium's: a map of safe ice, holes and a goal; an episode succeeds if the agent reaches the goal. A small transformer
-reads a random map and writes moves; demonstrations are shortest paths. Text: the embedded model spells words, letter by letter.
+reads a random map and writes moves; demonstrations are shortest paths. Text: the embedded model writes words in capitals.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MOVES = "LDRU"  # gymnasium's actions 0 to 3
 SIZE = 5
 WHY = (
     "The paper tunes Mistral-7B on UltraChat and UltraFeedback, and shows Frozen Lake as an illustration; here a small transformer learns "
-    "shortest paths on random maps, and the embedded 135M model a spelling task, both tuned for the same steps on the same rows."
+    "shortest paths on random maps, and the embedded 135M model to write words in capitals, both tuned for the same steps on the same rows."
 )
 
 
@@ -152,35 +152,35 @@ def run(context: Context) -> Arms:
             torch.manual_seed(context.seed)
             moves = written(model, tokenizer, prompts, 24, sample)
             arms[name][label] = sum(map(succeeds, held, moves)) / len(held)
-    arms = {name: arms[name] | found for name, found in spelling(context, settings).items()}
+    arms = {name: arms[name] | found for name, found in capitals(context, settings).items()}
     return arms
 
 
-def spelling(context: Context, settings: dict[str, Any]) -> Arms:
-    """Words of four to six letters spelt, by the embedded model; exact match of its own greedy answers on words never seen."""
+def capitals(context: Context, settings: dict[str, Any]) -> Arms:
+    """Words of three to five letters in capitals, by the embedded model; exact match of its own greedy answers on words never seen."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     from ..core.loading import load_model, load_tokenizer
 
     rng = random.Random(derive_seed(context.seed, "words"))
-    words = [w for w in SentimentIntensityAnalyzer().lexicon if w.isalpha() and w.isascii() and 4 <= len(w) <= 6]
+    words = [w for w in SentimentIntensityAnalyzer().lexicon if w.isalpha() and w.isascii() and 3 <= len(w) <= 5]
     rng.shuffle(words)
     train, test, steps = (16, 8, 2) if context.quick else (640, 120, 40)
 
-    def spelt(word: str) -> dict[str, str]:
-        return {"prompt": f"{word}:", "completion": " " + " ".join(word)}
+    def row_of(word: str) -> dict[str, str]:
+        return {"prompt": f"{word}:", "completion": " " + word.upper()}
 
     tokenizer = load_tokenizer(context.model)
     arms: Arms = {}
     for name, setting in settings.items():
         model = load_model(context.model, dtype="float32", packed=True)
         tune(
-            context, model, tokenizer, [spelt(w) for w in words[:train]], setting, steps, 16, 1e-4, f"spelling, {name}"
+            context, model, tokenizer, [row_of(w) for w in words[:train]], setting, steps, 16, 2e-4, f"capitals, {name}"
         )
-        held = [spelt(w) for w in words[train : train + test]]
-        texts = written(model, tokenizer, [row["prompt"] for row in held], 14, batch=100)
+        held = [row_of(w) for w in words[train : train + test]]
+        texts = written(model, tokenizer, [row["prompt"] for row in held], 8, batch=120)
         arms[name] = {
-            "spelling, exact match": sum(
+            "capitals, exact match": sum(
                 t.strip() == row["completion"].strip() for t, row in zip(texts, held, strict=True)
             )
             / len(held)
@@ -191,12 +191,12 @@ def spelling(context: Context, settings: dict[str, Any]) -> Arms:
 
 REPRODUCTION = Reproduction(
     name="ift",
-    summary="SFT and IFT on the same demonstrations for equal steps: Frozen Lake under its own rollouts, and spelling by the embedded model",
+    summary="SFT and IFT on the same demonstrations for equal steps: Frozen Lake under its own rollouts, and words in capitals by the embedded model",
     run=run,
     claims=[
         Claim("Frozen Lake success, greedy", "IFT", "SFT", "comparable or better", kind="difference", why=WHY),
         Claim("Frozen Lake success, sampled", "IFT", "SFT", "comparable or better", kind="difference", why=WHY),
-        Claim("spelling, exact match", "IFT", "SFT", "comparable or better", kind="difference", why=WHY),
+        Claim("capitals, exact match", "IFT", "SFT", "comparable or better", kind="difference", why=WHY),
     ],
     seeds=2,
     extra=("train", "trl"),
