@@ -44,7 +44,7 @@ class Work:
 def make_work(context: Context) -> Work:
     """Pairs, prompts and settings of a seed; the DPO arm of every experiment that uses it is the same."""
     place = bed(context)
-    steps, batch, pairs, samples, every = (6, 8, 64, 36, 3) if context.quick else (120, 16, 1280, 720, 20)
+    steps, batch, pairs, samples, every = (6, 8, 24, 36, 3) if context.quick else (120, 16, 1280, 720, 20)
     start = place.model()
     torch.manual_seed(derive_seed(context.seed, "pairs"))
     context.progress(f"{pairs} pairs of the small model's own continuations")
