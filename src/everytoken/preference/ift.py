@@ -13,7 +13,8 @@ pass reads a mixture of the true and the predicted token, with x'_t = g_t on tar
     c_t = sum_{i >= t} gamma^(i - t) l_i / n        w_t = n c_t / sum_i c_i        loss = mean over rows of sum_t w_t l_t / n
 
 Weights average 1; gradient flows through them, as in the authors' code (``detach_weights`` stops it); gamma = 0 switches them off.
-With lambda = 0 and gamma = 0 this is supervised tuning.
+With lambda = 0 and gamma = 0 this is supervised tuning. The exact form of the propagations "logps" and "mask", of side "right" and of
+the norms other than L1 is reconstructed; the default is the authors'.
 
     trainer = IFTTrainer(model, ift=IFTSettings(residual=0.2, gamma=0.95), args=SFTConfig(...), train_dataset=..., processing_class=...)
 """
