@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,15 @@ def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
             progress.update(task, description=text, completed=done, total=total or None)
 
         yield report
+
+
+def print_outcome(figures: dict[str, float], files: Iterable[Path], console: Console) -> None:
+    """Figures in a column, then the files that were written."""
+    width = max(map(len, figures), default=0)
+    for label, value in figures.items():
+        console.print(f"{label:<{width}}  {figure(value)}", highlight=False)
+    for path in files:
+        console.print(f"written: {path}", highlight=False)
 
 
 def options_from(**values: Any) -> dict[str, Any]:

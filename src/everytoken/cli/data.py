@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .common import check_outputs, figure, stages
+from .common import check_outputs, print_outcome, stages
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,8 +55,4 @@ def _build(kind: str, model: str | None, pairs: list[str], out: Path | None, as_
     console = Console()
     if built.kept:
         status.print("taken from the cache: the same settings were made before", style="dim")
-    width = max(map(len, built.figures), default=0)
-    for label, value in built.figures.items():
-        console.print(f"{label:<{width}}  {figure(value)}", highlight=False)
-    for path in built.files:
-        console.print(f"written: {path}", highlight=False)
+    print_outcome(built.figures, built.files, console)

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from ..catalog.cards import find_card
-from .common import check_outputs, figure, stages
+from .common import check_outputs, print_outcome, stages
 
 EXAMPLES = (
     "Examples:  everytoken train tgdpo --data pairs/train.jsonl --set steps=50  ·  "
@@ -60,10 +60,6 @@ def train(
         typer.echo(json.dumps({"figures": result.figures, "files": [str(path) for path in result.files]}, indent=1))
         return
     console = Console()
-    width = max(map(len, result.figures), default=0)
-    for label, value in result.figures.items():
-        console.print(f"{label:<{width}}  {figure(value)}", highlight=False)
-    for path in result.files:
-        console.print(f"written: {path}", highlight=False)
+    print_outcome(result.figures, result.files, console)
     for note in result.notes:
         console.print(note, style="dim", highlight=False)

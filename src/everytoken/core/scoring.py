@@ -63,6 +63,13 @@ def check_guide(
         )
 
 
+def prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
+    """Ids of a prompt: of a text as it is, of a list of messages by the chat template, up to where the answer begins."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
 def pad_rows(rows: Sequence[Row], pad: int = 0, device: Any = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows as right-padded tensors: ``ids [B, T]``, ``attention_mask [B, T]``, and ``mask [B, T]``, True on response tokens."""
     import torch

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.errors import BadInputError, require
+from ..core.scoring import prompt_ids
 
 TASKS: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
@@ -114,13 +115,7 @@ def messages_of(question: str) -> list[dict[str, str]]:
 
 def prompt_of(tokenizer: Any, question: str) -> list[int]:
     """Ids of a question, by the chat template where there is one."""
-    if tokenizer.chat_template:
-        return list(
-            tokenizer.apply_chat_template(messages_of(question), add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
-        )
-    return list(tokenizer(question + "\n")["input_ids"])
+    return prompt_ids(tokenizer, messages_of(question) if tokenizer.chat_template else question + "\n")
 
 
 def pairs_of(

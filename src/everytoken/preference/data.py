@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import BadInputError, require
+from ..core.trials import read_text
 
 MESSAGE = {"role", "content"}
 
@@ -33,7 +34,7 @@ def load_pairs(source: str | Path, split: str = "train") -> Any:
     path = Path(source)
     label = str(source)
     if path.is_file() and path.suffix in (".jsonl", ".ndjson", ".json"):
-        dataset = datasets.Dataset.from_list(_read_jsonl(path))
+        return datasets.Dataset.from_list(_read_jsonl(path))  # checked line by line
     elif path.is_file() and path.suffix == ".parquet":
         import pyarrow
 
@@ -108,7 +109,7 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
 def _parse(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     """Where each row stands (``line 3``, ``row 2``), and the rows."""
     places: list[str] = []
-    text = path.read_text(encoding="utf-8", errors="strict") if _is_utf8(path) else ""
+    text = read_text(path)
     if path.suffix == ".json" and text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
@@ -128,14 +129,6 @@ def _parse(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
                 raise BadInputError(f"{path}, line {number}: not an object.")
             places.append(f"line {number}")
     return places, rows
-
-
-def _is_utf8(path: Path) -> bool:
-    try:
-        path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise BadInputError(f"{path} is not UTF-8 text: {error}.") from error
-    return True
 
 
 def check_pairs(dataset: Any, label: str = "The data") -> None:

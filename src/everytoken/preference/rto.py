@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import use_adapter
 
 from ..core.credit import discounted_sums
 from ..core.errors import BadInputError
@@ -38,6 +37,7 @@ from ..core.logprobs import masked_mean, masked_sum
 from ..core.scoring import check_guide, response_logps
 from .critic import Critic, value_loss
 from .failures import stopped
+from .scored import reference_adapter
 
 
 # -- rewards and advantages ----------------------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ class RTOTrainer(GRPOTrainer):
             rows = slice(start, start + size)
             if model is None and self.rto_reference is None:
                 policy = self.accelerator.unwrap_model(self.model)
-                with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+                with reference_adapter(policy):
                     parts.append(response_logps(policy, ids[rows], mask[rows], attention[rows]))
             else:
                 scorer = self.rto_reference if model is None else model

@@ -75,6 +75,13 @@ def input_embeddings(model: Any) -> Any:
     return found
 
 
+def reference_adapter(policy: Any) -> Any:
+    """A context in which a PEFT policy is its own reference: the adapter ``ref`` where there is one, else none."""
+    from trl.trainer.utils import use_adapter
+
+    return use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
+
+
 def whole(parameter: Any) -> Any:
     """A parameter, gathered if FSDP holds it in shards."""
     return parameter.full_tensor() if parameter is not None and hasattr(parameter, "full_tensor") else parameter

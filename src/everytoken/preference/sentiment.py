@@ -78,19 +78,28 @@ def positivity(texts: list[str]) -> list[float]:
 
 
 @torch.no_grad()
-def continuations(
-    model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int = 20, batch: int = 64
-) -> list[str]:
-    """One sampled continuation (temperature 1) for every prompt, in order."""
-    texts = []
+def continuation_ids(
+    model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int = 20, batch: int = 64, sample: bool = True
+) -> list[list[int]]:
+    """The new token ids of one continuation for every prompt, in order: sampled (temperature 1) or greedy; padded behind an end token."""
+    choice: dict[str, Any] = {"do_sample": True, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
+    rows: list[list[int]] = []
     for first in range(0, len(prompts), batch):
         encoded = tokenizer(prompts[first : first + batch], return_tensors="pt", padding=True, padding_side="left").to(
             model.device
         )
-        output = model.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=True, top_k=0, top_p=1.0)
-        new = output[:, encoded["input_ids"].shape[1] :]
-        texts += tokenizer.batch_decode(new, skip_special_tokens=True)
-    return texts
+        output = model.generate(**encoded, max_new_tokens=max_new_tokens, **choice)
+        rows += output[:, encoded["input_ids"].shape[1] :].tolist()
+    return rows
+
+
+def continuations(
+    model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int = 20, batch: int = 64, sample: bool = True
+) -> list[str]:
+    """``continuation_ids`` as texts."""
+    return tokenizer.batch_decode(
+        continuation_ids(model, tokenizer, prompts, max_new_tokens, batch, sample), skip_special_tokens=True
+    )
 
 
 def sentiment_pairs(

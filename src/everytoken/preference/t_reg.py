@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from ..core.errors import BadInputError
 from ..core.logprobs import masked_mean, masked_sum
 from ..core.scoring import model_fingerprint, plain_head, response_logps, score_rows
+from ..core.scoring import prompt_ids as wrapped_ids
 from .base import Example, PairScores, PreferenceOutput
 
 BETTER = "Answer as well as you can: helpful, correct, clear and kind.\n\n"
@@ -135,9 +136,7 @@ class ContrastivePromptRewards:
             else:
                 messages = [{"role": "system", "content": instruction.strip()}, *messages]
             head: list[int] = []
-            body = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
+            body = wrapped_ids(self.tokenizer, messages)
         else:
             head = self.tokenizer(instruction, add_special_tokens=False)["input_ids"]
             body = list(prompt_ids)

@@ -8,6 +8,7 @@ import torch
 
 from ..core.errors import BadInputError
 from ..core.implicit_reward import ImplicitReward
+from ..core.scoring import prompt_ids, response_logps
 from ..core.trace import TokenTrace
 
 
@@ -94,12 +95,7 @@ def rollout_trace(
     policy: Any, reference: Any, dpo_model: Any, tokenizer: Any, prompt: Any, response: str, settings: Any
 ) -> TokenTrace:
     """RTO's token rewards of a response (without the sequence's own): the DPO reward, the KL charge, and their sum."""
-    from ..core.scoring import response_logps
-
-    if isinstance(prompt, str):
-        before = tokenizer(prompt)["input_ids"]
-    else:
-        before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    before = prompt_ids(tokenizer, prompt)
     after = tokenizer(response, add_special_tokens=False)["input_ids"]
     ids = torch.tensor([[*before, *after]], device=policy.device)
     mask = torch.zeros_like(ids, dtype=torch.bool)

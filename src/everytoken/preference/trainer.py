@@ -24,7 +24,6 @@ from torch.nn.utils.rnn import pad_sequence
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import use_adapter
 
 from ..core.errors import BadInputError
 from ..core.logprobs import TokenStats
@@ -33,7 +32,7 @@ from .base import PairScores, PreferenceLoss, PreferenceOutput, TokenAnnotator
 from .columns import SIDES, ModelLogps, check_columns, precompute
 from .data import check_rows
 from .failures import NonFiniteLossError, stopped
-from .scored import add_scored_forward, whole
+from .scored import add_scored_forward, reference_adapter, whole
 
 UNUSED_SETTINGS = {
     "padding_free": (False, "TRL's preference trainer has none at present, and pairs are scored as padded rows"),
@@ -200,11 +199,7 @@ class PreferenceTrainer(DPOTrainer):
         model = self.ref_model if self.ref_model is not None else self.accelerator.unwrap_model(self.model)
         model.to(self.accelerator.device)
         peft = self.ref_model is None and hasattr(model, "peft_config")
-        scope = (
-            use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None)
-            if peft
-            else contextlib.nullcontext()
-        )
+        scope = reference_adapter(model) if peft else contextlib.nullcontext()
         training = model.training
         model.eval()
         with scope:
@@ -261,7 +256,7 @@ class PreferenceTrainer(DPOTrainer):
                     "The reference was not kept, and this batch has no column ref_logps.",
                     "Pass ref_model, or evaluate on a dataset that was given to the trainer at the start.",
                 )
-            with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+            with reference_adapter(model):
                 return self.model(**kept, score={"mask": mask}), model.get_output_embeddings()
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:

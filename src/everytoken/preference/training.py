@@ -19,11 +19,12 @@ import torch
 
 from ..core.errors import BadInputError
 from ..core.report import training_report
+from ..core.scoring import prompt_ids
 from ..core.training import Training, TrainingContext, TrainingResult
 from ..core.trials import load_function
 from .cdpo import CDPOLoss
 from .dpo import DPOLoss
-from .guides import GuideSettings, annotators_for
+from .guides import GuideSettings, Progress, annotators_for
 from .ift import IFTSettings, IFTTrainer
 from .rto import RTOConfig, RTOSettings, RTOTrainer
 from .t_reg import TREGLoss
@@ -295,6 +296,11 @@ class Session:
         seed_everything(config.seed)
 
     @property
+    def sharded(self) -> bool:
+        """Whether parameters lie in shards (FSDP): models can be trained then, not sampled from one process."""
+        return str(self.state.distributed_type).endswith("FSDP")
+
+    @property
     def adapter(self) -> Any:
         if not self.config.lora_r:
             return None
@@ -314,17 +320,12 @@ class Session:
 
     def write_texts(self, model: Any, prompts: list[Any]) -> list[str]:
         """Greedy continuations; none under FSDP, whose parameters lie in shards."""
-        if not self.config.samples or str(self.state.distributed_type).endswith("FSDP"):
+        if not self.config.samples or self.sharded:
             return []
         texts = []
         model.eval()
         for prompt in prompts[: self.config.samples]:
-            if isinstance(prompt, str):
-                ids = self.tokenizer(prompt)["input_ids"]
-            else:
-                ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)[
-                    "input_ids"
-                ]
+            ids = prompt_ids(self.tokenizer, prompt)
             with torch.no_grad():
                 output = model.generate(
                     torch.tensor([ids], device=model.device), attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
@@ -339,7 +340,7 @@ class Session:
         from transformers.trainer_utils import get_last_checkpoint
 
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_watch(self.context.report, self.name))
+        trainer.add_callback(Watch(self.context.report, f"training {self.name}"))
         last = get_last_checkpoint(str(self.checkpoints)) if self.config.resume and self.checkpoints.is_dir() else None
         if last is not None:
             self.notes.append(f"Went on from {last}.")
@@ -405,30 +406,20 @@ def _shown(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
-def _watch(report: Callable[[str, int, int], None], name: str) -> Any:
-    from transformers import TrainerCallback
+class Watch(Progress):
+    """Step, loss, margin and KL on the progress bar."""
 
-    class Watch(TrainerCallback):
-        """Step, loss, margin and KL on the progress bar."""
-
-        text = f"training {name}"
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            shown = [
-                f"{label} {logs[key]:.3g}"
-                for label, key in (
-                    ("loss", "loss"), ("margin", "rewards/margins"), ("reward", "reward"), ("KL", "kl/chosen"), ("KL", "rto/kl"), ("nll", "nll"),
-                )
-                if isinstance((logs or {}).get(key), (int, float))
-            ]  # fmt: skip
-            if shown:
-                self.text = ", ".join([f"training {name}", *shown])
-                report(self.text, state.global_step, state.max_steps)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            report(self.text, state.global_step, state.max_steps)
-
-    return Watch()
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        shown = [
+            f"{label} {logs[key]:.3g}"
+            for label, key in (
+                ("loss", "loss"), ("margin", "rewards/margins"), ("reward", "reward"), ("KL", "kl/chosen"), ("KL", "rto/kl"), ("nll", "nll"),
+            )
+            if isinstance((logs or {}).get(key), (int, float))
+        ]  # fmt: skip
+        if shown:
+            self.stage = ", ".join([self.stage.split(",")[0], *shown])
+            self.report(self.stage, state.global_step, state.max_steps)
 
 
 def _pairs(context: TrainingContext) -> Any:
@@ -507,7 +498,7 @@ def args_without_reference(args: Any) -> Any:
 
 def _pair_traces(session: Session, trainer: Any, loss: Any, rows: Any) -> list[Any]:
     """Credit of the first held-out pairs, chosen and rejected in turn; none under FSDP."""
-    if str(session.state.distributed_type).endswith("FSDP"):
+    if session.sharded:
         return []
     from .traces import pair_traces
 
@@ -568,7 +559,7 @@ def train_ift(config: IFTTraining, context: TrainingContext) -> TrainingResult:
     measured = trainer.evaluate()
     figures = {key.removeprefix("eval_"): float(measured[key]) for key in ("eval_loss", "eval_nll") if key in measured}
     traces = []
-    if session.main and not str(session.state.distributed_type).endswith("FSDP"):
+    if session.main and not session.sharded:
         for index in range(min(config.samples, len(trainer.eval_dataset))):
             traces.append(
                 demonstration_trace(trainer, session.tokenizer, trainer.eval_dataset[index], f"held-out row {index}")

@@ -336,3 +336,11 @@ def scoreboard(results: Sequence[dict[str, Any]]) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def mean_ranks(values: Any) -> Any:
+    """Ranks from 1 of a numpy array; equal values share the mean of their ranks."""
+    import numpy as np
+
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]

@@ -18,7 +18,8 @@ from ..core.errors import BadInputError
 from ..core.logprobs import entropy_from_logits
 from ..core.rng import derive_seed
 from ..core.scoring import response_hidden, response_logps, score_rows
-from .base import Arms, Claim, Context, Reproduction
+from ..preference.sentiment import continuations
+from .base import Arms, Claim, Context, Reproduction, mean_ranks
 from .small import answer_batches, character_tokenizer, fit, small_model, worked_sum
 
 WHY = (
@@ -30,8 +31,7 @@ CHARACTERS = "0123456789+=;#"
 
 def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float:
     """The chance that a positive scores above a negative, ties counting half."""
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    ranks = mean_ranks(scores)
     positives, negatives = labels.sum(), (~labels).sum()
     return float((ranks[labels].sum() - positives * (positives + 1) / 2) / max(positives * negatives, 1))
 
@@ -43,17 +43,9 @@ def correct(prompt: str, response: str) -> bool:
     return bool(mark) and final == str(total)[::-1]
 
 
-@torch.no_grad()
-def answers(model: Any, tokenizer: Any, prompts: list[str], sample: bool, batch: int = 512) -> list[str]:
+def answers(model: Any, tokenizer: Any, prompts: list[str], sample: bool) -> list[str]:
     """One answer a prompt."""
-    texts: list[str] = []
-    for first in range(0, len(prompts), batch):
-        encoded = tokenizer(prompts[first : first + batch], return_tensors="pt", padding=True)
-        output = model.generate(
-            **encoded, max_new_tokens=56, do_sample=sample, top_k=0, pad_token_id=tokenizer.pad_token_id
-        )
-        texts += tokenizer.batch_decode(output[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-    return texts
+    return continuations(model, tokenizer, prompts, 56, 512, sample)
 
 
 def tuned(

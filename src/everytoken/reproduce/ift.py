@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..core.rng import derive_seed, seed_everything
+from ..preference.sentiment import continuations
 from .base import Arms, Claim, Context, Reproduction
 from .small import character_tokenizer, small_model
 
@@ -64,22 +65,6 @@ def succeeds(field: list[str], moves: str) -> bool:
         return False
     finally:
         environment.close()
-
-
-@torch.no_grad()
-def written(
-    model: Any, tokenizer: Any, prompts: list[str], new_tokens: int, sample: bool = False, batch: int = 128
-) -> list[str]:
-    """One answer a prompt, greedy or sampled."""
-    texts: list[str] = []
-    for first in range(0, len(prompts), batch):
-        encoded = tokenizer(prompts[first : first + batch], return_tensors="pt", padding=True, padding_side="left")
-        output = model.generate(
-            **encoded, max_new_tokens=new_tokens, do_sample=sample, top_k=0, top_p=1.0,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        )  # fmt: skip
-        texts += tokenizer.batch_decode(output[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-    return texts
 
 
 def tune(
@@ -150,7 +135,7 @@ def run(context: Context) -> Arms:
         prompts = ["/".join(field) + ">" for field in held]
         for label, sample in (("Frozen Lake success, greedy", False), ("Frozen Lake success, sampled", True)):
             torch.manual_seed(context.seed)
-            moves = written(model, tokenizer, prompts, 24, sample)
+            moves = continuations(model, tokenizer, prompts, 24, 128, sample)
             arms[name][label] = sum(map(succeeds, held, moves)) / len(held)
     arms = {name: arms[name] | found for name, found in capitals(context, settings).items()}
     return arms
@@ -178,7 +163,7 @@ def capitals(context: Context, settings: dict[str, Any]) -> Arms:
             context, model, tokenizer, [row_of(w) for w in words[:train]], setting, steps, 16, 2e-4, f"capitals, {name}"
         )
         held = [row_of(w) for w in words[train : train + test]]
-        texts = written(model, tokenizer, [row["prompt"] for row in held], 8, batch=120)
+        texts = continuations(model, tokenizer, [row["prompt"] for row in held], 8, 120, sample=False)
         arms[name] = {
             "capitals, exact match": sum(
                 t.strip() == row["completion"].strip() for t, row in zip(texts, held, strict=True)

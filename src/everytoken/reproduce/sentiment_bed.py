@@ -21,7 +21,7 @@ from ..core.loading import cache_dir, load_model, load_tokenizer
 from ..core.rng import derive_seed, seed_everything
 from ..core.scoring import pad_rows
 from ..preference.base import Example
-from ..preference.sentiment import continuations, openings, positivity
+from ..preference.sentiment import continuation_ids, continuations, openings, positivity
 from .base import Context
 from .small import fit, pruned_tokenizer, small_model
 
@@ -48,18 +48,9 @@ class Bed:
     def decode(self, ids: Any) -> list[str]:
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    @torch.no_grad()
-    def sample(self, model: Any, prompts: list[str], batch: int = 256) -> list[list[int]]:
+    def sample(self, model: Any, prompts: list[str]) -> list[list[int]]:
         """One continuation of ``NEW_TOKENS`` tokens each, temperature 1, up to its end token (included)."""
-        rows: list[list[int]] = []
-        for first in range(0, len(prompts), batch):
-            encoded = self.tokenizer(prompts[first : first + batch], return_tensors="pt", padding=True)
-            output = model.generate(
-                **encoded, max_new_tokens=NEW_TOKENS, do_sample=True, top_k=0, top_p=1.0,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )  # fmt: skip
-            rows += [self.until_end(row) for row in output[:, encoded["input_ids"].shape[1] :].tolist()]
-        return rows
+        return [self.until_end(row) for row in continuation_ids(model, self.tokenizer, prompts, NEW_TOKENS, 256)]
 
     def until_end(self, ids: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id

@@ -10,7 +10,7 @@ import torch
 from ..core.implicit_reward import ImplicitReward
 from ..core.scoring import score_rows
 from ..preference.base import Example
-from .base import Arms, Claim, Context, Reproduction
+from .base import Arms, Claim, Context, Reproduction, mean_ranks
 from .frontier import WHY, Work, figures, make_work, train_arm
 from .sentiment_bed import TeacherRewards
 
@@ -21,12 +21,7 @@ TEACHER = " The model that is asked with two prompts is the embedded one: the sm
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
     """Spearman's rho; equal values share their mean rank."""
-
-    def ranks(values: np.ndarray) -> np.ndarray:
-        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-    return float(np.corrcoef(ranks(one), ranks(other))[0, 1])
+    return float(np.corrcoef(mean_ranks(one), mean_ranks(other))[0, 1])
 
 
 def lexicon_scores(work: Work, ids: list[int]) -> list[float]:
