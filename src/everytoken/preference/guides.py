@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainerCallback
@@ -58,7 +58,6 @@ class GuideSettings:
     batch_size: int = 4
     seed: int = 0
     bf16: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def dpo_guide(
@@ -67,40 +66,48 @@ def dpo_guide(
     """A copy trained with DPO on ``rows``."""
     from .dpo import DPOLoss
 
-    trained = train_quietly(
-        load(), reference, DPOLoss(), tokenizer, rows, settings, report, "training a guide with DPO"
-    )
-    return trained.requires_grad_(False).eval()
+    trainer = train_quietly(
+        load(), reference, DPOLoss(), tokenizer, rows, callbacks=[Progress(report, "training a guide with DPO")],
+        per_device_train_batch_size=min(settings.batch_size, len(rows)), max_steps=settings.steps, learning_rate=settings.lr,
+        seed=settings.seed, bf16=settings.bf16,
+    )  # fmt: skip
+    return trainer.model.requires_grad_(False)
 
 
 def train_quietly(
-    policy: Any, reference: Any, loss: Any, tokenizer: Any, rows: Any, settings: GuideSettings, report: Report, stage: str,
-    annotators: Sequence[TokenAnnotator] = (),
+    policy: Any, reference: Any, loss: Any, tokenizer: Any, rows: Any, annotators: Any = (), callbacks: Sequence[TrainerCallback] = (),
+    **arguments: Any,
 ) -> Any:  # fmt: skip
-    """A few steps of a preference loss, without logs or checkpoints; returns the policy."""
+    """A short training with a preference loss that logs, saves and prints nothing; returns the trainer, its model ready to be used.
+
+    Args:
+        rows: a ``datasets.Dataset`` or a list of rows.
+        annotators, callbacks: as for ``PreferenceTrainer``.
+        arguments: of ``trl.DPOConfig``; float32, a constant learning rate and whole rows where they say nothing else.
+    """
+    from datasets import Dataset, disable_progress_bars
     from transformers.trainer_callback import PrinterCallback
+    from transformers.utils import logging
+    from trl import DPOConfig
 
-    from .trainer import PreferenceTrainer, quiet_config
+    from .trainer import PreferenceTrainer
 
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    quiet: dict[str, Any] = {
+        "report_to": [], "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True, "bf16": False,
+        "gradient_checkpointing": False, "max_length": None, "lr_scheduler_type": "constant",
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        args = quiet_config(
-            folder,
-            per_device_train_batch_size=min(settings.batch_size, len(rows)),
-            max_steps=settings.steps,
-            learning_rate=settings.lr,
-            lr_scheduler_type="constant",
-            seed=settings.seed,
-            max_length=None,
-            **settings.extra,
-        )
-        args.bf16 = settings.bf16
         trainer = PreferenceTrainer(
-            policy, ref_model=reference, loss=loss, annotators=annotators, args=args, train_dataset=rows,
-            processing_class=tokenizer, callbacks=[Progress(report, stage)],
+            policy, ref_model=reference, loss=loss, annotators=annotators, args=DPOConfig(output_dir=folder, **quiet | arguments),
+            train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows, processing_class=tokenizer,
+            callbacks=list(callbacks),
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return policy.eval()
+    trainer.model.eval()
+    return trainer
 
 
 def tuned_on(

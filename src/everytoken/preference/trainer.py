@@ -15,7 +15,7 @@ once, before training. With ``precompute_ref_log_probs=True`` the reference beco
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,20 +41,6 @@ UNUSED_SETTINGS = {
     "use_liger_kernel": (False, "the head is fused here already"),
     "reference_free": (False, "these losses compare with a reference, and without one they are undefined"),
 }
-
-
-def quiet_config(folder: str, **settings: Any) -> DPOConfig:
-    """A DPOConfig for short runs in float32 that log, save and report nothing."""
-    return DPOConfig(
-        output_dir=folder,
-        report_to=[],
-        logging_strategy="no",
-        save_strategy="no",
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        **settings,
-    )
 
 
 @dataclass
@@ -95,7 +81,8 @@ class PreferenceTrainer(DPOTrainer):
 
     Args:
         loss: a PreferenceLoss; default DPO with ``args.beta``.
-        annotators: make the per-token columns that the loss takes where the dataset lacks them.
+        annotators: make the per-token columns that the loss takes where the dataset lacks them. A function of the tokenized training rows
+            that returns annotators is asked for them once, and only if columns are missing: guides that must be trained first.
         monitor_kl: also log ``kl/chosen`` and ``kl/rejected`` (forward KL a response, nats) for losses that do not need it.
         report: called with ``(stage, done, total)`` while columns are computed.
         kwargs: as for ``trl.DPOTrainer`` (``model``, ``ref_model``, ``args``, ``train_dataset``, ``peft_config``, ...).
@@ -116,7 +103,7 @@ class PreferenceTrainer(DPOTrainer):
         self,
         *positional: Any,
         loss: PreferenceLoss | None = None,
-        annotators: Sequence[TokenAnnotator] = (),
+        annotators: Sequence[TokenAnnotator] | Callable[[Any], Sequence[TokenAnnotator]] = (),
         monitor_kl: bool = False,
         report: Any = None,
         **kwargs: Any,
@@ -133,7 +120,9 @@ class PreferenceTrainer(DPOTrainer):
             loss = DPOLoss(beta=args.beta if args is not None else 0.1)
         self.preference_loss = loss
         self.columns = tuple(sorted(getattr(loss, "columns", ())))
-        self.annotators, self._report = list(annotators), report or (lambda _stage, _done, _total: None)
+        self.annotators: list[TokenAnnotator] = []
+        self._make_annotators = annotators if callable(annotators) else None
+        self._report = report or (lambda _stage, _done, _total: None)
         self.monitor_kl = monitor_kl
         self.needs = frozenset(loss.needs) | ({"forward_kl"} if monitor_kl else set())
         if args is not None and args.precompute_ref_log_probs:
@@ -145,9 +134,12 @@ class PreferenceTrainer(DPOTrainer):
             if args.max_length is not None and args.truncation_mode == "keep_end":
                 raise BadInputError("precompute_ref_log_probs needs truncation_mode=keep_start.", "Or max_length=None.")
         policy = kwargs.get("model", positional[0] if positional else None)
-        for what, model in self._guides(kwargs.get("ref_model", positional[1] if len(positional) > 1 else None)):
-            if policy is not None and hasattr(policy, "get_output_embeddings"):
-                check_guide(policy, model, what)
+        reference = kwargs.get("ref_model", positional[1] if len(positional) > 1 else None)
+        self._policy = policy if hasattr(policy, "get_output_embeddings") else None
+        if self._policy is not None and hasattr(reference, "get_output_embeddings"):
+            check_guide(policy, reference, "reference")
+        if self._make_annotators is None:
+            self._take_annotators(annotators)
         super().__init__(*positional, **kwargs)
         if type(self.data_collator) is DataCollatorForPreference:
             self.data_collator = PairCollator(**vars(self.data_collator))
@@ -157,14 +149,14 @@ class PreferenceTrainer(DPOTrainer):
                 base = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
                 add_scored_forward(base)
 
-    def _guides(self, reference: Any) -> list[tuple[str, Any]]:
-        found = [] if reference is None or isinstance(reference, str) else [("reference", reference)]
+    def _take_annotators(self, annotators: Sequence[TokenAnnotator]) -> None:
+        """Keeps them; a guide with another vocabulary is refused."""
+        self.annotators = list(annotators)
         for item in self.annotators:
             for name in ("model", "positive_model", "negative_model"):
                 model = getattr(item, name, None)
-                if hasattr(model, "get_output_embeddings"):
-                    found.append((f"guide for {item.column}", model))
-        return found
+                if self._policy is not None and hasattr(model, "get_output_embeddings"):
+                    check_guide(self._policy, model, f"guide for {item.column}")
 
     # -- data ------------------------------------------------------------------------------------------------------------
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
@@ -178,6 +170,11 @@ class PreferenceTrainer(DPOTrainer):
         if sized:
             self._check(dataset, ("prompt_ids", "chosen_ids", "rejected_ids"), dataset_name)
         if self.columns:
+            if self._make_annotators is not None and not {f"chosen_{name}" for name in self.columns} <= set(
+                dataset.column_names
+            ):
+                make, self._make_annotators = self._make_annotators, None
+                self._take_annotators(make(dataset))
             dataset = precompute(
                 dataset, [item for item in self.annotators if item.column in self.columns], self._report
             )

@@ -457,24 +457,18 @@ def train_on_pairs(name: str) -> Callable[[PreferenceTraining, TrainingContext],
             precompute_ref_log_probs=config.precompute_reference,
         )
         columns = tuple(sorted(loss.columns))
-        annotators: list[Any] = []
-        if columns:
-            start = session.reference if session.reference is not None else session.load()
-            probe = PreferenceTrainer(
-                session.policy, ref_model=start, loss=DPOLoss(), args=args_without_reference(args),
-                train_dataset=train, processing_class=session.tokenizer,
-            )  # fmt: skip
-            annotators = annotators_for(
+
+        def annotators(tokenized: Any) -> list[Any]:
+            return annotators_for(
                 columns,
                 session.load,
                 session.reference,
                 session.tokenizer,
-                probe.train_dataset,
+                tokenized,
                 config.guide_settings(),
                 context.report,
             )
-            del probe
-            session.policy = session.load()  # anew: the probe patched its forward
+
         trainer = PreferenceTrainer(
             session.policy, ref_model=session.reference, loss=loss, annotators=annotators, args=args, train_dataset=train,
             eval_dataset=held, processing_class=session.tokenizer, peft_config=session.adapter, monitor_kl=config.monitor_kl,
@@ -489,11 +483,6 @@ def train_on_pairs(name: str) -> Callable[[PreferenceTraining, TrainingContext],
         return session.finish(trainer, figures, prompts, before, traces, "implicit_reward")
 
     return run
-
-
-def args_without_reference(args: Any) -> Any:
-    """The same arguments for a trainer that only tokenizes."""
-    return dataclasses.replace(args, precompute_ref_log_probs=False)
 
 
 def _pair_traces(session: Session, trainer: Any, loss: Any, rows: Any) -> list[Any]:

@@ -84,34 +84,25 @@ class _Work:
 
 def _pairs(work: _Work) -> TrialResult:
     """Margins, divergence and time after a few steps."""
-    from datasets import Dataset
-
     from ..core.rng import seed_everything
-    from .columns import precompute
     from .dpo import DPOLoss
-    from .guides import GuideSettings, annotators_for, train_quietly
+    from .guides import GuideSettings, Progress, annotators_for, train_quietly
     from .traces import pair_traces
-    from .trainer import PreferenceTrainer, quiet_config
 
-    losses = work.arms("DPO", DPOLoss, {})
-    with tempfile.TemporaryDirectory() as folder:
-        rows = PreferenceTrainer(
-            work.load(), ref_model=work.reference, loss=DPOLoss(), args=quiet_config(folder, max_length=None),
-            train_dataset=Dataset.from_list(work.pairs), processing_class=work.tokenizer,
-        ).train_dataset  # fmt: skip
-    settings = GuideSettings(steps=work.steps, lr=work.lr, batch_size=min(4, len(rows)), seed=work.seed)
+    settings = GuideSettings(steps=work.steps, lr=work.lr, batch_size=min(4, len(work.pairs)), seed=work.seed)
     result = TrialResult({}, "reward margin", column="implicit_reward")
-    for name, loss in losses.items():
-        annotators = annotators_for(
-            sorted(loss.columns), work.load, work.reference, work.tokenizer, rows, settings, work.report
-        )
-        work.request.report(f"{name}: {work.steps} steps on {len(rows)} pairs")
+    for name, loss in work.arms("DPO", DPOLoss, {}).items():
+
+        def annotators(rows: Any, columns: Any = tuple(sorted(loss.columns))) -> Any:
+            return annotators_for(columns, work.load, work.reference, work.tokenizer, rows, settings, work.report)
+
+        work.request.report(f"{name}: {work.steps} steps on {len(work.pairs)} pairs")
         seed_everything(work.seed)
-        policy = work.load()
-        known = precompute(rows, annotators)
-        began = time.perf_counter()
-        train_quietly(policy, work.reference, loss, work.tokenizer, known, settings, work.report, f"{name}")
-        seconds = time.perf_counter() - began
+        trainer = train_quietly(
+            work.load(), work.reference, loss, work.tokenizer, work.pairs, annotators, [Progress(work.report, name)],
+            per_device_train_batch_size=settings.batch_size, max_steps=work.steps, learning_rate=work.lr, seed=work.seed,
+        )  # fmt: skip
+        policy, known = trainer.model, trainer.train_dataset
         margins, kls = [], {"chosen": 0.0, "rejected": 0.0}
         for index in range(min(8, len(known))):
             pair = pair_traces(policy, work.reference, work.tokenizer, known[index], loss)
@@ -126,7 +117,7 @@ def _pairs(work: _Work) -> TrialResult:
             "reward margin": sum(margins) / len(margins),
             "KL chosen": kls["chosen"] / len(margins),
             "KL rejected": kls["rejected"] / len(margins),
-            "seconds": seconds,
+            "seconds": trainer.state.log_history[-1]["train_runtime"],
         }
     return result
 

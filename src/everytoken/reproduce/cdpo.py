@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import random
-import tempfile
 from typing import Any
 
 import numpy as np
@@ -58,42 +57,10 @@ def tuned(
     return model
 
 
-def train_preference(
-    context: Context,
-    start: Any,
-    tokenizer: Any,
-    rows: list[dict],
-    loss: Any,
-    annotators: list[Any],
-    steps: int,
-    lr: float,
-) -> Any:
-    """A copy of ``start`` trained on pairs."""
-    from datasets import Dataset, disable_progress_bars
-    from transformers.trainer_callback import PrinterCallback
-    from transformers.utils import logging
-
-    from ..preference.trainer import PreferenceTrainer, quiet_config
-
-    disable_progress_bars()
-    logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        args = quiet_config(
-            folder, per_device_train_batch_size=16, max_steps=steps, learning_rate=lr, lr_scheduler_type="constant_with_warmup",
-            warmup_steps=5, seed=context.seed, data_seed=context.seed, max_length=None,
-        )  # fmt: skip
-        trainer = PreferenceTrainer(
-            copy.deepcopy(start), ref_model=copy.deepcopy(start), loss=loss, annotators=annotators, args=args,
-            train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-        )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        return trainer.model.eval()
-
-
 def run(context: Context) -> Arms:
     from ..preference.cdpo import CDPOLoss, ContrastiveEstimator, RolloutOracle, critical_tokens
     from ..preference.dpo import DPOLoss
+    from ..preference.guides import train_quietly
 
     tokenizer = character_tokenizer(CHARACTERS)
     model = small_model(len(tokenizer), end=tokenizer.eos_token_id)
@@ -184,11 +151,15 @@ def run(context: Context) -> Arms:
         best = -1.0
         for lr in rates:  # each loss gets the learning rate that suits it, by other questions than the test's
             context.progress(f"{name}: {steps} steps on {len(pairs)} pairs, learning rate {lr}")
-            policy = train_preference(context, model, tokenizer, pairs, loss, annotators, steps, lr)
-            accuracy = sum(map(correct, valid, answers(policy, tokenizer, valid, sample=False))) / len(valid)
+            trainer = train_quietly(
+                copy.deepcopy(model), copy.deepcopy(model), loss, tokenizer, pairs, annotators, per_device_train_batch_size=16,
+                max_steps=steps, learning_rate=lr, lr_scheduler_type="constant_with_warmup", warmup_steps=5, seed=context.seed,
+                data_seed=context.seed,
+            )  # fmt: skip
+            accuracy = sum(map(correct, valid, answers(trainer.model, tokenizer, valid, sample=False))) / len(valid)
             context.artifacts.setdefault("validation", {})[f"{name} {lr}"] = accuracy
             if accuracy > best:
-                best, policies[name] = accuracy, policy
+                best, policies[name] = accuracy, trainer.model
     for name, policy in policies.items():
         greedy = answers(policy, tokenizer, test, sample=False)
         torch.manual_seed(context.seed)

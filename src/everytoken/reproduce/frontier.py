@@ -7,7 +7,6 @@ writes continuations of held-out openings, and their mean VADER score and KL(pol
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,15 +62,10 @@ def train_arm(
     context: Context, work: Work, name: str, loss: Any, annotators: Sequence[Any] = (), rows: Any = None
 ) -> tuple[Any, Curve]:
     """Trains a copy of the start; returns it and its curve (the start included)."""
-    from datasets import Dataset, disable_progress_bars
     from transformers import TrainerCallback
-    from transformers.trainer_callback import PrinterCallback
-    from transformers.utils import logging
 
-    from ..preference.trainer import PreferenceTrainer, quiet_config
+    from ..preference.guides import train_quietly
 
-    disable_progress_bars()
-    logging.disable_progress_bar()
     curve = [measure(work, work.start, context.seed)]
 
     class Watch(TrainerCallback):
@@ -83,32 +77,12 @@ def train_arm(
                 kl, reward = curve[-1]
                 context.progress(f"{name} step {state.global_step} of {work.steps}: reward {reward:+.3f}, KL {kl:.2f}")
 
-    policy = work.bed.model()
-    with tempfile.TemporaryDirectory() as folder:
-        args = quiet_config(
-            folder,
-            per_device_train_batch_size=work.batch,
-            max_steps=work.steps,
-            learning_rate=work.lr,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=5,
-            seed=context.seed,
-            data_seed=context.seed,
-            max_length=None,
-        )
-        trainer = PreferenceTrainer(
-            policy,
-            ref_model=work.start,
-            loss=loss,
-            annotators=annotators,
-            args=args,
-            train_dataset=Dataset.from_list(work.rows if rows is None else rows),
-            processing_class=work.bed.tokenizer,
-            callbacks=[Watch()],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    return policy.eval(), curve
+    trainer = train_quietly(
+        work.bed.model(), work.start, loss, work.bed.tokenizer, work.rows if rows is None else rows, annotators, [Watch()],
+        per_device_train_batch_size=work.batch, max_steps=work.steps, learning_rate=work.lr,
+        lr_scheduler_type="constant_with_warmup", warmup_steps=5, seed=context.seed, data_seed=context.seed,
+    )  # fmt: skip
+    return trainer.model, curve
 
 
 def reward_at(curve: Curve, kl: float) -> float:

@@ -107,13 +107,10 @@ def run(context: Context) -> Arms:
     from ..core.loading import load_model, load_tokenizer
     from ..generation.qstar_beam import QStarBeam
     from ..preference.dpo import DPOLoss
-    from ..preference.guides import GuideSettings, train_quietly
+    from ..preference.guides import train_quietly
     from ..preference.sentiment import continuations, openings, positivity, sentiment_pairs
 
     logging.disable_progress_bar()
-    import datasets
-
-    datasets.disable_progress_bars()
     tokenizer = load_tokenizer(context.model)
     base = load_model(context.model, dtype="float32", packed=True)
     steps, batch, samples, new_tokens = (2, 4, 6, 10) if context.quick else (16, 8, 48, 20)
@@ -126,9 +123,10 @@ def run(context: Context) -> Arms:
     )
     policy = load_model(context.model, dtype="float32", packed=True)
     context.progress(f"DPO, {steps} steps")
-    settings = GuideSettings(steps=steps, batch_size=batch, lr=5e-5, seed=context.seed)
-    pairs = datasets.Dataset.from_list(rows)
-    train_quietly(policy, base, DPOLoss(beta=0.1), tokenizer, pairs, settings, lambda *_: None, "DPO")
+    train_quietly(
+        policy, base, DPOLoss(beta=0.1), tokenizer, rows, per_device_train_batch_size=batch, max_steps=steps, learning_rate=5e-5,
+        seed=context.seed,
+    )  # fmt: skip
 
     rng = random.Random(context.seed)
     torch.manual_seed(context.seed)
