@@ -15,8 +15,8 @@ import tempfile
 FAMILIES = {
     "TRL DPO": ("DPO", "DPO, reference precomputed", "TDPO2", "TGDPO", "cDPO", "T-REG"),
     "TRL SFT": ("IFT",),
-    "PPO": ("RTO",),
-    "TRL GRPO": ("RTO, no critic",),
+    "PPO": ("RTO", "RTO, DPO adapter"),
+    "TRL GRPO": ("RTO, no critic", "RTO, no critic, DPO adapter"),
 }
 STEPS, BATCH, PROMPT, RESPONSE, ROLLOUTS, NEW = 6, 2, 24, 48, 8, 12
 COLUMNS = {"TGDPO": "guide_logps", "cDPO": "contrast", "T-REG": "token_reward"}
@@ -85,6 +85,7 @@ def pair_arms() -> set[str]:
 def build(name, settings, load_model, tokenizer, pairs, clock):
     """The trainer of an arm."""
     from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
     from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
     from everytoken.preference.cdpo import CDPOLoss
@@ -155,9 +156,12 @@ def build(name, settings, load_model, tokenizer, pairs, clock):
         return GRPOTrainer(model, args=GRPOConfig(**settings, **rollouts, beta=0.01), **data, **common)
     scale = 0.0 if name == "PPO" else 0.05
     args = RTOConfig(
-        **settings, **rollouts, dpo_reward_scale=scale, estimator="group" if name == "RTO, no critic" else "gae"
+        **settings, **rollouts, dpo_reward_scale=scale, estimator="group" if "no critic" in name else "gae"
     )
-    return RTOTrainer(model, dpo_model=load_model(dtype="float32") if scale else None, args=args, **data, **common)
+    dpo = load_model(dtype="float32") if scale else None
+    if name.endswith("DPO adapter"):  # one model in memory for the DPO model and the reference
+        dpo = get_peft_model(dpo, LoraConfig(r=16, target_modules="all-linear"))
+    return RTOTrainer(model, dpo_model=dpo, args=args, **data, **common)
 
 
 def main() -> None:

@@ -71,6 +71,8 @@ SHARED |= {
     "arithmetic",
     "build",
     "training",
+    "configs",
+    "session",
     "failures",
 }  # of preference
 SHARED |= {"merging", "hyper"}  # pair merges, embeddings of new tokens

@@ -291,6 +291,31 @@ def test_lora_uses_the_policy_without_its_adapter(tmp_path, embedded_tokenizer):
     trainer.train()
 
 
+@pytest.mark.parametrize("estimator", ["gae", "group"])
+def test_a_dpo_adapter_holds_the_reference_too(tmp_path, embedded_tokenizer, estimator):
+    """The same batch from a PEFT DPO model alone, and from the same two models in full."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    dpo = peft.get_peft_model(policy(), adapter)
+    merged = copy.deepcopy(dpo).merge_and_unload()
+    changes = dict(estimator=estimator, dpo_reward_scale=0.5, dpo_reward_clip=None, init_kl_coef=0.2)
+    shared = make(tmp_path / "shared", embedded_tokenizer, dpo, **changes)
+    full = make(tmp_path / "full", embedded_tokenizer, merged, **changes)
+    assert shared.rto_reference is None
+    assert full.rto_reference is not None
+    with torch.no_grad():  # the policy must have moved from the reference
+        for trainer in (shared, full):
+            for weight in trainer.model.parameters():
+                weight.add_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    one, other = rollout(shared), rollout(full)
+    assert torch.equal(one["completion_ids"], other["completion_ids"])
+    assert torch.allclose(one["advantages"], other["advantages"], atol=1e-4)
+    assert shared._metrics["train"]["rto/dpo_reward"][-1] != 0
+    assert abs(shared._metrics["train"]["rto/kl"][-1]) > 1e-4
+    shared.train()
+
+
 def test_bad_input(tmp_path, embedded_tokenizer):
     with pytest.raises(BadInputError, match="dpo_model"):
         make(tmp_path, embedded_tokenizer)

@@ -70,6 +70,21 @@ def prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
     return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
+def encode_prompt(tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
+    """``generate``'s inputs for one prompt: a turn of the user where the tokenizer has a chat template, else the text as it is.
+
+    Raises:
+        BadInputError: the prompt is empty.
+    """
+    import torch
+
+    if not prompt.strip():
+        raise BadInputError("The prompt is empty.", 'Give some text: --prompt "Why is the sky blue?"')
+    turn: Any = [{"role": "user", "content": prompt}] if tokenizer.chat_template else prompt
+    ids = torch.tensor([prompt_ids(tokenizer, turn)])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 def pad_rows(rows: Sequence[Row], pad: int = 0, device: Any = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows as right-padded tensors: ``ids [B, T]``, ``attention_mask [B, T]``, and ``mask [B, T]``, True on response tokens."""
     import torch

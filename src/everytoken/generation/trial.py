@@ -6,25 +6,10 @@ import time
 from typing import Any
 
 from ..core.errors import BadInputError
+from ..core.scoring import encode_prompt
 from ..core.trials import TrialRequest, TrialResult
 
 EXAMPLE = "Why do cats purr? Answer in a few sentences."
-
-
-def encode_prompt(tokenizer: Any, prompt: str) -> dict[str, Any]:
-    """A prompt as a chat turn if the tokenizer has a template, else as it is.
-
-    Raises:
-        BadInputError: the prompt is empty.
-    """
-    if not prompt.strip():
-        raise BadInputError("The prompt is empty.", 'Give some text: --prompt "Why is the sky blue?"')
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": prompt}]
-        return dict(
-            tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        )
-    return dict(tokenizer(prompt, return_tensors="pt"))
 
 
 def trial(request: TrialRequest) -> TrialResult:

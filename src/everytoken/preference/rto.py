@@ -202,6 +202,7 @@ class RTOTrainer(GRPOTrainer):
     Args:
         dpo_model: pi_dpo, a frozen model trained with DPO; may be None if ``dpo_reward_scale`` is 0.
         ref_model: the reference of that training; default a copy of the policy as it starts (for PEFT, the policy without its adapter).
+            Where only ``dpo_model`` is a ``PeftModel``, it is that model without its adapter: one model in memory for both.
         critic: for ``estimator="gae"``; default a copy of the policy's body with a new head.
         kwargs: as for ``trl.GRPOTrainer``.
 
@@ -235,8 +236,10 @@ class RTOTrainer(GRPOTrainer):
             )
         peft = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
         # copies are made now: afterwards the policy's forward is patched, and a copy would share the patch
-        self.rto_reference = ref_model if ref_model is not None else None if peft else copy.deepcopy(model)
         self.dpo_model = dpo_model if args.dpo_reward_scale else None
+        shared = peft or hasattr(self.dpo_model, "get_base_model")
+        self.rto_reference = ref_model if ref_model is not None else None if shared else copy.deepcopy(model)
+        self._holds_reference = not peft and shared and ref_model is None  # the DPO model does, under its adapter
         if self.dpo_model is not None:
             check_guide(model, self.dpo_model, "DPO model")
             start = self.rto_reference if self.rto_reference is not None else model
@@ -329,9 +332,9 @@ class RTOTrainer(GRPOTrainer):
         for start in range(0, len(ids), size):
             rows = slice(start, start + size)
             if model is None and self.rto_reference is None:
-                policy = self.accelerator.unwrap_model(self.model)
-                with reference_adapter(policy):
-                    parts.append(response_logps(policy, ids[rows], mask[rows], attention[rows]))
+                holder = self.dpo_model if self._holds_reference else self.accelerator.unwrap_model(self.model)
+                with reference_adapter(holder):
+                    parts.append(response_logps(holder, ids[rows], mask[rows], attention[rows]))
             else:
                 scorer = self.rto_reference if model is None else model
                 parts.append(response_logps(scorer, ids[rows], mask[rows], attention[rows]))

@@ -138,7 +138,7 @@ class PreferenceTrainer(DPOTrainer):
         self._policy = policy if hasattr(policy, "get_output_embeddings") else None
         if self._policy is not None and hasattr(reference, "get_output_embeddings"):
             check_guide(policy, reference, "reference")
-        if self._make_annotators is None:
+        if not callable(annotators):
             self._take_annotators(annotators)
         super().__init__(*positional, **kwargs)
         if type(self.data_collator) is DataCollatorForPreference:

@@ -91,15 +91,18 @@ def _pairs(work: _Work) -> TrialResult:
 
     settings = GuideSettings(steps=work.steps, lr=work.lr, batch_size=min(4, len(work.pairs)), seed=work.seed)
     result = TrialResult({}, "reward margin", column="implicit_reward")
+
+    def guides(columns: list[str]) -> Any:
+        """What makes the columns of a loss, once its rows are tokenized."""
+        return lambda rows: annotators_for(
+            columns, work.load, work.reference, work.tokenizer, rows, settings, work.report
+        )
+
     for name, loss in work.arms("DPO", DPOLoss, {}).items():
-
-        def annotators(rows: Any, columns: Any = tuple(sorted(loss.columns))) -> Any:
-            return annotators_for(columns, work.load, work.reference, work.tokenizer, rows, settings, work.report)
-
         work.request.report(f"{name}: {work.steps} steps on {len(work.pairs)} pairs")
         seed_everything(work.seed)
         trainer = train_quietly(
-            work.load(), work.reference, loss, work.tokenizer, work.pairs, annotators, [Progress(work.report, name)],
+            work.load(), work.reference, loss, work.tokenizer, work.pairs, guides(sorted(loss.columns)), [Progress(work.report, name)],
             per_device_train_batch_size=settings.batch_size, max_steps=work.steps, learning_rate=work.lr, seed=work.seed,
         )  # fmt: skip
         policy, known = trainer.model, trainer.train_dataset

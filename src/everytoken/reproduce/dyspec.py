@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..generation.trial import encode_prompt
+from ..core.scoring import encode_prompt
 from .base import Arms, Claim, Context, Reproduction
 
 PROMPTS = [

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..generation.trial import encode_prompt
+from ..core.scoring import encode_prompt
 from .base import Arms, Claim, Context, Reproduction
 
 SCHEMA = {
