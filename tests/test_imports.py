@@ -73,6 +73,7 @@ SHARED |= {
     "training",
     "configs",
     "session",
+    "distributed",
     "failures",
 }  # of preference
 SHARED |= {"merging", "hyper"}  # pair merges, embeddings of new tokens

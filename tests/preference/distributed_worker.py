@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import datasets
 import torch
+from torch.distributed.tensor import DTensor
 from trl import DPOConfig, SFTConfig
 
 from everytoken.core.loading import load_tokenizer
@@ -60,10 +61,19 @@ def main(kind: str, out: Path, size: int) -> None:
             **common,
         )
     trainer.train()
+    # every model that takes part, by where its weights lie
+    models = [
+        trainer.model,
+        *(getattr(trainer, name, None) for name in ("ref_model", "rto_reference", "dpo_model", "critic")),
+    ]
+    sharded = [any(isinstance(w, DTensor) for w in m.parameters()) for m in models if m is not None]
     state = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.accelerator.is_main_process:
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-        torch.save({"weights": {name: weight.cpu() for name, weight in state.items()}, "logs": logs}, out / "state.pt")
+        torch.save(
+            {"weights": {name: weight.cpu() for name, weight in state.items()}, "logs": logs, "sharded": sharded},
+            out / "state.pt",
+        )
     trainer.accelerator.wait_for_everyone()
 
 

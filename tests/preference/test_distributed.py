@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from everytoken.catalog.cards import find_card
+from everytoken.core.trials import settable
+
+from .test_training import letters
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.slow
@@ -17,19 +24,24 @@ HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "configs" / "accelerate"
 
 
-def launch(kind, out, size, *options, processes=2):
-    out.mkdir()
-    worker = [str(HERE / "distributed_worker.py"), kind, str(out), str(size)]
-    command = [sys.executable, *worker]
-    if processes > 1:
-        port = 20_000 + os.getpid() % 20_000
-        command = [
-            sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options, "--num_processes", str(processes),
-            "--main_process_port", str(port), *worker,
-        ]  # fmt: skip
+def command_of(*options):
+    """A Python command, alone or (with options) in two processes."""
+    if not options:
+        return [sys.executable]
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options, "--num_processes", "2"]
+    return [*launcher, "--main_process_port", str(20_000 + os.getpid() % 20_000)]
+
+
+def run(command):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=HERE.parents[1])
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    return done
+
+
+def launch(kind, out, size, *options):
+    out.mkdir()
+    run([*command_of(*options), str(HERE / "distributed_worker.py"), kind, str(out), str(size)])
     return torch.load(out / "state.pt", weights_only=True)
 
 
@@ -38,14 +50,19 @@ def distance(one, other):
 
 
 DDP = ("--config_file", str(CONFIGS / "ddp_cpu.yaml"))
+FSDP = ("--config_file", str(CONFIGS / "fsdp_cpu.yaml"))
 
 
-@pytest.mark.parametrize("kind", ["tgdpo", "ift"])
-def test_two_processes_train_as_one(tmp_path, kind):
-    alone = launch(kind, tmp_path / "alone", 4, processes=1)
-    together = launch(kind, tmp_path / "together", 2, *DDP)
+@pytest.mark.parametrize(
+    ("kind", "options"), [("tdpo", FSDP), ("ift", FSDP), ("ift", DDP)], ids=["tdpo-fsdp", "ift-fsdp", "ift-ddp"]
+)
+def test_two_processes_train_as_one(tmp_path, kind, options):
+    """In whole copies or in shards (the reference too), the weights of one process."""
+    alone = launch(kind, tmp_path / "alone", 4)
+    together = launch(kind, tmp_path / "together", 2, *options)
     assert distance(alone, together) < 2e-5
     assert len(together["logs"]) == 2
+    assert together["sharded"] == [options is FSDP] * (1 if kind == "ift" else 2)
     if kind != "ift":
         one, two = alone["logs"][0], together["logs"][0]
         assert one["rewards/margins"] == pytest.approx(two["rewards/margins"], abs=1e-4)
@@ -53,14 +70,63 @@ def test_two_processes_train_as_one(tmp_path, kind):
 
 @pytest.mark.parametrize("estimator", ["gae", "group"])
 def test_rollouts_on_two_processes(tmp_path, estimator):
-    """Both processes end with one policy; groups and moments are taken over all rows."""
-    together = launch(estimator, tmp_path / "together", 4, *DDP)
-    assert all(weight.isfinite().all() for weight in together["weights"].values())
-    assert "rto/kl" in together["logs"][0]
+    """Shards change nothing: policy, reference, DPO model and critic whole in both processes, or in two halves."""
+    copies = launch(estimator, tmp_path / "copies", 4, *DDP)
+    shards = launch(estimator, tmp_path / "shards", 4, *FSDP)
+    assert distance(copies, shards) < 2e-5
+    assert all(weight.isfinite().all() for weight in shards["weights"].values())
+    assert shards["sharded"] == [True] * (4 if estimator == "gae" else 3)
+    for name in ("rto/kl", "rto/dpo_reward", *(["rto/value_error"] if estimator == "gae" else [])):
+        assert [entry[name] for entry in shards["logs"]] == pytest.approx(
+            [entry[name] for entry in copies["logs"]], abs=1e-3
+        )
 
 
-def test_fsdp_on_two_processes(tmp_path):
-    """The FSDP configuration, on CPUs: sharded parameters give the same weights."""
-    alone = launch("tdpo", tmp_path / "alone", 4, processes=1)
-    together = launch("tdpo", tmp_path / "together", 2, "--config_file", str(CONFIGS / "fsdp_cpu.yaml"))
-    assert distance(alone, together) < 2e-5
+SMALL = [
+    "steps=2",
+    "eval_share=0.33",
+    "samples=1",
+    "sample_tokens=4",
+    "lr=0.001",
+    "guide_steps=1",
+    "guide_lr=0.001",
+    "tune_lr=0.001",
+]
+METHODS = {
+    "tgdpo": [],
+    "cdpo": ["save_steps=1"],
+    "t-reg": ["precompute_reference=true"],
+    "rto": ["num_generations=2", "reward=tests.preference.test_training:brief"],
+    "tdpo": ["lora_r=2"],
+}
+
+
+def train(place, name, out, size, *options):
+    known = settable(find_card(name).load_training().config)
+    settings = [value for value in [*SMALL, *METHODS[name], f"batch_size={size}"] if value.partition("=")[0] in known]
+    arguments = [item for setting in settings for item in ("--set", setting)]
+    done = run([
+        *command_of(*options), "-m", "everytoken", "train", name, "--model", str(place / "model"), "--data", str(place / "pairs.jsonl"),
+        "--out", str(out), "--json", *arguments,
+    ])  # fmt: skip
+    return json.loads(done.stdout[done.stdout.index("{") :])["figures"]
+
+
+@pytest.mark.parametrize(("name", "options"), [("tgdpo", DDP), *((name, FSDP) for name in METHODS)])
+def test_the_command_on_two_processes(tmp_path, name, options):
+    """``accelerate launch ... -m everytoken train``: guides, columns, training, evaluation, report; as one process does it."""
+    place = letters(tmp_path)
+    together = train(place, name, tmp_path / "together", 2 if name != "rto" else 4, *options)
+    report = (tmp_path / "together" / "report.html").read_text()
+    assert "Before and after" in report
+    assert "Credit of every token" in report
+    if name == "rto":
+        assert together["rollouts"] == 16
+        return
+    alone = train(place, name, tmp_path / "alone", 4)
+    assert together == pytest.approx(alone, abs=1e-3)
+    files = [tmp_path / which / "model" for which in ("alone", "together")]
+    kept = "adapter_model.safetensors" if name == "tdpo" else "model.safetensors"
+    one, two = (load_file(folder / kept) for folder in files)
+    assert one.keys() == two.keys()
+    assert max((one[key] - two[key]).abs().max().item() for key in one) < 5e-5

@@ -31,10 +31,13 @@ SMALL = ["batch_size=2", "steps=2", "samples=1", "sample_tokens=4", "lr=0.001"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
+    return letters(tmp_path_factory.mktemp("train"))
+
+
+def letters(folder):
     """A tiny model with a tokenizer of letters, and data, in a folder."""
     from everytoken.reproduce.small import character_tokenizer
 
-    folder = tmp_path_factory.mktemp("train")
     tokenizer = character_tokenizer(LETTERS)
     for name, seed in (("model", 1), ("guide", 2)):
         model = tiny_llama(len(tokenizer), seed=seed, eos=tokenizer.eos_token_id)

@@ -50,8 +50,9 @@ def train(
     if training.extra is not None:
         require(training.extra[1], training.extra[0], f"Training {card.slug}")
     status = Console(stderr=True)
-    status.print(f"[bold]{card.slug}[/]: {training.summary}", highlight=False)
     first = os.environ.get("RANK", "0") == "0"
+    if first:
+        status.print(f"[bold]{card.slug}[/]: {training.summary}", highlight=False)
     with stages(status) as report:
         result = training.run(chosen, TrainingContext(model, str(data) if data is not None else None, folder, report))
     if not first:

@@ -72,7 +72,7 @@ class ImplicitReward:
         import torch
 
         from .logprobs import token_stats
-        from .scoring import response_hidden
+        from .scoring import response_hidden, whole
 
         kept = mask.bool().clone()
         kept[:, 0] = False
@@ -90,12 +90,12 @@ class ImplicitReward:
                 heads.append(model.get_output_embeddings())
             stats = token_stats(
                 hidden[0],
-                heads[0].weight,
+                whole(heads[0].weight),
                 ids[kept],
-                bias=heads[0].bias,
+                bias=whole(heads[0].bias),
                 ref_hidden=hidden[1],
-                ref_weight=heads[1].weight,
-                ref_bias=heads[1].bias,
+                ref_weight=whole(heads[1].weight),
+                ref_bias=whole(heads[1].bias),
                 forward_kl=forward_kl,
                 reverse_kl=reverse_kl,
             )

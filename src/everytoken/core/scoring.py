@@ -38,6 +38,11 @@ def plain_head(model: Any) -> Any:
     return head
 
 
+def whole(parameter: Any) -> Any:
+    """A parameter, gathered if FSDP holds it in shards (then every process must ask for it); None stays None."""
+    return parameter.full_tensor() if parameter is not None and hasattr(parameter, "full_tensor") else parameter
+
+
 def check_guide(
     policy: Any, guide: Any, what: str = "guide", tokenizer: Any = None, guide_tokenizer: Any = None
 ) -> None:
@@ -111,6 +116,8 @@ def response_hidden(
     before = mask.roll(-1, 1)
     before[:, -1] = False
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(inner.forward, "scores", False):  # the only way in where weights lie in shards: see preference.scored
+        return model(input_ids=ids, score={"mask": mask[:, 1:]}, **kwargs)
     return inner.base_model(input_ids=ids, use_cache=False, **kwargs).last_hidden_state[before]
 
 
@@ -127,7 +134,10 @@ def response_logps(
     head = plain_head(model)
     with torch.no_grad():
         stats = token_stats(
-            response_hidden(model, ids, kept, attention_mask), head.weight, ids[kept], bias=getattr(head, "bias", None)
+            response_hidden(model, ids, kept, attention_mask),
+            whole(head.weight),
+            ids[kept],
+            bias=whole(getattr(head, "bias", None)),
         )
     return torch.zeros(ids.shape, device=ids.device).masked_scatter(kept, stats.logps)
 
@@ -172,7 +182,7 @@ def model_fingerprint(model: Any) -> str:
     digest = hashlib.sha256(model.config.to_json_string(use_diff=True).encode())
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            flat = weight.detach().reshape(-1)
+            flat = whole(weight.detach()).reshape(-1)
             sample = flat[:: max(1, flat.numel() // 2048)].float().cpu()
             digest.update(f"{name}{tuple(weight.shape)}{flat.sum(dtype=torch.float64).item():.9g}".encode())
             digest.update(sample.contiguous().numpy().tobytes())

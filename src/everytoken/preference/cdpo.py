@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from ..core.errors import BadInputError
 from ..core.logprobs import CHUNK_BYTES, masked_mean
-from ..core.scoring import check_guide, model_fingerprint, plain_head, response_hidden, score_rows
+from ..core.scoring import check_guide, model_fingerprint, plain_head, response_hidden, score_rows, whole
 from .base import Example, PairScores, PreferenceOutput, log_ratios, weighted_log_ratios
 
 
@@ -116,15 +116,14 @@ class ContrastiveEstimator:
         kept[:, 0] = False
         models = (self.positive_model, self.negative_model)
         hidden = [response_hidden(model, ids, kept, attention_mask) for model in models]
-        heads = [plain_head(model) for model in models]
+        heads = [(whole(head.weight), whole(getattr(head, "bias", None))) for head in map(plain_head, models)]
         labels = ids[kept]
         values = torch.empty(len(labels), device=ids.device)
-        size = max(1, CHUNK_BYTES // (4 * heads[0].weight.shape[0]))
+        size = max(1, CHUNK_BYTES // (4 * len(heads[0][0])))
         for first in range(0, len(labels), size):
             part = slice(first, first + size)
-            mixed = (1 + self.alpha) * heads[0](hidden[0][part]).float() - self.alpha * heads[1](
-                hidden[1][part]
-            ).float()
+            plus, minus = (F.linear(h[part], *head).float() for h, head in zip(hidden, heads, strict=True))
+            mixed = (1 + self.alpha) * plus - self.alpha * minus
             values[part] = (mixed.gather(1, labels[part, None])[:, 0] - mixed.logsumexp(-1)).exp()
         return torch.zeros(ids.shape, device=ids.device).masked_scatter(kept, values)
 

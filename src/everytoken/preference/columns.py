@@ -20,6 +20,7 @@ import torch
 from ..core.errors import BadInputError
 from ..core.scoring import model_fingerprint, plain_head, response_logps, score_rows
 from .base import Example, TokenAnnotator
+from .distributed import process_state
 
 SIDES = ("chosen", "rejected")
 Report = Callable[[str, int, int], None]
@@ -124,7 +125,6 @@ def precompute(
 
 def _kept(annotator: TokenAnnotator, examples: Sequence[Example], report: Report) -> list[torch.Tensor]:
     """The annotator's values, from the cache or computed (each process its share) and kept there."""
-    from accelerate import PartialState
     from accelerate.utils import gather_object
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
@@ -138,7 +138,7 @@ def _kept(annotator: TokenAnnotator, examples: Sequence[Example], report: Report
             digest.update(np.asarray(ids, dtype=np.int64).tobytes() + b"|")
     path = cache_dir() / "columns" / f"{annotator.column}-{digest.hexdigest()[:24]}.safetensors"
     sizes = [len(item.response_ids) for item in examples]
-    state = PartialState()
+    state = process_state()
     found: Any = None
     if path.is_file():
         try:
@@ -148,7 +148,9 @@ def _kept(annotator: TokenAnnotator, examples: Sequence[Example], report: Report
     # all processes must agree: one may see a file that another does not (folders that are not shared)
     if all(gather_object([found is not None and len(found) == sum(sizes)])):
         return list(found.split(sizes))
-    mine = range(state.process_index, len(examples), state.num_processes)
+    # as many rows each, the last ones twice: models in shards need all processes at every forward
+    share = -(-len(examples) // state.num_processes)
+    mine = [min(state.process_index * share + place, len(examples) - 1) for place in range(share)]
     name = annotator.column
     local = annotator.annotate(
         [examples[index] for index in mine], lambda done, total: report(f"annotating {name}", done, total)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from ..core.errors import BadInputError
 from .cdpo import CDPOLoss
+from .distributed import on_cpu
 from .dpo import DPOLoss
 from .guides import GuideSettings
 from .ift import IFTSettings
@@ -77,6 +78,7 @@ class Common:
         """Arguments of any transformers trainer."""
         return dict(
             output_dir=str(folder),
+            use_cpu=on_cpu(),
             report_to=[],
             logging_steps=self.log_steps,
             save_strategy="steps" if self.save_steps else "no",

@@ -23,6 +23,7 @@ class Critic(nn.Module):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.body = copy.deepcopy(base.base_model)
         self.body.requires_grad_(True)
+        self._no_split_modules = base._no_split_modules  # the layers that FSDP keeps together
         self.head = nn.Linear(base.config.get_text_config().hidden_size, 1)
         nn.init.zeros_(self.head.weight)  # begins by expecting nothing
         nn.init.zeros_(self.head.bias)

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from ..core.errors import BadInputError
 from .base import TokenAnnotator
 from .columns import ModelLogps
+from .distributed import frozen, in_shards, on_cpu
 
 Report = Callable[[str, int, int], None]
 
@@ -95,7 +96,7 @@ def train_quietly(
     disable_progress_bars()
     logging.disable_progress_bar()
     quiet: dict[str, Any] = {
-        "report_to": [], "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True, "bf16": False,
+        "report_to": [], "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True, "bf16": False, "use_cpu": on_cpu(),
         "gradient_checkpointing": False, "max_length": None, "lr_scheduler_type": "constant",
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -145,7 +146,7 @@ def tuned_on(
         args = SFTConfig(
             output_dir=folder, report_to=[], logging_strategy="no", save_strategy="no", bf16=settings.bf16, disable_tqdm=True,
             gradient_checkpointing=False, per_device_train_batch_size=settings.batch_size, max_steps=settings.steps,
-            learning_rate=settings.tune_lr, seed=settings.seed, max_length=None,
+            learning_rate=settings.tune_lr, seed=settings.seed, max_length=None, use_cpu=on_cpu(),
         )  # fmt: skip
         trainer = IFTTrainer(
             model, ift=IFTSettings(residual=0.0, gamma=0.0), args=args, train_dataset=Dataset.from_list(traces),
@@ -153,7 +154,9 @@ def tuned_on(
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        made = trainer.model.merge_and_unload() if adapter is not None else trainer.model
+        # weights in shards stay beside their adapter
+        merged = adapter is not None and not in_shards()
+        made = trainer.model.merge_and_unload() if merged else trainer.model
     return made.requires_grad_(False).eval()
 
 
@@ -179,23 +182,27 @@ def annotators_for(
     """
     from ..core.loading import load_model
 
+    def given(name: str) -> Any:
+        return frozen(load_model(name, device="cpu" if in_shards() else None))
+
+    def start() -> Any:  # its own copy where it will be sharded: the trainer shards the reference when it is ready to
+        return load() if reference is None or in_shards() else reference
+
     found: list[TokenAnnotator] = []
     for column in columns:
         if f"chosen_{column}" in rows.column_names:
             continue
         if column == "guide_logps":
-            if settings.guide is not None:
-                guide = load_model(settings.guide)
-            else:
-                guide = dpo_guide(
-                    load, reference if reference is not None else load(), tokenizer, rows, settings, report
-                )
+            guide = (
+                given(settings.guide) if settings.guide is not None
+                else dpo_guide(load, start(), tokenizer, rows, settings, report)
+            )  # fmt: skip
             found.append(ModelLogps(guide))
         elif column == "contrast":
             from .cdpo import ContrastiveEstimator
 
             sides = {
-                side: load_model(path) if path is not None else tuned_on(side, load, tokenizer, rows, settings, report)
+                side: given(path) if path is not None else tuned_on(side, load, tokenizer, rows, settings, report)
                 for side, path in (("chosen", settings.positive), ("rejected", settings.negative))
             }
             found.append(ContrastiveEstimator(sides["chosen"], sides["rejected"], settings.contrast))
@@ -203,7 +210,7 @@ def annotators_for(
             from .t_reg import BETTER, WORSE, ContrastivePromptRewards
 
             texts = (settings.better or BETTER, settings.worse or WORSE)
-            found.append(ContrastivePromptRewards(reference if reference is not None else load(), tokenizer, *texts))
+            found.append(ContrastivePromptRewards(frozen(start()), tokenizer, *texts))
         else:
             raise BadInputError(
                 f"Nothing here makes the column {column!r}.",

@@ -30,6 +30,7 @@ from trl import SFTTrainer
 from ..core.credit import discounted_sums
 from ..core.errors import BadInputError
 from ..core.logprobs import masked_sum
+from .distributed import LaunchedMixin
 from .failures import stopped
 from .scored import add_scored_forward, input_embeddings
 
@@ -124,7 +125,7 @@ def relation_weights(losses: torch.Tensor, mask: torch.Tensor, settings: IFTSett
     return torch.where(total > 0, sums * count / total.clamp(min=1e-20), kept)
 
 
-class IFTTrainer(SFTTrainer):
+class IFTTrainer(LaunchedMixin, SFTTrainer):
     """TRL's SFTTrainer with IFT's two passes.
 
     Args:

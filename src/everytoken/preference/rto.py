@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from trl import GRPOConfig, GRPOTrainer
 
 from ..core.credit import discounted_sums
@@ -36,8 +37,11 @@ from ..core.errors import BadInputError
 from ..core.logprobs import masked_mean, masked_sum
 from ..core.scoring import check_guide, response_logps
 from .critic import Critic, value_loss
+from .distributed import LaunchedMixin, frozen, in_shards, shard
 from .failures import stopped
 from .scored import reference_adapter
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 # -- rewards and advantages ----------------------------------------------------------------------------------------------
@@ -196,7 +200,7 @@ class RTOConfig(RTOSettings, GRPOConfig):
             raise BadInputError(f"beta={self.beta} would charge the KL twice.", "Use init_kl_coef.")
 
 
-class RTOTrainer(GRPOTrainer):
+class RTOTrainer(LaunchedMixin, GRPOTrainer):
     """Policy optimisation on token rewards; see the module's docstring.
 
     Args:
@@ -255,26 +259,24 @@ class RTOTrainer(GRPOTrainer):
                     "from, their log-ratio is no reward.",
                     stacklevel=2,
                 )
-        for frozen in (self.rto_reference, self.dpo_model):
-            if frozen is not None:
-                frozen.requires_grad_(False).eval()
         made: Any = None
         if args.estimator == "gae":
             made = critic if critic is not None else Critic(model)
         super().__init__(model, *positional, **kwargs)
-        device = self.accelerator.device
-        for frozen in (self.rto_reference, self.dpo_model):
-            if frozen is not None:
-                frozen.to(device)
+        for scorer in (self.rto_reference, self.dpo_model):
+            if scorer is not None:
+                frozen(scorer, self.accelerator)
         self.critic: Any = None
         self._moments = [0.0, 0.0, 0.0]  # count, mean, sum of squared deviations of sequence rewards
         if made is not None:
-            made.to(device)
-            if self.accelerator.num_processes > 1:
+            device = self.accelerator.device
+            if in_shards():
+                made = shard(made, self.accelerator)
+            elif self.accelerator.num_processes > 1:
                 made = torch.nn.parallel.DistributedDataParallel(
-                    made, device_ids=None if device.type == "cpu" else [device]
+                    made.to(device), device_ids=None if device.type == "cpu" else [device]
                 )
-            self.critic = made
+            self.critic = made.to(device)
             self.critic_optimizer = torch.optim.AdamW(made.parameters(), lr=args.critic_lr, weight_decay=0.0)
 
     # -- rollouts --------------------------------------------------------------------------------------------------------
@@ -408,22 +410,22 @@ class RTOTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        state: dict[str, Any] = {"moments": self._moments}
+        if self.critic is not None:  # gathered from its shards by all processes
+            critic = getattr(self.critic, "module", self.critic)
+            state["critic"], state["optimizer"] = get_state_dict(critic, self.critic_optimizer, options=WHOLE)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            state: dict[str, Any] = {"moments": self._moments}
-            if self.critic is not None:
-                state |= {
-                    "critic": getattr(self.critic, "module", self.critic).state_dict(),
-                    "optimizer": self.critic_optimizer.state_dict(),
-                }
             torch.save(state, folder / "rto.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         path = None if checkpoint is None else Path(checkpoint) / "rto.pt"
         if path is not None and path.is_file():
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             self._moments = state["moments"]
             if self.critic is not None and "critic" in state:
-                getattr(self.critic, "module", self.critic).load_state_dict(state["critic"])
-                self.critic_optimizer.load_state_dict(state["optimizer"])
+                set_state_dict(
+                    getattr(self.critic, "module", self.critic), self.critic_optimizer,
+                    model_state_dict=state["critic"], optim_state_dict=state["optimizer"], options=WHOLE,
+                )  # fmt: skip

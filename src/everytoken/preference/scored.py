@@ -13,7 +13,7 @@ import torch
 
 from ..core.errors import UnsupportedModelError
 from ..core.logprobs import CHUNK_BYTES, token_stats
-from ..core.scoring import plain_head
+from ..core.scoring import plain_head, whole
 from .base import NEEDS
 
 
@@ -31,7 +31,7 @@ def add_scored_forward(model: Any) -> None:
         UnsupportedModelError: logits are not ``head(hidden)``.
     """
     original = model.forward
-    if getattr(original, "_everytoken_scored", False):
+    if getattr(original, "scores", False):
         return
     plain_head(model)
 
@@ -56,7 +56,7 @@ def add_scored_forward(model: Any) -> None:
         arguments |= {name: name in score["needs"] for name in NEEDS}
         return token_stats(hidden, whole(head.weight), score["labels"], bias=whole(head.bias), **arguments)
 
-    forward._everytoken_scored = True  # type: ignore[attr-defined]
+    forward.scores = True  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
 
 
@@ -80,11 +80,6 @@ def reference_adapter(policy: Any) -> Any:
     from trl.trainer.utils import use_adapter
 
     return use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
-
-
-def whole(parameter: Any) -> Any:
-    """A parameter, gathered if FSDP holds it in shards."""
-    return parameter.full_tensor() if parameter is not None and hasattr(parameter, "full_tensor") else parameter
 
 
 @torch.no_grad()

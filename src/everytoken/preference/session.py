@@ -16,6 +16,7 @@ from ..core.report import training_report
 from ..core.scoring import prompt_ids
 from ..core.training import TrainingContext, TrainingResult
 from .configs import Common
+from .distributed import in_shards, process_state, save_whole
 from .guides import Progress
 
 KEPT_METRICS = (
@@ -35,7 +36,6 @@ class Session:
     """Model, reference, held-out rows, texts before, and what is written at the end."""
 
     def __init__(self, config: Common, context: TrainingContext, name: str):
-        from accelerate import PartialState
         from datasets import disable_progress_bars
         from transformers.utils import logging
 
@@ -46,7 +46,8 @@ class Session:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         self.config, self.context, self.name = config, context, name
-        self.state = PartialState()
+        self.state = process_state()
+        self.sharded = in_shards()
         self.main = self.state.is_main_process
         self.checkpoints = context.out / "checkpoints"
         context.report("loading the model", 0, 0)
@@ -54,16 +55,12 @@ class Session:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         dtype = getattr(torch, config.dtype)
-        self.load: Callable[[], Any] = lambda: load_model(context.model, dtype=dtype)
+        place = "cpu" if self.sharded else None  # sharded before they go to a device: one might not hold them whole
+        self.load: Callable[[], Any] = lambda: load_model(context.model, dtype=dtype, device=place)
         self.policy = self.load()
         self.reference = None if config.lora_r else self.load().requires_grad_(False)
         self.notes: list[str] = []
         seed_everything(config.seed)
-
-    @property
-    def sharded(self) -> bool:
-        """Whether parameters lie in shards (FSDP): models can be trained then, not sampled from one process."""
-        return str(self.state.distributed_type).endswith("FSDP")
 
     @property
     def adapter(self) -> Any:
@@ -84,8 +81,8 @@ class Session:
         return parts["train"], parts["test"]
 
     def write_texts(self, model: Any, prompts: list[Any]) -> list[str]:
-        """Greedy continuations; none under FSDP, whose parameters lie in shards."""
-        if not self.config.samples or self.sharded:
+        """Greedy continuations, by the first process; by all of them where weights lie in shards."""
+        if not (self.main or self.sharded):
             return []
         texts = []
         model.eval()
@@ -127,9 +124,8 @@ class Session:
     ) -> TrainingResult:
         """Saves the model, writes ``training.json`` and ``report.html``."""
         out = self.context.out
-        trainer.save_model(str(out / "model"))
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        after = self.write_texts(model, prompts) if self.main else []
+        save_whole(trainer, out / "model")
+        after = self.write_texts(trainer.accelerator.unwrap_model(trainer.model), prompts)
         files: list[Path] = []
         if self.main:
             self.tokenizer.save_pretrained(out / "model")

@@ -27,12 +27,13 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from ..core.errors import BadInputError
 from ..core.logprobs import TokenStats
-from ..core.scoring import check_guide
+from ..core.scoring import check_guide, whole
 from .base import PairScores, PreferenceLoss, PreferenceOutput, TokenAnnotator
 from .columns import SIDES, ModelLogps, check_columns, precompute
 from .data import check_rows
+from .distributed import LaunchedMixin, frozen, in_shards
 from .failures import NonFiniteLossError, stopped
-from .scored import add_scored_forward, reference_adapter, whole
+from .scored import add_scored_forward, reference_adapter
 
 UNUSED_SETTINGS = {
     "padding_free": (False, "TRL's preference trainer has none at present, and pairs are scored as padded rows"),
@@ -76,7 +77,7 @@ class PairCollator(DataCollatorForPreference):
         return batch
 
 
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(LaunchedMixin, DPOTrainer):
     """TRL's DPOTrainer with a pluggable per-token loss.
 
     Args:
@@ -136,6 +137,7 @@ class PreferenceTrainer(DPOTrainer):
         policy = kwargs.get("model", positional[0] if positional else None)
         reference = kwargs.get("ref_model", positional[1] if len(positional) > 1 else None)
         self._policy = policy if hasattr(policy, "get_output_embeddings") else None
+        self._given_reference = reference if hasattr(reference, "get_output_embeddings") else None
         if self._policy is not None and hasattr(reference, "get_output_embeddings"):
             check_guide(policy, reference, "reference")
         if not callable(annotators):
@@ -148,6 +150,13 @@ class PreferenceTrainer(DPOTrainer):
                 unwrapped = self.accelerator.unwrap_model(model)
                 base = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
                 add_scored_forward(base)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Shards the reference as the policy, layer by layer (TRL would gather all of its weights at every forward)."""
+        super().create_accelerator_and_postprocess()
+        # with precomputed log-probabilities TRL hashes whole weights first, and shards them itself
+        if self._given_reference is not None and in_shards() and not self.args.precompute_ref_log_probs:
+            frozen(self._given_reference, self.accelerator)
 
     def _take_annotators(self, annotators: Sequence[TokenAnnotator]) -> None:
         """Keeps them; a guide with another vocabulary is refused."""
@@ -195,6 +204,7 @@ class PreferenceTrainer(DPOTrainer):
         """The reference's log-probabilities per token, as columns ``chosen_ref_logps`` and ``rejected_ref_logps``."""
         model = self.ref_model if self.ref_model is not None else self.accelerator.unwrap_model(self.model)
         model.to(self.accelerator.device)
+        add_scored_forward(model.get_base_model() if hasattr(model, "get_base_model") else model)
         peft = self.ref_model is None and hasattr(model, "peft_config")
         scope = reference_adapter(model) if peft else contextlib.nullcontext()
         training = model.training

@@ -25,6 +25,7 @@ from .configs import (
     TREGTraining,
     part,
 )
+from .distributed import process_state
 from .guides import GuideSettings, annotators_for
 from .ift import IFTSettings, IFTTrainer
 from .rto import RTOConfig, RTOSettings, RTOTrainer
@@ -35,12 +36,13 @@ def _pairs(context: TrainingContext) -> Any:
     """The user's pairs, or sentiment pairs of the model's own."""
     from .data import load_pairs
 
-    if context.data is not None:
-        return load_pairs(context.data)
-    from .build import SentimentData, build
+    with process_state().main_process_first():  # what it makes or reads, the others find in the cache
+        if context.data is not None:
+            return load_pairs(context.data)
+        from .build import SentimentData, build
 
-    built = build("sentiment", SentimentData(count=64), context.model, context.report)
-    return load_pairs(built.folder / "train.jsonl")
+        built = build("sentiment", SentimentData(count=64), context.model, context.report)
+        return load_pairs(built.folder / "train.jsonl")
 
 
 def train_on_pairs(name: str) -> Callable[[PreferenceTraining, TrainingContext], TrainingResult]:
@@ -58,7 +60,7 @@ def train_on_pairs(name: str) -> Callable[[PreferenceTraining, TrainingContext],
         session = Session(config, context, name)
         train, held = session.split(rows)
         prompts = list(held["prompt"]) if "prompt" in held.column_names else []
-        before = session.write_texts(session.policy, prompts) if session.main else []
+        before = session.write_texts(session.policy, prompts)
         args = DPOConfig(
             **config.arguments(session.checkpoints),
             max_length=config.max_length,
@@ -87,15 +89,15 @@ def train_on_pairs(name: str) -> Callable[[PreferenceTraining, TrainingContext],
         measured = trainer.evaluate()
         kept = {"eval_loss", "eval_rewards/margins", "eval_rewards/accuracies", "eval_kl/chosen", "eval_kl/rejected"}
         figures = {key.removeprefix("eval_"): float(value) for key, value in measured.items() if key in kept}
-        traces = _pair_traces(session, trainer, loss, trainer.eval_dataset) if session.main else []
+        traces = _pair_traces(session, trainer, loss, trainer.eval_dataset)
         return session.finish(trainer, figures, prompts, before, traces, "implicit_reward")
 
     return run
 
 
 def _pair_traces(session: Session, trainer: Any, loss: Any, rows: Any) -> list[Any]:
-    """Credit of the first held-out pairs, chosen and rejected in turn; none under FSDP."""
-    if session.sharded:
+    """Credit of the first held-out pairs, chosen and rejected in turn; all processes take part where weights lie in shards."""
+    if not (session.main or session.sharded):
         return []
     from .traces import pair_traces
 
@@ -145,7 +147,7 @@ def train_ift(config: IFTTraining, context: TrainingContext) -> TrainingResult:
     session = Session(config, context, "ift")
     train, held = session.split(rows)
     prompts = list(held["prompt"]) if "prompt" in held.column_names else []
-    before = session.write_texts(session.policy, prompts) if session.main else []
+    before = session.write_texts(session.policy, prompts)
     args = SFTConfig(**config.arguments(session.checkpoints), max_length=config.max_length)
     trainer = IFTTrainer(
         session.policy, ift=part(config, IFTSettings), args=args, train_dataset=train, eval_dataset=held, processing_class=session.tokenizer,
@@ -156,7 +158,7 @@ def train_ift(config: IFTTraining, context: TrainingContext) -> TrainingResult:
     measured = trainer.evaluate()
     figures = {key.removeprefix("eval_"): float(measured[key]) for key in ("eval_loss", "eval_nll") if key in measured}
     traces = []
-    if session.main and not session.sharded:
+    if session.main or session.sharded:
         for index in range(min(config.samples, len(trainer.eval_dataset))):
             traces.append(
                 demonstration_trace(trainer, session.tokenizer, trainer.eval_dataset[index], f"held-out row {index}")
@@ -202,11 +204,11 @@ def train_rto(config: RTOTraining, context: TrainingContext) -> TrainingResult:
     session = Session(config, context, "rto")
     train, held = session.split(Dataset.from_list([{"prompt": prompt} for prompt in prompts]))
     held_prompts = list(held["prompt"])
-    before = session.write_texts(session.policy, held_prompts) if session.main else []
+    before = session.write_texts(session.policy, held_prompts)
     dpo = None
     if settings.dpo_reward_scale:
         if config.dpo is not None:
-            dpo = load_model(config.dpo)
+            dpo = load_model(config.dpo, device="cpu" if session.sharded else None)
         else:
             guide = GuideSettings(steps=config.guide_steps, lr=config.guide_lr, seed=config.seed, bf16=config.bf16)
             start = session.reference if session.reference is not None else session.load()
@@ -238,7 +240,7 @@ def train_rto(config: RTOTraining, context: TrainingContext) -> TrainingResult:
         ),
     }
     traces = []
-    if session.main:
+    if session.main or session.sharded:
         final = trainer.accelerator.unwrap_model(trainer.model).eval()
         for prompt, text in zip(held_prompts, session.write_texts(final, held_prompts), strict=False):
             if text:
