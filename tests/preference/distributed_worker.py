@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import datasets
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from trl import DPOConfig, SFTConfig
 
@@ -51,6 +52,11 @@ def main(kind: str, out: Path, size: int) -> None:
         )
     else:
         model.generation_config.pad_token_id = 2
+        if kind == "group":  # this one with a DPO adapter, which holds the reference too
+            torch.manual_seed(4)
+            guide = get_peft_model(
+                tiny_llama(49152, seed=1, eos=2), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+            )
         args = RTOConfig(**settings, estimator=kind, num_generations=4, max_completion_length=5)
         trainer = RTOTrainer(
             model,

@@ -131,6 +131,16 @@ def test_annotate_follows_the_rows_whatever_the_batches():
         ContrastiveEstimator(tiny_llama(12), tiny_llama(11))
 
 
+def test_a_head_of_another_precision_than_the_layers():
+    """As under mixed precision in shards: layers in bfloat16, the head's own weights in float32."""
+    ids, mask = torch.randint(1, 11, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
+    models = [tiny_llama(seed=seed) for seed in (1, 2)]
+    expected = ContrastiveEstimator(*models).score(ids, mask)
+    for model in models:
+        model.model.to(torch.bfloat16)
+    assert torch.allclose(ContrastiveEstimator(*models).score(ids, mask), expected, atol=0.1)
+
+
 # -- the rollout oracle --------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def oracle_world():

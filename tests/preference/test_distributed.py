@@ -70,12 +70,12 @@ def test_two_processes_train_as_one(tmp_path, kind, options):
 
 @pytest.mark.parametrize("estimator", ["gae", "group"])
 def test_rollouts_on_two_processes(tmp_path, estimator):
-    """Shards change nothing: policy, reference, DPO model and critic whole in both processes, or in two halves."""
+    """Shards change nothing: policy, reference, DPO model (or the two in one, with an adapter) and critic whole in both processes, or in halves."""
     copies = launch(estimator, tmp_path / "copies", 4, *DDP)
     shards = launch(estimator, tmp_path / "shards", 4, *FSDP)
     assert distance(copies, shards) < 2e-5
     assert all(weight.isfinite().all() for weight in shards["weights"].values())
-    assert shards["sharded"] == [True] * (4 if estimator == "gae" else 3)
+    assert shards["sharded"] == [True] * (4 if estimator == "gae" else 2)
     for name in ("rto/kl", "rto/dpo_reward", *(["rto/value_error"] if estimator == "gae" else [])):
         assert [entry[name] for entry in shards["logs"]] == pytest.approx(
             [entry[name] for entry in copies["logs"]], abs=1e-3

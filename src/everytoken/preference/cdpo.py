@@ -122,7 +122,9 @@ class ContrastiveEstimator:
         size = max(1, CHUNK_BYTES // (4 * len(heads[0][0])))
         for first in range(0, len(labels), size):
             part = slice(first, first + size)
-            plus, minus = (F.linear(h[part], *head).float() for h, head in zip(hidden, heads, strict=True))
+            plus, minus = (
+                F.linear(h[part].to(head[0].dtype), *head).float() for h, head in zip(hidden, heads, strict=True)
+            )
             mixed = (1 + self.alpha) * plus - self.alpha * minus
             values[part] = (mixed.gather(1, labels[part, None])[:, 0] - mixed.logsumexp(-1)).exp()
         return torch.zeros(ids.shape, device=ids.device).masked_scatter(kept, values)
