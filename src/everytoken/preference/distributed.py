@@ -84,7 +84,7 @@ def shard(model: Any, accelerator: Any = None) -> Any:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if hasattr(base, "get_output_embeddings"):
         add_scored_forward(base)
-    return fsdp2_prepare_model(accelerator or Accelerator(), model.to(process_state().device))
+    return fsdp2_prepare_model(accelerator or Accelerator(), model)  # moves to the device what it keeps of it
 
 
 def save_whole(trainer: Any, folder: Path) -> None:
