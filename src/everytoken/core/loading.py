@@ -15,6 +15,7 @@ import shutil
 import struct
 import sys
 import tempfile
+import warnings
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -196,6 +197,23 @@ def quiet_transformers() -> Any:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet_training() -> Any:
+    """As ``quiet_transformers``, for what trains: no bars of datasets, and no word of what libraries will rename one day."""
+    import datasets
+
+    bars = datasets.are_progress_bars_disabled()
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl)\.")
+        warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
+        datasets.disable_progress_bars()
+        try:
+            yield
+        finally:
+            if not bars:
+                datasets.enable_progress_bars()
 
 
 def resolve(model: str | os.PathLike[str] | None = None) -> tuple[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..core.errors import BadInputError
+from ..core.loading import quiet_training
 from .base import TokenAnnotator
 from .columns import ModelLogps
 from .distributed import frozen, in_shards, on_cpu
@@ -75,6 +76,7 @@ def dpo_guide(
     return trainer.model.requires_grad_(False)
 
 
+@quiet_training()
 def train_quietly(
     policy: Any, reference: Any, loss: Any, tokenizer: Any, rows: Any, annotators: Any = (), callbacks: Sequence[TrainerCallback] = (),
     **arguments: Any,
@@ -86,15 +88,12 @@ def train_quietly(
         annotators, callbacks: as for ``PreferenceTrainer``.
         arguments: of ``trl.DPOConfig``; float32, a constant learning rate and whole rows where they say nothing else.
     """
-    from datasets import Dataset, disable_progress_bars
+    from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback
-    from transformers.utils import logging
     from trl import DPOConfig
 
     from .trainer import PreferenceTrainer
 
-    disable_progress_bars()
-    logging.disable_progress_bar()
     quiet: dict[str, Any] = {
         "report_to": [], "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True, "bf16": False, "use_cpu": on_cpu(),
         "gradient_checkpointing": False, "max_length": None, "lr_scheduler_type": "constant",
@@ -111,6 +110,7 @@ def train_quietly(
     return trainer
 
 
+@quiet_training()
 def tuned_on(
     side: str, load: Callable[[], Any], tokenizer: Any, rows: Any, settings: GuideSettings, report: Report
 ) -> Any:

@@ -36,15 +36,9 @@ class Session:
     """Model, reference, held-out rows, texts before, and what is written at the end."""
 
     def __init__(self, config: Common, context: TrainingContext, name: str):
-        from datasets import disable_progress_bars
-        from transformers.utils import logging
-
         from ..core.loading import load_model, load_tokenizer
         from ..core.rng import seed_everything
 
-        disable_progress_bars()
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
         self.config, self.context, self.name = config, context, name
         self.state = process_state()
         self.sharded = in_shards()

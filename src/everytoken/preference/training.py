@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import BadInputError
+from ..core.loading import quiet_training
 from ..core.training import Training, TrainingContext, TrainingResult
 from ..core.trials import load_function
 from .configs import (
@@ -46,6 +47,7 @@ def _pairs(context: TrainingContext) -> Any:
 
 
 def train_on_pairs(name: str) -> Callable[[PreferenceTraining, TrainingContext], TrainingResult]:
+    @quiet_training()
     def run(config: PreferenceTraining, context: TrainingContext) -> TrainingResult:
         from trl import DPOConfig
 
@@ -132,6 +134,7 @@ def demonstrations(path: str | Path) -> Any:
     return Dataset.from_list([{key: row[key] for key in kinds[0]} for row in rows])
 
 
+@quiet_training()
 def train_ift(config: IFTTraining, context: TrainingContext) -> TrainingResult:
     from trl import SFTConfig
 
@@ -166,6 +169,7 @@ def train_ift(config: IFTTraining, context: TrainingContext) -> TrainingResult:
     return session.finish(trainer, figures, prompts, before, traces, "weight")
 
 
+@quiet_training()
 def train_rto(config: RTOTraining, context: TrainingContext) -> TrainingResult:
     from datasets import Dataset
 

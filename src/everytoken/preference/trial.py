@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from ..core.errors import BadInputError, require
+from ..core.loading import quiet_training
 from ..core.trials import Trial, TrialRequest, TrialResult
 
 EXAMPLE = [
@@ -47,14 +48,9 @@ def trial(request: TrialRequest) -> TrialResult:
         raise BadInputError(
             f"{names} have different baselines.", "Compare losses on pairs with each other, and ift and rto alone."
         )
-    import datasets
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    work = _Work(request, pairs)
-    return {IFTSettings: _demonstrations, RTOSettings: _rollouts, None: _pairs}[kinds[0]](work)
+    with quiet_training():
+        work = _Work(request, pairs)
+        return {IFTSettings: _demonstrations, RTOSettings: _rollouts, None: _pairs}[kinds[0]](work)
 
 
 class _Work:
@@ -63,7 +59,7 @@ class _Work:
     def __init__(self, request: TrialRequest, pairs: list[dict]):
         from ..core.loading import load_model, load_tokenizer
 
-        self.request, self.pairs = request, pairs
+        self.request, self.pairs, self.stage = request, pairs, ""
         self.steps, self.seed = int(request.options.get("steps", 6)), int(request.options.get("seed", 0))
         self.lr = float(request.options.get("lr", 1e-5))
         request.report("loading the model")
@@ -79,7 +75,9 @@ class _Work:
         return {item.name: item.factory(**item.settings) for item in items}
 
     def report(self, stage: str, _done: int = 0, _total: int = 0) -> None:
-        self.request.report(stage)
+        if stage != self.stage:  # a line a stage, not a line a step
+            self.stage = stage
+            self.request.report(stage)
 
 
 def _pairs(work: _Work) -> TrialResult:

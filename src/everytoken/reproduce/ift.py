@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..core.loading import quiet_training
 from ..core.rng import derive_seed, seed_everything
 from ..preference.sentiment import continuations
 from .base import Arms, Claim, Context, Reproduction
@@ -67,6 +68,7 @@ def succeeds(field: list[str], moves: str) -> bool:
         environment.close()
 
 
+@quiet_training()
 def tune(
     context: Context,
     model: Any,
@@ -79,16 +81,13 @@ def tune(
     name: str,
 ) -> Any:
     """SFT is IFT with residual 0 and gamma 0: one trainer, equal in value and gradient to TRL's (tests say so)."""
-    from datasets import Dataset, disable_progress_bars
+    from datasets import Dataset
     from transformers import TrainerCallback
     from transformers.trainer_callback import PrinterCallback
-    from transformers.utils import logging
     from trl import SFTConfig
 
     from ..preference.ift import IFTTrainer
 
-    disable_progress_bars()
-    logging.disable_progress_bar()
     seed_everything(context.seed)
 
     class Watch(TrainerCallback):

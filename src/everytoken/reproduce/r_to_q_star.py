@@ -101,8 +101,6 @@ def corrupt(
 
 
 def run(context: Context) -> Arms:
-    from transformers.utils import logging
-
     from ..core.implicit_reward import ImplicitReward
     from ..core.loading import load_model, load_tokenizer
     from ..generation.qstar_beam import QStarBeam
@@ -110,7 +108,6 @@ def run(context: Context) -> Arms:
     from ..preference.guides import train_quietly
     from ..preference.sentiment import continuations, openings, positivity, sentiment_pairs
 
-    logging.disable_progress_bar()
     tokenizer = load_tokenizer(context.model)
     base = load_model(context.model, dtype="float32", packed=True)
     steps, batch, samples, new_tokens = (2, 4, 6, 10) if context.quick else (16, 8, 48, 20)
