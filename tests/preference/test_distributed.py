@@ -32,8 +32,8 @@ def command_of(*options):
     return [*launcher, "--main_process_port", str(20_000 + os.getpid() % 20_000)]
 
 
-def run(command):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+def run(command, **variables):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} | variables
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=HERE.parents[1])
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     return done
@@ -83,50 +83,53 @@ def test_rollouts_on_two_processes(tmp_path, estimator):
 
 
 SMALL = [
-    "steps=2",
-    "eval_share=0.33",
-    "samples=1",
-    "sample_tokens=4",
-    "lr=0.001",
-    "guide_steps=1",
-    "guide_lr=0.001",
-    "tune_lr=0.001",
-]
-METHODS = {
-    "tgdpo": [],
-    "cdpo": ["save_steps=1"],
-    "t-reg": ["precompute_reference=true"],
-    "rto": ["num_generations=2", "reward=tests.preference.test_training:brief"],
-    "tdpo": ["lora_r=2"],
+    "steps=2", "eval_share=0.33", "samples=1", "sample_tokens=4", "lr=0.001", "guide_steps=1", "guide_lr=0.001", "tune_lr=0.001",
+]  # fmt: skip
+CASES = {
+    "a guide trained first": ("tgdpo", []),
+    "a given guide": ("tgdpo", ["guide=PLACE/guide"]),
+    "two guides with adapters": ("cdpo", ["save_steps=1"]),
+    "a reference in columns": ("t-reg", ["precompute_reference=true"]),
+    "rollouts": ("rto", ["num_generations=2", "reward=tests.preference.test_training:brief"]),
+    "an adapter": ("tdpo", ["lora_r=2"]),
 }
 
 
-def train(place, name, out, size, *options):
+def train(place, case, out, size, *options):
+    name, changes = CASES[case]
     known = settable(find_card(name).load_training().config)
-    settings = [value for value in [*SMALL, *METHODS[name], f"batch_size={size}"] if value.partition("=")[0] in known]
+    settings = [value for value in SMALL if value.partition("=")[0] in known]
+    settings += [f"batch_size={size}", *(change.replace("PLACE", str(place)) for change in changes)]
     arguments = [item for setting in settings for item in ("--set", setting)]
     done = run([
         *command_of(*options), "-m", "everytoken", "train", name, "--model", str(place / "model"), "--data", str(place / "pairs.jsonl"),
         "--out", str(out), "--json", *arguments,
-    ])  # fmt: skip
+    ], EVERYTOKEN_CACHE=str(out.with_suffix(".cache")))  # fmt: skip
     return json.loads(done.stdout[done.stdout.index("{") :])["figures"]
 
 
-@pytest.mark.parametrize(("name", "options"), [("tgdpo", DDP), *((name, FSDP) for name in METHODS)])
-def test_the_command_on_two_processes(tmp_path, name, options):
+@pytest.mark.parametrize("case", CASES)
+def test_the_command_in_shards(tmp_path, case):
     """``accelerate launch ... -m everytoken train``: guides, columns, training, evaluation, report; as one process does it."""
+    as_one_process(tmp_path, case, FSDP)
+
+
+def test_the_command_in_copies(tmp_path):
+    as_one_process(tmp_path, "a guide trained first", DDP)
+
+
+def as_one_process(tmp_path, case, options):
     place = letters(tmp_path)
-    together = train(place, name, tmp_path / "together", 2 if name != "rto" else 4, *options)
+    together = train(place, case, tmp_path / "together", 2 if case != "rollouts" else 4, *options)
     report = (tmp_path / "together" / "report.html").read_text()
     assert "Before and after" in report
     assert "Credit of every token" in report
-    if name == "rto":
+    if case == "rollouts":  # each process samples its own
         assert together["rollouts"] == 16
         return
-    alone = train(place, name, tmp_path / "alone", 4)
+    alone = train(place, case, tmp_path / "alone", 4)
     assert together == pytest.approx(alone, abs=1e-3)
-    files = [tmp_path / which / "model" for which in ("alone", "together")]
-    kept = "adapter_model.safetensors" if name == "tdpo" else "model.safetensors"
-    one, two = (load_file(folder / kept) for folder in files)
+    kept = "adapter_model.safetensors" if case == "an adapter" else "model.safetensors"
+    one, two = (load_file(tmp_path / which / "model" / kept) for which in ("alone", "together"))
     assert one.keys() == two.keys()
     assert max((one[key] - two[key]).abs().max().item() for key in one) < 5e-5
