@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import xml.etree.ElementTree as xml
 
 import pytest
 from hypothesis import given
@@ -46,3 +47,12 @@ def test_names_are_escaped_and_nothing_is_refused():
     assert "a &lt; b" in lines_svg({"a < b": [[(0, 1.0)]]}, "step")
     with pytest.raises(BadInputError, match="no point"):
         lines_svg({"loss": [[]]}, "step")
+
+
+def test_curves_are_drawn_to_scale():
+    picture = lines_svg({"one": [[(0.0, 1.0), (0.5, 3.0)], [(0.25, 2.0)]], "other": [[(0.5, 1.0)]]}, "share; value")
+    root = xml.fromstring(picture)
+    circles = [(item.get("cx"), item.get("cy")) for item in root.iter() if item.tag.endswith("circle")]
+    assert circles == [("90", "320"), ("690", "40"), ("390", "180"), ("690", "320")]
+    words = [item.text for item in root.iter() if item.tag.endswith("text")]
+    assert {"one", "other", "share; value", "50%", "3.00"} <= set(words)

@@ -223,16 +223,3 @@ def test_quick_r_to_q_star_runs_end_to_end():
     arms = execute(REPRODUCTION, quick=True, console=QUIET)["runs"][0]
     assert 0 <= arms["implicit reward"]["planted error among the lowest 3"] <= 1
     assert "reward" in arms["DPO policy, 3 beams"]
-
-
-def test_curves_are_drawn_to_scale():
-    import xml.etree.ElementTree as xml
-
-    from everytoken.core.plots import lines_svg
-
-    picture = lines_svg({"one": [[(0.0, 1.0), (0.5, 3.0)], [(0.25, 2.0)]], "other": [[(0.5, 1.0)]]}, "share; value")
-    root = xml.fromstring(picture)
-    circles = [(item.get("cx"), item.get("cy")) for item in root.iter() if item.tag.endswith("circle")]
-    assert circles == [("70", "320"), ("690", "40"), ("380", "180"), ("690", "320")]
-    words = [item.text for item in root.iter() if item.tag.endswith("text")]
-    assert {"one", "other", "share; value", "50%", "3.00"} <= set(words)
