@@ -62,6 +62,11 @@ def check_outputs(*paths: Path | None) -> None:
             raise BadInputError(f"The folder {path.resolve().parent} does not exist.", "Create it, or write elsewhere.")
 
 
+def first_process() -> bool:
+    """Whether this is the first of the processes that ``accelerate launch`` started, or the only one: it alone speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextlib.contextmanager
 def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar for work in stages: yields ``report(stage, done, total)``; what follows a comma in the stage may change.
@@ -77,8 +82,7 @@ def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    first = os.environ.get("RANK", "0") == "0"
-    with Progress(*columns, console=console, transient=True, disable=not first) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not first_process()) as progress:
         task = progress.add_task("starting", total=None)
         stage = [""]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ import typer
 from rich.console import Console
 
 from ..catalog.cards import find_card
-from .common import check_outputs, print_outcome, stages
+from .common import check_outputs, first_process, print_outcome, stages
 
 EXAMPLES = (
     "Examples:  everytoken train tgdpo --data pairs/train.jsonl --set steps=50  ·  "
@@ -50,12 +49,11 @@ def train(
     if training.extra is not None:
         require(training.extra[1], training.extra[0], f"Training {card.slug}")
     status = Console(stderr=True)
-    first = os.environ.get("RANK", "0") == "0"
-    if first:
+    if first_process():
         status.print(f"[bold]{card.slug}[/]: {training.summary}", highlight=False)
     with stages(status) as report:
         result = training.run(chosen, TrainingContext(model, str(data) if data is not None else None, folder, report))
-    if not first:
+    if not first_process():
         return
     if as_json:
         typer.echo(json.dumps({"figures": result.figures, "files": [str(path) for path in result.files]}, indent=1))

@@ -72,13 +72,13 @@ class ImplicitReward:
         import torch
 
         from .logprobs import token_stats
-        from .scoring import response_hidden, whole
+        from .scoring import head_weights, response_hidden
 
         kept = mask.bool().clone()
         kept[:, 0] = False
         with torch.no_grad():
             hidden: list[torch.Tensor] = []
-            heads: list[Any] = []
+            heads: list[tuple[torch.Tensor, torch.Tensor | None]] = []
             for model in (self.policy, self.reference):
                 if model is self.policy and hidden:  # compared with itself: one forward is enough
                     hidden, heads = 2 * hidden, 2 * heads
@@ -87,15 +87,15 @@ class ImplicitReward:
                 model = self.policy if model is None else model
                 with scope:
                     hidden.append(response_hidden(model, ids, kept, attention_mask))
-                heads.append(model.get_output_embeddings())
+                heads.append(head_weights(model))
             stats = token_stats(
                 hidden[0],
-                whole(heads[0].weight),
+                heads[0][0],
                 ids[kept],
-                bias=whole(heads[0].bias),
+                bias=heads[0][1],
                 ref_hidden=hidden[1],
-                ref_weight=whole(heads[1].weight),
-                ref_bias=whole(heads[1].bias),
+                ref_weight=heads[1][0],
+                ref_bias=heads[1][1],
                 forward_kl=forward_kl,
                 reverse_kl=reverse_kl,
             )

@@ -39,10 +39,11 @@ def lines_svg(
         width += size
     top, bottom = 40 + 22 * row, 320 + 22 * row
     parts = []
+    gap, largest = (high - low) / 4, max(abs(low), abs(high))
     for step in range(5):
         y, x = bottom - (bottom - top) * step / 4, left + (right - left) * step / 4
         parts.append(
-            f'<text x="{left - 12}" y="{y + 5:.0f}" text-anchor="end">{_tick(low + (high - low) * step / 4, (high - low) / 4, max(abs(low), abs(high)))}</text>'
+            f'<text x="{left - 12}" y="{y + 5:.0f}" text-anchor="end">{_tick(low + gap * step, gap, largest)}</text>'
         )
         parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.0f}" y2="{y:.0f}" stroke="#dde1e6"/>')
         parts.append(

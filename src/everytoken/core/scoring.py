@@ -43,6 +43,21 @@ def whole(parameter: Any) -> Any:
     return parameter.full_tensor() if parameter is not None and hasattr(parameter, "full_tensor") else parameter
 
 
+def head_weights(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The plain head's weight ``[V, D]`` and bias, gathered where they lie in shards.
+
+    Raises:
+        UnsupportedModelError: as ``plain_head``.
+    """
+    head = plain_head(model)
+    return whole(head.weight), whole(getattr(head, "bias", None))
+
+
+def base_model(model: Any) -> Any:
+    """The model under a PEFT adapter; a model without one is its own."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def check_guide(
     policy: Any, guide: Any, what: str = "guide", tokenizer: Any = None, guide_tokenizer: Any = None
 ) -> None:
@@ -75,18 +90,31 @@ def prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
     return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
-def encode_prompt(tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
-    """``generate``'s inputs for one prompt: a turn of the user where the tokenizer has a chat template, else the text as it is.
+def check_prompt(prompt: str) -> None:
+    """Refuses an empty prompt.
+
+    Raises:
+        BadInputError: nothing in it but spaces.
+    """
+    if not prompt.strip():
+        raise BadInputError("The prompt is empty.", 'Give some text: --prompt "Why is the sky blue?"')
+
+
+def turn_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Ids of one prompt: as a turn of the user where the tokenizer has a chat template, else of the text as it is.
 
     Raises:
         BadInputError: the prompt is empty.
     """
+    check_prompt(prompt)
+    return prompt_ids(tokenizer, [{"role": "user", "content": prompt}] if tokenizer.chat_template else prompt)
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
+    """``generate``'s inputs for one prompt, as ``turn_ids`` has it."""
     import torch
 
-    if not prompt.strip():
-        raise BadInputError("The prompt is empty.", 'Give some text: --prompt "Why is the sky blue?"')
-    turn: Any = [{"role": "user", "content": prompt}] if tokenizer.chat_template else prompt
-    ids = torch.tensor([prompt_ids(tokenizer, turn)])
+    ids = torch.tensor([turn_ids(tokenizer, prompt)])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -115,7 +143,7 @@ def response_hidden(
         kwargs = {"attention_mask": attention_mask, "position_ids": positions}
     before = mask.roll(-1, 1)
     before[:, -1] = False
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model(model)
     if getattr(inner.forward, "scores", False):  # the only way in where weights lie in shards: see preference.scored
         return model(input_ids=ids, score={"mask": mask[:, 1:]}, **kwargs)
     return inner.base_model(input_ids=ids, use_cache=False, **kwargs).last_hidden_state[before]
@@ -131,14 +159,9 @@ def response_logps(
 
     kept = mask.bool().clone()
     kept[:, 0] = False
-    head = plain_head(model)
+    weight, bias = head_weights(model)
     with torch.no_grad():
-        stats = token_stats(
-            response_hidden(model, ids, kept, attention_mask),
-            whole(head.weight),
-            ids[kept],
-            bias=whole(getattr(head, "bias", None)),
-        )
+        stats = token_stats(response_hidden(model, ids, kept, attention_mask), weight, ids[kept], bias=bias)
     return torch.zeros(ids.shape, device=ids.device).masked_scatter(kept, stats.logps)
 
 

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from ..core.errors import BadInputError
-from ..core.scoring import encode_prompt
+from ..core.scoring import turn_ids
 from ..core.training import Training, TrainingContext, TrainingResult
 from ..core.trials import load_function, read_text
 from .base import check_same_vocabulary
@@ -141,8 +141,8 @@ class JudgeVerifier:
         answers = []
         for context, a, b in zip(contexts, small, large, strict=True):
             text = self.question.format(context=context[-600:], small=a, large=b)
-            inputs = encode_prompt(self.tokenizer, text if self.tokenizer.chat_template else text + "\nAnswer:")
-            logits = self.model(inputs["input_ids"].to(self.model.device), logits_to_keep=1).logits[0, -1]
+            ids = turn_ids(self.tokenizer, text if self.tokenizer.chat_template else text + "\nAnswer:")
+            logits = self.model(torch.tensor([ids], device=self.model.device), logits_to_keep=1).logits[0, -1]
             answers.append(bool(logits[words[0]] >= logits[words[1]]))
         return answers
 
@@ -199,9 +199,7 @@ def answer(
     """The large model's greedy answers: ``(prompt ids, answer ids)`` each, into the diary."""
     for first in range(len(diary.answers), len(prompts), batch):
         report("the large model answers", first, len(prompts))
-        encoded = [
-            encode_prompt(tokenizer, prompt)["input_ids"][0].tolist() for prompt in prompts[first : first + batch]
-        ]
+        encoded = [turn_ids(tokenizer, prompt) for prompt in prompts[first : first + batch]]
         new = _continue(large, tokenizer, encoded, max_new_tokens, None)
         diary.add_answers(list(zip(encoded, new, strict=True)))
 

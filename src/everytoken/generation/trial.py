@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from ..core.errors import BadInputError
-from ..core.scoring import encode_prompt
+from ..core.scoring import check_prompt, encode_prompt
 from ..core.trials import TrialRequest, TrialResult
 
 EXAMPLE = "Why do cats purr? Answer in a few sentences."
@@ -24,8 +24,7 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
         example: the prompt if none is given.
     """
     prompt = example if request.prompt is None else request.prompt
-    if not prompt.strip():
-        raise BadInputError("The prompt is empty.", 'Give some text: --prompt "Why is the sky blue?"')
+    check_prompt(prompt)
     decoders = {item.name: item.factory(**item.settings, trace_enabled=True) for item in request.trials}
     from transformers import TextStreamer
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from ..core.errors import BadInputError
 from ..core.logprobs import CHUNK_BYTES, masked_mean
-from ..core.scoring import check_guide, model_fingerprint, plain_head, response_hidden, score_rows, whole
+from ..core.scoring import check_guide, head_weights, model_fingerprint, response_hidden, score_rows
 from .base import Example, PairScores, PreferenceOutput, log_ratios, weighted_log_ratios
 
 
@@ -116,7 +116,7 @@ class ContrastiveEstimator:
         kept[:, 0] = False
         models = (self.positive_model, self.negative_model)
         hidden = [response_hidden(model, ids, kept, attention_mask) for model in models]
-        heads = [(whole(head.weight), whole(getattr(head, "bias", None))) for head in map(plain_head, models)]
+        heads = [head_weights(model) for model in models]
         labels = ids[kept]
         values = torch.empty(len(labels), device=ids.device)
         size = max(1, CHUNK_BYTES // (4 * len(heads[0][0])))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..core.logprobs import masked_mean
+from ..core.scoring import base_model
 
 
 class Critic(nn.Module):
@@ -20,7 +21,7 @@ class Critic(nn.Module):
 
     def __init__(self, model: Any):
         super().__init__()
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_model(model)
         self.body = copy.deepcopy(base.base_model)
         self.body.requires_grad_(True)
         self._no_split_modules = base._no_split_modules  # the layers that FSDP keeps together

@@ -63,6 +63,13 @@ def in_shards() -> bool:
     return True
 
 
+def load_unplaced(name: str | None, **kwargs: Any) -> Any:
+    """As ``load_model``; where weights will lie in shards it stays on the CPU, since a device might not hold it whole."""
+    from ..core.loading import load_model
+
+    return load_model(name, device="cpu" if in_shards() else None, **kwargs)
+
+
 def frozen(model: Any, accelerator: Any = None) -> Any:
     """A model that only scores, where it will be used: on this process's device, or in shards. The same object.
 
@@ -81,9 +88,8 @@ def shard(model: Any, accelerator: Any = None) -> Any:
 
     if isinstance(model, FSDPModule):
         return model
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if hasattr(base, "get_output_embeddings"):
-        add_scored_forward(base)
+    if hasattr(model, "get_output_embeddings"):
+        add_scored_forward(model)
     return fsdp2_prepare_model(accelerator or Accelerator(), model)  # moves to the device what it keeps of it
 
 

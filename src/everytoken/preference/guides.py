@@ -17,7 +17,7 @@ from ..core.errors import BadInputError
 from ..core.loading import quiet_training
 from .base import TokenAnnotator
 from .columns import ModelLogps
-from .distributed import frozen, in_shards, on_cpu
+from .distributed import frozen, in_shards, load_unplaced, on_cpu
 
 Report = Callable[[str, int, int], None]
 
@@ -76,6 +76,23 @@ def dpo_guide(
     return trainer.model.requires_grad_(False)
 
 
+def quiet_arguments(folder: str, **arguments: Any) -> dict[str, Any]:
+    """Arguments of any transformers trainer that logs, saves and prints nothing, in float32; ``arguments`` are added, and win."""
+    quiet: dict[str, Any] = {
+        "output_dir": folder, "report_to": [], "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True, "bf16": False,
+        "gradient_checkpointing": False, "use_cpu": on_cpu(),
+    }  # fmt: skip
+    return quiet | arguments
+
+
+def without_printer(trainer: Any) -> Any:
+    """The trainer, which would print its logs where it has no progress bar."""
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
 @quiet_training()
 def train_quietly(
     policy: Any, reference: Any, loss: Any, tokenizer: Any, rows: Any, annotators: Any = (), callbacks: Sequence[TrainerCallback] = (),
@@ -89,23 +106,18 @@ def train_quietly(
         arguments: of ``trl.DPOConfig``; float32, a constant learning rate and whole rows where they say nothing else.
     """
     from datasets import Dataset
-    from transformers.trainer_callback import PrinterCallback
     from trl import DPOConfig
 
     from .trainer import PreferenceTrainer
 
-    quiet: dict[str, Any] = {
-        "report_to": [], "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True, "bf16": False, "use_cpu": on_cpu(),
-        "gradient_checkpointing": False, "max_length": None, "lr_scheduler_type": "constant",
-    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
+        args = DPOConfig(**quiet_arguments(folder, **{"max_length": None, "lr_scheduler_type": "constant"} | arguments))
         trainer = PreferenceTrainer(
-            policy, ref_model=reference, loss=loss, annotators=annotators, args=DPOConfig(output_dir=folder, **quiet | arguments),
+            policy, ref_model=reference, loss=loss, annotators=annotators, args=args,
             train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows, processing_class=tokenizer,
             callbacks=list(callbacks),
         )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        without_printer(trainer).train()
     trainer.model.eval()
     return trainer
 
@@ -116,7 +128,6 @@ def tuned_on(
 ) -> Any:
     """A copy tuned on the ``chosen`` or ``rejected`` responses of tokenized rows; prompts are read, not learnt."""
     from datasets import Dataset
-    from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig
 
     from .ift import IFTSettings, IFTTrainer
@@ -143,17 +154,15 @@ def tuned_on(
     else:
         model = load()
     with tempfile.TemporaryDirectory() as folder:
-        args = SFTConfig(
-            output_dir=folder, report_to=[], logging_strategy="no", save_strategy="no", bf16=settings.bf16, disable_tqdm=True,
-            gradient_checkpointing=False, per_device_train_batch_size=settings.batch_size, max_steps=settings.steps,
-            learning_rate=settings.tune_lr, seed=settings.seed, max_length=None, use_cpu=on_cpu(),
-        )  # fmt: skip
+        args = SFTConfig(**quiet_arguments(
+            folder, bf16=settings.bf16, per_device_train_batch_size=settings.batch_size, max_steps=settings.steps,
+            learning_rate=settings.tune_lr, seed=settings.seed, max_length=None,
+        ))  # fmt: skip
         trainer = IFTTrainer(
             model, ift=IFTSettings(residual=0.0, gamma=0.0), args=args, train_dataset=Dataset.from_list(traces),
             processing_class=tokenizer, peft_config=adapter, callbacks=[Progress(report, f"tuning on {side} responses")],
         )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        without_printer(trainer).train()
         # weights in shards stay beside their adapter
         merged = adapter is not None and not in_shards()
         made = trainer.model.merge_and_unload() if merged else trainer.model
@@ -180,10 +189,6 @@ def annotators_for(
     Raises:
         BadInputError: a column that nothing here makes.
     """
-    from ..core.loading import load_model
-
-    def given(name: str) -> Any:
-        return frozen(load_model(name, device="cpu" if in_shards() else None))
 
     def start() -> Any:  # its own copy where it will be sharded: the trainer shards the reference when it is ready to
         return load() if reference is None or in_shards() else reference
@@ -194,7 +199,7 @@ def annotators_for(
             continue
         if column == "guide_logps":
             guide = (
-                given(settings.guide) if settings.guide is not None
+                frozen(load_unplaced(settings.guide)) if settings.guide is not None
                 else dpo_guide(load, start(), tokenizer, rows, settings, report)
             )  # fmt: skip
             found.append(ModelLogps(guide))
@@ -202,7 +207,9 @@ def annotators_for(
             from .cdpo import ContrastiveEstimator
 
             sides = {
-                side: given(path) if path is not None else tuned_on(side, load, tokenizer, rows, settings, report)
+                side: frozen(load_unplaced(path))
+                if path is not None
+                else tuned_on(side, load, tokenizer, rows, settings, report)
                 for side, path in (("chosen", settings.positive), ("rejected", settings.negative))
             }
             found.append(ContrastiveEstimator(sides["chosen"], sides["rejected"], settings.contrast))

@@ -157,9 +157,8 @@ class IFTTrainer(LaunchedMixin, SFTTrainer):
                 )
         super().__init__(*positional, **kwargs)
         unwrapped = self.accelerator.unwrap_model(self.model)
-        base = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
-        input_embeddings(base)
-        add_scored_forward(base)
+        input_embeddings(unwrapped)
+        add_scored_forward(unwrapped)
 
     def token_losses(
         self, model: Any, inputs: dict[str, Any]

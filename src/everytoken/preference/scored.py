@@ -13,12 +13,12 @@ import torch
 
 from ..core.errors import UnsupportedModelError
 from ..core.logprobs import CHUNK_BYTES, token_stats
-from ..core.scoring import plain_head, whole
+from ..core.scoring import base_model, head_weights, plain_head
 from .base import NEEDS
 
 
 def add_scored_forward(model: Any) -> None:
-    """Adds ``score=`` to a causal model's forward. With M = ``score["mask"]``, ``[B, T - 1]`` over tokens 1 to T - 1:
+    """Adds ``score=`` to a causal model's forward (under a PEFT adapter, to the model's own). With M = ``score["mask"]``, ``[B, T - 1]`` over tokens 1 to T - 1:
 
     - ``{"mask": M}`` returns the ``[N, D]`` hidden states that predict the masked tokens;
     - ``{"mask": M, "pick": (top_k, temperature)}`` returns ``[N]`` tokens: the model's own predictions there (its arg-max for top_k 1,
@@ -30,6 +30,7 @@ def add_scored_forward(model: Any) -> None:
     Raises:
         UnsupportedModelError: logits are not ``head(hidden)``.
     """
+    model = base_model(model)
     original = model.forward
     if getattr(original, "scores", False):
         return
@@ -47,14 +48,14 @@ def add_scored_forward(model: Any) -> None:
             kwargs["inputs_embeds"] = (1 - share) * embed(ids) + share * embed(other)
         hidden = self.base_model(*args, **kwargs).last_hidden_state
         hidden = hidden[:, -score["mask"].shape[1] - 1 : -1][score["mask"]]
-        head = self.get_output_embeddings()
-        if "pick" in score:
-            return _pick(hidden, whole(head.weight), whole(getattr(head, "bias", None)), *score["pick"])
-        if "labels" not in score:
+        if "labels" not in score and "pick" not in score:
             return hidden
+        weight, bias = head_weights(self)
+        if "pick" in score:
+            return _pick(hidden, weight, bias, *score["pick"])
         arguments: dict[str, Any] = {name: score.get(name) for name in ("ref_hidden", "ref_weight", "ref_bias")}
         arguments |= {name: name in score["needs"] for name in NEEDS}
-        return token_stats(hidden, whole(head.weight), score["labels"], bias=whole(head.bias), **arguments)
+        return token_stats(hidden, weight, score["labels"], bias=bias, **arguments)
 
     forward.scores = True  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)

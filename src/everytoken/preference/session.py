@@ -16,8 +16,8 @@ from ..core.report import training_report
 from ..core.scoring import prompt_ids
 from ..core.training import TrainingContext, TrainingResult
 from .configs import Common
-from .distributed import in_shards, process_state, save_whole
-from .guides import Progress
+from .distributed import in_shards, load_unplaced, process_state, save_whole
+from .guides import Progress, without_printer
 
 KEPT_METRICS = (
     "loss",
@@ -36,21 +36,21 @@ class Session:
     """Model, reference, held-out rows, texts before, and what is written at the end."""
 
     def __init__(self, config: Common, context: TrainingContext, name: str):
-        from ..core.loading import load_model, load_tokenizer
+        from ..core.loading import load_tokenizer
         from ..core.rng import seed_everything
 
         self.config, self.context, self.name = config, context, name
         self.state = process_state()
-        self.sharded = in_shards()
         self.main = self.state.is_main_process
+        # whether this process runs the model for the report: all do where it lies in shards
+        self.reads = self.main or in_shards()
         self.checkpoints = context.out / "checkpoints"
         context.report("loading the model", 0, 0)
         self.tokenizer = load_tokenizer(context.model)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         dtype = getattr(torch, config.dtype)
-        place = "cpu" if self.sharded else None  # sharded before they go to a device: one might not hold them whole
-        self.load: Callable[[], Any] = lambda: load_model(context.model, dtype=dtype, device=place)
+        self.load: Callable[[], Any] = lambda: load_unplaced(context.model, dtype=dtype)
         self.policy = self.load()
         self.reference = None if config.lora_r else self.load().requires_grad_(False)
         self.notes: list[str] = []
@@ -75,8 +75,8 @@ class Session:
         return parts["train"], parts["test"]
 
     def write_texts(self, model: Any, prompts: list[Any]) -> list[str]:
-        """Greedy continuations, by the first process; by all of them where weights lie in shards."""
-        if not (self.main or self.sharded):
+        """Greedy continuations, by the processes that read."""
+        if not self.reads:
             return []
         texts = []
         model.eval()
@@ -92,11 +92,9 @@ class Session:
 
     def train(self, trainer: Any) -> None:
         """Trains with progress, from the last checkpoint where there is one; an interruption leaves a checkpoint behind."""
-        from transformers.trainer_callback import PrinterCallback
         from transformers.trainer_utils import get_last_checkpoint
 
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Watch(self.context.report, f"training {self.name}"))
+        without_printer(trainer).add_callback(Watch(self.context.report, f"training {self.name}"))
         last = get_last_checkpoint(str(self.checkpoints)) if self.config.resume and self.checkpoints.is_dir() else None
         if last is not None:
             self.notes.append(f"Went on from {last}.")

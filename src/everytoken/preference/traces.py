@@ -8,7 +8,7 @@ import torch
 
 from ..core.errors import BadInputError
 from ..core.implicit_reward import ImplicitReward
-from ..core.scoring import prompt_ids, response_logps
+from ..core.scoring import base_model, prompt_ids, response_logps
 from ..core.trace import TokenTrace
 
 
@@ -77,7 +77,7 @@ def pair_traces(policy: Any, reference: Any, tokenizer: Any, row: dict[str, Any]
 def demonstration_trace(trainer: Any, tokenizer: Any, row: dict[str, Any], title: str) -> TokenTrace:
     """IFT's view of one tokenized demonstration (``input_ids``, ``labels``): loss, relation weight and prediction of every target."""
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     ids = torch.tensor([list(row["input_ids"])], device=base.device)
     labels = torch.tensor([list(row["labels"])], device=base.device)
     losses, weights, mask, predicted = trainer.token_losses(

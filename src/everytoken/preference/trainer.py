@@ -27,7 +27,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from ..core.errors import BadInputError
 from ..core.logprobs import TokenStats
-from ..core.scoring import check_guide, whole
+from ..core.scoring import check_guide, head_weights
 from .base import PairScores, PreferenceLoss, PreferenceOutput, TokenAnnotator
 from .columns import SIDES, ModelLogps, check_columns, precompute
 from .data import check_rows
@@ -138,7 +138,7 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
         reference = kwargs.get("ref_model", positional[1] if len(positional) > 1 else None)
         self._policy = policy if hasattr(policy, "get_output_embeddings") else None
         self._given_reference = reference if hasattr(reference, "get_output_embeddings") else None
-        if self._policy is not None and hasattr(reference, "get_output_embeddings"):
+        if self._policy is not None and self._given_reference is not None:
             check_guide(policy, reference, "reference")
         if not callable(annotators):
             self._take_annotators(annotators)
@@ -147,9 +147,7 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
             self.data_collator = PairCollator(**vars(self.data_collator))
         for model in (self.model, self.ref_model):
             if model is not None:
-                unwrapped = self.accelerator.unwrap_model(model)
-                base = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
-                add_scored_forward(base)
+                add_scored_forward(self.accelerator.unwrap_model(model))
 
     def create_accelerator_and_postprocess(self) -> None:
         """Shards the reference as the policy, layer by layer (TRL would gather all of its weights at every forward)."""
@@ -204,7 +202,7 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
         """The reference's log-probabilities per token, as columns ``chosen_ref_logps`` and ``rejected_ref_logps``."""
         model = self.ref_model if self.ref_model is not None else self.accelerator.unwrap_model(self.model)
         model.to(self.accelerator.device)
-        add_scored_forward(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        add_scored_forward(model)
         peft = self.ref_model is None and hasattr(model, "peft_config")
         scope = reference_adapter(model) if peft else contextlib.nullcontext()
         training = model.training
@@ -226,10 +224,11 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
         kept = {name: inputs[name] for name in inputs if name != "completion_mask" and not name.startswith("column/")}
         score: dict[str, Any] = {"mask": mask, "labels": labels, "needs": self.needs}
         if "ref_logps" not in columns or self.needs:
-            reference, head = self._reference(kept, mask)
-            score["ref_hidden"] = reference
-            score["ref_weight"] = whole(head.weight).detach()
-            score["ref_bias"] = None if head.bias is None else whole(head.bias).detach()
+            hidden, reference = self._reference(kept, mask)
+            weight, bias = head_weights(reference)
+            score |= {
+                "ref_hidden": hidden, "ref_weight": weight.detach(), "ref_bias": None if bias is None else bias.detach(),
+            }  # fmt: skip
         stats: TokenStats = model(**kept, score=score)
 
         def spread(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,11 +251,11 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
         return policy, ref
 
     def _reference(self, kept: dict[str, Any], mask: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Hidden states ``[N, D]`` of the reference at the response positions, and its output head."""
+        """Hidden states ``[N, D]`` of the reference at the response positions, and the model that gave them."""
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             if self.ref_model is not None:
                 model = self.accelerator.unwrap_model(self.ref_model)
-                return self.ref_model(**kept, score={"mask": mask}), model.get_output_embeddings()
+                return self.ref_model(**kept, score={"mask": mask}), model
             model = self.accelerator.unwrap_model(self.model)
             if not hasattr(model, "peft_config"):
                 raise BadInputError(
@@ -264,7 +263,7 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
                     "Pass ref_model, or evaluate on a dataset that was given to the trainer at the start.",
                 )
             with reference_adapter(model):
-                return self.model(**kept, score={"mask": mask}), model.get_output_embeddings()
+                return self.model(**kept, score={"mask": mask}), model
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         policy, reference = self.score_pairs(model, inputs)

@@ -26,7 +26,7 @@ from .configs import (
     TREGTraining,
     part,
 )
-from .distributed import process_state
+from .distributed import load_unplaced, process_state
 from .guides import GuideSettings, annotators_for
 from .ift import IFTSettings, IFTTrainer
 from .rto import RTOConfig, RTOSettings, RTOTrainer
@@ -98,8 +98,8 @@ def train_on_pairs(name: str) -> Callable[[PreferenceTraining, TrainingContext],
 
 
 def _pair_traces(session: Session, trainer: Any, loss: Any, rows: Any) -> list[Any]:
-    """Credit of the first held-out pairs, chosen and rejected in turn; all processes take part where weights lie in shards."""
-    if not (session.main or session.sharded):
+    """Credit of the first held-out pairs, chosen and rejected in turn."""
+    if not session.reads:
         return []
     from .traces import pair_traces
 
@@ -161,7 +161,7 @@ def train_ift(config: IFTTraining, context: TrainingContext) -> TrainingResult:
     measured = trainer.evaluate()
     figures = {key.removeprefix("eval_"): float(measured[key]) for key in ("eval_loss", "eval_nll") if key in measured}
     traces = []
-    if session.main or session.sharded:
+    if session.reads:
         for index in range(min(config.samples, len(trainer.eval_dataset))):
             traces.append(
                 demonstration_trace(trainer, session.tokenizer, trainer.eval_dataset[index], f"held-out row {index}")
@@ -173,7 +173,6 @@ def train_ift(config: IFTTraining, context: TrainingContext) -> TrainingResult:
 def train_rto(config: RTOTraining, context: TrainingContext) -> TrainingResult:
     from datasets import Dataset
 
-    from ..core.loading import load_model
     from .data import read_rows
     from .guides import dpo_guide
     from .traces import rollout_trace
@@ -212,7 +211,7 @@ def train_rto(config: RTOTraining, context: TrainingContext) -> TrainingResult:
     dpo = None
     if settings.dpo_reward_scale:
         if config.dpo is not None:
-            dpo = load_model(config.dpo, device="cpu" if session.sharded else None)
+            dpo = load_unplaced(config.dpo)
         else:
             guide = GuideSettings(steps=config.guide_steps, lr=config.guide_lr, seed=config.seed, bf16=config.bf16)
             start = session.reference if session.reference is not None else session.load()
@@ -244,7 +243,7 @@ def train_rto(config: RTOTraining, context: TrainingContext) -> TrainingResult:
         ),
     }
     traces = []
-    if session.main or session.sharded:
+    if session.reads:
         final = trainer.accelerator.unwrap_model(trainer.model).eval()
         for prompt, text in zip(held_prompts, session.write_texts(final, held_prompts), strict=False):
             if text:

@@ -126,10 +126,10 @@ def _pairs(work: _Work) -> TrialResult:
 def _demonstrations(work: _Work) -> TrialResult:
     """IFT and supervised tuning on the chosen sides; losses of the demonstrations afterwards, and of the model's own continuations of them."""
     from datasets import Dataset
-    from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig
 
     from ..core.rng import seed_everything
+    from .guides import quiet_arguments, without_printer
     from .ift import IFTSettings, IFTTrainer
     from .traces import demonstration_trace
 
@@ -139,15 +139,14 @@ def _demonstrations(work: _Work) -> TrialResult:
         work.request.report(f"{name}: {work.steps} steps on {len(rows)} demonstrations")
         seed_everything(work.seed)
         with tempfile.TemporaryDirectory() as folder:
-            args = SFTConfig(
-                output_dir=folder, report_to=[], logging_strategy="no", save_strategy="no", bf16=False, disable_tqdm=True,
-                gradient_checkpointing=False, per_device_train_batch_size=min(4, len(rows)), max_steps=work.steps, learning_rate=work.lr,
+            args = SFTConfig(**quiet_arguments(
+                folder, per_device_train_batch_size=min(4, len(rows)), max_steps=work.steps, learning_rate=work.lr,
                 lr_scheduler_type="constant",
-            )  # fmt: skip
+            ))  # fmt: skip
             trainer = IFTTrainer(
                 work.load(), ift=settings, args=args, train_dataset=rows, processing_class=work.tokenizer
             )
-            trainer.remove_callback(PrinterCallback)
+            without_printer(trainer)
             began = time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - began
@@ -169,10 +168,9 @@ def _demonstrations(work: _Work) -> TrialResult:
 def _rollouts(work: _Work) -> TrialResult:
     """RTO against PPO (or GRPO) on a few batches of rollouts, rewarded by a sentiment lexicon; the DPO model is trained first."""
     from datasets import Dataset
-    from transformers.trainer_callback import PrinterCallback
 
     from ..core.rng import seed_everything
-    from .guides import GuideSettings, dpo_guide
+    from .guides import GuideSettings, dpo_guide, quiet_arguments, without_printer
     from .rto import RTOConfig, RTOSettings, RTOTrainer
     from .sentiment import positivity
     from .traces import rollout_trace
@@ -193,17 +191,16 @@ def _rollouts(work: _Work) -> TrialResult:
         work.request.report(f"{name}: {work.steps} batches of rollouts")
         seed_everything(work.seed)
         with tempfile.TemporaryDirectory() as folder:
-            args = RTOConfig(
-                output_dir=folder, report_to=[], logging_steps=1, save_strategy="no", bf16=False, disable_tqdm=True,
-                gradient_checkpointing=False, per_device_train_batch_size=8, num_generations=4, max_completion_length=16,
+            args = RTOConfig(**quiet_arguments(
+                folder, logging_strategy="steps", logging_steps=1, per_device_train_batch_size=8, num_generations=4, max_completion_length=16,
                 max_steps=work.steps, learning_rate=work.lr, lr_scheduler_type="constant", **dataclasses.asdict(chosen),
-            )  # fmt: skip
+            ))  # fmt: skip
             policy = work.load()
             trainer = RTOTrainer(
                 policy, reward_funcs=score, dpo_model=dpo if chosen.dpo_reward_scale else None, ref_model=work.reference, args=args,
                 train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]), processing_class=work.tokenizer,
             )  # fmt: skip
-            trainer.remove_callback(PrinterCallback)
+            without_printer(trainer)
             began = time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - began

@@ -83,9 +83,9 @@ def tune(
     """SFT is IFT with residual 0 and gamma 0: one trainer, equal in value and gradient to TRL's (tests say so)."""
     from datasets import Dataset
     from transformers import TrainerCallback
-    from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig
 
+    from ..preference.guides import quiet_arguments, without_printer
     from ..preference.ift import IFTTrainer
 
     seed_everything(context.seed)
@@ -96,11 +96,10 @@ def tune(
                 context.progress(f"{name}: step {state.global_step} of {steps}")
 
     with tempfile.TemporaryDirectory() as folder:
-        args = SFTConfig(
-            output_dir=folder, report_to=[], logging_strategy="no", save_strategy="no", bf16=False, disable_tqdm=True,
-            gradient_checkpointing=False, per_device_train_batch_size=batch, max_steps=steps, learning_rate=lr,
-            lr_scheduler_type="cosine", warmup_steps=max(1, steps // 10), seed=context.seed, data_seed=context.seed, completion_only_loss=True,
-        )  # fmt: skip
+        args = SFTConfig(**quiet_arguments(
+            folder, per_device_train_batch_size=batch, max_steps=steps, learning_rate=lr, lr_scheduler_type="cosine",
+            warmup_steps=max(1, steps // 10), seed=context.seed, data_seed=context.seed, completion_only_loss=True,
+        ))  # fmt: skip
         trainer = IFTTrainer(
             model,
             ift=settings,
@@ -109,8 +108,7 @@ def tune(
             processing_class=tokenizer,
             callbacks=[Watch()],
         )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        without_printer(trainer).train()
     return model.eval()
 
 

@@ -25,8 +25,8 @@ def policy_arm(
     """Trains a copy of the start by rollouts; returns it and ``(rollouts so far, mean reward of the batch)``."""
     from datasets import Dataset
     from transformers import TrainerCallback
-    from transformers.trainer_callback import PrinterCallback
 
+    from ..preference.guides import quiet_arguments, without_printer
     from ..preference.rto import RTOConfig, RTOTrainer
 
     estimator, scale = ARMS[name]
@@ -44,13 +44,12 @@ def policy_arm(
             context.progress(f"{name} batch {len(rewards)} of {batches}: reward {rewards[-1]:+.3f}")
 
     with tempfile.TemporaryDirectory() as folder:
-        args = RTOConfig(
-            output_dir=folder, report_to=[], logging_strategy="no", save_strategy="no", bf16=False, disable_tqdm=True,
-            gradient_checkpointing=False, per_device_train_batch_size=size, num_generations=8, max_completion_length=20,
+        args = RTOConfig(**quiet_arguments(
+            folder, per_device_train_batch_size=size, num_generations=8, max_completion_length=20,
             num_iterations=2, max_steps=2 * batches, learning_rate=1.5e-4, lr_scheduler_type="constant_with_warmup", warmup_steps=4,
             seed=context.seed, data_seed=context.seed, estimator=estimator, dpo_reward_scale=scale, critic_lr=1e-3, critic_epochs=2,
             shuffle_dataset=True,
-        )  # fmt: skip
+        ))  # fmt: skip
         trainer = RTOTrainer(
             work.bed.model(),
             reward_funcs=score,
@@ -61,8 +60,7 @@ def policy_arm(
             processing_class=work.bed.tokenizer,
             callbacks=[Watch()],
         )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        without_printer(trainer).train()
         policy = trainer.model.eval()
     return policy, [(size * (index + 1), value) for index, value in enumerate(rewards)]
 
