@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from trl import DPOConfig, SFTConfig
 
+from everytoken.cli.common import leave_processes
 from everytoken.core.loading import load_tokenizer
 from everytoken.preference.columns import ModelLogps
 from everytoken.preference.ift import IFTTrainer
@@ -81,6 +82,7 @@ def main(kind: str, out: Path, size: int) -> None:
             out / "state.pt",
         )
     trainer.accelerator.wait_for_everyone()
+    leave_processes()
 
 
 if __name__ == "__main__":

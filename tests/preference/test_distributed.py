@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "configs" / "accelerate"
+CRASH = "Signal 11 (SIGSEGV)"
 
 
 def command_of(*options):
@@ -32,17 +35,31 @@ def command_of(*options):
     return [*launcher, "--main_process_port", str(20_000 + os.getpid() % 20_000)]
 
 
-def run(command, **variables):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} | variables
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=HERE.parents[1])
-    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
-    return done
+def run(command, place):
+    """Runs a command that writes to the folder ``place``; what it printed.
+
+    gloo (torch 2.13) once in many thousand gathers corrupts the heap of its own thread: ``full_tensor()`` of a sharded tensor in a loop
+    shows it without any of our code. A launch that dies of that signal is started again, from nothing, and the warning says so; every
+    other failure is ours.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONFAULTHANDLER": "1"}
+    environment["EVERYTOKEN_CACHE"] = str(place / "cache")
+    for again in (True, False):
+        place.mkdir(exist_ok=True)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=300, cwd=HERE.parents[1]
+        )
+        if not again or CRASH not in done.stderr:
+            break
+        warnings.warn(f"gloo crashed:\n{done.stderr}", stacklevel=2)
+        shutil.rmtree(place)
+    assert done.returncode == 0, f"{done.stdout[-1500:]}{done.stderr[:6000]}\n...\n{done.stderr[-3000:]}"
+    return done.stdout
 
 
-def launch(kind, out, size, *options):
-    out.mkdir()
-    run([*command_of(*options), str(HERE / "distributed_worker.py"), kind, str(out), str(size)])
-    return torch.load(out / "state.pt", weights_only=True)
+def launch(kind, place, size, *options):
+    run([*command_of(*options), str(HERE / "distributed_worker.py"), kind, str(place), str(size)], place)
+    return torch.load(place / "state.pt", weights_only=True)
 
 
 def distance(one, other):
@@ -95,17 +112,17 @@ CASES = {
 }
 
 
-def train(place, case, out, size, *options):
+def train(place, case, own, size, *options):
     name, changes = CASES[case]
     known = settable(find_card(name).load_training().config)
     settings = [value for value in SMALL if value.partition("=")[0] in known]
     settings += [f"batch_size={size}", *(change.replace("PLACE", str(place)) for change in changes)]
     arguments = [item for setting in settings for item in ("--set", setting)]
-    done = run([
+    printed = run([
         *command_of(*options), "-m", "everytoken", "train", name, "--model", str(place / "model"), "--data", str(place / "pairs.jsonl"),
-        "--out", str(out), "--json", *arguments,
-    ], EVERYTOKEN_CACHE=str(out.with_suffix(".cache")))  # fmt: skip
-    return json.loads(done.stdout[done.stdout.index("{") :])["figures"]
+        "--out", str(own / "out"), "--json", *arguments,
+    ], own)  # fmt: skip
+    return json.loads(printed[printed.index("{") :])["figures"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -121,7 +138,7 @@ def test_the_command_in_copies(tmp_path):
 def as_one_process(tmp_path, case, options):
     place = letters(tmp_path)
     together = train(place, case, tmp_path / "together", 2 if case != "rollouts" else 4, *options)
-    report = (tmp_path / "together" / "report.html").read_text()
+    report = (tmp_path / "together" / "out" / "report.html").read_text()
     assert "Before and after" in report
     assert "Credit of every token" in report
     if case == "rollouts":  # each process samples its own
@@ -130,6 +147,6 @@ def as_one_process(tmp_path, case, options):
     alone = train(place, case, tmp_path / "alone", 4)
     assert together == pytest.approx(alone, abs=1e-3)
     kept = "adapter_model.safetensors" if case == "an adapter" else "model.safetensors"
-    one, two = (load_file(tmp_path / which / "model" / kept) for which in ("alone", "together"))
+    one, two = (load_file(tmp_path / which / "out" / "model" / kept) for which in ("alone", "together"))
     assert one.keys() == two.keys()
     assert max((one[key] - two[key]).abs().max().item() for key in one) < 5e-5

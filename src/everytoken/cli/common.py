@@ -7,6 +7,8 @@ import dataclasses
 import importlib
 import json
 import os
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,19 @@ def check_outputs(*paths: Path | None) -> None:
 def first_process() -> bool:
     """Whether this is the first of the processes that ``accelerate launch`` started, or the only one: it alone speaks."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def leave_processes() -> None:
+    """Ends the process group of ``accelerate launch``, where there is one, while Python still runs.
+
+    gloo's threads let go of a collective's tensors after the collective has ended (of the last barrier's too) and need the interpreter for
+    it. Where it is shutting down already they abort the process, and the launcher calls a finished training failed.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    distributed.destroy_process_group()
+    time.sleep(0.2)  # the threads cannot be joined: this lets them take the interpreter's lock, which they wait for
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from ..catalog.cards import find_card
-from .common import check_outputs, first_process, print_outcome, stages
+from .common import check_outputs, first_process, leave_processes, print_outcome, stages
 
 EXAMPLES = (
     "Examples:  everytoken train tgdpo --data pairs/train.jsonl --set steps=50  ·  "
@@ -53,6 +53,7 @@ def train(
         status.print(f"[bold]{card.slug}[/]: {training.summary}", highlight=False)
     with stages(status) as report:
         result = training.run(chosen, TrainingContext(model, str(data) if data is not None else None, folder, report))
+    leave_processes()
     if not first_process():
         return
     if as_json:
