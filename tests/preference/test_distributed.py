@@ -38,7 +38,7 @@ def command_of(*options):
 def run(command, place):
     """Runs a command that writes to the folder ``place``; what it printed.
 
-    gloo (torch 2.13) once in many thousand gathers corrupts the heap of its own thread: ``full_tensor()`` of a sharded tensor in a loop
+    gloo (torch 2.13) very rarely corrupts the heap of its own thread in a gather: ``full_tensor()`` of a sharded tensor in a long loop
     shows it without any of our code. A launch that dies of that signal is started again, from nothing, and the warning says so; every
     other failure is ours.
     """
