@@ -35,25 +35,26 @@ def command_of(*options):
     return [*launcher, "--main_process_port", str(20_000 + os.getpid() % 20_000)]
 
 
+def start(command, place):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONFAULTHANDLER": "1"}
+    environment["EVERYTOKEN_CACHE"] = str(place / "cache")
+    place.mkdir()
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=HERE.parents[1])
+
+
 def run(command, place):
-    """Runs a command that writes to the folder ``place``; what it printed.
+    """Runs a command that writes to the new folder ``place``; what it printed.
 
     gloo (torch 2.13) very rarely corrupts the heap of its own thread in a gather: ``full_tensor()`` of a sharded tensor in a long loop
     shows it without any of our code. A launch that dies of that signal is started again, from nothing, and the warning says so; every
     other failure is ours.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONFAULTHANDLER": "1"}
-    environment["EVERYTOKEN_CACHE"] = str(place / "cache")
-    for again in (True, False):
-        place.mkdir(exist_ok=True)
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=300, cwd=HERE.parents[1]
-        )
-        if not again or CRASH not in done.stderr:
-            break
+    done = start(command, place)
+    if CRASH in done.stderr:
         warnings.warn(f"gloo crashed:\n{done.stderr}", stacklevel=2)
         shutil.rmtree(place)
-    assert done.returncode == 0, f"{done.stdout[-1500:]}{done.stderr[:6000]}\n...\n{done.stderr[-3000:]}"
+        done = start(command, place)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr
     return done.stdout
 
 
