@@ -91,7 +91,7 @@ def build(name, settings, load_model, tokenizer, pairs, clock):
     from everytoken.preference.cdpo import CDPOLoss
     from everytoken.preference.dpo import DPOLoss
     from everytoken.preference.ift import IFTSettings, IFTTrainer
-    from everytoken.preference.rto import RTOConfig, RTOTrainer
+    from everytoken.reinforcement.rto import RTOConfig, RTOTrainer
     from everytoken.preference.t_reg import TREGLoss
     from everytoken.preference.tdpo import TDPOLoss
     from everytoken.preference.tgdpo import TGDPOLoss

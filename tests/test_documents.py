@@ -21,7 +21,7 @@ def test_the_worked_example_of_contributing():
     """The method, the card and the entry point are sound, and the method keeps the station's contract."""
     import everytoken.preference.base as base
     from everytoken.catalog.cards import parse_card
-    from everytoken.core.trials import parse_settings, settable
+    from everytoken.core.settings import parse_settings, settable
     from everytoken.preference.dpo import DPOLoss
 
     module = types.ModuleType("everytoken.preference.margin_dpo")

@@ -15,7 +15,7 @@ from everytoken.constraints.base import CallableConstraint, DeadEndError
 from everytoken.constraints.grammar import Grammar
 from everytoken.constraints.vocabulary import TokenizerInfo
 from everytoken.core.errors import BadInputError
-from everytoken.core.trials import load_function
+from everytoken.core.settings import load_function
 
 from ..conftest import tiny_llama
 from .common import compile_

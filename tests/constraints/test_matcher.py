@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from everytoken.constraints.base import Matcher, allocate_token_bitmask, apply_token_bitmask_inplace, bitmask_to_bool
+from everytoken.decoding.matcher import Matcher, allocate_token_bitmask, apply_token_bitmask_inplace, bitmask_to_bool
 from everytoken.constraints.grammar import Grammar, GrammarError, StructuralTag
 from everytoken.constraints.matcher import CompiledGrammar, GrammarCompiler, GrammarMatcher
 from everytoken.constraints.vocabulary import TokenizerInfo

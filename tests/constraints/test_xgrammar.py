@@ -10,7 +10,7 @@ from scipy import stats
 
 from everytoken.constraints.grammar import Grammar, GrammarError
 from everytoken.constraints.matcher import GrammarCompiler, GrammarMatcher
-from everytoken.constraints.sources import parse_source, read_source
+from everytoken.constraints.logits_processor import parse_source, read_source
 from everytoken.constraints.vocabulary import TokenizerInfo
 from everytoken.constraints.xgrammar import GrammarLogitsProcessor, XGrammar
 from everytoken.core.errors import BadInputError

@@ -11,7 +11,7 @@ import torch
 
 from everytoken.core.errors import BadInputError, MissingExtraError, UnknownNameError, require
 from everytoken.core.rng import derive_seed, numpy_generator, seed_everything
-from everytoken.core.trials import parse_settings, settable
+from everytoken.core.settings import parse_settings, settable
 
 
 @dataclass

@@ -117,7 +117,7 @@ def test_a_matcher_keeps_the_masked_distribution(shape, which):
 
 @pytest.mark.parametrize("extra", [{}, {"repetition_penalty": 1.3}])
 def test_greedy_with_a_matcher_equals_plain_decoding_with_one(extra):
-    from everytoken.generation.loop import MatcherLogitsProcessor
+    from everytoken.decoding.loop import MatcherLogitsProcessor
 
     target, matcher = tiny_llama(13, seed=1), ToyMatcher(13)
     prompt = torch.tensor([[3, 5, 8, 2]])

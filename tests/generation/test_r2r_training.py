@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everytoken.core.errors import BadInputError
-from everytoken.core.training import TrainingContext
+from everytoken.training.base import TrainingContext
 from everytoken.generation.r2r_training import (
     DIVERGENT,
     IDENTICAL,

@@ -14,7 +14,7 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
 from everytoken.core.errors import BadInputError, UnsupportedModelError
-from everytoken.preference.failures import NonFiniteLossError
+from everytoken.training.finite_check import NonFiniteLossError
 from everytoken.preference.ift import IFTSettings, IFTTrainer, relation_weights
 
 from ..conftest import tiny_llama
@@ -268,7 +268,7 @@ def test_bad_input(tmp_path, embedded_tokenizer):
     model = tiny_llama(49152, eos=2)
     type(model).get_input_embeddings, kept = (lambda self: None), type(model).get_input_embeddings
     try:
-        from everytoken.preference.scored import input_embeddings
+        from everytoken.training.scored_forward import input_embeddings
 
         with pytest.raises(UnsupportedModelError, match="input embeddings"):
             input_embeddings(model)

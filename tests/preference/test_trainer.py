@@ -158,7 +158,7 @@ def test_settings_without_meaning_are_refused(tmp_path, embedded_tokenizer, sett
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_saves_the_batch(tmp_path, embedded_tokenizer):
-    from everytoken.preference.failures import NonFiniteLossError
+    from everytoken.training.finite_check import NonFiniteLossError
 
     trainer = make(tmp_path, embedded_tokenizer, TDPOLoss())
     with torch.no_grad():

@@ -12,7 +12,7 @@ pytest.importorskip("trl")
 
 from everytoken.cli.app import app
 from everytoken.core.errors import BadInputError
-from everytoken.core.training import TrainingContext, read_config
+from everytoken.training.base import TrainingContext, read_config
 from everytoken.preference import training
 from everytoken.preference.training import CDPOTraining, RTOTraining, TGDPOTraining, demonstrations
 

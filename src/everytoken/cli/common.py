@@ -20,7 +20,8 @@ from rich.table import Table
 
 from ..catalog.cards import Card, find_card
 from ..core.errors import BadInputError
-from ..core.trials import Trial, TrialRequest, TrialResult, parse_settings, settable
+from ..core.settings import parse_settings, settable
+from ..decoding.trial import Trial, TrialRequest, TrialResult
 
 
 def method_names(incomplete: str) -> list[str]:

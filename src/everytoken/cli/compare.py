@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from ..core.errors import BadInputError
-from ..core.trials import TrialRequest
+from ..decoding.trial import TrialRequest
 from .common import (
     bars,
     build_trial,

@@ -36,8 +36,8 @@ def arithmetic(model: Model = None, settings: Settings = None, out: Out = None, 
 
 
 def _build(kind: str, model: str | None, pairs: list[str], out: Path | None, as_json: bool) -> None:
-    from ..core.trials import parse_settings
-    from ..preference.build import KINDS, build
+    from ..core.settings import parse_settings
+    from ..training.datasets.make_dataset import KINDS, build
 
     settings = KINDS[kind](**parse_settings(kind, KINDS[kind], pairs))
     folder = out or Path(kind)

@@ -37,7 +37,7 @@ def supertokens(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Train a BPE tokenizer whose tokens may span several words, beside plain BPE of the same size."""
-    from ..core.trials import read_text
+    from ..core.settings import read_text
     from ..core.vocabulary import token_bytes
     from ..tokenization.supertokens import SupertokenTrainer, words_in
 

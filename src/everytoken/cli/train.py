@@ -39,7 +39,7 @@ def train(
 ) -> None:
     """Train a method's router, loss or model; an unknown --set names those there are."""
     from ..core.errors import require
-    from ..core.training import TrainingContext, read_config
+    from ..training.base import TrainingContext, read_config
 
     card = find_card(name)
     training = card.load_training()

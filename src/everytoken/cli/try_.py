@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from ..catalog.cards import find_card
-from ..core.trials import TrialRequest
+from ..decoding.trial import TrialRequest
 from .common import (
     build_trial,
     check_outputs,

@@ -33,8 +33,8 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
-from ..core.trials import load_function
-from ..generation.base import (
+from ..core.settings import load_function
+from ..decoding.base import (
     Decoder,
     DecodingStats,
     check_one_row,
@@ -46,7 +46,7 @@ from ..generation.base import (
 from .base import CallableConstraint, Constraint, DeadEndError
 from .grammar import Grammar
 from .matcher import CompiledGrammar, GrammarCompiler, GrammarMatcher
-from .sources import ConstrainedOutput, only_one, parse_source
+from .logits_processor import ConstrainedOutput, only_one, parse_source
 from .vocabulary import TokenizerInfo
 
 NEGLIGIBLE = 1e-10

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from ..core.trials import TrialRequest, TrialResult
-from ..generation.trial import run_decoders
+from ..decoding.trial import TrialRequest, TrialResult, run_decoders
 
 EXAMPLE = "Describe a person as JSON with a name, an age and a list of hobbies."
 
 
 def trial(request: TrialRequest) -> TrialResult:
-    """Runs plain decoding, then every method; see ``core.trials``."""
+    """Runs plain decoding, then every method; see ``decoding.trial``."""
     return run_decoders(request, EXAMPLE)

@@ -42,7 +42,7 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
-from ..generation.base import (
+from ..decoding.base import (
     Decoder,
     DecodingStats,
     check_one_row,
@@ -52,9 +52,9 @@ from ..generation.base import (
     refuse_unsupported,
     split_rows,
 )
-from .base import apply_token_bitmask_inplace, bitmask_to_bool
+from ..decoding.matcher import apply_token_bitmask_inplace, bitmask_to_bool
 from .matcher import CompiledGrammar, GrammarCompiler, GrammarMatcher
-from .sources import ConstrainedOutput, GrammarLogitsProcessor, only_one, parse_source
+from .logits_processor import ConstrainedOutput, GrammarLogitsProcessor, only_one, parse_source
 from .vocabulary import TokenizerInfo
 
 __all__ = ["GrammarLogitsProcessor", "XGrammar"]

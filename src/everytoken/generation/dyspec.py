@@ -43,7 +43,7 @@ from transformers.generation.logits_process import (
 
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
-from .base import (
+from ..decoding.base import (
     Decoder,
     DecodingStats,
     attention_mask_for,
@@ -52,12 +52,12 @@ from .base import (
     check_prompt,
     check_same_vocabulary,
     check_unread,
-    fill_mask,
     refuse_unsupported,
     split_rows,
 )
 from .drafting import DraftSession
-from .rows import DecodingOutput, Row, collect, read_on
+from ..decoding.matcher import fill_mask
+from ..decoding.row import DecodingOutput, Row, collect, read_on
 from .trees import Candidates, Expand, TokenTree, grow_tree
 
 # Processors that look at one row of scores and not at the text before it: they can run on all nodes at once.

@@ -25,8 +25,8 @@ from ..core.errors import BadInputError
 from ..core.implicit_reward import ImplicitReward
 from ..core.loading import load_model, resolve
 from ..core.trace import TokenTrace
-from .base import BY_NAME, check_empty_cache
-from .loop import LoopDecoder
+from ..decoding.base import BY_NAME, check_empty_cache
+from ..decoding.loop import LoopDecoder
 
 
 class ValueSearch(LogitsProcessor):

@@ -29,7 +29,7 @@ from transformers import DynamicCache
 from ..core.errors import BadInputError, TokenizerMismatchError
 from ..core.loading import load_model, resolve
 from ..core.trace import TokenTrace
-from .base import (
+from ..decoding.base import (
     BY_NAME,
     Decoder,
     DecodingStats,
@@ -42,7 +42,7 @@ from .base import (
     split_rows,
 )
 from .drafting import DraftSession
-from .rows import DecodingOutput, Row, collect, read_on
+from ..decoding.row import DecodingOutput, Row, collect, read_on
 from .trees import TokenTree
 
 

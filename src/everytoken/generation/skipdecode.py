@@ -34,7 +34,7 @@ from transformers import TrainerCallback
 
 from ..core.errors import BadInputError, UnsupportedModelError
 from ..core.trace import TokenTrace
-from .loop import LoopDecoder, by_row
+from ..decoding.loop import LoopDecoder, by_row
 
 
 @runtime_checkable

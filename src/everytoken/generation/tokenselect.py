@@ -39,7 +39,7 @@ from transformers.masking_utils import flash_attention_mask
 from ..core.errors import BadInputError, UnsupportedModelError
 from ..core.trace import TokenTrace
 from .kernels import attend_rotated, top_indices
-from .loop import LoopDecoder
+from ..decoding.loop import LoopDecoder
 
 IMPLEMENTATION = "token_select"
 

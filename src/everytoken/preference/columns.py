@@ -20,7 +20,7 @@ import torch
 from ..core.errors import BadInputError
 from ..core.scoring import model_fingerprint, plain_head, response_logps, score_rows
 from .base import Example, TokenAnnotator
-from .distributed import process_state
+from ..training.distributed import process_state
 
 SIDES = ("chosen", "rejected")
 Report = Callable[[str, int, int], None]

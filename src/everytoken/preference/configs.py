@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 from ..core.errors import BadInputError
 from .cdpo import CDPOLoss
-from .distributed import on_cpu
+from ..training.distributed import on_cpu
 from .dpo import DPOLoss
 from .guides import GuideSettings
 from .ift import IFTSettings
-from .rto import RTOSettings
+from ..reinforcement.rto import RTOSettings
 from .t_reg import TREGLoss
 from .tdpo import TDPOLoss
 from .tgdpo import TGDPOLoss

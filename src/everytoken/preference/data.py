@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import BadInputError, require
-from ..core.trials import read_text
+from ..core.settings import read_text
 
 MESSAGE = {"role", "content"}
 

@@ -17,7 +17,7 @@ from ..core.errors import BadInputError
 from ..core.loading import quiet_training
 from .base import TokenAnnotator
 from .columns import ModelLogps
-from .distributed import frozen, in_shards, load_unplaced, on_cpu
+from ..training.distributed import frozen, in_shards, load_unplaced, on_cpu
 
 Report = Callable[[str, int, int], None]
 

@@ -30,9 +30,9 @@ from trl import SFTTrainer
 from ..core.credit import discounted_sums
 from ..core.errors import BadInputError
 from ..core.logprobs import masked_sum
-from .distributed import LaunchedMixin
-from .failures import stopped
-from .scored import add_scored_forward, input_embeddings
+from ..training.distributed import LaunchedMixin
+from ..training.finite_check import stopped
+from ..training.scored_forward import add_scored_forward, input_embeddings
 
 PROPAGATIONS = ("loss", "logps", "mask")
 NORMS = ("l1", "l2", "softmax", "log")

@@ -31,9 +31,9 @@ from ..core.scoring import check_guide, head_weights
 from .base import PairScores, PreferenceLoss, PreferenceOutput, TokenAnnotator
 from .columns import SIDES, ModelLogps, check_columns, precompute
 from .data import check_rows
-from .distributed import LaunchedMixin, frozen, in_shards
-from .failures import NonFiniteLossError, stopped
-from .scored import add_scored_forward, reference_adapter
+from ..training.distributed import LaunchedMixin, frozen, in_shards
+from ..training.finite_check import NonFiniteLossError, stopped
+from ..training.scored_forward import add_scored_forward, reference_adapter
 
 UNUSED_SETTINGS = {
     "padding_free": (False, "TRL's preference trainer has none at present, and pairs are scored as padded rows"),

@@ -14,8 +14,8 @@ from typing import Any
 
 from ..core.errors import BadInputError
 from ..core.loading import quiet_training
-from ..core.training import Training, TrainingContext, TrainingResult
-from ..core.trials import load_function
+from ..training.base import Training, TrainingContext, TrainingResult
+from ..core.settings import load_function
 from .configs import (
     CDPOTraining,
     IFTTraining,
@@ -26,11 +26,11 @@ from .configs import (
     TREGTraining,
     part,
 )
-from .distributed import load_unplaced, process_state
+from ..training.distributed import load_unplaced, process_state
 from .guides import GuideSettings, annotators_for
 from .ift import IFTSettings, IFTTrainer
-from .rto import RTOConfig, RTOSettings, RTOTrainer
-from .session import Session
+from ..reinforcement.rto import RTOConfig, RTOSettings, RTOTrainer
+from ..training.session import Session
 
 
 def _pairs(context: TrainingContext) -> Any:
@@ -40,7 +40,7 @@ def _pairs(context: TrainingContext) -> Any:
     with process_state().main_process_first():  # what it makes or reads, the others find in the cache
         if context.data is not None:
             return load_pairs(context.data)
-        from .build import SentimentData, build
+        from ..training.datasets.make_dataset import SentimentData, build
 
         built = build("sentiment", SentimentData(count=64), context.model, context.report)
         return load_pairs(built.folder / "train.jsonl")
@@ -252,7 +252,7 @@ def train_rto(config: RTOTraining, context: TrainingContext) -> TrainingResult:
 
 
 def _sentiment_reward() -> Callable[..., list[float]]:
-    from .sentiment import positivity
+    from ..training.datasets.sentiment import positivity
 
     def sentiment(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..core.errors import BadInputError, require
 from ..core.loading import quiet_training
-from ..core.trials import Trial, TrialRequest, TrialResult
+from ..decoding.trial import Trial, TrialRequest, TrialResult
 
 EXAMPLE = [
     {"prompt": "The hotel was", "chosen": " lovely, quiet and very clean.", "rejected": " awful, loud and very dirty."},
@@ -37,7 +37,7 @@ def trial(request: TrialRequest) -> TrialResult:
 
     pairs = load_pairs(request.data).to_list() if request.data is not None else EXAMPLE
     from .ift import IFTSettings
-    from .rto import RTOSettings
+    from ..reinforcement.rto import RTOSettings
 
     kinds = [
         IFTSettings if item.factory is IFTSettings else RTOSettings if item.factory is RTOSettings else None
@@ -171,8 +171,8 @@ def _rollouts(work: _Work) -> TrialResult:
 
     from ..core.rng import seed_everything
     from .guides import GuideSettings, dpo_guide, quiet_arguments, without_printer
-    from .rto import RTOConfig, RTOSettings, RTOTrainer
-    from .sentiment import positivity
+    from ..reinforcement.rto import RTOConfig, RTOSettings, RTOTrainer
+    from ..training.datasets.sentiment import positivity
     from .traces import rollout_trace
 
     require("vaderSentiment", "train", "Rewarding sentiment")

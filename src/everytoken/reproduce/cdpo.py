@@ -17,7 +17,7 @@ from ..core.errors import BadInputError
 from ..core.logprobs import entropy_from_logits
 from ..core.rng import derive_seed
 from ..core.scoring import response_hidden, response_logps, score_rows
-from ..preference.sentiment import continuations
+from ..training.datasets.sentiment import continuations
 from .base import Arms, Claim, Context, Reproduction, mean_ranks
 from .small import answer_batches, character_tokenizer, fit, small_model, worked_sum
 

@@ -15,7 +15,7 @@ import torch
 
 from ..core.plots import lines_svg
 from ..core.rng import derive_seed
-from ..preference.sentiment import openings
+from ..training.datasets.sentiment import openings
 from .base import Context
 from .sentiment_bed import Bed, bed
 

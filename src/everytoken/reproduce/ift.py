@@ -15,7 +15,7 @@ import torch
 
 from ..core.loading import quiet_training
 from ..core.rng import derive_seed, seed_everything
-from ..preference.sentiment import continuations
+from ..training.datasets.sentiment import continuations
 from .base import Arms, Claim, Context, Reproduction
 from .small import character_tokenizer, small_model
 

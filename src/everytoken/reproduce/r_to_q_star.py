@@ -106,7 +106,7 @@ def run(context: Context) -> Arms:
     from ..generation.qstar_beam import QStarBeam
     from ..preference.dpo import DPOLoss
     from ..preference.guides import train_quietly
-    from ..preference.sentiment import continuations, openings, positivity, sentiment_pairs
+    from ..training.datasets.sentiment import continuations, openings, positivity, sentiment_pairs
 
     tokenizer = load_tokenizer(context.model)
     base = load_model(context.model, dtype="float32", packed=True)

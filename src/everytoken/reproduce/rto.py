@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core.plots import lines_svg
 from ..core.rng import seed_everything
-from ..preference.sentiment import openings, positivity
+from ..training.datasets.sentiment import openings, positivity
 from .base import Arms, Claim, Context, Reproduction
 from .frontier import Work, make_work, measure, train_arm
 
@@ -27,7 +27,7 @@ def policy_arm(
     from transformers import TrainerCallback
 
     from ..preference.guides import quiet_arguments, without_printer
-    from ..preference.rto import RTOConfig, RTOTrainer
+    from ..reinforcement.rto import RTOConfig, RTOTrainer
 
     estimator, scale = ARMS[name]
     seed_everything(context.seed)

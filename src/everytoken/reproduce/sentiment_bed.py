@@ -21,7 +21,7 @@ from ..core.loading import cache_dir, load_model, load_tokenizer
 from ..core.rng import derive_seed, seed_everything
 from ..core.scoring import pad_rows
 from ..preference.base import Example
-from ..preference.sentiment import continuation_ids, continuations, openings, positivity
+from ..training.datasets.sentiment import continuation_ids, continuations, openings, positivity
 from .base import Context
 from .small import fit, pruned_tokenizer, small_model
 

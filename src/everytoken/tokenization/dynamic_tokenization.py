@@ -348,7 +348,7 @@ class DynamicPrefill:
         """
         from transformers import DynamicCache
 
-        from ..generation.base import check_empty_cache, check_prompt, join_rows, refuse_unsupported, split_rows
+        from ..decoding.base import check_empty_cache, check_prompt, join_rows, refuse_unsupported, split_rows
 
         refuse_unsupported("DynamicPrefill", generation_config, bool(model_kwargs.get("synced_gpus")))
         check_empty_cache("DynamicPrefill", model_kwargs.get("past_key_values"))

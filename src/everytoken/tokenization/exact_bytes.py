@@ -37,7 +37,7 @@ from transformers import LogitsProcessor
 
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
-from ..generation.base import attention_mask_for, check_croppable
+from ..decoding.base import attention_mask_for, check_croppable
 from .base import start_token
 from .byte_view import ByteView, split_character
 

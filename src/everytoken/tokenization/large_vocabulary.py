@@ -205,7 +205,7 @@ class LargeVocabulary:
         Raises:
             BadInputError: not built for this model, a processor that looks at token ids, a filled cache, or padding on the right.
         """
-        from ..generation.base import check_empty_cache, check_prompt, join_rows, refuse_unsupported, split_rows
+        from ..decoding.base import check_empty_cache, check_prompt, join_rows, refuse_unsupported, split_rows
 
         if self._model is not model:
             raise BadInputError("The index was built for another model, or not at all.", "Call build(model) first.")

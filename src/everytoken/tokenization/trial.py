@@ -9,7 +9,8 @@ from typing import Any
 
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
-from ..core.trials import TrialRequest, TrialResult, read_text
+from ..core.settings import read_text
+from ..decoding.trial import TrialRequest, TrialResult
 from .base import spell, start_token
 
 CUT = "The capital of France is Par"
@@ -35,7 +36,7 @@ def text_of(request: TrialRequest, example: str) -> str:
 
 
 def trial(request: TrialRequest) -> TrialResult:
-    """Runs methods of one kind; see ``core.trials``.
+    """Runs methods of one kind; see ``decoding.trial``.
 
     Raises:
         BadInputError: methods of two kinds at once.
@@ -56,7 +57,7 @@ def trial(request: TrialRequest) -> TrialResult:
 
 
 def retokenizer_trial(request: TrialRequest) -> TrialResult:
-    """Length, bytes per token and speed of each method; see ``core.trials``."""
+    """Length, bytes per token and speed of each method; see ``decoding.trial``."""
     text = text_of(request, EXAMPLE)
     from ..core.loading import load_tokenizer
 

@@ -7,9 +7,9 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper
 
 from everytoken.core.errors import BadInputError
-from everytoken.generation.rows import Row, stacked
+from everytoken.decoding.row import Row, stacked
 
-from .common import ToyMatcher
+from ..generation.common import ToyMatcher
 
 GREEDY = GenerationConfig(do_sample=False)
 SCORED = GenerationConfig(do_sample=False, return_dict_in_generate=True, output_scores=True)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from ..core.errors import BadInputError
-from ..core.report import training_report
+from .report import training_report
 from ..core.scoring import prompt_ids
-from ..core.training import TrainingContext, TrainingResult
-from .configs import Common
+from .base import TrainingContext, TrainingResult
+from ..preference.configs import Common
 from .distributed import in_shards, load_unplaced, process_state, save_whole
-from .guides import Progress, without_printer
+from ..preference.guides import Progress, without_printer
 
 KEPT_METRICS = (
     "loss",

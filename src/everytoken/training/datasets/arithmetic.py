@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.errors import BadInputError, require
-from ..core.scoring import prompt_ids
+from ...core.errors import BadInputError, require
+from ...core.scoring import prompt_ids
 
 TASKS: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},

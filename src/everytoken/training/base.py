@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import BadInputError, UnknownNameError
-from .trials import parse_settings, settable
+from ..core.errors import BadInputError, UnknownNameError
+from ..core.settings import parse_settings, settable
 
 
 @dataclass

@@ -13,9 +13,9 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
 from everytoken.core.errors import BadInputError, TokenizerMismatchError
-from everytoken.preference.critic import Critic, value_loss
-from everytoken.preference.failures import NonFiniteLossError
-from everytoken.preference.rto import (
+from everytoken.reinforcement.critic import Critic, value_loss
+from everytoken.training.finite_check import NonFiniteLossError
+from everytoken.reinforcement.rto import (
     RTOConfig,
     RTOTrainer,
     gae,

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from everytoken.catalog.cards import find_card
-from everytoken.core.trials import settable
+from everytoken.core.settings import settable
 
-from .test_training import letters
+from ..preference.test_training import letters
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.slow

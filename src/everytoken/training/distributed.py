@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..core.errors import UnsupportedModelError
-from .scored import add_scored_forward
+from .scored_forward import add_scored_forward
 
 
 def on_cpu() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from everytoken.core.errors import BadInputError
-from everytoken.preference.sentiment import continuations, openings, positivity, sentiment_pairs
+from everytoken.training.datasets.sentiment import continuations, openings, positivity, sentiment_pairs
 
 pytest.importorskip("vaderSentiment")
 

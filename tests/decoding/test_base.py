@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from everytoken.core.errors import BadInputError, TokenizerMismatchError, UnsupportedModelError
-from everytoken.generation.base import (
+from everytoken.decoding.base import (
     Decoder,
     DecodingStats,
     check_croppable,

@@ -11,7 +11,8 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..core.errors import BadInputError
-from .base import Decoder, fill_mask, join_rows
+from .base import Decoder, join_rows
+from .matcher import fill_mask
 
 
 @dataclass

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from everytoken.core.errors import BadInputError
-from everytoken.generation.base import fill_mask
-from everytoken.generation.loop import LoopDecoder, MatcherLogitsProcessor, by_row, new_tokens
+from everytoken.decoding.matcher import fill_mask
+from everytoken.decoding.loop import LoopDecoder, MatcherLogitsProcessor, by_row, new_tokens
 
 from ..conftest import tiny_llama
-from .common import ToyMatcher
+from ..generation.common import ToyMatcher
 
 
 def test_masks_are_filled_from_bits():

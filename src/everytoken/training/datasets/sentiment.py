@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..core.errors import BadInputError, require
+from ...core.errors import BadInputError, require
 
 SUBJECTS = [
     "The film",

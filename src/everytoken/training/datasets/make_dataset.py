@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import BadInputError, UnknownNameError, require
+from ...core.errors import BadInputError, UnknownNameError, require
 
 Report = Callable[[str, int, int], None]
 
@@ -86,7 +86,7 @@ def build(
         UnknownNameError: another kind.
         BadInputError: settings that give no pair.
     """
-    from ..core.loading import cache_dir, check_writable
+    from ...core.loading import cache_dir, check_writable
 
     if kind not in KINDS:
         raise UnknownNameError("kind of data", kind, KINDS)
@@ -95,7 +95,7 @@ def build(
             raise BadInputError(f"{name} must be at least 1; got {getattr(settings, name)}.")
     own = None
     if getattr(settings, "prompts", None) is not None:
-        from ..core.trials import read_text
+        from ...core.settings import read_text
 
         own = [line.strip() for line in read_text(Path(settings.prompts)).splitlines() if line.strip()]
         if not own:
@@ -144,8 +144,8 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _loaded(model: str | None, seed: int) -> tuple[Any, Any]:
-    from ..core.loading import load_model, load_tokenizer
-    from ..core.rng import seed_everything
+    from ...core.loading import load_model, load_tokenizer
+    from ...core.rng import seed_everything
 
     tokenizer, loaded = load_tokenizer(model), load_model(model, dtype="float32", packed=True)
     seed_everything(seed)

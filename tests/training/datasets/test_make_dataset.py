@@ -12,8 +12,8 @@ pytest.importorskip("vaderSentiment")
 
 from everytoken.cli.app import app
 from everytoken.core.errors import BadInputError, UnknownNameError
-from everytoken.preference.arithmetic import Trace, final_answer, is_correct, make_task, pairs_of
-from everytoken.preference.build import ArithmeticData, SentimentData, build
+from everytoken.training.datasets.arithmetic import Trace, final_answer, is_correct, make_task, pairs_of
+from everytoken.training.datasets.make_dataset import ArithmeticData, SentimentData, build
 from everytoken.preference.data import load_pairs
 
 

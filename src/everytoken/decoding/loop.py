@@ -17,7 +17,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from ..core.errors import BadInputError
 from ..core.trace import Value
-from .base import Decoder, DecodingStats, check_not_empty, fill_mask
+from .base import Decoder, DecodingStats, check_not_empty
+from .matcher import fill_mask
 
 LOOPS = {"sample": "_sample", "greedy_search": "_sample", "beam_search": "_beam_search", "beam_sample": "_beam_search"}
 

@@ -1,90 +1,14 @@
-"""What ``everytoken try`` and ``compare`` ask of a station: its ``trial`` module.
-
-``everytoken.STATION.trial`` holds ``trial(requests) -> TrialResult``: it runs the station's baseline and every requested method
-on the same work in one process, and returns one row of figures for each. A new method of the station needs no trial of its
-own: the contract that all methods of a station share is enough to run them.
-"""
+"""Settings given as text: ``key=value`` pairs typed by a dataclass, functions named by ``module:function``, files of the user's."""
 
 from __future__ import annotations
 
 import dataclasses
 import types
 import typing
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import BadInputError, UnknownNameError
-from .trace import TokenTrace
-
-
-@dataclass
-class Trial:
-    """One method to run.
-
-    Attributes:
-        name: the card's slug (with a suffix where one method runs twice).
-        factory: its implementation.
-        settings: arguments for it, already typed.
-    """
-
-    name: str
-    factory: Any
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class TrialRequest:
-    """The work.
-
-    Attributes:
-        trials: the methods.
-        model: as for ``load_model``.
-        prompt: the user's text, or None for the station's own example.
-        data: a file of the user's, or None.
-        options: further options by name (``max_new_tokens``, ``temperature``, ``dtype``, ``seed``).
-        stream: called with pieces of text as they appear.
-        report: called with a line on what is being done.
-    """
-
-    trials: list[Trial]
-    model: str | None = None
-    prompt: str | None = None
-    data: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    stream: Callable[[str], None] = lambda _text: None
-    report: Callable[[str], None] = lambda _line: None
-
-
-@dataclass
-class TrialResult:
-    """What came out.
-
-    Attributes:
-        rows: method (the baseline first) -> metric -> figure.
-        headline: the metric to plot and to compare with the baseline.
-        traces: what the methods decided, for ``--trace`` and the terminal.
-        column: the trace column to colour.
-        texts: method -> text, where there is one.
-        notes: sentences worth saying.
-    """
-
-    rows: dict[str, dict[str, float]]
-    headline: str
-    traces: list[TokenTrace] = field(default_factory=list)
-    column: str | None = None
-    texts: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def baseline(self) -> str:
-        return next(iter(self.rows))
-
-    def ratio(self, name: str) -> float:
-        """A method's headline figure over the baseline's."""
-        base = self.rows[self.baseline][self.headline]
-        return self.rows[name][self.headline] / base if base else float("nan")
 
 
 def settable(factory: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from ..core.errors import UnsupportedModelError
 from ..core.logprobs import CHUNK_BYTES, token_stats
 from ..core.scoring import base_model, head_weights, plain_head
-from .base import NEEDS
+from ..preference.base import NEEDS
 
 
 def add_scored_forward(model: Any) -> None:

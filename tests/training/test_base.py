@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from everytoken.core.errors import BadInputError, UnknownNameError
-from everytoken.core.training import Training, TrainingResult, read_config
+from everytoken.training.base import Training, TrainingResult, read_config
 
 
 @dataclass

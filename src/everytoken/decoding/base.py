@@ -235,15 +235,6 @@ def attention_mask_for(model: Any, allowed: torch.Tensor) -> torch.Tensor:
     )
 
 
-def fill_mask(matcher: Any, scores: torch.Tensor) -> None:
-    """Sets the scores ``[V]`` of tokens that a ``Matcher`` forbids to minus infinity, in place; a finished one forbids none."""
-    from ..constraints.base import allocate_token_bitmask, apply_token_bitmask_inplace
-
-    if matcher.is_terminated():
-        return
-    bitmask = allocate_token_bitmask(1, scores.shape[-1])
-    if matcher.fill_next_token_bitmask(bitmask, 0):
-        apply_token_bitmask_inplace(scores, bitmask[0])
 
 
 def check_same_vocabulary(target: PreTrainedModel, draft: PreTrainedModel, slack: int = 512) -> int:

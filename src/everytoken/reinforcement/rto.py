@@ -37,9 +37,9 @@ from ..core.errors import BadInputError
 from ..core.logprobs import masked_mean, masked_sum
 from ..core.scoring import check_guide, response_logps
 from .critic import Critic, value_loss
-from .distributed import LaunchedMixin, frozen, in_shards, shard
-from .failures import stopped
-from .scored import reference_adapter
+from ..training.distributed import LaunchedMixin, frozen, in_shards, shard
+from ..training.finite_check import stopped
+from ..training.scored_forward import reference_adapter
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

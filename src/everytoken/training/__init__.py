@@ -1,0 +1,1 @@
+"""The floor of everything that learns: configurations, sessions, reports, what trainers share, data sets."""

@@ -1,0 +1,1 @@
+"""Data sets that a model makes itself and a program judges."""
