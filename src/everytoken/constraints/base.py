@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from ..core.errors import BadInputError, EverytokenError
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 class DeadEndError(EverytokenError):
