@@ -76,7 +76,7 @@ SHARED |= {
     "distributed",
     "failures",
 }  # of preference
-SHARED |= {"merging", "hyper"}  # pair merges, embeddings of new tokens
+SHARED |= {"merging", "hyper", "byte_lm", "dynamic_tokenization"}  # pair merges, embeddings of new tokens, models over bytes
 SHARED |= {"grammar", "kernels", "matcher", "pushdown", "sources", "vocabulary"}  # the grammar engine
 
 
