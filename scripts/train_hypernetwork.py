@@ -1,6 +1,6 @@
 """Trains the hypernetwork that gives merged tokens their embeddings, for the embedded model or any other.
 
-    python scripts/train_hypernetwork.py --out src/everytoken/tokenization/hypernetworks/smollm2-135m --minutes 2 15 14 10
+    python scripts/train_hypernetwork.py --out src/everytoken/weights/dynamic-smollm2-135m --minutes 2 15 14 10
 
 Four stages, each with its minutes; nothing of the language model is trained.
 
