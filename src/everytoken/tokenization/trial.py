@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import BadInputError
-from ..core.trace import TokenTrace
 from ..core.settings import read_text
+from ..core.trace import TokenTrace
 from ..decoding.trial import TrialRequest, TrialResult
 from .base import spell, start_token
 
