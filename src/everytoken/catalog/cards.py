@@ -130,6 +130,19 @@ class Card:
             raise BadInputError(f"{self.slug} has nothing to train from the command line.", f"These have: {able}.")
         return _attribute(self, self.training)
 
+    def load_trial(self) -> Any:
+        """What runs the method beside its baseline for ``try`` and ``compare``: the card's own trial, or its station's.
+
+        Raises:
+            BadInputError: there is neither.
+        """
+        if self.trial:
+            return _attribute(self, self.trial)
+        try:
+            return importlib.import_module(f"everytoken.{self.station}.trial").trial
+        except ModuleNotFoundError as error:
+            raise BadInputError(f"The station {self.station} has nothing to try yet.") from error
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"url": self.url, "status": self.status, "measured": self.headline}
 
