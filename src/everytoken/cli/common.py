@@ -20,7 +20,7 @@ from rich.table import Table
 from ..catalog.cards import Card, find_card
 from ..core.errors import BadInputError
 from ..core.settings import parse_settings, settable
-from ..decoding.trial import Trial, TrialRequest, TrialResult
+from ..decoding.trial import Trial, TrialResult
 
 
 def method_names(incomplete: str) -> list[str]:
