@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from everytoken.core.errors import BadInputError, UnsupportedModelError
 from everytoken.core.vocabulary import backend_of
 from everytoken.tokenization.base import spell, token_bytes
-from everytoken.tokenization.dynamic_tokenization import DynamicPrefill, DynamicTokenizer
+from everytoken.tokenization.dynamic_prefill import DynamicPrefill
+from everytoken.tokenization.dynamic_tokenization import DynamicTokenizer
 from everytoken.tokenization.hyper import EmbeddingCache, HyperConfig, HyperEmbedding, MeanEmbedding
 from everytoken.tokenization.large_vocabulary import LargeVocabulary
 

@@ -89,7 +89,7 @@ def transplant(
 ) -> None:
     """Give a model another tokenizer: embeddings of shared tokens are kept, the others estimated (TokenAdapt)."""
     from ..core.loading import load_model, load_tokenizer
-    from ..tokenization.families import load_any_tokenizer
+    from ..tokenization.foreign_tokenizers import load_any_tokenizer
     from ..tokenization.tokenadapt import TokenAdapt
 
     console = Console(stderr=True)

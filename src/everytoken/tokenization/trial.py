@@ -161,9 +161,9 @@ def bits_a_byte(model: Any, tokenizer: Any, text: str, window: int = 512) -> flo
 
 
 def transplant_trial(request: TrialRequest) -> TrialResult:
-    """Bits per byte before and after a change of tokenizer; ``data`` names the new one (see ``families.load_any_tokenizer``)."""
+    """Bits per byte before and after a change of tokenizer; ``data`` names the new one (see ``foreign_tokenizers.load_any_tokenizer``)."""
     from ..core.loading import load_model, load_tokenizer
-    from .families import load_any_tokenizer
+    from .foreign_tokenizers import load_any_tokenizer
 
     text = text_of(replace(request, data=None), EXAMPLE)
     new = load_any_tokenizer(request.data or "mistral")
@@ -195,7 +195,8 @@ def dynamic_trial(request: TrialRequest) -> TrialResult:
     import torch
 
     from ..core.loading import load_model, load_tokenizer
-    from .dynamic_tokenization import DynamicPrefill, DynamicTokenizer
+    from .dynamic_prefill import DynamicPrefill
+    from .dynamic_tokenization import DynamicTokenizer
     from .hyper import Embedder, HyperEmbedding, MeanEmbedding
 
     text = text_of(request, FOREIGN)
