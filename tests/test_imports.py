@@ -131,7 +131,7 @@ def methods_of(module):
         card.slug
         for card in load_catalog().values()
         if card.station != "catalog"
-        for path in (card.implementation, card.training, *card.exports)
+        for path in (card.implementation, card.training, card.trial, *card.exports)
         if path and f"{module}.".startswith(f"{path.partition(':')[0]}.")
     }
 

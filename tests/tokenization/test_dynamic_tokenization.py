@@ -16,7 +16,8 @@ from everytoken.core.vocabulary import backend_of
 from everytoken.tokenization.base import spell, token_bytes
 from everytoken.tokenization.dynamic_prefill import DynamicPrefill
 from everytoken.tokenization.dynamic_tokenization import DynamicTokenizer
-from everytoken.tokenization.hyper import EmbeddingCache, HyperConfig, HyperEmbedding, MeanEmbedding
+from everytoken.tokenization.embedding import EmbeddingCache
+from everytoken.tokenization.hyper import HyperConfig, HyperEmbedding, MeanEmbedding
 from everytoken.tokenization.large_vocabulary import LargeVocabulary
 
 from ..conftest import tiny_llama

@@ -53,7 +53,7 @@ def test_contract(embedded_tokenizer):
     """StochasTok keeps the contract, so the contract's trial runs it; what keeps none is refused."""
     method = StochasTok(embedded_tokenizer, expand_prop=1.0)
     assert isinstance(method, Retokenizer)
-    assert trial_of(StochasTok) == "everytoken.tokenization.trials.retokenizer:trial"
+    assert trial_of(StochasTok) == "everytoken.tokenization.trials.retokenizer"
     ids = embedded_tokenizer("strawberries")["input_ids"]
     new = method.expand(ids, seed=0)
     assert isinstance(new, Retokenized) and new.ids.dtype == np.int64 and len(new.ids) == len(new.source) > len(ids)

@@ -17,16 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .colours import category, ink, shade
 from .errors import BadInputError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
-
-RAMP = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
-"""Viridis: perceptually even, safe for colour-blind readers, legible in print."""
-CATEGORIES = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d755d", "#bab0ac")
 
 Value = float | int | str | bool | None
 
@@ -128,7 +125,7 @@ class TokenTrace:
             low, high = self.limits(name)
             return [shade(value, low, high) for value in self.columns[name]]
         names = self.categories(name)
-        return [None if v is None else CATEGORIES[names.index(str(v)) % len(CATEGORIES)] for v in self.columns[name]]
+        return [None if value is None else category(names.index(str(value))) for value in self.columns[name]]
 
     def categories(self, name: str) -> list[str]:
         """The distinct values of a categorical column in order of appearance."""
@@ -150,7 +147,7 @@ class TokenTrace:
         colours = self.colours(column) if column is not None else [None] * len(self)
         for label, colour in zip(self.labels, colours, strict=True):
             shown = label.replace("\r", "").replace("\t", "    ")
-            style = f"{_ink(colour)} on {colour}" if colour else ""
+            style = f"{ink(colour)} on {colour}" if colour else ""
             head, *rest = shown.split("\n")  # a coloured newline would paint the rest of the terminal's line
             output.append(head or ("" if rest else "·"), style)
             for line in rest:
@@ -174,8 +171,8 @@ class TokenTrace:
             legend.append(f" {high:.3g}", style="not bold")
         else:
             for index, name in enumerate(self.categories(column)):
-                colour = CATEGORIES[index % len(CATEGORIES)]
-                legend.append(f" {name} ", style=f"not bold {_ink(colour)} on {colour}")
+                colour = category(index)
+                legend.append(f" {name} ", style=f"not bold {ink(colour)} on {colour}")
                 legend.append(" ")
         if any(value is None for value in self.columns[column]):
             legend.append("  uncoloured: no value", style="not bold dim")
@@ -284,23 +281,3 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
 
 def _infinite(row: dict[str, Any]) -> dict[str, Any]:
     return {name: _SPECIAL[value["float"]] if isinstance(value, dict) else value for name, value in row.items()}
-
-
-def shade(value: Value, low: float, high: float) -> str | None:
-    """The colour ``#rrggbb`` of a number between ``low`` and ``high``; None for None, texts and what is not finite."""
-    if value is None or isinstance(value, str) or not math.isfinite(value):
-        return None
-    share = 0.5 if high <= low else (float(value) - low) / (high - low)
-    position = share * (len(RAMP) - 1)
-    index = min(int(position), len(RAMP) - 2)
-    mix = position - index
-    pairs = [(int(RAMP[index][i : i + 2], 16), int(RAMP[index + 1][i : i + 2], 16)) for i in (1, 3, 5)]
-    return "#" + "".join(f"{round(a + (b - a) * mix):02x}" for a, b in pairs)
-
-
-def _ink(colour: str | None) -> str:
-    """Black or white, whichever reads better on ``colour``."""
-    if colour is None:
-        return ""
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#ffffff"

@@ -115,7 +115,7 @@ class MergedBatch(Protocol):
 
 @runtime_checkable
 class BatchMerger(Protocol):
-    """Makes longer tokens of a batch. Such a method brings a trial of its own (``own_trial``)."""
+    """Makes longer tokens of a batch. Such a method brings a trial of its own (``trial`` on its card)."""
 
     def merges_for(self, reduction: float) -> int:
         """The fewest merges that reach a share of the possible reduction."""

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
 from ..core.vocabulary import backend_of, first_ids
 from .base import token_bytes
-from .hyper import Embedder, EmbeddingCache
+from .embedding import Embedder, EmbeddingCache
 from .merging import PairMerger
 
 BOUNDARIES = ("pretoken", "word", "sentence")
@@ -136,7 +136,6 @@ class DynamicTokenizer:
     embedder: Embedder | None = field(default=None, repr=False)
     cache_size: int = 5000
     padding_side: str | None = None
-    own_trial: ClassVar[str] = "everytoken.tokenization.dynamic_trial:trial"
 
     def __post_init__(self) -> None:
         if self.boundary not in BOUNDARIES:

@@ -15,7 +15,8 @@ from ..core.loading import load_model, load_tokenizer
 from ..decoding.trial import TrialRequest, TrialResult
 from .dynamic_prefill import DynamicPrefill
 from .dynamic_tokenization import DynamicTokenizer
-from .hyper import Embedder, HyperEmbedding, MeanEmbedding
+from .embedding import Embedder
+from .hyper import HyperEmbedding, MeanEmbedding
 from .trials.inputs import sampling_of, seed_of, text_of
 
 EXAMPLE = (

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from ..core.errors import BadInputError, UnsupportedModelError, require
-from .hyper import Embedder
+from .embedding import Embedder
 
 CHUNK = 4096
 SAMPLE = 2048

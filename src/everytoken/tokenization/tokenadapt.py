@@ -33,7 +33,7 @@ from ..core.trace import TokenTrace
 from ..core.vocabulary import first_ids
 from .base import token_bytes
 from .byte_view import ByteView
-from .hyper import matrices
+from .embedding import matrices
 
 Embedder = Callable[[Sequence[str]], np.ndarray]
 ROLES = (
@@ -197,19 +197,19 @@ class TokenAdapt:
             UnsupportedModelError: a model without token embeddings.
             BadInputError: the old tokenizer has more tokens than the model.
         """
-        source, _, _ = matrices(model)
-        if source.weight.shape[0] < len(token_bytes(old_tokenizer)):
+        _, weight, _ = matrices(model)
+        if len(weight) < len(token_bytes(old_tokenizer)):
             raise BadInputError(
-                f"The old tokenizer has {len(token_bytes(old_tokenizer))} tokens but the model {source.weight.shape[0]} embeddings.",
+                f"The old tokenizer has {len(token_bytes(old_tokenizer))} tokens but the model {len(weight)} embeddings.",
                 "Pass the tokenizer that the model was trained with.",
             )
         mixture = self.mixture = self.mix(old_tokenizer, new_tokenizer)
         head = model.get_output_embeddings()
-        tied = head is not None and head.weight is source.weight
+        tied = head is not None and head.weight is weight
         fresh = copy.deepcopy(model)
         size = -(-len(mixture.copied) // self.pad_to_multiple_of) * self.pad_to_multiple_of
         with torch.no_grad():
-            rows = self._rows(source.weight, mixture, size)
+            rows = self._rows(weight, mixture, size)
             outputs = None if head is None or tied else self._rows(head.weight, mixture, size)
             bias = getattr(head, "bias", None)
             if bias is not None and outputs is not None:

@@ -36,10 +36,9 @@ def trial(request: TrialRequest) -> TrialResult:
     result = TrialResult(rows, "next byte, bits of entropy", column="probability")
     for name, (lm, prompt) in arms.items():
         request.report(f"running {name}")
-        unit = {"unit": "token"} if name == BASELINE else {}
         began, before = time.perf_counter(), lm.forwards
         logps = lm.next_byte_logprobs(prompt)
-        new = lm.generate(prompt, size, **unit, **sampling)
+        new = lm.generate(prompt, size, unit="token" if name == BASELINE else None, **sampling)
         kept = np.isfinite(logps)
         rows[name] = {
             "next byte, bits of entropy": float(-(np.exp(logps[kept]) * logps[kept]).sum() / np.log(2)),
