@@ -44,10 +44,12 @@ from ..decoding.base import (
     split_rows,
 )
 from .base import CallableConstraint, Constraint, DeadEndError
+from .engine.compiled import CompiledGrammar
+from .engine.compiler import GrammarCompiler
+from .engine.matcher import GrammarMatcher
+from .engine.vocabulary import TokenizerInfo
 from .grammar import Grammar
 from .logits_processor import ConstrainedOutput, only_one, parse_source
-from .matcher import CompiledGrammar, GrammarCompiler, GrammarMatcher
-from .vocabulary import TokenizerInfo
 
 NEGLIGIBLE = 1e-10
 """Probability mass that counts as none: what rounding leaves. (1e-5 in the authors' single precision; double precision allows

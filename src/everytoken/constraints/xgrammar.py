@@ -53,9 +53,11 @@ from ..decoding.base import (
     split_rows,
 )
 from ..decoding.matcher import apply_token_bitmask_inplace, bitmask_to_bool
+from .engine.compiled import CompiledGrammar
+from .engine.compiler import GrammarCompiler
+from .engine.matcher import GrammarMatcher
+from .engine.vocabulary import TokenizerInfo
 from .logits_processor import ConstrainedOutput, GrammarLogitsProcessor, only_one, parse_source
-from .matcher import CompiledGrammar, GrammarCompiler, GrammarMatcher
-from .vocabulary import TokenizerInfo
 
 __all__ = ["GrammarLogitsProcessor", "XGrammar"]
 
