@@ -85,7 +85,7 @@ def tune(
     from transformers import TrainerCallback
     from trl import SFTConfig
 
-    from ..preference.guides import quiet_arguments, without_printer
+    from ..training.quiet import quiet_arguments, without_printer
     from ..preference.ift import IFTTrainer
 
     seed_everything(context.seed)

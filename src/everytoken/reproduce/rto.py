@@ -26,7 +26,7 @@ def policy_arm(
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    from ..preference.guides import quiet_arguments, without_printer
+    from ..training.quiet import quiet_arguments, without_printer
     from ..reinforcement.rto import RTOConfig, RTOTrainer
 
     estimator, scale = ARMS[name]
