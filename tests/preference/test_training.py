@@ -10,13 +10,13 @@ from typer.testing import CliRunner
 
 pytest.importorskip("trl")
 
+from everytoken.catalog import find_card
 from everytoken.cli.app import app
 from everytoken.core.errors import BadInputError
-from everytoken.training.base import TrainingContext, read_config
-from everytoken.catalog import find_card
 from everytoken.core.settings import settable
 from everytoken.preference.ift_training import demonstrations
 from everytoken.preference.tgdpo import GuideLogps, TGDPOLoss
+from everytoken.training.base import TrainingContext, read_config
 
 from ..conftest import tiny_llama
 

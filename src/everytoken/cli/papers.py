@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from ..catalog.cards import STATIONS, STATUSES, Card, find_card, load_catalog
+from ..catalog.cards import STATUSES, Card, find_card, load_catalog
+from ..catalog.house import stations
 from ..core.errors import UnknownNameError
 
 EXAMPLES = (
@@ -61,8 +62,8 @@ def search_papers(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List or search the papers."""
-    if station is not None and station not in STATIONS:
-        raise UnknownNameError("station", station, STATIONS)
+    if station is not None and station not in stations():
+        raise UnknownNameError("station", station, stations())
     if status is not None and status not in STATUSES:
         raise UnknownNameError("status", status, STATUSES)
     cards = [
@@ -78,7 +79,7 @@ def search_papers(
 
         cards = [card for card, _ in search(text, cards, meaning=False if words_only else None)][: min(limit, 10)]
     else:
-        order = list(STATIONS)
+        order = list(stations())
         cards = sorted(cards, key=lambda card: (order.index(card.station), card.slug))[:limit]
     if as_json:
         typer.echo(json.dumps([card.as_dict() for card in cards], indent=1, ensure_ascii=False))
@@ -129,7 +130,7 @@ def show(
     grid.add_row("paper", card.url)
     grid.add_row("authors", str(card.authors) if card.authors else "not recorded")
     grid.add_row("year", str(card.year))
-    grid.add_row("station", f"{card.station} ({STATIONS[card.station]})")
+    grid.add_row("station", f"{card.station} ({stations()[card.station]})")
     grid.add_row("official code", card.code or "none known")
     grid.add_row("what it does", card.summary)
     grid.add_row("claim", f"{card.claim}: {card.figure}")

@@ -150,7 +150,9 @@ def response_hidden(
     before = mask.roll(-1, 1)
     before[:, -1] = False
     inner = base_model(model)
-    if getattr(inner.forward, "scores", False):  # the only way in where weights lie in shards: see training.scored_forward
+    if getattr(
+        inner.forward, "scores", False
+    ):  # the only way in where weights lie in shards: see training.scored_forward
         return model(input_ids=ids, score={"mask": mask[:, 1:]}, **kwargs)
     return inner.base_model(input_ids=ids, use_cache=False, **kwargs).last_hidden_state[before]
 

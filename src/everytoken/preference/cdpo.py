@@ -132,9 +132,7 @@ class CDPOLoss:
             metrics={"criticality": masked_mean(criticality, policy.rejected_mask, dim=None)},
         )
 
-    def trace_columns(
-        self, policy: PairScores, reference: PairScores
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def trace_columns(self, policy: PairScores, reference: PairScores) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """How critical each token is, ``1 - s_t``."""
         return {"criticality": (1 - policy.chosen["contrast"], 1 - policy.rejected["contrast"])}
 

@@ -22,7 +22,7 @@ the norms other than L1 is reconstructed; the default is the authors'.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -30,9 +30,6 @@ from ..core.credit import discounted_sums
 from ..core.errors import BadInputError
 from ..training.scored_forward import input_embeddings
 from ..training.supervised import SupervisedTrainer, TargetLosses, on_targets, read_with
-
-if TYPE_CHECKING:
-    from ..decoding.trial import TrialRequest, TrialResult
 
 PROPAGATIONS = ("loss", "logps", "mask")
 NORMS = ("l1", "l2", "softmax", "log")
@@ -87,13 +84,6 @@ class IFTSettings:
                 raise BadInputError(f"{name} lies in [0, 1]; got {getattr(self, name)}.")
         if self.temperature <= 0 or self.noise < 0 or (self.top_k is not None and self.top_k < 1):
             raise BadInputError("IFT needs temperature > 0, noise >= 0 and top_k >= 1 (or none).")
-
-    @staticmethod
-    def trial(request: TrialRequest) -> TrialResult:
-        """What ``everytoken try`` runs: IFT beside supervised tuning."""
-        from .ift_training import trial
-
-        return trial(request)
 
     def share(self, progress: float) -> float:
         """lambda after ``progress`` of training, from 0 to 1."""

@@ -120,9 +120,7 @@ class TREGLoss:
             metrics={"regulariser": regulariser.detach().mean(), "pair_weight": v.mean()},
         )
 
-    def trace_columns(
-        self, policy: PairScores, reference: PairScores
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def trace_columns(self, policy: PairScores, reference: PairScores) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """q, the contrast of the two prompts."""
         return {"contrast_of_prompts": (policy.chosen["token_reward"], policy.rejected["token_reward"])}
 

@@ -106,9 +106,7 @@ class TGDPOLoss:
             pairs.append(1 + torch.where(mask, change, 0.0))
         return pairs[0], pairs[1]
 
-    def trace_columns(
-        self, policy: PairScores, reference: PairScores
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def trace_columns(self, policy: PairScores, reference: PairScores) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """The guide's reward and the weight of every token."""
         return {"guide_reward": self.guide_rewards(policy, reference), "weight": self.weights(policy, reference)}
 

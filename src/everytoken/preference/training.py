@@ -46,11 +46,11 @@ class PairTraining(TrainConfig):
 
 
 def is_preference_loss(factory: object) -> TypeGuard[type[PreferenceLoss]]:
-    """Whether something is the class of a loss: a dataclass whose objects are called with ``(policy, reference)``."""
+    """Whether something is the class of a loss: a dataclass whose objects are called with two arguments, ``(policy, reference)``."""
     if not isinstance(factory, type) or not dataclasses.is_dataclass(factory):
         return False
-    call = factory.__dict__.get("__call__") or getattr(factory, "__call__", None)
-    return inspect.isfunction(call) and list(inspect.signature(call).parameters)[1:] == ["policy", "reference"]
+    call = next((vars(kind)["__call__"] for kind in factory.__mro__ if "__call__" in vars(kind)), None)
+    return inspect.isfunction(call) and len(inspect.signature(call).parameters) == 3
 
 
 def training_for(slug: str, factory: object) -> Training | None:

@@ -21,18 +21,15 @@ if TYPE_CHECKING:
 
 
 def trial(request: TrialRequest) -> TrialResult:
-    """What a few steps of every method do beside its baseline: DPO for losses on pairs, a method's own where it brings a trial.
+    """What a few steps of every loss do beside DPO.
 
     Raises:
-        BadInputError: methods without a common baseline, or bad rows.
+        BadInputError: bad rows.
         MissingExtraError: TRL is not installed.
     """
     require("trl", "train", "Trying a preference method")
-    from ..training.trial import TrialWork, own_trial
+    from ..training.trial import TrialWork
 
-    own = own_trial(request)
-    if own is not None:
-        return own(request)
     with quiet_training():
         return _pairs(TrialWork(request))
 

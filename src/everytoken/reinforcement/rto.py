@@ -26,7 +26,7 @@ import copy
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -40,9 +40,6 @@ from ..training.finite_check import stopped
 from ..training.scored_forward import reference_adapter
 from .advantages import gae, group_advantages, last_token, whiten
 from .critic import Critic, value_loss
-
-if TYPE_CHECKING:
-    from ..decoding.trial import TrialRequest, TrialResult
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -120,13 +117,6 @@ class RTOSettings:
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BadInputError(f"{name} lies in [0, 1]; got {getattr(self, name)}.")
-
-    @staticmethod
-    def trial(request: TrialRequest) -> TrialResult:
-        """What ``everytoken try`` runs: RTO beside PPO, or beside GRPO without a critic."""
-        from .rto_training import trial
-
-        return trial(request)
 
 
 @dataclass

@@ -75,7 +75,8 @@ def second_model(context: Context) -> tuple[object, object]:
 
 def ensemble(context: Context, lm: object) -> Arms:
     """Bits a byte of held-out texts: each model alone, and both."""
-    from ..tokenization.exact_bytes import ByteEnsemble, ByteLM
+    from ..tokenization.byte_lm import ByteLM
+    from ..tokenization.ensemble import ByteEnsemble
 
     other = ByteLM(*second_model(context))
     both = ByteEnsemble([lm, other], [0.8, 0.2])  # type: ignore[list-item]
@@ -96,7 +97,8 @@ def run(context: Context) -> Arms:
     import torch
 
     from ..core.loading import load_model, load_tokenizer
-    from ..tokenization.exact_bytes import ByteLM, TokenHealing
+    from ..tokenization.byte_lm import ByteLM
+    from ..tokenization.token_healing import TokenHealing
 
     tokenizer, model = load_tokenizer(context.model), load_model(context.model, packed=True)
     healing = TokenHealing(tokenizer)

@@ -19,8 +19,8 @@ import torch
 
 from ..core.implicit_reward import ImplicitReward
 from ..core.loading import cache_dir, load_model, load_tokenizer
-from ..core.rng import derive_seed, seed_everything
 from ..core.progress import Report, silent
+from ..core.rng import derive_seed, seed_everything
 from ..core.scoring import PromptResponse, pad_rows
 from ..training.column_makers import Example
 from ..training.datasets.sentiment import continuation_ids, continuations, openings, positivity
@@ -42,7 +42,7 @@ class Bed:
         """A fresh copy of the start."""
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, use_safetensors=True).eval()
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

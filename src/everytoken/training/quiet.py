@@ -16,9 +16,7 @@ class ReportSteps(TrainerCallback):
     def __init__(self, report: Report, stage: str):
         self.report, self.stage = report, stage
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.report(self.stage, state.global_step, state.max_steps)
 
 

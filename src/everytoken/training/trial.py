@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..core.errors import BadInputError, require
-from ..decoding.trial import Trial, TrialRequest, TrialResult
+from ..core.errors import require
+from ..decoding.trial import Trial, TrialRequest
 from .datasets.pairs import load_pairs
 
 EXAMPLE = [
@@ -23,19 +23,6 @@ EXAMPLE = [
     },
     {"prompt": "In the end, the trip", "chosen": " was the best of my life.", "rejected": " was a waste of my money."},
 ]
-
-
-def own_trial(request: TrialRequest) -> Callable[[TrialRequest], TrialResult] | None:
-    """The trial that the methods of a request bring themselves (a static method ``trial``), or None where the station's serves them.
-
-    Raises:
-        BadInputError: they do not share one, and so have no baseline in common.
-    """
-    found = [getattr(item.factory, "trial", None) for item in request.trials]
-    if len(set(found)) > 1:
-        names = ", ".join(item.name for item in request.trials)
-        raise BadInputError(f"{names} have different baselines.", "Compare methods that learn from the same data.")
-    return found[0]
 
 
 class TrialWork:
