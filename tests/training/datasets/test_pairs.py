@@ -9,7 +9,7 @@ import pytest
 datasets = pytest.importorskip("datasets")
 
 from everytoken.core.errors import BadInputError
-from everytoken.preference.data import load_pairs
+from everytoken.training.datasets.pairs import load_pairs
 
 GOOD = [
     {"prompt": "a", "chosen": " b", "rejected": " c"},

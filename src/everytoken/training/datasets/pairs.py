@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import BadInputError, require
-from ..core.settings import read_text
+from ...core.errors import BadInputError, require
+from ...core.settings import read_text
 
 MESSAGE = {"role", "content"}
 
