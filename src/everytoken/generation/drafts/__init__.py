@@ -10,7 +10,7 @@ from ...core.errors import EverytokenError, UnsupportedModelError
 from ...core.loading import quiet_transformers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from .modeling_feature_draft import FeatureDraftForCausalLM
 
@@ -20,6 +20,17 @@ EMBEDDED_DRAFT = "smollm2-135m"
 def draft_folder() -> Path:
     """The folder of the shipped draft: ``model.safetensors``, ``config.json`` and ``training.json`` (its curve)."""
     return Path(str(files(__package__).joinpath(EMBEDDED_DRAFT)))
+
+
+def check_draft_ships(config: PreTrainedConfig) -> None:
+    """Raises UnsupportedModelError unless a draft ships for a model of this configuration."""
+    text = config.get_text_config()
+    if (text.model_type, text.hidden_size, text.num_hidden_layers, text.vocab_size) != ("llama", 576, 30, 49152):
+        raise UnsupportedModelError(
+            f"No draft model ships for this {text.model_type} model.",
+            "Pass a small causal language model with the same tokenizer, or train a feature draft with "
+            "scripts/train_draft.py.",
+        )
 
 
 def load_draft(target: PreTrainedModel, folder: str | Path | None = None) -> FeatureDraftForCausalLM:
@@ -33,14 +44,7 @@ def load_draft(target: PreTrainedModel, folder: str | Path | None = None) -> Fea
 
     path = Path(folder) if folder is not None else draft_folder()
     if folder is None:
-        config = target.config.get_text_config()
-        shape = (config.model_type, config.hidden_size, config.num_hidden_layers, config.vocab_size)
-        if shape != ("llama", 576, 30, 49152):
-            raise UnsupportedModelError(
-                f"No draft model ships for this {config.model_type} model.",
-                "Pass draft_model=..., a small causal language model with the same tokenizer, or train a feature draft with "
-                "scripts/train_draft.py.",
-            )
+        check_draft_ships(target.config)
     if not (path / "model.safetensors").is_file():
         raise EverytokenError(
             f"{path} holds no draft (no model.safetensors).", "Train one with scripts/train_draft.py."
