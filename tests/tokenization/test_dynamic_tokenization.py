@@ -219,7 +219,7 @@ def test_saved_and_loaded(tmp_path):
     again = HyperEmbedding.from_pretrained(tmp_path).attach(model)
     assert torch.allclose(again.embed([(3, 4)])[0], hyper.embed([(3, 4)])[0], atol=1e-2)  # half precision
     (tmp_path / "model.safetensors").write_bytes(b"broken")
-    for folder, message in ((tmp_path, "no readable"), ("nowhere", "no hypernetwork")):
+    for folder, message in ((tmp_path, "cannot be read"), ("nowhere", "no hypernetwork")):
         with pytest.raises(BadInputError, match=message):
             HyperEmbedding.from_pretrained(folder)
     with pytest.raises(BadInputError, match="embeddings of width"):

@@ -102,6 +102,4 @@ def transplant(
     fresh = method.transplant(source, old, new)
     fresh.save_pretrained(out)
     new.save_pretrained(out)
-    assert method.mixture is not None
-    copied, made = int((method.mixture.copied >= 0).sum()), len(method.mixture.rows)
-    print(f"{copied:,} rows copied, {made:,} made; model and tokenizer written to {out}")
+    print(f"{method.summary().removesuffix('.')}; model and tokenizer written to {out}")

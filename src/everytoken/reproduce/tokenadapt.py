@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..tokenization.trial import bits_a_byte
+from ..tokenization.base import bits_a_byte
 from .base import Arms, Claim, Context, Reproduction
 from .stochastok import prose
 

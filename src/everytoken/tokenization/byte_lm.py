@@ -56,6 +56,7 @@ class ByteLM:
         context: token ids before the text (a chat template, for example); default the tokenizer's BOS, or EOS if it has none.
         exact: drop covers that no text is encoded as.
         tolerance: share of the mass below which a cover's validity is not looked at.
+        unit: how ``generate`` goes on unless it is told otherwise: ``"token"`` or ``"byte"``.
 
     After use ``forwards`` counts forward passes. One object is for one thread.
 
@@ -70,8 +71,10 @@ class ByteLM:
         context: Sequence[int] | None = None,
         exact: bool = True,
         tolerance: float = 1e-6,
+        unit: str = "token",
     ):
         self.model, self.tokenizer, self.exact, self.tolerance = model, tokenizer, exact, tolerance
+        self.unit = unit
         self.view = ByteView.of(tokenizer)
         if context is None:
             context = [start_token(tokenizer)]
@@ -278,15 +281,20 @@ class ByteLM:
         do_sample: bool = False,
         temperature: float = 1.0,
         seed: int | None = None,
-        unit: str = "token",
+        unit: str | None = None,
     ) -> bytes:
         """New bytes after a prefix.
 
         Args:
-            unit: ``"byte"`` chooses byte by byte, one forward pass each; ``"token"`` chooses a cover of the prefix and goes on with
-                plain tokens, one forward pass each. At temperature 1 both sample the same distribution of texts.
+            unit: ``"byte"`` chooses byte by byte, one forward pass each. ``"token"`` chooses a cover of the prefix and goes on
+                with plain tokens, one forward pass each. Default: the unit of this object. At temperature 1 both sample the
+                same distribution of texts.
             temperature: of the unit's distribution.
+
+        Raises:
+            BadInputError: an unknown unit, or a temperature that is not positive.
         """
+        unit = self.unit if unit is None else unit
         if unit not in ("byte", "token"):
             raise BadInputError(f"unit is 'byte' or 'token'; got {unit!r}.")
         if not temperature > 0:

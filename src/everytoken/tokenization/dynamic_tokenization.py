@@ -24,9 +24,9 @@ pieces. The model sees fewer positions; nothing of it is changed.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -80,6 +80,26 @@ class DynamicBatch:
             )
         return [values[first] for first, _ in self.spans[row]]
 
+    def place(self, base: Callable[[torch.Tensor], torch.Tensor], made: torch.Tensor | None = None) -> torch.Tensor:
+        """Puts every token's vector where the token is; gradients pass.
+
+        Args:
+            base: gives the model's own vectors ``[N, d]`` for ids ``[N]``.
+            made: ``[len(pieces), d]``, the vectors of the new tokens; None if there are none.
+
+        Returns:
+            ``[B, T, d]``, zeros where ``attention_mask`` is 0.
+        """
+        flat = torch.tensor([item for row in self.tokens for item in row])
+        vectors = base(flat.clamp(min=0))
+        if self.pieces:
+            assert made is not None and len(made) == len(self.pieces)
+            fresh = (flat < 0).nonzero()[:, 0]
+            places, numbers = fresh.to(vectors.device), (-1 - flat[fresh]).to(made.device)
+            vectors = vectors.index_put((places,), made[numbers].to(vectors))
+        mask = self.attention_mask.bool().to(vectors.device)
+        return vectors.new_zeros(*mask.shape, vectors.shape[-1]).masked_scatter(mask[..., None], vectors)
+
     def trace(self, row: int, tokenizer: Any) -> TokenTrace:
         """A text's base tokens, coloured by the merged token that they are in."""
         trace = TokenTrace(self.base_ids[row], title="dynamic tokenization", station="tokenization")
@@ -116,6 +136,7 @@ class DynamicTokenizer:
     embedder: Embedder | None = field(default=None, repr=False)
     cache_size: int = 5000
     padding_side: str | None = None
+    own_trial: ClassVar[str] = "everytoken.tokenization.dynamic_trial:trial"
 
     def __post_init__(self) -> None:
         if self.boundary not in BOUNDARIES:
@@ -287,18 +308,9 @@ class DynamicTokenizer:
         return batch
 
     def _embed(self, batch: DynamicBatch, embedder: Embedder) -> torch.Tensor:
-        flat = torch.tensor([item for row in batch.tokens for item in row])
         with torch.no_grad():
-            vectors = embedder.base(flat.clamp(min=0))
-            fresh = flat < 0
-            if fresh.any():
-                made = self.cache.rows(batch.pieces, embedder).to(vectors)
-                vectors = vectors.clone()
-                vectors[fresh.to(vectors.device)] = made[(-1 - flat[fresh]).to(vectors.device)]
-        mask = batch.attention_mask.bool().to(vectors.device)
-        result = vectors.new_zeros(*mask.shape, vectors.shape[-1])
-        result[mask] = vectors
-        return result
+            made = self.cache.rows(batch.pieces, embedder) if batch.pieces else None
+            return batch.place(embedder.base, made)
 
     def spell(self, batch: DynamicBatch, row: int) -> list[bytes]:
         """The bytes of a text's merged tokens."""

@@ -28,10 +28,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..core.errors import BadInputError
 from .byte_lm import ByteLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -53,6 +56,12 @@ class ExactBytes:
         if not 0 <= self.tolerance < 1:
             raise BadInputError(f"tolerance is a share of the mass, 0 to 1; got {self.tolerance}.")
 
-    def on(self, model: Any, tokenizer: Any, context: Sequence[int] | None = None) -> ByteLM:
-        """The model as a model of bytes."""
-        return ByteLM(model, tokenizer, context, self.exact, self.tolerance)
+    def on(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] | None = None
+    ) -> ByteLM:
+        """The model as a model of bytes.
+
+        Args:
+            context: token ids before every text; default BOS.
+        """
+        return ByteLM(model, tokenizer, context, self.exact, self.tolerance, self.unit)
