@@ -168,7 +168,7 @@ def test_a_wrong_acceptance_rule_would_be_caught(monkeypatch):
         children = tree.children[node]
         return (children[0], tree.tokens[children[0]]) if children else (None, int(torch.multinomial(target, 1)))
 
-    monkeypatch.setattr(dyspec._Row, "_accept", always)
+    monkeypatch.setattr(dyspec._Speculation, "_accept", always)
     target = tiny_llama(4, seed=3, scale=0.4)
     with pytest.raises(AssertionError):
         check_distribution(target, DySpec(tiny_llama(4, seed=7), budget=5), [1, 2], 1500)
