@@ -57,7 +57,7 @@ def compare(
         stations = sorted({card.station for card in cards})
         raise BadInputError(
             f"These methods do different work ({', '.join(stations)}) and cannot be compared.",
-            "Name methods of one station.",
+            "Name methods of one station that share a baseline.",
         )
     if len(set(names)) < len(names):
         raise BadInputError("A method is named twice.", "Give it other settings: dyspec:budget=8 dyspec:budget=32")

@@ -61,7 +61,6 @@ def diagnose() -> list[dict[str, Any]]:
                 note(f"{name} ({extra})", "ok", version(name))
     _devices(note)
     _caches(note)
-    _weights(note)
     return findings
 
 
