@@ -1,13 +1,13 @@
 """Faster linear layers for inference on a CPU: weights packed once into oneDNN's own layout.
 
-A decoding step multiplies every weight with a handful of vectors, so it should run at the speed of memory. PyTorch's default
-matrix multiplication lays out (packs) a weight anew in every call with more than one vector, which can cost more than reading
-it. ``pack_linears`` does that once. The arithmetic stays what it was, in the model's own precision; rounding differs in the
-last bits. Packed copies cost the weights' memory once more.
+A decoding step multiplies every weight with a handful of vectors, so it should run at the speed of memory. PyTorch's
+default matrix multiplication lays out (packs) a weight anew in every call with more than one vector, which can cost
+more than reading it. ``pack_linears`` packs each weight once. The arithmetic and its precision stay the same, but the
+last bits are rounded differently. The packed copies take as much memory as the weights.
 
-The layers keep their parameters. A call in training mode or with gradients uses those and forgets the packed copy, which the
-next inference call makes anew; in-place changes are noticed as well. Only weights edited behind autograd's back
-(``weight.data``) while the model stays in evaluation mode need another ``pack_linears``.
+The layers keep their parameters. A call in training mode or with gradients uses them and drops the packed copy; the
+next inference call makes a new one. In-place changes are noticed as well. Only weights that are edited through
+``weight.data`` while the model stays in evaluation mode need another ``pack_linears``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) 
 
 
 class _Packed:
-    """A layer's packed weight and what it was packed from. Copies and pickles start empty: the layout is this process's."""
+    """A layer's packed weight and what it was packed from. Copies start empty: the layout belongs to this process."""
 
     def __init__(self) -> None:
         self.forget()

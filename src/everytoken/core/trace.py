@@ -35,8 +35,8 @@ class TokenTrace:
     Attributes:
         ids: token ids.
         columns: name -> one value a token: numbers, strings, booleans, or None where a column does not apply.
-        texts: the tokens as text, filled by ``with_text`` or by the producer. Pieces of a character that spans tokens read
-            as the replacement character; ``spans`` are exact.
+        texts: the tokens as text, filled by ``with_text`` or by the producer. Pieces of a character that spans tokens
+            read as the replacement character; ``spans`` are exact.
         spans: ``(start, end)`` byte offsets of each token in the UTF-8 text.
         title, station: shown in the header.
     """
@@ -131,7 +131,7 @@ class TokenTrace:
         """The distinct values of a categorical column in order of appearance."""
         return list(dict.fromkeys(str(value) for value in self.columns[name] if value is not None))
 
-    # -- terminal --------------------------------------------------------------------------------------------------------
+    # -- terminal ------------------------------------------------------------------------------------------------------
     def render(self, column: str | None = None, width: int = 8) -> Text:
         """The text with each token on the colour of its value, and a legend below (rich Text).
 
@@ -187,14 +187,14 @@ class TokenTrace:
             console.print(f"[bold]{self.title}[/]  [dim]{len(self)} tokens[/]", highlight=False)
         console.print(self.render(column))
 
-    # -- HTML ------------------------------------------------------------------------------------------------------------
+    # -- HTML ----------------------------------------------------------------------------------------------------------
     def to_html(self, path: str | os.PathLike[str] | None = None, column: str | None = None) -> str:
         """One self-contained page: selector for the score, hover for all values, light and dark; optionally written."""
         from .trace_html import render_html
 
         return render_html([self], path, column)
 
-    # -- storage ---------------------------------------------------------------------------------------------------------
+    # -- storage -------------------------------------------------------------------------------------------------------
     def rows(self) -> list[dict[str, Any]]:
         """One dict a token: ``id``, ``text``, ``start``, ``end`` and the columns."""
         starts: Sequence[tuple[int | None, int | None]] = self.spans or [(None, None)] * len(self)

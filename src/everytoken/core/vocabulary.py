@@ -1,8 +1,8 @@
 """The bytes of every token.
 
-A token's text is not enough: byte-level BPE writes bytes as printable stand-ins, SentencePiece writes spaces as a marker and
-unknown bytes as ``<0xNN>``, WordPiece marks continuations. ``token_bytes`` undoes all of that, so that methods can cut, join
-and constrain tokens by what they spell.
+A token's text is not enough: byte-level BPE writes bytes as printable stand-ins, SentencePiece writes spaces as a
+marker and unknown bytes as ``<0xNN>``, WordPiece marks continuations. ``token_bytes`` undoes all of that, so that
+methods can cut, join and constrain tokens by what they spell.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ def backend_of(tokenizer: Any) -> Any:
 
 
 def token_bytes(tokenizer: Any) -> list[bytes | None]:
-    """The bytes of every token id of a transformers (fast) or ``tokenizers`` tokenizer; None for special and unused ids.
+    """The bytes of every token id of a fast transformers tokenizer or a ``tokenizers`` one.
 
-    Knows byte-level BPE, SentencePiece (with byte fallback) and WordPiece, by the tokenizer's own decoder.
+    Special and unused ids have None. Knows byte-level BPE, SentencePiece (with byte fallback) and WordPiece, by the
+    tokenizer's own decoder.
 
     Raises:
         BadInputError: the tokenizer has no fast backend, or decodes in a way that is not known here.

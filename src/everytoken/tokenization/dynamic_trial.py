@@ -1,6 +1,6 @@
 """Dynamic tokenization's own trial: a prompt read in fewer positions, and what the model says after it.
 
-The arms are the prompt without merges, each method, and each method with the mean of the pieces in place of the hypernetwork.
+The prompt is read without merges, with each method, and with the mean of the pieces in place of the hypernetwork.
 """
 
 from __future__ import annotations

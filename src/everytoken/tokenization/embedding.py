@@ -1,4 +1,4 @@
-"""What methods share that give vectors to tokens: the ``Embedder`` protocol, a model's matrices, pieces as tensors, a cache."""
+"""Vectors of new tokens: the ``Embedder`` protocol, a model's embedding matrices, pieces as tensors, and a cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real tokenizers of other families as transformers tokenizers: tiktoken-like rank files, Tekken, SentencePiece, and packaged ones."""
+"""Tokenizers of other families as transformers tokenizers: tiktoken-like rank files, Tekken, SentencePiece."""
 
 from __future__ import annotations
 
@@ -112,8 +112,11 @@ def read_tekken(path: Path) -> Any:
 
 
 def load_any_tokenizer(name: str) -> Any:
-    """A tokenizer by a packaged name (``mistral``, ``tekken``, ``qwen``), a file (``.tiktoken``, ``.model``, ``.json``), a folder or a hub
-    id.
+    """A tokenizer by name or file.
+
+    Args:
+        name: a packaged one (``mistral``, ``tekken``, ``qwen``), a file (``.tiktoken``, ``.model``, ``.json``), a
+            folder, or a hub id.
 
     Raises:
         BadInputError: there is none, or a file of an unknown kind.

@@ -1,11 +1,11 @@
-"""Embeddings of tokens that a model does not have, from the embeddings of their pieces: a hypernetwork, and the mean as baseline.
+"""Embeddings of tokens that a model does not have, from their pieces: a hypernetwork, and the mean as the baseline.
 
 A token t with pieces p_1..p_n gets
 
     e(t) = sum_i a_i E[p_i] + W c,    a = softmax of scores,  c = what a small transformer reads out of the pieces
 
-once for the input and once for the output matrix. Scores and W start at zero: an untrained ``HyperEmbedding`` is the plain mean of
-the pieces. The hypernetworks of arXiv 2405.07883 read the pieces in the same way; theirs are larger.
+once for the input and once for the output matrix. Scores and W start at zero, so an untrained ``HyperEmbedding`` is the
+plain mean of the pieces. The hypernetworks of arXiv 2405.07883 read the pieces in the same way and are larger.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class HyperEmbedding(nn.Module):
         first, second = change.chunk(2, -1)
         return (share[..., :1] * inputs).sum(1) + first, (share[..., 1:] * outputs).sum(1) + second
 
-    # -- with a model ----------------------------------------------------------------------------------------------------
+    # -- with a model --------------------------------------------------------------------------------------------------
     def attach(self, model: PreTrainedModel) -> HyperEmbedding:
         """Reads pieces from this model's matrices from now on; returns itself.
 
@@ -133,8 +133,8 @@ class HyperEmbedding(nn.Module):
         source, weight, head = matrices(model)
         if weight.shape[1] != self.config.size or self.config.vocab_size not in (0, len(weight)):
             raise BadInputError(
-                f"This hypernetwork is for {self.config.vocab_size:,} embeddings of width {self.config.size}; the model has "
-                f"{len(weight):,} of width {weight.shape[1]}.",
+                f"This hypernetwork is for {self.config.vocab_size:,} embeddings of width {self.config.size}; the model "
+                f"has {len(weight):,} of width {weight.shape[1]}.",
                 "Train one with scripts/train_hypernetwork.py, or use MeanEmbedding(model).",
             )
         self._attached = (source, weight, head)
@@ -162,7 +162,7 @@ class HyperEmbedding(nn.Module):
     def embed(self, pieces: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
         return self.apply_to(pieces)
 
-    # -- on disk ---------------------------------------------------------------------------------------------------------
+    # -- on disk -------------------------------------------------------------------------------------------------------
     def save_pretrained(self, folder: str | Path) -> None:
         """``config.json`` and half-precision ``model.safetensors``."""
         from safetensors.torch import save_file

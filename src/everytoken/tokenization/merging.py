@@ -1,11 +1,12 @@
 """Pair merges over a batch of sequences, with counts kept up to date instead of counted anew.
 
-Every slot that has a right neighbour is an occurrence of one pair. The occurrences of a pair are a doubly linked list through the
-slots, in order, so its head is the pair's first occurrence; a heap holds ``(count, first occurrence)`` of every pair. A merge
-touches its occurrences and their neighbours only: all merges of a batch together cost O(n log n), where counting anew costs O(n) each.
+Every slot that has a right neighbour is an occurrence of one pair. The occurrences of a pair are a doubly linked list
+through the slots, in order, so the head of the list is the first occurrence. A heap holds ``(count, first occurrence)``
+of every pair. A merge touches only its occurrences and their neighbours: all merges of a batch together cost O(n log
+n), where counting anew costs O(n) each.
 
-Counting is the plain one: all adjacent pairs, overlapping ones too; the most frequent pair goes first, ties by first occurrence in
-the batch as it then is; a pair is replaced left to right everywhere.
+Counting is the plain one: all adjacent pairs, overlapping ones too; the most frequent pair goes first, ties by first
+occurrence in the batch as it then is; a pair is replaced left to right everywhere.
 """
 
 from __future__ import annotations
@@ -210,7 +211,10 @@ class PairMerger:
         return int(self._counters[LIVE])
 
     def best(self) -> tuple[int, int] | None:
-        """The most frequent pair (ties: the first in the batch); answer with ``merge`` or ``discard``. None at the end."""
+        """The most frequent pair (ties: the first in the batch), or None at the end.
+
+        Answer with ``merge`` or ``discard``.
+        """
         self._current = _pop(self._pairs, self._heap, self._counters)
         if self._current < 0:
             return None

@@ -1,8 +1,8 @@
 """StochasTok: stochastic tokenisation for fine-grained subword understanding (arXiv 2506.01687).
 
-A deterministic tokenizer hides what tokens are made of. StochasTok takes an already tokenised text and, a number of times,
-replaces a token by two tokens of the same vocabulary that spell the same bytes. A model trained on such text learns the inner
-structure of its tokens; vocabulary, model and inference stay as they are.
+A deterministic tokenizer hides what tokens are made of. StochasTok takes an already tokenised text and, a number of
+times, replaces a token by two tokens of the same vocabulary that spell the same bytes. A model trained on such text
+learns the inner structure of its tokens; vocabulary, model and inference stay as they are.
 
 With ``b(v)`` the bytes of token v and ``n`` the input's length::
 
@@ -11,11 +11,11 @@ With ``b(v)`` the bytes of token v and ``n`` the input's length::
         draw a position uniformly in the current sequence (which grows)
         if its token v has splits: replace v by one pair drawn uniformly from Splits(v)
 
-Any cut counts, not only the merge that made the token; parts can be split again; an attempt on a token without splits (a
-single byte, a special token) is spent.
+Any cut counts, not only the merge that made the token; parts can be split again; an attempt on a token without splits
+(a single byte, a special token) is spent.
 
-The sequence is kept as slots in a linked list: a split keeps the left part in its slot and appends the right part as a new
-slot. A uniform slot is a uniform position, so no position has to be found and nothing has to be moved: O(n) in all.
+The sequence is kept as slots in a linked list: a split keeps the left part in its slot and appends the right part as a
+new slot. A uniform slot is a uniform position, so no position has to be found and nothing has to be moved: O(n) in all.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ IGNORED = -100
 
 @dataclass
 class SplitTable:
-    """All splits of all tokens, as compressed rows: token v has pairs ``(left[i], right[i])``, offsets[v] <= i < offsets[v+1]."""
+    """All splits of all tokens as compressed rows.
+
+    Token v has the pairs ``(left[i], right[i])`` for ``offsets[v] <= i < offsets[v + 1]``.
+    """
 
     offsets: np.ndarray
     left: np.ndarray
@@ -48,7 +51,7 @@ class SplitTable:
 
 
 def split_table(table: Sequence[bytes | None]) -> SplitTable:
-    """Splits of every token of a vocabulary, given the bytes of each id (None for ids that must never be split or made)."""
+    """Splits of every token of a vocabulary, from the bytes of each id; ids with None are never split or made."""
     ids: dict[bytes, list[int]] = {}
     for index, piece in enumerate(table):
         if piece:

@@ -1,16 +1,16 @@
 """Supertokens: a BPE tokenizer whose tokens may span several words (arXiv 2505.09738).
 
-BPE never merges across the spaces that its pre-tokenizer cuts at, however frequent "of the" is. Here the training text is cut into
-chunks of a random number of words, so that merges across spaces are learned where they are frequent and never depend on one place of
-the cut::
+BPE never merges across the spaces that its pre-tokenizer cuts at, however frequent "of the" is. Here the training text
+is cut into chunks of a random number of words, so that merges across spaces are learned where they are frequent and
+never depend on one place of the cut::
 
     word    = optional space + letters
     run     = words with one space between them        (digits, punctuation and line ends are hard boundaries)
     chunks  = the run, cut after n_1, n_2, ... words,  P(n = k) = chunk_sizes[k - 1]
     merges  = BPE on the chunks
 
-In use a text is cut into runs only, and the learned merges decide which words a token joins. The paper does not give the
-distribution of chunk sizes; the default here is this project's choice. ``chunk_sizes=(1,)`` gives plain BPE.
+In use a text is cut into runs only, and the learned merges decide which words a token joins. The paper does not give
+the distribution of chunk sizes; the default here is this project's choice. ``chunk_sizes=(1,)`` gives plain BPE.
 """
 
 from __future__ import annotations

@@ -1,21 +1,23 @@
 """TokenAdapt: another tokenizer for a trained model (arXiv 2505.09738).
 
-Tokens that both vocabularies have (by their bytes) keep their embeddings; special tokens are matched by role. Every other new token
-t gets a mix of two estimates. *Local*: its pieces p_1..p_n under the old tokenizer, weighted by meaning and length::
+Tokens that both vocabularies have (by their bytes) keep their embeddings. Special tokens are matched by role. Every
+other new token t gets a mix of two estimates. The *local* one is made of its pieces p_1..p_n under the old tokenizer,
+weighted by meaning and length::
 
     c_i = cos(ext(t), ext(p_i)),   l_i = len(p_i) / len(t)
     w = softmax(((softmax(c) + l) / 2) / temperature)
     e_local = sum_i w_i E_old[p_i]
 
-*Global*: its nearest old tokens j_1..j_k by the cosine s of an external text embedding ``ext``::
+The *global* one is made of its nearest old tokens j_1..j_k, by the cosine s of an external text embedding ``ext``::
 
     w = softmax(s / temperature), those with s < threshold dropped, renormalised
     e_global = sum_j w_j E_old[j]
 
     e_new = (1 - global_weight) e_local + global_weight e_global
 
-If one is missing the other is taken; if both are, a draw from N(mean(E_old), std(E_old)). An output matrix of its own is treated with
-the same weights. Baselines by ``strategy``: ``"retok"`` (plain average of the pieces), ``"mean"`` (the mean of E_old), ``"random"``.
+If one estimate is missing, the other is taken. If both are missing, the row is drawn from N(mean(E_old), std(E_old)). A
+separate output matrix is mixed with the same weights. The baselines by ``strategy`` are ``"retok"`` (plain average of
+the pieces), ``"mean"`` (the mean of E_old) and ``"random"``.
 """
 
 from __future__ import annotations
@@ -106,7 +108,7 @@ class TokenAdapt:
             )
         self.mixture: Mixture | None = None
 
-    # -- what each new token is made of ----------------------------------------------------------------------------------
+    # -- what each new token is made of --------------------------------------------------------------------------------
     def mix(self, old_tokenizer: Any, new_tokenizer: Any) -> Mixture:
         """Copies and weights, from the tokenizers alone.
 
@@ -189,18 +191,19 @@ class TokenAdapt:
         total = weights.sum(1, keepdims=True)
         return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
 
-    # -- into the model --------------------------------------------------------------------------------------------------
+    # -- into the model ------------------------------------------------------------------------------------------------
     def transplant(self, model: Any, old_tokenizer: Any, new_tokenizer: Any) -> Any:
-        """A copy of the model for the new tokenizer; save both with ``save_pretrained`` and plain transformers loads them.
+        """A copy of the model for the new tokenizer. Save both with ``save_pretrained``; plain transformers loads them.
 
         Raises:
             UnsupportedModelError: a model without token embeddings.
             BadInputError: the old tokenizer has more tokens than the model.
         """
         _, weight, _ = matrices(model)
-        if len(weight) < len(token_bytes(old_tokenizer)):
+        tokens = len(token_bytes(old_tokenizer))
+        if len(weight) < tokens:
             raise BadInputError(
-                f"The old tokenizer has {len(token_bytes(old_tokenizer))} tokens but the model {len(weight)} embeddings.",
+                f"The old tokenizer has {tokens} tokens but the model {len(weight)} embeddings.",
                 "Pass the tokenizer that the model was trained with.",
             )
         mixture = self.mixture = self.mix(old_tokenizer, new_tokenizer)
@@ -285,7 +288,7 @@ class TokenAdapt:
 
 
 def pieces_of(view: ByteView, data: bytes, by_bytes: dict[bytes, int]) -> list[int]:
-    """The old tokens that spell a new one: the old tokenizer's own cut where it takes the text, else the longest that fit."""
+    """The old tokens that spell a new one: as the old tokenizer cuts it, or else the longest that fit."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:

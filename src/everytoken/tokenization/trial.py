@@ -1,6 +1,6 @@
 """What ``try`` and ``compare`` run for this station: the trial of the contract that a method keeps.
 
-Each contract of ``base`` has one module in ``trials``. A method that needs more than its contract's trial names one on its card.
+Each contract of ``base`` has one module in ``trials``. A method that needs another trial names it on its card.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def trial(request: TrialRequest) -> TrialResult:
     modules = {trial_of(item.factory) for item in request.trials}
     if len(modules) > 1:
         raise BadInputError(
-            "These methods do different work and cannot be compared: some split tokens, others put a model over bytes or "
-            "change the tokenizer.",
+            "These methods do different work and cannot be compared: some split tokens, others put a model over bytes "
+            "or change the tokenizer.",
             "Run them apart.",
         )
     result: TrialResult = importlib.import_module(modules.pop()).trial(request)
