@@ -524,9 +524,7 @@ class AWRS(Decoder):
         )
 
     @classmethod
-    def examples(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> dict[str, Example]:
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
         size = model.config.get_text_config().vocab_size
         free, narrow = letters(size, "[^]*"), letters(size, "([ac-z]b)*")
         return {

@@ -208,9 +208,7 @@ class XGrammar(Decoder):
         return tokens if all(probe.accept_token(token) for token in tokens) else []
 
     @classmethod
-    def examples(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> dict[str, Example]:
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
         size = model.config.get_text_config().vocab_size
         free, narrow = letters(size, "[^]*"), letters(size, "([ac-z]b)*")
         return {
