@@ -12,9 +12,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from ..core.errors import BadInputError, EverytokenError
 
-if TYPE_CHECKING:
-    pass
-
 
 class DeadEndError(EverytokenError):
     """No token keeps the text completable; ``prefix`` is the longest text that was valid."""

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from ..core.errors import BadInputError
 from ..core.scoring import turn_ids
 from ..core.settings import load_function, read_text
-from ..decoding.base import check_same_vocabulary
+from ..decoding.checks import check_same_vocabulary
 from ..training.base import Training, TrainingContext, TrainingResult
 from .drafts.modeling_feature_draft import FeatureDraftForCausalLM, FeatureTap
 from .routers.configuration_token_router import TokenRouterConfig
