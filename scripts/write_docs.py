@@ -69,7 +69,7 @@ def method_page(card: Card) -> str:
     runnable = card.implementation and card.station != "catalog"
     if runnable:
         lines += ["## Try it", "", "```console", f"everytoken try {card.slug}"]
-        lines += [f"everytoken train {card.slug}"] if card.training else []
+        lines += [f"everytoken train {card.slug}"] if card.trainable else []
         lines += [f"everytoken reproduce {card.slug} --quick"] if card.reproduction else []
         lines += ["```", ""]
     result = card.result()

@@ -6,8 +6,12 @@ import os
 
 import pytest
 
+from everytoken.core.loading import cache_dir
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# the converted model is shared by all tests, read-only, while each test's cache is its own; the first that needs it converts it
+os.environ.setdefault("EVERYTOKEN_MODELS", str(cache_dir() / "models"))
 # processes side by side: each on one thread, or their threads wait for each other
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

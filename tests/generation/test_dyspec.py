@@ -140,9 +140,10 @@ def test_a_finished_matcher_ends_the_text():
 
 
 def test_a_real_grammar_on_the_embedded_model(embedded):
+    from everytoken.constraints.engine.compiler import GrammarCompiler
+    from everytoken.constraints.engine.matcher import GrammarMatcher
+    from everytoken.constraints.engine.vocabulary import TokenizerInfo
     from everytoken.constraints.grammar import Grammar
-    from everytoken.constraints.matcher import GrammarCompiler, GrammarMatcher
-    from everytoken.constraints.vocabulary import TokenizerInfo
     from everytoken.constraints.xgrammar import XGrammar
     from everytoken.generation.speculative import load_draft
 

@@ -57,7 +57,7 @@ def compare(
         stations = sorted({card.station for card in cards})
         raise BadInputError(
             f"These methods do different work ({', '.join(stations)}) and cannot be compared.",
-            "Name methods of one station.",
+            "Name methods of one station that share a baseline.",
         )
     if len(set(names)) < len(names):
         raise BadInputError("A method is named twice.", "Give it other settings: dyspec:budget=8 dyspec:budget=32")
@@ -74,7 +74,7 @@ def compare(
     if plot is not None:
         plot.write_text(svg_bars(result), encoding="utf-8")
     if trace is not None:
-        from ..core.trace import render_html
+        from ..core.trace_html import render_html
 
         render_html(result.traces, trace, result.column, title="everytoken compare")
     if as_json:

@@ -37,10 +37,12 @@ from ..decoding.base import Decoder, Example
 from ..decoding.call import DecodingCall, DecodingStats
 from ..decoding.row import DecodingRow
 from .base import CallableConstraint, Constraint, DeadEndError
+from .engine.compiled import CompiledGrammar
+from .engine.compiler import GrammarCompiler
+from .engine.matcher import GrammarMatcher
+from .engine.vocabulary import TokenizerInfo
 from .grammar import Grammar
 from .logits_processor import check_vocabulary, letters, only_one, parse_source
-from .matcher import CompiledGrammar, GrammarCompiler, GrammarMatcher
-from .vocabulary import TokenizerInfo
 
 NEGLIGIBLE = 1e-10
 """Probability mass that counts as none: what rounding leaves. (1e-5 in the authors' single precision; double precision allows
@@ -522,9 +524,7 @@ class AWRS(Decoder):
         )
 
     @classmethod
-    def examples(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> dict[str, Example]:
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
         size = model.config.get_text_config().vocab_size
         free, narrow = letters(size, "[^]*"), letters(size, "([ac-z]b)*")
         return {

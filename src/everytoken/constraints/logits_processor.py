@@ -13,9 +13,11 @@ from transformers import LogitsProcessor, PreTrainedConfig
 from ..core.errors import BadInputError
 from ..decoding.matcher import apply_token_bitmask_inplace
 from ..decoding.output import DecodingOutput
+from .engine.compiled import CompiledGrammar
+from .engine.compiler import GrammarCompiler
+from .engine.matcher import GrammarMatcher
+from .engine.vocabulary import TokenizerInfo
 from .grammar import Grammar
-from .matcher import CompiledGrammar, GrammarCompiler, GrammarMatcher
-from .vocabulary import TokenizerInfo
 
 
 class GrammarLogitsProcessor(LogitsProcessor):
@@ -137,8 +139,8 @@ def parse_source(
         return Grammar.from_regex(read_source(regex).removesuffix("\n"))
     if grammar is not None:
         return Grammar.from_ebnf(read_source(grammar))
-    options = {"any_whitespace": any_whitespace, "strict_mode": strict_mode}
-    return Grammar.from_json_schema("true" if schema is None else read_source(schema), **options)
+    text = "true" if schema is None else read_source(schema)
+    return Grammar.from_json_schema(text, any_whitespace=any_whitespace, strict_mode=strict_mode)
 
 
 def only_one(decoder: str, **settings: Any) -> None:

@@ -45,9 +45,11 @@ from ..decoding.call import DecodingCall, DecodingStats
 from ..decoding.checks import check_unread
 from ..decoding.matcher import apply_token_bitmask_inplace, bitmask_to_bool
 from ..decoding.row import DecodingRow, read_on
+from .engine.compiled import CompiledGrammar
+from .engine.compiler import GrammarCompiler
+from .engine.matcher import GrammarMatcher
+from .engine.vocabulary import TokenizerInfo
 from .logits_processor import GrammarLogitsProcessor, check_vocabulary, letters, only_one, parse_source
-from .matcher import CompiledGrammar, GrammarCompiler, GrammarMatcher
-from .vocabulary import TokenizerInfo
 
 __all__ = ["GrammarLogitsProcessor", "XGrammar"]
 
@@ -206,9 +208,7 @@ class XGrammar(Decoder):
         return tokens if all(probe.accept_token(token) for token in tokens) else []
 
     @classmethod
-    def examples(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> dict[str, Example]:
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
         size = model.config.get_text_config().vocab_size
         free, narrow = letters(size, "[^]*"), letters(size, "([ac-z]b)*")
         return {

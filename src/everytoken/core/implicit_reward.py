@@ -67,8 +67,9 @@ class ImplicitReward:
         attention_mask: torch.Tensor | None = None,
         forward_kl: bool = False,
         reverse_kl: bool = False,
+        entropy: bool = False,
     ) -> dict[str, torch.Tensor]:
-        """``logps``, ``ref_logps`` (``forward_kl``, ``reverse_kl``) per token, ``[B, T]``, aligned to the scored tokens; see ``score``."""
+        """``logps``, ``ref_logps`` (``forward_kl``, ``reverse_kl``, ``entropy``) per token, ``[B, T]``, aligned to the scored tokens; see ``score``."""
         import torch
 
         from .logprobs import token_stats
@@ -98,9 +99,10 @@ class ImplicitReward:
                 ref_bias=heads[1][1],
                 forward_kl=forward_kl,
                 reverse_kl=reverse_kl,
+                entropy=entropy,
             )
         result = {}
-        for name in ("logps", "ref_logps", "forward_kl", "reverse_kl"):
+        for name in ("logps", "ref_logps", "forward_kl", "reverse_kl", "entropy"):
             values = getattr(stats, name)
             if values is not None:
                 result[name] = torch.zeros(ids.shape, device=ids.device).masked_scatter(kept, values)

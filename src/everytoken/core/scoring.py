@@ -1,22 +1,26 @@
 """Scoring given tokens with frozen models: padding rows, hidden states at the scored positions, log-probabilities.
 
-A *row* is a prompt and a response, both token ids. Everything here is without gradient; training computes the same quantities inside
-its own forward (``preference.trainer``).
+Everything here is without gradient; training computes the same quantities inside its own forward (``training.scored_forward``).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import BadInputError, TokenizerMismatchError, UnsupportedModelError
+from .progress import Report, silent
 
 if TYPE_CHECKING:
     import torch
 
-Row = tuple[Sequence[int], Sequence[int]]
-"""Prompt ids and response ids."""
+
+class PromptResponse(NamedTuple):
+    """A prompt and a response to it, both as token ids; a plain pair does as well."""
+
+    prompt: Sequence[int]
+    response: Sequence[int]
 
 
 def plain_head(model: Any) -> Any:
@@ -118,7 +122,9 @@ def encode_prompt(tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def pad_rows(rows: Sequence[Row], pad: int = 0, device: Any = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def pad_rows(
+    rows: Sequence[PromptResponse], pad: int = 0, device: Any = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows as right-padded tensors: ``ids [B, T]``, ``attention_mask [B, T]``, and ``mask [B, T]``, True on response tokens."""
     import torch
 
@@ -144,7 +150,9 @@ def response_hidden(
     before = mask.roll(-1, 1)
     before[:, -1] = False
     inner = base_model(model)
-    if getattr(inner.forward, "scores", False):  # the only way in where weights lie in shards: see preference.scored
+    if getattr(
+        inner.forward, "scores", False
+    ):  # the only way in where weights lie in shards: see training.scored_forward
         return model(input_ids=ids, score={"mask": mask[:, 1:]}, **kwargs)
     return inner.base_model(input_ids=ids, use_cache=False, **kwargs).last_hidden_state[before]
 
@@ -166,16 +174,17 @@ def response_logps(
 
 
 def score_rows(
-    rows: Sequence[Row],
+    rows: Sequence[PromptResponse],
     score: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     batch_size: int = 16,
     device: Any = None,
-    report: Callable[[int, int], None] = lambda _done, _total: None,
+    report: Report = silent,
 ) -> list[torch.Tensor]:
     """One ``[len(response)]`` tensor a row from a function on padded batches; rows of like length share a batch.
 
     Args:
         score: ``(ids, mask, attention_mask) -> values [B, T]``, as ``response_logps``.
+        report: called with ``("scoring rows", done, total)``.
 
     Raises:
         BadInputError: an empty prompt (nothing would predict the first token) or response; names the row.
@@ -194,7 +203,7 @@ def score_rows(
         for line, index in enumerate(picked):
             prompt, response = rows[index]
             found[index] = values[line, len(prompt) : len(prompt) + len(response)].clone()
-        report(min(first + batch_size, len(order)), len(order))
+        report("scoring rows", min(first + batch_size, len(order)), len(order))
     return [found[index] for index in range(len(rows))]
 
 

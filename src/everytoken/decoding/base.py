@@ -178,9 +178,7 @@ class Decoder:
         return DynamicCache(config=call.model.config)
 
     @classmethod
-    def examples(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> dict[str, Example]:
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
         """Decoders of this class for a tiny model, for the conformance battery of ``everytoken.testing``.
 
         Args:

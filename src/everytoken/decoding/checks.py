@@ -65,7 +65,9 @@ def refuse_inputs(decoder: str, model_kwargs: Mapping[str, Any], carried: Collec
         carried: inputs passed on, beside those that ``generate`` prepares itself.
     """
     lost = [
-        name for name, value in model_kwargs.items() if value is not None and name not in PREPARED and name not in carried
+        name
+        for name, value in model_kwargs.items()
+        if value is not None and name not in PREPARED and name not in carried
     ]
     if lost:
         raise BadInputError(
@@ -106,9 +108,7 @@ def split_rows(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[tuple
     if 0 in lengths:
         raise BadInputError(f"Row {lengths.index(0)} of the batch is empty.", "Give at least one token.")
     width = input_ids.shape[1]
-    return [
-        (ids[width - length :], ids[: width - length]) for ids, length in zip(input_ids, lengths, strict=True)
-    ]
+    return [(ids[width - length :], ids[: width - length]) for ids, length in zip(input_ids, lengths, strict=True)]
 
 
 def check_whole_text(

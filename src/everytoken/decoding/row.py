@@ -172,9 +172,7 @@ def read_on(model: PreTrainedModel, cache: Cache, text: list[int], vocab: int) -
     past = cache.get_seq_length()
     ids = torch.tensor([text[past:]], device=model.device)
     positions = torch.arange(past, len(text), device=ids.device)[None]
-    output: Any = model(
-        input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-    )
+    output: Any = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return output.logits[0, -1, :vocab].float()
 
 

@@ -132,9 +132,7 @@ class DySpec(Decoder):
         _Speculation(self, call, row).decode()
 
     @classmethod
-    def examples(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> dict[str, Example]:
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
         from ..testing.models import tiny_llama
 
         draft = tiny_llama(model.config.vocab_size, seed=9)
@@ -284,7 +282,11 @@ class _Speculation:
         path, node, stop = [0], 0, False
         greedy = None
         if not self.row.do_sample and self.path_free and self.row.matcher is None:
-            greedy = (self._process(logits, [self.row.text] * len(tree)) if self.row.processors else logits).argmax(-1).tolist()
+            greedy = (
+                (self._process(logits, [self.row.text] * len(tree)) if self.row.processors else logits)
+                .argmax(-1)
+                .tolist()
+            )
         while not stop:
             scores = self.row.processed(logits[node]) if greedy is None or self.row.scores is not None else logits[node]
             if greedy is None and self.row.do_sample:

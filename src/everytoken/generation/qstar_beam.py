@@ -153,9 +153,7 @@ class QStarBeam(LoopDecoder):
             call.trace.append(trace)
 
     @classmethod
-    def examples(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> dict[str, Example]:
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
         refuses = frozenset({"num_return_sequences"})
         return {
             "one beam": Example(lambda **settings: cls(1, **settings), exact=True, refuses=refuses),

@@ -338,13 +338,13 @@ class R2R(Decoder):
             writer.close()
 
     @classmethod
-    def examples(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> dict[str, Example]:
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
         from ..testing.models import tiny_llama
 
         small = tiny_llama(model.config.vocab_size, seed=9)
         return {
-            "large only": Example(lambda **settings: cls(small, EntropyRouter(), threshold=0.0, **settings), exact=True),
+            "large only": Example(
+                lambda **settings: cls(small, EntropyRouter(), threshold=0.0, **settings), exact=True
+            ),
             "routed": Example(lambda **settings: cls(small, EntropyRouter(), threshold=0.9, **settings)),
         }

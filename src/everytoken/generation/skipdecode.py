@@ -315,9 +315,7 @@ class SkipDecode(LoopDecoder):
                 call.trace.append(TokenTrace(tokens, columns={"layers": column}, station=self.station))
 
     @classmethod
-    def examples(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> dict[str, Example]:
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
         layers = model.config.get_text_config().num_hidden_layers
         every, fewer = LinearDepth(layers, layers, 1, 8), LinearDepth(layers, max(layers // 2, 1), 1, 8)
         return {

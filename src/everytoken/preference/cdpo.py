@@ -18,7 +18,7 @@ sigmoid; the paper's equation sums, and so does this (``per_position=True`` is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,8 +27,62 @@ from torch.nn import functional as F
 
 from ..core.errors import BadInputError
 from ..core.logprobs import CHUNK_BYTES, masked_mean
-from ..core.scoring import check_guide, head_weights, model_fingerprint, response_hidden, score_rows
-from .base import Example, PairScores, PreferenceOutput, log_ratios, weighted_log_ratios
+from ..core.progress import Report, silent
+from ..core.scoring import PromptResponse, check_guide, head_weights, model_fingerprint, response_hidden, score_rows
+from ..training.column_makers import ColumnMaker, ColumnSources, Example, TokenAnnotator
+from .base import PairScores, PreferenceOutput, log_ratios, weighted_log_ratios
+
+
+@dataclass
+class Contrast:
+    """Makes the column ``contrast``: finds p+ and p-, or tunes copies on the chosen and on the rejected responses.
+
+    Args:
+        positive, negative: hub ids or folders of p+ and p-; None tunes them first.
+        contrast: a, how strongly p- is subtracted.
+        guide_steps, tune_lr: optimiser steps and learning rate of that tuning.
+        guide_lora_r: rank of its adapters; 0 tunes all weights.
+
+    Raises:
+        BadInputError: a value out of range.
+    """
+
+    positive: str | None = None
+    negative: str | None = None
+    contrast: float = 1.0
+    guide_steps: int = 50
+    tune_lr: float = 3e-4
+    guide_lora_r: int = 8
+
+    def __post_init__(self) -> None:
+        if self.guide_steps < 1 or self.tune_lr <= 0 or self.guide_lora_r < 0:
+            raise BadInputError("guide_steps and tune_lr must be positive, and guide_lora_r not negative.")
+
+    def __call__(self, sources: ColumnSources) -> TokenAnnotator:
+        from ..training.distributed import frozen, load_unplaced
+
+        models = [
+            self.tuned(sources, side) if path is None else frozen(load_unplaced(path))
+            for side, path in (("chosen", self.positive), ("rejected", self.negative))
+        ]
+        return ContrastiveEstimator(*models, alpha=self.contrast)
+
+    def tuned(self, sources: ColumnSources, side: str) -> Any:
+        """A copy tuned on the responses of one side; prompts are read, not learnt."""
+        from ..training.supervised import tune_copy
+
+        rows = [
+            {
+                "input_ids": [*row["prompt_ids"], *row[f"{side}_ids"]],
+                "labels": [-100] * len(row["prompt_ids"]) + list(row[f"{side}_ids"]),
+            }
+            for row in sources.rows.select_columns(["prompt_ids", f"{side}_ids"])
+        ]
+        return tune_copy(
+            sources.load(), sources.tokenizer, rows, steps=sources.steps(self.guide_steps), lr=self.tune_lr, lora_r=self.guide_lora_r,
+            batch_size=sources.batch_size, seed=sources.seed, bf16=sources.bf16, report=sources.report,
+            stage=f"tuning on {side} responses",
+        )  # fmt: skip
 
 
 @dataclass
@@ -49,8 +103,7 @@ class CDPOLoss:
     weight_chosen: bool = False
     label_smoothing: float = 0.0
     per_position: bool = False
-    needs: ClassVar[frozenset[str]] = frozenset()
-    columns: ClassVar[frozenset[str]] = frozenset({"contrast"})
+    data_columns: ClassVar[Mapping[str, type[ColumnMaker]]] = {"contrast": Contrast}
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
@@ -78,6 +131,10 @@ class CDPOLoss:
             rejected_rewards=self.beta * plain_rejected.detach(),
             metrics={"criticality": masked_mean(criticality, policy.rejected_mask, dim=None)},
         )
+
+    def trace_columns(self, policy: PairScores, reference: PairScores) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """How critical each token is, ``1 - s_t``."""
+        return {"criticality": (1 - policy.chosen["contrast"], 1 - policy.rejected["contrast"])}
 
     def _loss(self, z: torch.Tensor) -> torch.Tensor:
         smoothing = self.label_smoothing
@@ -129,10 +186,8 @@ class ContrastiveEstimator:
             values[part] = (mixed.gather(1, labels[part, None])[:, 0] - mixed.logsumexp(-1)).exp()
         return torch.zeros(ids.shape, device=ids.device).masked_scatter(kept, values)
 
-    def annotate(
-        self, examples: Sequence[Example], report: Callable[[int, int], None] = lambda _done, _total: None
-    ) -> list[torch.Tensor]:
-        rows = [(item.prompt_ids, item.response_ids) for item in examples]
+    def annotate(self, examples: Sequence[Example], report: Report = silent) -> list[torch.Tensor]:
+        rows = [PromptResponse(item.prompt_ids, item.response_ids) for item in examples]
         return score_rows(rows, self.score, self.batch_size, self.positive_model.device, report)
 
     def fingerprint(self) -> str:
@@ -167,7 +222,7 @@ class RolloutOracle:
         self,
         prompt_ids: Sequence[int],
         response_ids: Sequence[int],
-        report: Callable[[int, int], None] = lambda _done, _total: None,
+        report: Report = silent,
     ) -> torch.Tensor:
         """``[len(response_ids)]``: value t is the share of correct endings after ``response_ids[: t + 1]``.
 
@@ -210,7 +265,7 @@ class RolloutOracle:
                     [[*response_ids[: t + 1], *row] for row in rows], skip_special_tokens=True
                 )
                 scores[t] = sum(self.correct(prompt, text) for text in texts) / self.rollouts
-            report(min(first + group, len(open_prefixes)), len(open_prefixes))
+            report("rolling out", min(first + group, len(open_prefixes)), len(open_prefixes))
         return scores
 
 

@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..core.errors import BadInputError
-from ..core.scoring import model_fingerprint, plain_head, response_logps, score_rows
+from ..core.progress import Report, silent, within
+from ..core.scoring import PromptResponse, model_fingerprint, plain_head, response_logps, score_rows
+from ..training.column_makers import Example, TokenAnnotator
 from ..training.distributed import process_state
-from .base import Example, TokenAnnotator
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SIDES = ("chosen", "rejected")
-Report = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -47,21 +50,26 @@ class ModelLogps:
         """``[B, T]`` log-probabilities at the tokens where ``mask``, 0 elsewhere."""
         return response_logps(self.model, ids, mask, attention_mask)
 
-    def annotate(
-        self, examples: Sequence[Example], report: Callable[[int, int], None] = lambda _done, _total: None
-    ) -> list[torch.Tensor]:
-        rows = [(item.prompt_ids, item.response_ids) for item in examples]
+    def annotate(self, examples: Sequence[Example], report: Report = silent) -> list[torch.Tensor]:
+        rows = [PromptResponse(item.prompt_ids, item.response_ids) for item in examples]
         return score_rows(rows, self.score, self.batch_size, self.model.device, report)
 
     def fingerprint(self) -> str:
         return f"logps {model_fingerprint(self.model)}"
 
 
-def check_columns(dataset: Any, names: Sequence[str]) -> None:
+def missing_columns(dataset: Dataset, names: Collection[str]) -> list[str]:
+    """Those of the columns ``names`` that the dataset lacks on a side."""
+    present = set(getattr(dataset, "column_names", None) or ())
+    return [name for name in names if not {f"{side}_{name}" for side in SIDES} <= present]
+
+
+def check_columns(dataset: Dataset, names: Collection[str]) -> None:
     """Refuses columns that do not fit their tokens.
 
     Raises:
-        BadInputError: a missing column, or a row with as many values as tokens nowhere; names row and column.
+        BadInputError: a missing column, a row whose values are not as many as its tokens, or a value that is not finite; names row and
+            column.
     """
     for name in names:
         for side in SIDES:
@@ -82,10 +90,10 @@ def check_columns(dataset: Any, names: Sequence[str]) -> None:
 
 
 def precompute(
-    dataset: Any,
+    dataset: Dataset,
     annotators: Sequence[TokenAnnotator],
-    report: Report = lambda _stage, _done, _total: None,
-) -> Any:
+    report: Report = silent,
+) -> Dataset:
     """A tokenized preference dataset with the annotators' columns.
 
     Args:
@@ -97,9 +105,7 @@ def precompute(
     Raises:
         BadInputError: a dataset without length or without token columns.
     """
-    wanted = [
-        item for item in annotators if f"chosen_{item.column}" not in (getattr(dataset, "column_names", None) or [])
-    ]
+    wanted = [item for item in annotators if missing_columns(dataset, [item.column])]
     if not wanted:
         return dataset
     if not hasattr(dataset, "__len__"):
@@ -119,7 +125,8 @@ def precompute(
         values = _kept(item, examples, report)
         for number, side in enumerate(SIDES):
             part = values[number * len(dataset) : (number + 1) * len(dataset)]
-            dataset = dataset.add_column(f"{side}_{item.column}", [value.tolist() for value in part])
+            if f"{side}_{item.column}" not in dataset.column_names:
+                dataset = dataset.add_column(f"{side}_{item.column}", [value.tolist() for value in part])
     return dataset
 
 
@@ -152,9 +159,7 @@ def _kept(annotator: TokenAnnotator, examples: Sequence[Example], report: Report
     share = -(-len(examples) // state.num_processes)
     mine = [min(state.process_index * share + place, len(examples) - 1) for place in range(share)]
     name = annotator.column
-    local = annotator.annotate(
-        [examples[index] for index in mine], lambda done, total: report(f"annotating {name}", done, total)
-    )
+    local = annotator.annotate([examples[index] for index in mine], within(report, f"annotating {name}"))
     values = dict(gather_object(list(zip(mine, local, strict=True))))
     ordered = [values[index] for index in range(len(examples))]
     if state.is_local_main_process:

@@ -43,7 +43,6 @@ class TDPOLoss:
     alpha: float = 0.5
     variant: str = "tdpo2"
     needs: ClassVar[frozenset[str]] = frozenset({"forward_kl"})
-    columns: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         if self.variant not in ("tdpo1", "tdpo2"):

@@ -8,8 +8,8 @@ The ``[B, T, V]`` logits never exist, neither the policy's nor the reference's.
     trainer = PreferenceTrainer(model, loss=TDPOLoss(alpha=0.5), args=DPOConfig(...), train_dataset=..., processing_class=...)
     trainer = PreferenceTrainer(model, loss=TGDPOLoss(), annotators=[ModelLogps(guide)], args=..., ...)
 
-A loss that takes per-token columns (a guide's log-probabilities, a criticality) finds them in the dataset, or an annotator makes them
-once, before training. With ``precompute_ref_log_probs=True`` the reference becomes such a column too, and is not held in memory.
+A loss that takes data columns (a guide's log-probabilities, a criticality) finds them in the dataset, or an annotator computes them once,
+before training. With ``precompute_ref_log_probs=True`` the reference becomes such a column too, and is not held in memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -27,13 +27,18 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from ..core.errors import BadInputError
 from ..core.logprobs import TokenStats
+from ..core.progress import Report, silent
 from ..core.scoring import check_guide, head_weights
+from ..training.datasets.pairs import check_rows
 from ..training.distributed import LaunchedMixin, frozen, in_shards
 from ..training.finite_check import NonFiniteLossError, stopped
 from ..training.scored_forward import add_scored_forward, reference_adapter
-from .base import PairScores, PreferenceLoss, PreferenceOutput, TokenAnnotator
-from .columns import SIDES, ModelLogps, check_columns, precompute
-from .data import check_rows
+from .base import PairScores, PreferenceLoss, PreferenceOutput, TokenAnnotator, declared
+from .columns import SIDES, ModelLogps, check_columns, missing_columns, precompute
+from .dpo import DPOLoss
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 UNUSED_SETTINGS = {
     "padding_free": (False, "TRL's preference trainer has none at present, and pairs are scored as padded rows"),
@@ -82,8 +87,8 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
 
     Args:
         loss: a PreferenceLoss; default DPO with ``args.beta``.
-        annotators: make the per-token columns that the loss takes where the dataset lacks them. A function of the tokenized training rows
-            that returns annotators is asked for them once, and only if columns are missing: guides that must be trained first.
+        annotators: compute the loss's data columns where the dataset lacks them. A function of the tokenized training rows that returns
+            annotators is called once, and only if columns are missing: it may train guides first.
         monitor_kl: also log ``kl/chosen`` and ``kl/rejected`` (forward KL a response, nats) for losses that do not need it.
         report: called with ``(stage, done, total)`` while columns are computed.
         kwargs: as for ``trl.DPOTrainer`` (``model``, ``ref_model``, ``args``, ``train_dataset``, ``peft_config``, ...).
@@ -104,9 +109,9 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
         self,
         *positional: Any,
         loss: PreferenceLoss | None = None,
-        annotators: Sequence[TokenAnnotator] | Callable[[Any], Sequence[TokenAnnotator]] = (),
+        annotators: Sequence[TokenAnnotator] | Callable[[Dataset], Sequence[TokenAnnotator]] = (),
         monitor_kl: bool = False,
-        report: Any = None,
+        report: Report | None = None,
         **kwargs: Any,
     ):
         args: DPOConfig | None = kwargs.get("args")
@@ -116,16 +121,15 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
             if args is not None and getattr(args, name, default) not in (default, None):
                 raise BadInputError(f"PreferenceTrainer does not support {name}={getattr(args, name)}: {why}.")
         if loss is None:
-            from .dpo import DPOLoss
-
             loss = DPOLoss(beta=args.beta if args is not None else 0.1)
         self.preference_loss = loss
-        self.columns = tuple(sorted(getattr(loss, "columns", ())))
+        inputs = declared(loss)
+        self.data_columns = tuple(sorted(inputs.data_columns))
         self.annotators: list[TokenAnnotator] = []
         self._make_annotators = annotators if callable(annotators) else None
-        self._report = report or (lambda _stage, _done, _total: None)
+        self._report = report or silent
         self.monitor_kl = monitor_kl
-        self.needs = frozenset(loss.needs) | ({"forward_kl"} if monitor_kl else set())
+        self.needs = inputs.needs | ({"forward_kl"} if monitor_kl else set())
         if args is not None and args.precompute_ref_log_probs:
             if self.needs:
                 raise BadInputError(
@@ -160,8 +164,7 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
         """Keeps them; a guide with another vocabulary is refused."""
         self.annotators = list(annotators)
         for item in self.annotators:
-            for name in ("model", "positive_model", "negative_model"):
-                model = getattr(item, name, None)
+            for model in getattr(item, "__dict__", {}).values():
                 if self._policy is not None and hasattr(model, "get_output_embeddings"):
                     check_guide(self._policy, model, f"guide for {item.column}")
 
@@ -176,16 +179,14 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if sized:
             self._check(dataset, ("prompt_ids", "chosen_ids", "rejected_ids"), dataset_name)
-        if self.columns:
-            if self._make_annotators is not None and not {f"chosen_{name}" for name in self.columns} <= set(
-                dataset.column_names
-            ):
+        if self.data_columns:
+            if self._make_annotators is not None and missing_columns(dataset, self.data_columns):
                 make, self._make_annotators = self._make_annotators, None
                 self._take_annotators(make(dataset))
             dataset = precompute(
-                dataset, [item for item in self.annotators if item.column in self.columns], self._report
+                dataset, [item for item in self.annotators if item.column in self.data_columns], self._report
             )
-            check_columns(dataset, self.columns)
+            check_columns(dataset, self.data_columns)
         return dataset
 
     @staticmethod
@@ -195,7 +196,7 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        extra = [f"{side}_{name}" for name in (*self.columns, "ref_logps") for side in SIDES]
+        extra = [f"{side}_{name}" for name in (*self.data_columns, "ref_logps") for side in SIDES]
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *extra]))
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
@@ -244,7 +245,7 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
             ref = PairScores(*spread(columns["ref_logps"][mask]), *masks)
         for name in self.needs:
             policy.chosen[name], policy.rejected[name] = spread(getattr(stats, name))
-        for name in self.columns:
+        for name in self.data_columns:
             policy.chosen[name], policy.rejected[name] = (
                 part * side for part, side in zip(columns[name].chunk(2), masks, strict=True)
             )

@@ -16,7 +16,7 @@ import torch
 from ..core.errors import BadInputError
 from ..core.logprobs import entropy_from_logits
 from ..core.rng import derive_seed
-from ..core.scoring import response_hidden, response_logps, score_rows
+from ..core.scoring import PromptResponse, response_hidden, response_logps, score_rows
 from ..training.datasets.sentiment import continuations
 from .base import Arms, Claim, Context, Reproduction, mean_ranks
 from .small import answer_batches, character_tokenizer, fit, small_model, worked_sum
@@ -60,7 +60,7 @@ def tuned(
 def run(context: Context) -> Arms:
     from ..preference.cdpo import CDPOLoss, ContrastiveEstimator, RolloutOracle, critical_tokens
     from ..preference.dpo import DPOLoss
-    from ..preference.guides import train_quietly
+    from ..preference.short_training import train_quietly
 
     tokenizer = character_tokenizer(CHARACTERS)
     model = small_model(len(tokenizer), end=tokenizer.eos_token_id)
@@ -111,7 +111,7 @@ def run(context: Context) -> Arms:
     rows, labels, first_drop = [], [], 0
     for index, (prompt, text) in enumerate(failed):
         context.progress(f"rollouts from every prefix of wrong trace {index + 1} of {len(failed)}")
-        row = (tokenizer(prompt)["input_ids"], tokenizer(text + "\n")["input_ids"])
+        row = PromptResponse(tokenizer(prompt)["input_ids"], tokenizer(text + "\n")["input_ids"])
         found = critical_tokens(oracle.score(*row))
         if found:
             rows.append(row)

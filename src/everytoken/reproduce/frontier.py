@@ -64,7 +64,7 @@ def train_arm(
     """Trains a copy of the start; returns it and its curve (the start included)."""
     from transformers import TrainerCallback
 
-    from ..preference.guides import train_quietly
+    from ..preference.short_training import train_quietly
 
     curve = [measure(work, work.start, context.seed)]
 

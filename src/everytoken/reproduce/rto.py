@@ -26,8 +26,8 @@ def policy_arm(
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    from ..preference.guides import quiet_arguments, without_printer
     from ..reinforcement.rto import RTOConfig, RTOTrainer
+    from ..training.quiet import quiet_arguments, without_printer
 
     estimator, scale = ARMS[name]
     seed_everything(context.seed)

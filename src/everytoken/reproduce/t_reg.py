@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from ..core.implicit_reward import ImplicitReward
-from ..core.scoring import score_rows
-from ..preference.base import Example
+from ..core.scoring import PromptResponse, score_rows
+from ..training.column_makers import Example
 from .base import Arms, Claim, Context, Reproduction, mean_ranks
 from .frontier import WHY, Work, figures, make_work, train_arm
 from .sentiment_bed import TeacherRewards
@@ -76,7 +76,7 @@ def fresh_rows(work: Work, context: Context) -> list[Any]:
     """Continuations of held-out openings by the start."""
     torch.manual_seed(context.seed + 1)
     rows = work.bed.sample(work.start, work.prompts)
-    return [(work.bed.encode(p), r) for p, r in zip(work.prompts, rows, strict=True) if r]
+    return [PromptResponse(work.bed.encode(p), r) for p, r in zip(work.prompts, rows, strict=True) if r]
 
 
 REPRODUCTION = Reproduction(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import BadInputError, UnknownNameError
+from ..core.progress import Report, silent
 from ..core.settings import parse_settings, settable
 
 
@@ -30,7 +31,7 @@ class TrainingContext:
     model: str | None
     data: str | None
     out: Path
-    report: Callable[[str, int, int], None] = lambda _stage, _done, _total: None
+    report: Report = silent
 
 
 @dataclass

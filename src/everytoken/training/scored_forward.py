@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from ..core.errors import UnsupportedModelError
-from ..core.logprobs import CHUNK_BYTES, token_stats
+from ..core.logprobs import CHUNK_BYTES, STATISTICS, token_stats
 from ..core.scoring import base_model, head_weights, plain_head
-from ..preference.base import NEEDS
 
 
 def add_scored_forward(model: Any) -> None:
@@ -54,7 +53,7 @@ def add_scored_forward(model: Any) -> None:
         if "pick" in score:
             return _pick(hidden, weight, bias, *score["pick"])
         arguments: dict[str, Any] = {name: score.get(name) for name in ("ref_hidden", "ref_weight", "ref_bias")}
-        arguments |= {name: name in score["needs"] for name in NEEDS}
+        arguments |= {name: name in score["needs"] for name in STATISTICS}
         return token_stats(hidden, weight, score["labels"], bias=bias, **arguments)
 
     forward.scores = True  # type: ignore[attr-defined]

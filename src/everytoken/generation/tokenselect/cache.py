@@ -86,7 +86,9 @@ class TokenSelectLayer(DynamicLayer):
 class TokenSelectCache(Cache):
     """A cache of ``TokenSelectLayer``, one a layer of full attention; layers with a sliding window keep their usual kind."""
 
-    def __init__(self, config: PreTrainedConfig, score_dtype: torch.dtype | None = torch.bfloat16, counting: bool = False):
+    def __init__(
+        self, config: PreTrainedConfig, score_dtype: torch.dtype | None = torch.bfloat16, counting: bool = False
+    ):
         text = config.get_text_config(decoder=True)
         self.windows = [
             text.sliding_window if kind == "sliding_attention" else None

@@ -230,9 +230,7 @@ class TokenSelect(LoopDecoder):
             call.trace.append(TokenTrace(text, columns={"reads": share, "source": source}, station=self.station))
 
     @classmethod
-    def examples(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> dict[str, Example]:
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
         few = {"top_k": 2, "n_init": 1, "n_local": 4, "score_dtype": "float32"}
         return {
             "all tokens": Example(lambda **settings: cls(score_dtype="float32", **settings), exact=True),
