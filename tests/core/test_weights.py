@@ -57,11 +57,11 @@ def test_names():
     for name, kind in (("smollm2-135m", None), ("dyspec-smollm2-135m", "hypernetwork"), ("nothing", None)):
         with pytest.raises(UnknownNameError, match=name):
             weights_folder(name, kind)
-    assert weights_for(tiny_llama(16), "draft") is None
+    assert weights_for(tiny_llama(16).config, "draft") is None
 
 
 def test_weights_are_found_by_the_shape_of_the_model(embedded):
-    assert weights_for(embedded[0], "draft") == weights_folder("dyspec-smollm2-135m")
+    assert weights_for(embedded[0].config, "draft") == weights_folder("dyspec-smollm2-135m")
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ class Bomb:
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
 def test_pickles_are_refused_and_never_read(name, tmp_path):
-    from everytoken.generation.drafts import load_draft
+    from everytoken.generation.speculative import load_draft
     from everytoken.tokenization.hyper import HyperEmbedding
 
     tiny_llama(16).save_pretrained(tmp_path)
