@@ -61,11 +61,11 @@ class Contrast:
     def __call__(self, sources: ColumnSources) -> TokenAnnotator:
         from ..training.distributed import frozen, load_unplaced
 
-        models = [
+        positive, negative = (
             self.tuned(sources, side) if path is None else frozen(load_unplaced(path))
             for side, path in (("chosen", self.positive), ("rejected", self.negative))
-        ]
-        return ContrastiveEstimator(*models, alpha=self.contrast)
+        )
+        return ContrastiveEstimator(positive, negative, self.contrast)
 
     def tuned(self, sources: ColumnSources, side: str) -> Any:
         """A copy tuned on the responses of one side; prompts are read, not learnt."""

@@ -124,7 +124,7 @@ def derive_config(name: str, base: type[Config], *parts: type) -> type[Config]:
     Raises:
         TypeError: a part is no dataclass, needs something that cannot be given as text, or has a setting that is there already.
     """
-    found: dict[str, tuple[str, Any, dataclasses.Field[Any]]] = {}
+    found: dict[str, tuple[str, Any, Any]] = {}
     taken = {item.name: base.__name__ for item in dataclasses.fields(base)}
     for part in parts:
         if not dataclasses.is_dataclass(part):

@@ -1,0 +1,1 @@
+"""Conformance batteries: checks that a method of your own keeps its contract."""
