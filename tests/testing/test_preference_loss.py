@@ -44,7 +44,8 @@ def test_the_battery_is_whole():
     assert every - {check_preference_loss} == set(CHECKS)
 
 
-# -- faults --------------------------------------------------------------------------------------------------------------
+# -- faults
+# --------------------------------------------------------------------------------------------------------------
 @dataclass
 class Plain(DPOLoss):
     """DPO, to be spoilt."""
@@ -143,7 +144,9 @@ class ColumnWithGradient(Plain):
     data_columns: ClassVar[Mapping[str, None]] = {"weight": None}
 
     def __call__(self, policy, reference):
-        chosen = masked_sum(policy.chosen["weight"] * (policy.chosen_logps - reference.chosen_logps), policy.chosen_mask)
+        chosen = masked_sum(
+            policy.chosen["weight"] * (policy.chosen_logps - reference.chosen_logps), policy.chosen_mask
+        )
         return self.output(chosen, log_ratios(policy, reference)[1])
 
 

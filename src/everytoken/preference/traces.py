@@ -21,8 +21,8 @@ Statistics = dict[str, torch.Tensor]
 def credit_trace(
     model: Any, reference: Any, tokenizer: Any, prompt: str, response: str, beta: float = 0.1, title: str = ""
 ) -> TokenTrace:
-    """A trace of ``response`` after ``prompt``: per token, the implicit reward ``beta (log pi - log ref)``, both log-probabilities,
-    and the forward KL, KL(reference || policy).
+    """A trace of ``response`` after ``prompt``: per token, the implicit reward ``beta (log pi - log ref)``, both
+    log-probabilities, and the forward KL, KL(reference || policy).
 
     Raises:
         BadInputError: an empty response.
@@ -56,7 +56,8 @@ def _trace(found: Statistics, tokenizer: Any, response: Sequence[int], beta: flo
 def pair_traces(
     policy: Any, reference: Any, tokenizer: Any, row: Mapping[str, Any], loss: PreferenceLoss
 ) -> list[TokenTrace]:
-    """Traces of a tokenized pair, chosen and rejected: the implicit reward, the forward KL, and what the loss shows (``trace_columns``).
+    """Traces of a tokenized pair, chosen and rejected: the implicit reward, the forward KL, and what the loss shows
+    (``trace_columns``).
 
     Args:
         reference: None takes a PEFT policy without its adapter.

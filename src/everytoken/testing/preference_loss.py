@@ -1,4 +1,5 @@
-"""Conformance checks for preference losses, ours and yours: that a loss keeps the contract of ``everytoken.preference.base``.
+"""Conformance checks for preference losses, ours and yours: that a loss keeps the contract of
+``everytoken.preference.base``.
 
 Use them from a test of your own::
 
@@ -14,11 +15,12 @@ Use them from a test of your own::
     def test_margin_dpo_keeps_the_contract(check, loss):
         check(loss)
 
-or all at once with ``check_preference_loss(loss)``. Every check raises AssertionError with a sentence on what is wrong. Scores come from
-random logits over a small vocabulary, and data columns from ``data_column_value``, between 0 and 1.
+or all at once with ``check_preference_loss(loss)``. Every check raises AssertionError with a sentence on what is wrong.
+Scores come from random logits over a small vocabulary, and data columns from ``data_column_value``, between 0 and 1.
 
-A loss whose value at the start is not log 2 (where policy and reference agree, any loss of the form ``-log sigmoid(beta z)`` has that value)
-says so by a class attribute or property ``loss_at_start``: another number, or None for a value that depends on the data.
+A loss whose value at the start is not log 2 (where policy and reference agree, any loss of the form
+``-log sigmoid(beta z)`` has that value) says so by a class attribute or property ``loss_at_start``: another number, or
+None for a value that depends on the data.
 """
 
 from __future__ import annotations
@@ -79,7 +81,9 @@ def pair_problem(loss: PreferenceLoss, seed: int = 0, same: bool = False) -> Pai
 
 
 def statistics(problem: PairProblem) -> dict[str, torch.Tensor]:
-    """The log-probabilities and every statistic by the plain formulas over the vocabulary, each ``[2, B, T]``, not masked."""
+    """The log-probabilities and every statistic by the plain formulas over the vocabulary, each ``[2, B, T]``, not
+    masked.
+    """
     logp, ref = (torch.log_softmax(logits, -1) for logits in (problem.policy, problem.reference))
     pick = problem.labels[..., None]
     return {
@@ -92,7 +96,9 @@ def statistics(problem: PairProblem) -> dict[str, torch.Tensor]:
 
 
 def scores(loss: PreferenceLoss, problem: PairProblem, outside: float = 0.0) -> tuple[PairScores, PairScores]:
-    """What the trainer would hand to the loss: ``(policy, reference)``; ``outside`` stands on the places that no response has."""
+    """What the trainer would hand to the loss: ``(policy, reference)``; ``outside`` stands on the places that no
+    response has.
+    """
     inputs, found, mask = declared(loss), statistics(problem), problem.mask
 
     def sides(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,7 +123,8 @@ def _close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 1e-5) -> b
     return torch.allclose(one.double(), other.double(), rtol=tolerance, atol=tolerance)
 
 
-# -- checks --------------------------------------------------------------------------------------------------------------
+# -- checks
+# --------------------------------------------------------------------------------------------------------------
 def check_value_and_gradient(loss: PreferenceLoss) -> None:
     """One finite loss and two finite rewards a pair, and a finite gradient that is not zero."""
     for seed in range(3):
@@ -184,8 +191,8 @@ def check_batch_size(loss: PreferenceLoss) -> None:
 
 
 def check_conventions(loss: PreferenceLoss) -> None:
-    """The policy comes first: a likelier chosen response lowers the loss, a likelier rejected one raises it; the reference pulls the other way,
-    or not at all. Statistics and columns are held fixed.
+    """The policy comes first: a likelier chosen response lowers the loss, a likelier rejected one raises it; the
+    reference pulls the other way, or not at all. Statistics and columns are held fixed.
     """
     for seed in range(3):
         policy, reference = scores(loss, pair_problem(loss, seed))
@@ -225,7 +232,8 @@ def check_start(loss: PreferenceLoss) -> None:
         return
     losses = loss(*scores(loss, pair_problem(loss, same=True))).losses
     assert _close(losses, torch.full_like(losses, expected)), (
-        f"Policy and reference agree, and the losses are {losses.tolist()}, not {expected:.4f}. A loss of another family says so: loss_at_start."
+        f"Policy and reference agree, and the losses are {losses.tolist()}, not {expected:.4f}. "
+        "A loss of another family says so: loss_at_start."
     )
 
 
@@ -262,7 +270,9 @@ class _Watched(dict[str, torch.Tensor]):
 
 
 def check_declared_inputs(loss: PreferenceLoss) -> None:
-    """The loss reads the statistics and data columns that it declares, all of them and no others, and takes them from the policy."""
+    """The loss reads the statistics and data columns that it declares, all of them and no others, and takes them from
+    the policy.
+    """
     problem, inputs = pair_problem(loss), declared(loss)
     offered = statistics(problem) | {name: problem.columns[name] for name in problem.columns}
     read: set[str] = set()
@@ -301,7 +311,9 @@ def check_trace_columns(loss: PreferenceLoss) -> None:
 
 
 def check_settings(loss: PreferenceLoss) -> None:
-    """The loss is a dataclass; its settings survive being written as ``key=value``, and a training can take them over, with its makers'."""
+    """The loss is a dataclass; its settings survive being written as ``key=value``, and a training can take them over,
+    with its makers'.
+    """
     kind = type(loss)
     assert dataclasses.is_dataclass(kind), "A loss is a dataclass of its settings."
     names = settable(kind)
