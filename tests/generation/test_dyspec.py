@@ -140,9 +140,10 @@ def test_a_finished_matcher_ends_the_text():
 
 
 def test_a_real_grammar_on_the_embedded_model(embedded):
+    from everytoken.constraints.engine.compiler import GrammarCompiler
+    from everytoken.constraints.engine.matcher import GrammarMatcher
+    from everytoken.constraints.engine.vocabulary import TokenizerInfo
     from everytoken.constraints.grammar import Grammar
-    from everytoken.constraints.matcher import GrammarCompiler, GrammarMatcher
-    from everytoken.constraints.vocabulary import TokenizerInfo
     from everytoken.constraints.xgrammar import XGrammar
     from everytoken.generation.drafts import load_draft
 
@@ -167,7 +168,7 @@ def test_a_wrong_acceptance_rule_would_be_caught(monkeypatch):
         children = tree.children[node]
         return (children[0], tree.tokens[children[0]]) if children else (None, int(torch.multinomial(target, 1)))
 
-    monkeypatch.setattr(dyspec._Row, "_accept", always)
+    monkeypatch.setattr(dyspec._Speculation, "_accept", always)
     target = tiny_llama(4, seed=3, scale=0.4)
     with pytest.raises(AssertionError):
         check_distribution(target, DySpec(tiny_llama(4, seed=7), budget=5), [1, 2], 1500)

@@ -9,8 +9,8 @@ import transformers.models.llama.modeling_llama as llama
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everytoken.generation.kernels import attend_rotated, top_indices
-from everytoken.generation.tokenselect import Rotation, _attend, find_rotary
+from everytoken.generation.tokenselect.attention import Rotation, _attend, find_rotary
+from everytoken.generation.tokenselect.kernels import attend_rotated, top_indices
 
 from ..conftest import tiny_llama
 

@@ -74,7 +74,7 @@ def compare(
     if plot is not None:
         plot.write_text(svg_bars(result), encoding="utf-8")
     if trace is not None:
-        from ..core.trace import render_html
+        from ..core.trace_html import render_html
 
         render_html(result.traces, trace, result.column, title="everytoken compare")
     if as_json:

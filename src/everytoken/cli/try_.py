@@ -77,7 +77,7 @@ def try_method(
         if trace.suffix in (".jsonl", ".parquet"):
             result.traces[0].save(trace)
         else:
-            from ..core.trace import render_html
+            from ..core.trace_html import render_html
 
             render_html(result.traces, trace, column or result.column, title=f"everytoken try {card.slug}")
     if as_json:

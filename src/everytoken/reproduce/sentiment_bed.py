@@ -87,7 +87,8 @@ class Bed:
         total = 0.0
         for first in range(0, len(rows), 64):
             part = [
-                PromptResponse(self.encode(p), r) for p, r in zip(prompts[first : first + 64], rows[first : first + 64], strict=True)
+                PromptResponse(self.encode(p), r)
+                for p, r in zip(prompts[first : first + 64], rows[first : first + 64], strict=True)
             ]
             ids, attention, mask = pad_rows(part, self.tokenizer.pad_token_id)
             total += (

@@ -1,1 +1,1 @@
-"""Conformance batteries: checks that a method of your own keeps its contract."""
+"""Conformance batteries: what every implementation of a contract promises, as tests that outside packages can run too."""

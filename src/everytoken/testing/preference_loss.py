@@ -163,11 +163,13 @@ def check_masked_positions(loss: PreferenceLoss) -> None:
 def check_padding(loss: PreferenceLoss) -> None:
     """Longer padding changes nothing."""
     problem = pair_problem(loss)
+    more, pad = torch.ones(2, PAIRS, 3, VOCABULARY), torch.nn.functional.pad
     longer = PairProblem(
-        torch.cat([problem.policy.detach(), torch.ones(2, PAIRS, 3, VOCABULARY)], 2).requires_grad_(True),
-        torch.cat([problem.reference, torch.ones(2, PAIRS, 3, VOCABULARY)], 2),
-        *(torch.nn.functional.pad(values, (0, 3)) for values in (problem.labels, problem.mask)),
-        {name: torch.nn.functional.pad(values, (0, 3)) for name, values in problem.columns.items()},
+        torch.cat([problem.policy.detach(), more], 2).requires_grad_(True),
+        torch.cat([problem.reference, more], 2),
+        pad(problem.labels, (0, 3)),
+        pad(problem.mask, (0, 3)),
+        {name: pad(values, (0, 3)) for name, values in problem.columns.items()},
     )
     (one, gradient), (other, padded) = evaluate(loss, problem), evaluate(loss, longer)
     assert _close(one.losses, other.losses), "Padding changes the loss."

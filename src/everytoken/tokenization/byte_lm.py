@@ -15,7 +15,8 @@ import torch
 
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
-from ..decoding.base import attention_mask_for, check_croppable
+from ..decoding.checks import check_croppable
+from ..decoding.row import attention_mask_for
 from .base import start_token
 from .byte_view import ByteView, split_character
 

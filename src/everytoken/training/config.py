@@ -79,7 +79,7 @@ class TrainConfig:
             self.part(kind)  # its own checks, before anything is loaded
 
     def part(self, kind: type[Part]) -> Part:
-        """A dataclass with the settings of its that this configuration carries; its other fields keep their defaults."""
+        """A dataclass, with what this configuration carries of its settings; other fields keep their defaults."""
         carried = {item.name for item in dataclasses.fields(self)}
         names = [item.name for item in dataclasses.fields(typing.cast(Any, kind)) if item.init]
         return kind(**{name: getattr(self, name) for name in names if name in carried})
@@ -115,7 +115,8 @@ Config = TypeVar("Config", bound=TrainConfig)
 def derive_config(name: str, base: type[Config], *parts: type) -> type[Config]:
     """A configuration with the fields of ``base`` and of a method's dataclasses.
 
-    Building one builds, and so checks, every part. Settings that cannot be given as text (functions, models) keep the defaults of their part.
+    Building one builds, and so checks, every part. Settings that cannot be given as text (functions, models) keep the
+    defaults of their part.
 
     Args:
         name: of the new class.

@@ -9,7 +9,8 @@ from html import escape
 from pathlib import Path
 
 from ..core.plots import lines_svg
-from ..core.trace import TokenTrace, render_html
+from ..core.trace import TokenTrace
+from ..core.trace_html import render_html
 
 _STYLE = """<style>
 .figures { border-collapse: collapse; margin: .5rem 0 1rem; }

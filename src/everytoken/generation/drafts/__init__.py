@@ -10,7 +10,7 @@ from ...core.loading import quiet_transformers
 from ...core.weights import check_no_pickle, weights_folder, weights_for
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from .modeling_feature_draft import FeatureDraftForCausalLM
 
@@ -22,6 +22,22 @@ def draft_folder() -> Path:
     return weights_folder(EMBEDDED_DRAFT)
 
 
+def check_draft_ships(config: PreTrainedConfig) -> Path:
+    """The folder of the draft that ships for a model of this configuration.
+
+    Raises:
+        UnsupportedModelError: none does.
+    """
+    folder = weights_for(config, "draft")
+    if folder is None:
+        raise UnsupportedModelError(
+            f"No draft model ships for this {config.get_text_config().model_type} model.",
+            "Pass draft_model=..., a small causal language model with the same tokenizer, or train a feature draft with "
+            "scripts/train_draft.py.",
+        )
+    return folder
+
+
 def load_draft(target: PreTrainedModel, folder: str | Path | None = None) -> FeatureDraftForCausalLM:
     """A feature draft attached to ``target``: the one that ships for this model, or one from ``folder``.
 
@@ -31,13 +47,7 @@ def load_draft(target: PreTrainedModel, folder: str | Path | None = None) -> Fea
     """
     from .modeling_feature_draft import FeatureDraftForCausalLM
 
-    path = Path(folder).expanduser() if folder is not None else weights_for(target, "draft")
-    if path is None:
-        raise UnsupportedModelError(
-            f"No draft model ships for this {target.config.get_text_config().model_type} model.",
-            "Pass draft_model=..., a small causal language model with the same tokenizer, or train a feature draft with "
-            "scripts/train_draft.py.",
-        )
+    path = Path(folder).expanduser() if folder is not None else check_draft_ships(target.config)
     check_no_pickle(path)
     if not (path / "model.safetensors").is_file():
         raise EverytokenError(

@@ -11,6 +11,7 @@ block and a few projections. ``attach`` ties a draft to its target; without it t
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class FeatureTap:
             )
         self.layers = list(layers)
         self.last: Any = None
+        self._thread = threading.get_ident()
         self._parts: dict[int, torch.Tensor] = {}
         self._handles = []
         for layer in self.layers:
@@ -56,6 +58,8 @@ class FeatureTap:
 
     def _recorder(self, layer: int) -> Any:
         def record(_module: nn.Module, _args: Any, output: Any) -> None:
+            if threading.get_ident() != self._thread:  # the target may serve another thread meanwhile
+                return
             self._parts[layer] = output[0] if isinstance(output, tuple) else output
             if len(self._parts) == len(self.layers):
                 self.last = torch.cat([self._parts[key] for key in self.layers], dim=-1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from everytoken.constraints.grammar import Grammar, GrammarError
 from everytoken.constraints.grammar.regex import parse_regex, regex_automaton
 
-from .common import accepts, compile_
+from ..common import accepts, compile_
 
 ATOMS = st.sampled_from(["a", "b", "c", ".", "[ab]", "[^a]", "\\d", "\\w", "\\.", "[a-c]", "é", "(?:ab)", "\\s", "1"])
 PATTERNS = st.recursive(

@@ -6,7 +6,7 @@ import pytest
 
 from everytoken.constraints.grammar import Grammar, GrammarError
 
-from .common import accepts, compile_
+from ..common import accepts, compile_
 
 
 def language(source, root="root"):
@@ -109,7 +109,7 @@ def test_deep_nesting_is_an_error_and_long_chains_are_not():
     assert language(f'root ::= r0\n{chain}\nr3000 ::= "x"')("x")
     doubling = "\n".join(f"r{n} ::= r{n + 1} r{n + 1}" for n in range(40))
     compiled = compile_(Grammar.from_ebnf(f'root ::= r0\n{doubling}\nr40 ::= "x"'))
-    from everytoken.constraints.matcher import GrammarMatcher
+    from everytoken.constraints.engine.matcher import GrammarMatcher
 
     assert GrammarMatcher(compiled).accept_string("x" * 5000)  # of 2^40
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from everytoken.constraints.vocabulary import TokenizerInfo
+from everytoken.constraints.engine.vocabulary import TokenizerInfo
 from everytoken.core.errors import BadInputError
 
 
@@ -74,7 +74,7 @@ def test_the_trie_holds_every_token_once(tokens, data):
     info = TokenizerInfo(tokens)
 
     def spelled(trie):
-        byte_of, depth, skip, pointer, ids, *_ = trie
+        byte_of, depth, skip, pointer, ids = trie.byte, trie.depth, trie.skip, trie.token_ptr, trie.token_ids
         path, found = [], {}
         for node in range(len(byte_of)):
             del path[depth[node] - 1 :]
@@ -89,15 +89,19 @@ def test_the_trie_holds_every_token_once(tokens, data):
 
     whole = spelled(info.trie)
     assert whole == {index: token for index, token in enumerate(tokens) if token}
-    ends = [node for node in range(len(info.trie[0])) if info.trie[3][node] < info.trie[3][node + 1]]
+    ends = [node for node in range(len(info.trie.byte)) if info.trie.token_ptr[node] < info.trie.token_ptr[node + 1]]
     chosen = sorted(data.draw(st.sets(st.sampled_from(ends), min_size=1)))
     smaller = info.part(np.array(chosen, np.int32))
     part = spelled(smaller)
-    wanted = {token for node in chosen for token in info.trie[4][info.trie[3][node] : info.trie[3][node + 1]].tolist()}
+    wanted = {
+        token
+        for node in chosen
+        for token in info.trie.token_ids[info.trie.token_ptr[node] : info.trie.token_ptr[node + 1]].tolist()
+    }
     assert part == {token: whole[token] for token in wanted}
-    ends = [node for node in range(len(smaller[0])) if smaller[3][node] < smaller[3][node + 1]]
+    ends = [node for node in range(len(smaller.byte)) if smaller.token_ptr[node] < smaller.token_ptr[node + 1]]
     last = ends[-1:]  # a part of a part
-    wanted = smaller[4][smaller[3][last[0]] : smaller[3][last[0] + 1]].tolist()
+    wanted = smaller.token_ids[smaller.token_ptr[last[0]] : smaller.token_ptr[last[0] + 1]].tolist()
     assert spelled(info.part(np.array(last, np.int32), smaller)) == {token: whole[token] for token in wanted}
 
 

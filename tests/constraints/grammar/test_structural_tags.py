@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from everytoken.constraints.grammar import Grammar, GrammarError, StructuralTag
 from everytoken.constraints.grammar.structural_tags import aho_corasick
 
-from .common import accepts, compile_
+from ..common import accepts, compile_
 
 TAGS = [
     StructuralTag("<fn=add>", {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}, "</fn>"),

@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core.errors import BadInputError
+from ...core.errors import BadInputError
+from .tables import Int32s, Trie, UInt8s
 
-Trie = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]
-"""``(byte, depth, skip, token_ptr, token_ids, subtree bytes, UTF-8 or not, height, levels)``, nodes in preorder."""
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
 
 
 class TokenizerInfo:
@@ -57,7 +59,10 @@ class TokenizerInfo:
 
     @classmethod
     def from_huggingface(
-        cls, tokenizer: Any, vocab_size: int | None = None, stop_token_ids: Iterable[int] | int | None = None
+        cls,
+        tokenizer: PreTrainedTokenizerBase | Tokenizer,
+        vocab_size: int | None = None,
+        stop_token_ids: Iterable[int] | int | None = None,
     ) -> TokenizerInfo:
         """From a transformers (fast) or ``tokenizers`` tokenizer.
 
@@ -68,7 +73,7 @@ class TokenizerInfo:
         Raises:
             BadInputError: a tokenizer whose spelling is not known, or that has no EOS while none is given.
         """
-        from ..core.vocabulary import token_bytes
+        from ...core.vocabulary import token_bytes
 
         if stop_token_ids is None:
             stop_token_ids = getattr(tokenizer, "eos_token_id", None)
@@ -105,16 +110,18 @@ class TokenizerInfo:
 
     @cached_property
     def longest(self) -> int:
+        """Bytes of the longest token."""
         return max(len(token) for token in self.vocabulary if token)
 
     @cached_property
-    def arrays(self) -> list[np.ndarray]:
+    def arrays(self) -> list[UInt8s]:
         """The bytes of every token as an array (empty where it spells nothing)."""
         return [np.frombuffer(token or b"", np.uint8) for token in self.vocabulary]
 
     @cached_property
     def trie(self) -> Trie:
-        from .kernels import build_trie
+        """All tokens by their bytes."""
+        from .trie import build_trie
 
         order = sorted((token, index) for index, token in enumerate(self.vocabulary) if token)
         distinct: list[bytes] = []
@@ -149,17 +156,20 @@ class TokenizerInfo:
         counts[1:][first >= 0] = sizes[first[first >= 0]]
         token_ptr = np.cumsum(counts).astype(np.int32)
         levels = int(depth_of.max()) + 1
-        return byte_of, depth_of, skip, token_ptr, np.array(ids, np.int32), subtree, characters, height, levels
+        token_ids = np.array(ids, np.int32)
+        return Trie(byte_of, depth_of, skip, token_ptr, token_ids, subtree, characters, height, levels)
 
-    def part(self, nodes: np.ndarray, trie: Trie | None = None) -> Trie:
+    def part(self, nodes: Int32s, trie: Trie | None = None) -> Trie:
         """The trie of the tokens at some of a trie's nodes (in preorder) alone; default the whole vocabulary's trie."""
-        from .kernels import extract
+        from .trie import extract
 
-        byte_of, depth_of, skip, token_ptr, token_ids, *_, levels = self.trie if trie is None else trie
-        *arrays, levels = extract(nodes, byte_of, depth_of, skip, token_ptr, token_ids, levels)
-        size = len(arrays[0])
-        full = np.full((size, 4), np.uint64(0xFFFFFFFFFFFFFFFF))  # few nodes: no short cuts
-        return (*arrays, full, np.zeros(size, np.bool_), np.full(size, 1 << 30, np.int32), int(levels))
+        byte_of, depth_of, skip, token_ptr, token_ids, levels = extract(
+            nodes, (self.trie if trie is None else trie).packed()
+        )
+        size = len(byte_of)
+        every_byte = np.full((size, 4), np.uint64(0xFFFFFFFFFFFFFFFF))  # few nodes: no short cuts
+        characters, height = np.zeros(size, np.bool_), np.full(size, 1 << 30, np.int32)
+        return Trie(byte_of, depth_of, skip, token_ptr, token_ids, every_byte, characters, height, int(levels))
 
     def __repr__(self) -> str:
         return f"TokenizerInfo({self.vocab_size} tokens, stop tokens {self.stop_token_ids})"

@@ -6,22 +6,13 @@ import base64
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from ..core.errors import BadInputError
-from .grammar.grammar import Grammar, rule_automata
-
-_FIELDS = (
-    "edge_ptr", "edge_lo", "edge_hi", "edge_to", "call_ptr", "call_start", "call_to", "final", "node_rule", "follow_ptr",
-    "follow_to", "plain", "wide", "run",
-)  # fmt: skip
-_TYPES = (
-    np.int32, np.uint8, np.uint8, np.int32, np.int32, np.int32, np.int32, np.uint8, np.int32, np.int32, np.int32, np.uint64, np.bool_, np.int32,
-)  # fmt: skip
-BOTTOM = -1
-"""In place of a node to return to: nothing is below, the text ends here."""
+from ...core.errors import BadInputError
+from ..grammar.grammar import Grammar
+from ..grammar.rule_automata import rule_automata
+from .tables import BOTTOM, TABLE_TYPES, Tables
 
 
 @dataclass
@@ -29,24 +20,22 @@ class Pushdown:
     """All rules' automata in one numbering; node 0 starts the root rule.
 
     Attributes:
-        tables: ``(edge_ptr, edge_lo, edge_hi, edge_to, call_ptr, call_start, call_to, final, node_rule, follow_ptr,
-            follow_to, plain, wide, run)``. Edges and calls of node n lie at ``ptr[n] .. ptr[n + 1]``; a call's ``call_to`` is -1 where
-            nothing is left to do on return (a tail call); ``follow`` lists the nodes at which the text can go on after a rule;
-            ``plain``, ``wide`` and ``run`` tell what goes on in the same way for a while (see ``kernels.steady_runs``).
+        tables: the automaton as arrays.
         rules: names, by number.
     """
 
-    tables: tuple[np.ndarray, ...]
+    tables: Tables
     rules: list[str]
 
     @property
     def size(self) -> int:
-        return len(self.tables[7])  # final
+        """How many nodes there are."""
+        return len(self.tables.final)
 
     @classmethod
     def from_grammar(cls, grammar: Grammar) -> Pushdown:
         """Compiles; see ``rule_automata`` for what it raises."""
-        from .kernels import steady_runs
+        from .analysis import steady_runs
 
         automata = rule_automata(grammar)
         starts, total = {}, 0
@@ -73,30 +62,40 @@ class Pushdown:
                 final[node - 1], node_rule[node - 1] = automaton.finals[state], number
         table = np.array(edges, np.int64).reshape(-1, 3)
         links = np.array(calls, np.int32).reshape(-1, 2)
-        follow_ptr = np.cumsum([0, *(len(following[name]) for name in names)]).astype(np.int32)
-        follow_to = np.array([node for name in names for node in following[name]], np.int32)
         lows, highs, targets = table[:, 0].astype(np.uint8), table[:, 1].astype(np.uint8), table[:, 2].astype(np.int32)
         plain, wide, run = np.zeros((total, 4), np.uint64), np.zeros(total, np.bool_), np.zeros(total, np.int32)
         steady_runs(edge_ptr, lows, highs, targets, plain, wide, run)
-        tables = (
-            edge_ptr, lows, highs, targets, call_ptr,
-            np.ascontiguousarray(links[:, 0]), np.ascontiguousarray(links[:, 1]), final, node_rule, follow_ptr, follow_to, plain,
-            wide, run,
-        )  # fmt: skip
+        tables = Tables(
+            edge_ptr=edge_ptr,
+            edge_lo=lows,
+            edge_hi=highs,
+            edge_to=targets,
+            call_ptr=call_ptr,
+            call_start=np.ascontiguousarray(links[:, 0]),
+            call_to=np.ascontiguousarray(links[:, 1]),
+            final=final,
+            node_rule=node_rule,
+            follow_ptr=np.cumsum([0, *(len(following[name]) for name in names)]).astype(np.int32),
+            follow_to=np.array([node for name in names for node in following[name]], np.int32),
+            plain=plain,
+            wide=wide,
+            run=run,
+        )
         return cls(tables, names)
 
     def returns(self, node: int) -> list[int]:
         """The nodes that the frame right below a stack's node can return to (BOTTOM: there may be none)."""
-        return self._returns[int(self.tables[8][node])]
+        return self._returns[int(self.tables.node_rule[node])]
 
     @cached_property
     def _returns(self) -> list[list[int]]:
-        _, _, _, _, call_ptr, call_start, call_to, _, node_rule, *_ = self.tables
+        tables, node_rule = self.tables, self.tables.node_rule
         found: list[dict[int, None]] = [{} for _ in self.rules]
         found[node_rule[0]][BOTTOM] = None
         tails: dict[tuple[int, int], None] = {}
-        callers = np.repeat(node_rule, np.diff(call_ptr)).tolist()
-        for caller, called, to in zip(callers, node_rule[call_start].tolist(), call_to.tolist(), strict=True):
+        callers = np.repeat(node_rule, np.diff(tables.call_ptr)).tolist()
+        rules_called = node_rule[tables.call_start].tolist()
+        for caller, called, to in zip(callers, rules_called, tables.call_to.tolist(), strict=True):
             if to >= 0:
                 found[called][to] = None
             elif caller != called:
@@ -112,13 +111,11 @@ class Pushdown:
 
     def serialise(self) -> str:
         """As JSON text."""
-        packed = {
-            name: base64.b64encode(array.tobytes()).decode() for name, array in zip(_FIELDS, self.tables, strict=True)
-        }
+        packed = {name: base64.b64encode(array.tobytes()).decode() for name, array in self.tables._asdict().items()}
         return json.dumps({"everytoken_pushdown": 1, "rules": self.rules, **packed})
 
     @classmethod
-    def deserialise(cls, data: Any) -> Pushdown:
+    def deserialise(cls, data: str) -> Pushdown:
         """From what ``serialise`` gave.
 
         Raises:
@@ -128,12 +125,12 @@ class Pushdown:
             content = json.loads(data)
             if content["everytoken_pushdown"] != 1:
                 raise ValueError("another version")
-            arrays: list[np.ndarray] = [
-                np.frombuffer(base64.b64decode(content[name], validate=True), kind).copy()
-                for name, kind in zip(_FIELDS, _TYPES, strict=True)
-            ]
-            arrays[-3] = arrays[-3].reshape(-1, 4)
-            result = cls(tuple(arrays), list(content["rules"]))
+            arrays: dict[str, np.ndarray] = {
+                name: np.frombuffer(base64.b64decode(content[name], validate=True), kind).copy()
+                for name, kind in TABLE_TYPES.items()
+            }
+            arrays["plain"] = arrays["plain"].reshape(-1, 4)
+            result = cls(Tables(**arrays), list(content["rules"]))
             result.check()
             return result
         except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -143,37 +140,29 @@ class Pushdown:
 
     def check(self) -> None:
         """Raises ValueError unless all tables fit together (the kernels do not check bounds)."""
-        (
-            edge_ptr,
-            edge_lo,
-            edge_hi,
-            edge_to,
-            call_ptr,
-            call_start,
-            call_to,
-            _,
-            node_rule,
-            follow_ptr,
-            follow_to,
-            plain,
-            wide,
-            run,
-        ) = self.tables
-        size = self.size
+        tables, size = self.tables, self.size
+        pointers = (
+            (tables.edge_ptr, tables.edge_to, tables.edge_lo),
+            (tables.edge_ptr, tables.edge_to, tables.edge_hi),
+            (tables.call_ptr, tables.call_to, tables.call_start),
+            (tables.follow_ptr, tables.follow_to, tables.follow_to),
+        )
+        nodes = ((tables.edge_to, 0), (tables.call_start, 0), (tables.call_to, -1), (tables.follow_to, 0))
+        node_rule = tables.node_rule
         sound = (
             size > 0
-            and len(edge_ptr) == len(call_ptr) == size + 1
-            and len(node_rule) == len(plain) == len(wide) == len(run) == size
-            and len(follow_ptr) == len(self.rules) + 1
+            and len(tables.edge_ptr) == len(tables.call_ptr) == size + 1
+            and len(node_rule) == len(tables.plain) == len(tables.wide) == len(tables.run) == size
+            and len(tables.follow_ptr) == len(self.rules) + 1
             and all(
-                pointer[0] == 0 and (np.diff(pointer) >= 0).all() and pointer[-1] == len(target) and len(other) == len(target)
-                for pointer, target, other in (
-                    (edge_ptr, edge_to, edge_lo), (edge_ptr, edge_to, edge_hi), (call_ptr, call_to, call_start),
-                    (follow_ptr, follow_to, follow_to),
-                )
+                pointer[0] == 0
+                and (np.diff(pointer) >= 0).all()
+                and pointer[-1] == len(target)
+                and len(other) == len(target)
+                for pointer, target, other in pointers
             )
-            and all(((low <= a) & (a < size)).all() for a, low in ((edge_to, 0), (call_start, 0), (call_to, -1), (follow_to, 0)))
+            and all(((low <= array) & (array < size)).all() for array, low in nodes)
             and ((node_rule >= 0) & (node_rule < len(self.rules))).all()
-        )  # fmt: skip
+        )
         if not sound:
             raise ValueError("its tables do not fit together")

@@ -3,59 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
-from typing import Any
+from typing import Any, NoReturn
 
-from .expressions import GrammarError
+from ..expressions import GrammarError
+from .keywords import ANNOTATIONS, BESIDE_CONTAINS, BESIDE_IF, NEAR, REFUSED, SUPPORTED
+from .options import SchemaOptions
 
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
-ANNOTATIONS = {
-    "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment", "$schema", "$id",
-    "id", "$anchor", "$dynamicAnchor", "$defs", "definitions", "$vocabulary", "contentMediaType", "contentEncoding", "contentSchema",
-}  # fmt: skip
-KNOWN = {
-    "type", "enum", "const", "properties", "required", "additionalProperties", "patternProperties", "propertyNames",
-    "minProperties", "maxProperties", "items", "prefixItems", "additionalItems", "minItems", "maxItems", "uniqueItems",
-    "unevaluatedItems", "unevaluatedProperties", "pattern", "format", "minLength", "maxLength", "minimum", "maximum",
-    "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "anyOf", "oneOf", "allOf", "$ref", "nullable", "not",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SchemaOptions:
-    """How documents are written, and how a schema is read.
-
-    Attributes:
-        any_whitespace: white space anywhere between tokens, as JSON allows; otherwise exactly ``separators``.
-        max_whitespace: with ``any_whitespace``, at most so many blanks at a place (models can loop in them); None: no limit.
-        indent: pretty-print with so many spaces a level, as ``json.dumps(indent=...)`` (implies no other white space); such
-            documents are nested at most 12 levels deep.
-        separators: between items and after keys; default ``(", ", ": ")``, or ``(",", ": ")`` with ``indent``.
-        strict_mode: objects that list ``properties`` (and arrays that list ``prefixItems``) are closed unless they say
-            otherwise, as in structured-output services; False reads the schema as the standard does.
-        strict: unsupported keywords raise; False warns and ignores them.
-        property_order: ``"schema"`` writes properties in the schema's order (further ones at the end); ``"any"`` allows every
-            order, for up to 10 properties an object.
-    """
-
-    any_whitespace: bool = True
-    max_whitespace: int | None = None
-    indent: int | None = None
-    separators: tuple[str, str] | None = None
-    strict_mode: bool = True
-    strict: bool = True
-    property_order: str = "schema"
-
-    def __post_init__(self) -> None:
-        if self.property_order not in ("schema", "any"):
-            raise GrammarError(f"property_order is 'schema' or 'any'; got {self.property_order!r}.")
-        for name in ("indent", "max_whitespace"):
-            value = getattr(self, name)
-            if value is not None and (value < 0 or value > 1000):
-                raise GrammarError(f"{name} must lie between 0 and 1000; got {value}.")
-
+SchemaObject = dict[str, Any]
+"""A schema as JSON gives it; ``SchemaSets.check`` has seen the types of its keywords' values."""
+Schema = bool | SchemaObject
+Place = tuple[Schema, str]
+"""A schema and the JSON pointer to it."""
+Part = tuple[SchemaObject, str]
+"""The same where it is no boolean; the parts of a set hold together."""
+Parts = Sequence[Part]
+SHAPES: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
 
 Member = tuple[int, bool]
 """A sub-schema (by its place in the converter's list) and whether its ``anyOf``/``oneOf`` have been decided."""
@@ -64,18 +29,17 @@ Member = tuple[int, bool]
 class SchemaSets:
     """The sub-schemas that have been met, by number, and the sets that ``$ref`` and ``allOf`` make of them."""
 
-    def __init__(self, document: Any, options: SchemaOptions):
+    def __init__(self, document: Schema, options: SchemaOptions):
         self.document, self.options = document, options
-        self.schemas: list[Any] = []
+        self.schemas: list[Schema] = []
         self.pointers: list[str] = []
         self.numbers: dict[int, int] = {}
-        self.alive: list[Any] = []  # keeps ids unique
         self.warned: set[str] = set()
         self.flat: dict[int, tuple[int, ...]] = {}
         self._collect_resources()
 
     # -- bookkeeping -----------------------------------------------------------------------------------------------------
-    def fail(self, pointer: str, message: str, hint: str | None = None) -> Any:
+    def fail(self, pointer: str, message: str, hint: str | None = None) -> NoReturn:
         raise GrammarError(f"Schema at {pointer or '#'}: {message}", hint)
 
     def unsupported(self, pointer: str, what: str, hint: str) -> None:
@@ -88,7 +52,7 @@ class SchemaSets:
             self.warned.add(line)
             warnings.warn(line, stacklevel=6)
 
-    def number(self, schema: Any, pointer: str) -> int:
+    def number(self, schema: Schema, pointer: str) -> int:
         if id(schema) not in self.numbers:
             self.numbers[id(schema)] = len(self.schemas)
             self.schemas.append(schema)
@@ -96,11 +60,7 @@ class SchemaSets:
             self.check(schema, pointer)
         return self.numbers[id(schema)]
 
-    def fresh(self, schema: dict[str, Any], pointer: str) -> int:
-        self.alive.append(schema)
-        return self.number(schema, pointer)
-
-    def check(self, schema: Any, pointer: str) -> None:
+    def check(self, schema: Schema, pointer: str) -> None:
         """Types of keyword values, and unknown or unsupported keywords."""
         if isinstance(schema, bool):
             return
@@ -108,14 +68,13 @@ class SchemaSets:
             self.fail(
                 pointer, f"a schema is an object or a boolean, not {type(schema).__name__}.", "Check the nesting."
             )
-        shapes: dict[str, Any] = {
+        shapes: dict[str, type] = {
             "properties": dict, "patternProperties": dict, "required": list, "enum": list, "anyOf": list, "oneOf": list,
             "allOf": list, "prefixItems": list, "pattern": str, "format": str, "$ref": str,
         }  # fmt: skip
         for key, shape in shapes.items():
             if key in schema and not isinstance(schema[key], shape):
-                wanted = {dict: "an object", list: "a list", str: "a string"}[shape]
-                self.fail(at(pointer, key), f"{key} must be {wanted}, not {type(schema[key]).__name__}.")
+                self.fail(at(pointer, key), f"{key} must be {SHAPES[shape]}, not {type(schema[key]).__name__}.")
         for name in schema.get("required", ()):
             if not isinstance(name, str):
                 self.fail(at(pointer, "required"), f"required must list names, not {name!r}.", "Names are strings.")
@@ -139,30 +98,16 @@ class SchemaSets:
             if name not in TYPES:
                 self.fail(at(pointer, "type"), f"unknown type {name!r}.", f"Known: {', '.join(TYPES)}.")
         for key in schema:
-            if key in KNOWN or key in ANNOTATIONS:
+            if key in SUPPORTED or key in ANNOTATIONS:
                 continue
-            hints = {
-                "if": "Write the cases as anyOf, each with its own const.",
-                "contains": "Use prefixItems for the item that must be there.",
-                "dependentRequired": "Write the cases as anyOf.",
-                "$dynamicRef": "Use $ref.",
-            }
-            if key in ("then", "else") and "if" in schema:
-                continue
-            if key in ("minContains", "maxContains") and "contains" not in schema:
-                continue
-            known = key in {
-                "if", "then", "else", "contains", "minContains", "maxContains", "dependentRequired", "dependentSchemas",
-                "dependencies", "$dynamicRef", "$recursiveRef", "$recursiveAnchor",
-            }  # fmt: skip
-            if known:
-                if key in ("then", "else"):
-                    continue  # without `if` they say nothing
-                self.unsupported(pointer, key, hints.get(key, "Say it with other keywords."))
+            if key in REFUSED:
+                if key in BESIDE_IF or (key in BESIDE_CONTAINS and "contains" not in schema):
+                    continue  # `if` is what is refused; alone these say nothing
+                self.unsupported(pointer, key, REFUSED[key])
             elif not key.startswith(("x-", "$")):
                 import difflib
 
-                close = difflib.get_close_matches(key, KNOWN, n=1, cutoff=0.8)
+                close = difflib.get_close_matches(key, NEAR, n=1, cutoff=0.8)
                 if close:
                     self.unsupported(pointer, f"the unknown keyword {key!r}", f"Did you mean {close[0]!r}?")
 
@@ -188,7 +133,7 @@ class SchemaSets:
         self.flat[index] = tuple(members)
         return self.flat[index]
 
-    def resolve(self, reference: str, schema: dict[str, Any], pointer: str) -> tuple[Any, str]:
+    def resolve(self, reference: str, schema: SchemaObject, pointer: str) -> Place:
         """The schema that a ``$ref`` names, within this document."""
         from urllib.parse import unquote, urljoin
 
@@ -206,6 +151,7 @@ class SchemaSets:
             if (uri, fragment) not in self.anchors:
                 self.fail(pointer, f"$ref {reference!r}: there is no such anchor.", "Check its spelling.")
             return self.anchors[uri, fragment]
+        target: Any  # any place of a JSON document
         target, where = self.resources[uri]
         for part in fragment.split("/")[1:]:
             part = unquote(part).replace("~1", "/").replace("~0", "~")
@@ -224,8 +170,8 @@ class SchemaSets:
         from urllib.parse import urljoin
 
         self.bases: dict[int, str] = {}
-        self.resources: dict[str, tuple[Any, str]] = {"": (self.document, "#")}
-        self.anchors: dict[tuple[str, str], tuple[Any, str]] = {}
+        self.resources: dict[str, Place] = {"": (self.document, "#")}
+        self.anchors: dict[tuple[str, str], Place] = {}
         pending: list[tuple[Any, str, str]] = [(self.document, "#", "")]
         while pending:
             node, where, base = pending.pop()
@@ -246,7 +192,7 @@ class SchemaSets:
             elif isinstance(node, list):
                 pending += [(value, at(where, f"{place}"), base) for place, value in enumerate(node)]
 
-    def members(self, schemas: Iterable[tuple[Any, str]]) -> frozenset[Member] | None:
+    def members(self, schemas: Iterable[Place]) -> frozenset[Member] | None:
         """The set for schemas that apply together; None if one of them is ``false``."""
         found: set[Member] = set()
         for schema, pointer in schemas:
@@ -261,6 +207,34 @@ class SchemaSets:
                 if part is not True and part:
                     found.add((index, False))
         return frozenset(found)
+
+    def part(self, index: int) -> Part:
+        """A member of a set (members are never booleans)."""
+        schema = self.schemas[index]
+        assert isinstance(schema, dict)
+        return schema, self.pointers[index]
+
+    def expand(self, schemas: Sequence[Place]) -> list[Part] | None:
+        """The parts of the set for schemas that apply together; None if one of them is ``false``."""
+        members = self.members(schemas)
+        return None if members is None else [self.part(index) for index, _ in sorted(members)]
+
+
+def kinds(parts: Parts) -> list[str]:
+    """The JSON types that all parts allow, ``number`` or ``integer`` but not both."""
+    allowed = set(TYPES)
+    for schema, _ in parts:
+        if "type" in schema:
+            given = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+            types = set(given)
+            if schema.get("nullable") is True:
+                types.add("null")
+            if "number" in types:
+                types.add("integer")
+            allowed &= types
+    if "number" in allowed:
+        allowed.discard("integer")
+    return [kind for kind in TYPES if kind in allowed]
 
 
 def escaped(name: str) -> str:

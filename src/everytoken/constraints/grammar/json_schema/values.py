@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
-from typing import Any
 
-from .json_text import inner
-from .schema_sets import at
+from ..json_text import Json, inner
+from .places import further_items, prefix_items, property_schemas
+from .rules import SchemaRules
+from .sets import Place, Schema, SchemaObject, at
+from .strings_and_numbers import bounds, lengths, string_automaton
 
 
-def satisfies(schemas: Any, value: Any, parts: Any, closed: bool = False) -> bool:
+def satisfies(schemas: SchemaRules, value: Json, parts: Sequence[Place] | None, closed: bool = False) -> bool:
+    """Whether a value satisfies all parts (None: no value does); ``closed`` parts bring all of their ``$ref`` and ``allOf``."""
     return parts is not None and all(holds(schemas, value, schema, pointer, closed) for schema, pointer in parts)
 
 
-def holds(schemas: Any, value: Any, schema: Any, pointer: str, top: bool = False) -> bool:
+def holds(schemas: SchemaRules, value: Json, schema: Schema, pointer: str, top: bool = False) -> bool:
+    """Whether a value satisfies one schema; at the ``top`` what ``$ref`` and ``allOf`` bring is judged beside it."""
     if isinstance(schema, bool):
         return schema
     expanded = [(schema, pointer)] if top else schemas.expand([(schema, pointer)])
@@ -43,7 +48,7 @@ def holds(schemas: Any, value: Any, schema: Any, pointer: str, top: bool = False
         if kind in ("integer", "number") and not _number_holds(schemas, value, part, where):
             return False
         if isinstance(value, dict):
-            low, high = schemas.lengths([(part, where)], "minProperties", "maxProperties")
+            low, high = lengths([(part, where)], "minProperties", "maxProperties")
             if not low <= len(value) <= (len(value) if high is None else high):
                 return False
             if any(name not in value for name in part.get("required", ())):
@@ -52,16 +57,18 @@ def holds(schemas: Any, value: Any, schema: Any, pointer: str, top: bool = False
             mode, schemas.options = schemas.options, replace(schemas.options, strict_mode=False)
             try:
                 if not all(
-                    holds(schemas, item, s, p) for n, item in value.items() for s, p in schemas.property(relaxed, n)
+                    holds(schemas, item, s, p)
+                    for n, item in value.items()
+                    for s, p in property_schemas(schemas, relaxed, n)
                 ):
                     return False
             finally:
                 schemas.options = mode
         if isinstance(value, list):
-            low, high = schemas.lengths([(part, where)], "minItems", "maxItems")
+            low, high = lengths([(part, where)], "minItems", "maxItems")
             if not low <= len(value) <= (len(value) if high is None else high):
                 return False
-            prefix, rest = schemas._prefix(part), schemas._rest(part)
+            prefix, rest = prefix_items(part), further_items(part)
             for place, item in enumerate(value):
                 schema_here = prefix[place] if place < len(prefix) else rest
                 if schema_here is not None and not holds(schemas, item, schema_here, at(where, "items")):
@@ -69,16 +76,16 @@ def holds(schemas: Any, value: Any, schema: Any, pointer: str, top: bool = False
     return True
 
 
-def _string_holds(schemas: Any, value: str, part: dict[str, Any], where: str) -> bool:
-    low, high = schemas.lengths([(part, where)], "minLength", "maxLength")
+def _string_holds(schemas: SchemaRules, value: str, part: SchemaObject, where: str) -> bool:
+    low, high = lengths([(part, where)], "minLength", "maxLength")
     if not low <= len(value) <= (len(value) if high is None else high):
         return False
-    automaton = schemas.string_automaton([(part, where)], lengths=False)
+    automaton = string_automaton(schemas, [(part, where)], with_lengths=False)
     return automaton is None or automaton.matches(inner(value))
 
 
-def _number_holds(schemas: Any, value: Any, part: dict[str, Any], where: str) -> bool:
-    low, high, divisors = schemas.bounds([(part, where)])
+def _number_holds(schemas: SchemaRules, value: Json, part: SchemaObject, where: str) -> bool:
+    low, high, divisors = bounds(schemas, [(part, where)])
     number = Decimal(str(value))
     if low is not None and (number < low[0] or (low[1] and number == low[0])):
         return False
@@ -87,18 +94,18 @@ def _number_holds(schemas: Any, value: Any, part: dict[str, Any], where: str) ->
     return all(divisor > 0 and number % divisor == 0 for divisor in divisors)
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: Json) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):
         return "boolean"
     if isinstance(value, (int, float, Decimal)):
         return "integer" if value == int(value) else "number"
-    kinds: dict[Any, str] = {str: "string", list: "array", dict: "object"}
+    kinds: dict[type, str] = {str: "string", list: "array", dict: "object"}
     return kinds[type(value)]
 
 
-def equal(first: Any, second: Any) -> bool:
+def equal(first: Json, second: Json) -> bool:
     """JSON equality: 1 is 1.0, but true is not 1."""
     if isinstance(first, bool) or isinstance(second, bool):
         return first is second
@@ -111,5 +118,5 @@ def equal(first: Any, second: Any) -> bool:
     )
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Json) -> bool:
     return isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)

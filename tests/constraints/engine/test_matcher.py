@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import threading
@@ -14,34 +13,14 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from everytoken.constraints.engine.matcher import GrammarMatcher
+from everytoken.constraints.engine.vocabulary import TokenizerInfo
 from everytoken.constraints.grammar import Grammar, GrammarError, StructuralTag
-from everytoken.constraints.matcher import CompiledGrammar, GrammarCompiler, GrammarMatcher
-from everytoken.constraints.vocabulary import TokenizerInfo
 from everytoken.core.errors import BadInputError, EverytokenError
 from everytoken.decoding.matcher import Matcher, allocate_token_bitmask, apply_token_bitmask_inplace, bitmask_to_bool
 
-from .common import BYTES, EOS, bits, compile_, random_text
-from .oracle import ALPHABET, NAMES, Earley, grammars, productive, to_ebnf
-
-ABC = TokenizerInfo(
-    [None] + ["".join(t).encode() for n in (1, 2, 3) for t in itertools.product(ALPHABET, repeat=n)], [0]
-)
-PERSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string"}, "age": {"type": "integer", "minimum": 1, "maximum": 150}, "tags": {"type": "array", "items": {"enum": ["red", "rose"]}},
-        "mail": {"type": "string", "pattern": "^[a-z]+@[a-z]+$"}, "more": {"type": "object", "properties": {"k": {"type": "null"}}, "additionalProperties": False},
-    },
-    "required": ["name", "age"], "additionalProperties": False,
-}  # fmt: skip
-PEOPLE = [
-    {"name": 'Ann é "q" \\ 😀', "age": 31, "tags": ["red", "rose"], "mail": "a@b", "more": {"k": None}},
-    {"name": "", "age": 7},
-]
-
-
-def ebnf(trees):
-    return "\n".join(f"{name} ::= {to_ebnf(trees[name])}" for name in NAMES)
+from ..common import ABC, EOS, PEOPLE, PERSON, bits, compile_, encode, random_text
+from ..oracle import Earley, ebnf, grammars, productive
 
 
 def check_against_earley(trees, rng, steps=3):
@@ -106,21 +85,7 @@ def test_the_mask_of_a_union_is_the_or_of_the_masks(first, second, steps):
         assert all(matcher.accept_token(shared[0]) for matcher in matchers)
 
 
-# -- a real vocabulary ---------------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def info(embedded_tokenizer):
-    return TokenizerInfo.from_huggingface(embedded_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def person(info):
-    return GrammarCompiler(info).compile_json_schema(PERSON)
-
-
-def encode(tokenizer, value):
-    return tokenizer(json.dumps(value, ensure_ascii=False), add_special_tokens=False)["input_ids"]
-
-
+# -- a real vocabulary ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("grammar", ["person", "json", "tags", "regex", "recursive", "counted", "any bytes"])
 def test_every_token_of_a_real_vocabulary(info, embedded_tokenizer, grammar):
     """Masks (tries, shared entries, covered subtrees, remembered frames) equal one plain run per token."""
@@ -401,65 +366,6 @@ def test_bitmasks(person, info):
     assert free.fill_next_token_bitmask(np.zeros(1, np.int32)) is False
 
 
-def test_serialised_grammars_keep_their_masks(person, info, embedded_tokenizer):
-    again = CompiledGrammar.deserialise(person.serialise(), info)
-    one, two = GrammarMatcher(person), GrammarMatcher(again)
-    for token in encode(embedded_tokenizer, PEOPLE[0]):
-        assert np.array_equal(one.allowed_tokens(), two.allowed_tokens())
-        assert one.accept_token(token) and two.accept_token(token)
-    with pytest.raises(BadInputError, match="another vocabulary"):
-        CompiledGrammar.deserialise(person.serialise(), BYTES)
-    text = person.serialise()
-    for broken in ("", "{}", text[: len(text) // 2], text.replace("edge_to", "edge_of")):
-        with pytest.raises(BadInputError, match="no serialised grammar"):
-            CompiledGrammar.deserialise(broken, info)
-
-
-@given(st.binary(min_size=4, max_size=60))
-def test_damaged_tables_never_reach_the_kernels(noise):
-    import base64
-
-    content = json.loads(compile_(Grammar.from_choices(["ab", "ac"])).serialise())
-    tables = json.loads(content["pushdown"])
-    raw = bytearray(base64.b64decode(tables["edge_to"]))
-    raw[: len(noise)] = noise[: len(raw)]
-    tables["edge_to"] = base64.b64encode(bytes(raw)).decode()
-    content["pushdown"] = json.dumps(tables)
-    try:
-        compiled = CompiledGrammar.deserialise(json.dumps(content), BYTES)
-    except BadInputError:
-        return
-    GrammarMatcher(compiled).allowed_tokens()  # harmless numbers
-
-
-def test_the_compiler_caches_and_threads_share_one_compilation(info, monkeypatch):
-    import everytoken.constraints.matcher as module
-
-    compiler = GrammarCompiler(info, cache_limit=2)
-    made = []
-    original = module.GrammarCompiler._compile
-    monkeypatch.setattr(
-        module.GrammarCompiler, "_compile", lambda self, grammar: made.append(1) or original(self, grammar)
-    )
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(compiler.compile_json_schema(PERSON))) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(made) == 1 and len({id(item) for item in results}) == 1
-    compiler.compile_regex("a+")
-    compiler.compile_grammar('root ::= "x"')
-    assert compiler.compile_json_schema(json.loads(json.dumps(PERSON))) is not results[0]  # pushed out
-    assert compiler.compile_builtin_json_grammar() is compiler.compile_builtin_json_grammar()
-    compiler.clear_cache()
-    with pytest.raises(GrammarError):
-        compiler.compile_regex("(")
-    assert not compiler._busy
-    with pytest.raises(BadInputError, match="not JSON"):
-        compiler.compile_json_schema({"a": object()})
-
-
 def test_matchers_in_many_threads(person, embedded_tokenizer):
     ids = [encode(embedded_tokenizer, document) for document in PEOPLE]
     wanted = []
@@ -485,35 +391,6 @@ def test_matchers_in_many_threads(person, embedded_tokenizer):
     for thread in threads:
         thread.join()
     assert not failures
-
-
-def test_warming_and_memory(info):
-    compiled = GrammarCompiler(info, warm_seconds=0).compile_json_schema(PERSON)
-    few = len(compiled._entries)
-    compiled.warm()
-    assert few < len(compiled._entries) == len(set(compiled.classes)) and compiled.memory_size_bytes > 10_000
-
-
-def test_long_strings_share_entries(info):
-    """A string of up to 2,000 characters has thousands of nodes, but hardly more entries than the longest token has bytes."""
-    compiled = compile_(Grammar.from_json_schema({"type": "string", "maxLength": 2000}), info)
-    assert compiled.pushdown.size > 20_000
-    assert len(set(compiled.classes)) < 40 * (info.longest + 2)
-    middle = len(set(compiled.classes[: compiled.pushdown.size // 2]))
-    assert middle < 100
-
-
-def test_buffers_are_renewed_not_grown_for_ever(monkeypatch):
-    import everytoken.constraints.matcher as module
-
-    compiled = compile_('root ::= "(" root ")" root | ""')
-    monkeypatch.setattr(module, "RENEW_STATES", 50)
-    first = compiled.arena()
-    matcher = GrammarMatcher(compiled)
-    for _ in range(200):
-        assert matcher.accept_string("(")
-    assert compiled.arena() is not first
-    assert matcher.accept_string(")" * 200) and matcher.can_end()  # the old one serves who holds it
 
 
 def test_deep_recursion_does_not_overflow():
@@ -543,82 +420,3 @@ def test_a_grammar_has_no_dead_ends(seed):
         compiled = compile_(source)
         for _ in range(30):
             random_text(compiled, rng, limit=60)
-
-
-def test_contexts_ahead_of_time_say_what_is_found_when_met(info, embedded_tokenizer, monkeypatch):
-    """Warmed on one thread, on several, not at all, or forgotten again and again: the masks are the same."""
-    import everytoken.constraints.matcher as module
-
-    grammar = Grammar.builtin_json_grammar()
-    cold = compile_(grammar, info)
-    cold._entries.clear()
-    alone = CompiledGrammar(cold.pushdown, info).warm()
-    threads = CompiledGrammar(cold.pushdown, info).warm(max_threads=4)
-    assert alone._entries.keys() == threads._entries.keys() == set(alone.classes)
-    assert any(entry.deeper for entry in alone._entries.values()) and alone.warm() is alone
-    forgetful = CompiledGrammar(cold.pushdown, info)
-    matchers = [GrammarMatcher(compiled) for compiled in (cold, alone, threads, forgetful)]
-    monkeypatch.setattr(module, "CONTEXTS", 1)
-    for token in encode(embedded_tokenizer, PEOPLE[0]):
-        masks = [matcher.allowed_tokens() for matcher in matchers]
-        assert all(np.array_equal(masks[0], other) for other in masks[1:])
-        assert all(matcher.accept_token(token) for matcher in matchers)
-
-
-@settings(max_examples=60, suppress_health_check=list(HealthCheck))
-@given(grammars(), st.randoms(use_true_random=False))
-def test_returns_are_where_texts_go_on(trees, rng):
-    """Every frame met on random texts returns to a place that was foretold for the rule above it."""
-    assume(productive(trees))
-    try:
-        compiled = compile_(ebnf(trees), ABC)
-    except GrammarError:
-        return
-    matcher = GrammarMatcher(compiled)
-    for _ in range(6):
-        stacks, arena = matcher._step.state.stacks, matcher._arena
-        for node, frame in zip(stacks[::2], stacks[1::2], strict=True):
-            while True:
-                to = int(arena.fn[frame]) if frame >= 0 else -1
-                assert to in compiled.pushdown.returns(node)
-                if frame < 0:
-                    break
-                node, frame = to, int(arena.fp[frame])
-        allowed = sorted(set(matcher.allowed_tokens().tolist()) - {0})
-        if not allowed:
-            break
-        assert matcher.accept_token(rng.choice(allowed))
-
-
-@settings(max_examples=60)
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(["[a-y]", "[a-z]", "[^\\x22]", "[^]", "é", "x"]), st.integers(0, 4), st.booleans()),
-        min_size=1,
-        max_size=4,
-    )
-)
-def test_steady_runs_never_promise_too_much(parts):
-    """Every text of plain (and, where wide, non-ASCII) characters as long as a node's run can be read from it."""
-    pattern = "".join(f"{item}{{{low},}}" if endless else f"{item}{{{low},{low + 1}}}" for item, low, endless in parts)
-    tables = compile_(Grammar.from_regex(pattern)).pushdown.tables
-    edge_ptr, lows, highs, targets, *_, plain, wide, run = tables
-
-    def read(nodes, data):
-        for byte in data:
-            nodes = {
-                int(targets[e])
-                for n in nodes
-                for e in range(edge_ptr[n], edge_ptr[n + 1])
-                if lows[e] <= byte <= highs[e]
-            }
-        return nodes
-
-    rng = random.Random(0)
-    for node in range(len(run)):
-        characters = [bytes([b]) for b in range(256) if int(plain[node, b >> 6]) >> (b & 63) & 1]
-        if wide[node]:
-            characters = [c for c in characters if c < b"\x80"] + ["é".encode(), "漢".encode(), "😀".encode()]
-        assert (run[node] > 0) == (edge_ptr[node] < edge_ptr[node + 1])
-        for _ in range(8 if run[node] > 0 else 0):
-            assert read({node}, b"".join(rng.choices(characters, k=min(int(run[node]), 12))))
