@@ -1,4 +1,6 @@
-"""What trials of trained methods share: each trains copies of one model for a few steps, on the same rows, beside a baseline."""
+"""What trials of trained methods share: each trains copies of one model for a few steps, on the same rows, beside a
+baseline.
+"""
 
 from __future__ import annotations
 
