@@ -57,11 +57,11 @@ def test_names():
     for name, kind in (("smollm2-135m", None), ("dyspec-smollm2-135m", "hypernetwork"), ("nothing", None)):
         with pytest.raises(UnknownNameError, match=name):
             weights_folder(name, kind)
-    assert weights_for(tiny_llama(16), "draft") is None
+    assert weights_for(tiny_llama(16).config, "draft") is None
 
 
 def test_weights_are_found_by_the_shape_of_the_model(embedded):
-    assert weights_for(embedded[0], "draft") == weights_folder("dyspec-smollm2-135m")
+    assert weights_for(embedded[0].config, "draft") == weights_folder("dyspec-smollm2-135m")
 
 
 @pytest.mark.slow
