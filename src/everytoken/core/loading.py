@@ -22,6 +22,7 @@ import struct
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -217,7 +218,7 @@ def convert_gguf(source: Path, folder: Path) -> None:
 
 
 @contextmanager
-def quiet_transformers() -> Any:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no warnings of transformers inside."""
     from transformers.utils import logging
 
@@ -233,7 +234,7 @@ def quiet_transformers() -> Any:
 
 
 @contextmanager
-def quiet_training() -> Any:
+def quiet_training() -> Iterator[None]:
     """As ``quiet_transformers``, for training: also no bars of datasets, and no warnings of future changes."""
     import datasets
 
@@ -249,7 +250,7 @@ def quiet_training() -> Any:
                 datasets.enable_progress_bars()
 
 
-def resolve(model: str | os.PathLike[str] | None = None) -> tuple[str, dict[str, Any]]:
+def resolve(model: str | os.PathLike[str] | None = None) -> tuple[str, dict[str, str]]:
     """What to pass to ``from_pretrained``: a name or path, and further arguments.
 
     Args:

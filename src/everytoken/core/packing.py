@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import types
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import nn
@@ -53,16 +52,17 @@ class _Packed:
         self.version, self.pointer = -1, 0
         self.weight: torch.Tensor | None = None
 
-    def of(self, weight: torch.Tensor) -> Any:
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
         version = 0 if weight.is_inference() else weight._version  # inference tensors cannot change and count nothing
         if self.version != version or self.pointer != weight.data_ptr():
             self.version, self.pointer, self.weight = version, weight.data_ptr(), _pack(weight)
+        assert self.weight is not None
         return self.weight
 
-    def __deepcopy__(self, _memo: Any) -> _Packed:
+    def __deepcopy__(self, _memo: dict[int, object]) -> _Packed:
         return _Packed()
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type[_Packed], tuple[()]]:
         return _Packed, ()
 
 

@@ -15,17 +15,20 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from .colours import category, ink, shade
 from .errors import BadInputError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
     from rich.console import Console
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
 Value = float | int | str | bool | None
+Column: TypeAlias = "Iterable[Value] | np.ndarray | torch.Tensor"
 
 
 @dataclass
@@ -58,7 +61,7 @@ class TokenTrace:
         if self.spans is not None:
             self.spans = [(int(start), int(end)) for start, end in self.spans]
 
-    def _checked(self, name: str, column: Iterable[Any]) -> list[Value]:
+    def _checked(self, name: str, column: Column) -> list[Value]:
         values = column.tolist() if hasattr(column, "tolist") else list(column)
         if len(values) != len(self.ids):
             raise BadInputError(
@@ -70,7 +73,7 @@ class TokenTrace:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def add(self, name: str, column: Iterable[Any]) -> TokenTrace:
+    def add(self, name: str, column: Column) -> TokenTrace:
         """Adds (or replaces) a column of one value a token (list, numpy or torch); returns the trace."""
         self.columns[name] = self._checked(name, column)
         return self
@@ -195,17 +198,17 @@ class TokenTrace:
         return render_html([self], path, column)
 
     # -- storage -------------------------------------------------------------------------------------------------------
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, Value]]:
         """One dict a token: ``id``, ``text``, ``start``, ``end`` and the columns."""
         starts: Sequence[tuple[int | None, int | None]] = self.spans or [(None, None)] * len(self)
         texts: Sequence[str | None] = self.texts or [None] * len(self)
         return [
-            {"id": item, "text": text, "start": span[0], "end": span[1]}
+            dict[str, Value](id=item, text=text, start=span[0], end=span[1])
             | {name: column[index] for name, column in self.columns.items()}
             for index, (item, text, span) in enumerate(zip(self.ids, texts, starts, strict=True))
         ]
 
-    def _meta(self) -> dict[str, Any]:
+    def _meta(self) -> dict[str, int | str | list[str]]:
         return {"everytoken_trace": 1, "title": self.title, "station": self.station, "columns": list(self.columns)}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -268,10 +271,10 @@ class TokenTrace:
 _SPECIAL = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
+def _finite(row: dict[str, Value]) -> dict[str, Value | dict[str, str]]:
     """Non-finite floats as ``{"float": "NaN"}``, since JSON has no name for them."""
 
-    def encode(value: Any) -> Any:
+    def encode(value: Value) -> Value | dict[str, str]:
         if isinstance(value, float) and not math.isfinite(value):
             return {"float": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
         return value
@@ -279,5 +282,5 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
     return {name: encode(value) for name, value in row.items()}
 
 
-def _infinite(row: dict[str, Any]) -> dict[str, Any]:
+def _infinite(row: dict[str, Value | dict[str, str]]) -> dict[str, Value]:
     return {name: _SPECIAL[value["float"]] if isinstance(value, dict) else value for name, value in row.items()}

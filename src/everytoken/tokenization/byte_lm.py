@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from ..decoding.checks import check_croppable
 from ..decoding.row import attention_mask_for
 from .base import start_token
 from .byte_view import ByteView, split_character
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHUNK = 256
 """Tokens of a prompt in one forward pass."""
@@ -68,8 +71,8 @@ class ByteLM:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         context: Sequence[int] | None = None,
         exact: bool = True,
         tolerance: float = 1e-6,
@@ -168,7 +171,7 @@ class ByteLM:
             above = self._nodes[path[:-1]]
             self._nodes[path] = _Node(slots[path], above.logp + float(above.logps[path[-1]]), logps[place])
 
-    def _forward(self, tokens: list[int], positions: list[int], mask: Any) -> np.ndarray:
+    def _forward(self, tokens: list[int], positions: list[int], mask: torch.Tensor | None) -> np.ndarray:
         """``[k, V]`` log-probabilities after each token."""
         self._check_length(max(positions) + 1)
         device = self.model.device
@@ -360,8 +363,14 @@ def choose(logps: np.ndarray, do_sample: bool, temperature: float, rng: np.rando
     return int(rng.choice(len(probs), p=probs / probs.sum()))
 
 
+class NextByte(Protocol):
+    """Anything that tells how the next byte is distributed."""
+
+    def next_byte_logprobs(self, prefix: str | bytes) -> np.ndarray: ...
+
+
 def generate_bytes(
-    source: Any, start: bytes, size: int, do_sample: bool, temperature: float, rng: np.random.Generator
+    source: NextByte, start: bytes, size: int, do_sample: bool, temperature: float, rng: np.random.Generator
 ) -> bytes:
     """Byte by byte from anything with ``next_byte_logprobs``."""
     new = b""

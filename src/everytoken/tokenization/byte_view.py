@@ -11,19 +11,22 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from ..core.errors import BadInputError
 from ..core.vocabulary import backend_of
+
+if TYPE_CHECKING:
+    from ..core.vocabulary import TokenizerLike
 from .base import token_bytes
 
 PROBES = (b"", b"a", b" a", b"1", b".", b"\n", b" ")
 MEMORY = 1 << 16
 """Answers remembered."""
-_VIEWS: WeakKeyDictionary[Any, ByteView] = WeakKeyDictionary()
+_VIEWS: WeakKeyDictionary[TokenizerLike, ByteView] = WeakKeyDictionary()
 
 
 class ByteView:
@@ -39,7 +42,7 @@ class ByteView:
         BadInputError: it changes texts (lower case, accents stripped), or its tokens cannot be spelt.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: TokenizerLike):
         from tokenizers import Tokenizer
 
         self.bytes = token_bytes(tokenizer)
@@ -69,7 +72,7 @@ class ByteView:
         self._answers: OrderedDict[tuple[int, ...], bool] = OrderedDict()
 
     @classmethod
-    def of(cls, tokenizer: Any) -> ByteView:
+    def of(cls, tokenizer: TokenizerLike) -> ByteView:
         """The tokenizer's view, made once (again if its vocabulary has grown)."""
         size = len(token_bytes(tokenizer))
         known = _VIEWS.get(tokenizer)

@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,12 @@ from .base import token_bytes
 from .embedding import Embedder, EmbeddingCache
 from .merging import PairMerger
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Carried = TypeVar("Carried")
+Texts = Sequence[str] | Sequence[Sequence[int]]
+"""Strings, or rows of base token ids."""
 BOUNDARIES = ("pretoken", "word", "sentence")
 WHITE = b" \t\n"
 JOINED = 1 << 16
@@ -76,7 +82,7 @@ class DynamicBatch:
         base = sum(map(len, self.base_ids))
         return 1 - sum(map(len, self.tokens)) / base if base else 0.0
 
-    def carry(self, values: Sequence[Any], row: int) -> list[Any]:
+    def carry(self, values: Sequence[Carried], row: int) -> list[Carried]:
         """Values of a text's base tokens (word numbers, labels) for its merged tokens: the first piece's."""
         if len(values) != len(self.base_ids[row]):
             raise BadInputError(
@@ -104,7 +110,7 @@ class DynamicBatch:
         mask = self.attention_mask.bool().to(vectors.device)
         return vectors.new_zeros(*mask.shape, vectors.shape[-1]).masked_scatter(mask[..., None], vectors)
 
-    def trace(self, row: int, tokenizer: Any) -> TokenTrace:
+    def trace(self, row: int, tokenizer: PreTrainedTokenizerBase) -> TokenTrace:
         """A text's base tokens, coloured by the merged token that they are in."""
         trace = TokenTrace(self.base_ids[row], title="dynamic tokenization", station="tokenization")
         size, part, number = [], [], []
@@ -133,7 +139,7 @@ class DynamicTokenizer:
         BadInputError: a setting out of its range, or a tokenizer that cannot be spelt.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     merges: int | None = None
     reduction: float = 0.3
     boundary: str = "pretoken"
@@ -217,7 +223,7 @@ class DynamicTokenizer:
             lengths.append(merger.length)
         return merger, new, lengths
 
-    def vocabulary(self, texts: Sequence[Any], size: int, max_pieces: int = 8) -> list[tuple[int, ...]]:
+    def vocabulary(self, texts: Texts, size: int, max_pieces: int = 8) -> list[tuple[int, ...]]:
         """New tokens from the merges of a whole corpus, the most frequent first, each as its base tokens.
 
         Args:
@@ -234,7 +240,7 @@ class DynamicTokenizer:
     def _parts(self, data: bytes, made: dict[bytes, tuple[int, ...]]) -> tuple[int, ...]:
         return made[data] if data in made else (self._ids[data],)
 
-    def fit(self, texts: Sequence[Any], batch_size: int = 32) -> DynamicTokenizer:
+    def fit(self, texts: Texts, batch_size: int = 32) -> DynamicTokenizer:
         """Measures mean lengths by merges on a sample, so that one number of merges serves all later batches.
 
         Returns:
@@ -249,7 +255,7 @@ class DynamicTokenizer:
         self.table = np.asarray(whole) / len(rows)
         return self
 
-    def merges_for(self, reduction: float, lengths: Any = None) -> int:
+    def merges_for(self, reduction: float, lengths: Sequence[float] | None = None) -> int:
         """The fewest merges that reach a share of the possible reduction, by the fitted table (or by ``lengths``)."""
         table = np.asarray(self.table if lengths is None else lengths, np.float64)
         if table.ndim != 1:
@@ -257,7 +263,7 @@ class DynamicTokenizer:
         target = table[0] - reduction * (table[0] - table[-1])
         return int(np.argmax(table <= target + 1e-9))
 
-    def _base(self, texts: Sequence[Any], add_special_tokens: bool) -> list[list[int]]:
+    def _base(self, texts: Texts, add_special_tokens: bool) -> list[list[int]]:
         if isinstance(texts, str) or not len(texts):
             raise BadInputError("Give a list of texts, or of token ids.", 'dynamic(["a text", "another"])')
         if isinstance(texts[0], str):
@@ -274,7 +280,7 @@ class DynamicTokenizer:
                 )
         return rows
 
-    def __call__(self, texts: Sequence[Any], add_special_tokens: bool = True) -> DynamicBatch:
+    def __call__(self, texts: Texts, add_special_tokens: bool = True) -> DynamicBatch:
         """Merges over a batch.
 
         Args:

@@ -12,7 +12,6 @@ occurrence in the batch as it then is; a pair is replaced left to right everywhe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numba
 import numpy as np
@@ -22,7 +21,7 @@ PAIRS, HEAP, LIVE, CHANGED, STAMP = range(5)
 
 
 @numba.njit(cache=True)
-def _pair(left: int, right: int, keys: Any, values: Any, pairs: Any, counters: Any) -> int:
+def _pair(left: int, right: int, keys: np.ndarray, values: np.ndarray, pairs: np.ndarray, counters: np.ndarray) -> int:
     """The number of a pair, new or known (open addressing)."""
     key = (np.int64(left) << 32) | np.int64(right)
     mask = len(keys) - 1
@@ -40,7 +39,7 @@ def _pair(left: int, right: int, keys: Any, values: Any, pairs: Any, counters: A
 
 
 @numba.njit(cache=True)
-def _touch(number: int, pairs: Any, changed: Any, counters: Any) -> None:
+def _touch(number: int, pairs: np.ndarray, changed: np.ndarray, counters: np.ndarray) -> None:
     if pairs[number, 6] != counters[STAMP]:
         pairs[number, 6] = counters[STAMP]
         changed[counters[CHANGED]] = number
@@ -48,7 +47,15 @@ def _touch(number: int, pairs: Any, changed: Any, counters: Any) -> None:
 
 
 @numba.njit(cache=True)
-def _attach(slot: int, slots: Any, keys: Any, values: Any, pairs: Any, changed: Any, counters: Any) -> None:
+def _attach(
+    slot: int,
+    slots: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    pairs: np.ndarray,
+    changed: np.ndarray,
+    counters: np.ndarray,
+) -> None:
     """The slot and its right neighbour become an occurrence."""
     right = slots[slot, 1]
     if right < 0:
@@ -73,7 +80,7 @@ def _attach(slot: int, slots: Any, keys: Any, values: Any, pairs: Any, changed: 
 
 
 @numba.njit(cache=True)
-def _detach(slot: int, slots: Any, pairs: Any, changed: Any, counters: Any) -> None:
+def _detach(slot: int, slots: np.ndarray, pairs: np.ndarray, changed: np.ndarray, counters: np.ndarray) -> None:
     number = slots[slot, 3]
     if number < 0:
         return
@@ -92,12 +99,12 @@ def _detach(slot: int, slots: Any, pairs: Any, changed: Any, counters: Any) -> N
 
 
 @numba.njit(cache=True)
-def _score(number: int, pairs: Any) -> int:
+def _score(number: int, pairs: np.ndarray) -> int:
     return (np.int64(pairs[number, 2]) << 32) | (np.int64(0x7FFFFFFF) - pairs[number, 3])
 
 
 @numba.njit(cache=True)
-def _push_changed(pairs: Any, changed: Any, heap: Any, counters: Any) -> None:
+def _push_changed(pairs: np.ndarray, changed: np.ndarray, heap: np.ndarray, counters: np.ndarray) -> None:
     for index in range(counters[CHANGED]):
         number = changed[index]
         if pairs[number, 2] <= 0 or pairs[number, 5] == 0:
@@ -116,7 +123,16 @@ def _push_changed(pairs: Any, changed: Any, heap: Any, counters: Any) -> None:
 
 
 @numba.njit(cache=True)
-def _begin(starts: Any, slots: Any, keys: Any, values: Any, pairs: Any, heap: Any, changed: Any, counters: Any) -> None:
+def _begin(
+    starts: np.ndarray,
+    slots: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    pairs: np.ndarray,
+    heap: np.ndarray,
+    changed: np.ndarray,
+    counters: np.ndarray,
+) -> None:
     for row in range(len(starts) - 1):
         for slot in range(starts[row], starts[row + 1]):
             slots[slot, 1] = slot + 1 if slot + 1 < starts[row + 1] else -1
@@ -127,7 +143,7 @@ def _begin(starts: Any, slots: Any, keys: Any, values: Any, pairs: Any, heap: An
 
 
 @numba.njit(cache=True)
-def _pop(pairs: Any, heap: Any, counters: Any) -> int:
+def _pop(pairs: np.ndarray, heap: np.ndarray, counters: np.ndarray) -> int:
     """The best pair whose entry is still true, or -1."""
     while counters[HEAP] > 0:
         score, number = heap[0, 0], heap[0, 1]
@@ -153,7 +169,15 @@ def _pop(pairs: Any, heap: Any, counters: Any) -> int:
 
 @numba.njit(cache=True)
 def _merge(
-    number: int, token: int, slots: Any, keys: Any, values: Any, pairs: Any, heap: Any, changed: Any, counters: Any
+    number: int,
+    token: int,
+    slots: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    pairs: np.ndarray,
+    heap: np.ndarray,
+    changed: np.ndarray,
+    counters: np.ndarray,
 ) -> None:
     while pairs[number, 3] >= 0:
         slot = pairs[number, 3]

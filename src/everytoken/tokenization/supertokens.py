@@ -18,13 +18,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
 from .base import token_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 WORD = r"\p{L}[\p{L}\p{M}]*(?:['’]\p{L}[\p{L}\p{M}]*)*"
 RUNS = rf" ?{WORD}(?: {WORD})*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -93,7 +96,7 @@ class SupertokenTrainer:
                         first, words, size = place, 0, next(sizes)
                 yield run[first:]
 
-    def train(self, texts: Iterable[str]) -> Any:
+    def train(self, texts: Iterable[str]) -> PreTrainedTokenizerFast:
         """A lossless byte-level PreTrainedTokenizerFast.
 
         Raises:
@@ -144,7 +147,7 @@ def words_in(token: bytes | None) -> int:
     return token.strip().count(b" ") + 1
 
 
-def trace(tokenizer: Any, text: str) -> TokenTrace:
+def trace(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenTrace:
     """A text's tokens with the number of words that each touches."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     table = token_bytes(tokenizer)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ from ..core.vocabulary import first_ids
 from .base import token_bytes
 from .byte_view import ByteView
 from .embedding import matrices
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Embedder = Callable[[Sequence[str]], np.ndarray]
 ROLES = (
@@ -109,7 +112,7 @@ class TokenAdapt:
         self.mixture: Mixture | None = None
 
     # -- what each new token is made of --------------------------------------------------------------------------------
-    def mix(self, old_tokenizer: Any, new_tokenizer: Any) -> Mixture:
+    def mix(self, old_tokenizer: PreTrainedTokenizerBase, new_tokenizer: PreTrainedTokenizerBase) -> Mixture:
         """Copies and weights, from the tokenizers alone.
 
         Raises:
@@ -155,7 +158,13 @@ class TokenAdapt:
         sources = np.concatenate([local[0], np.array(named, np.int64)[near]], 1)
         return Mixture(copied, rows, sources, weights)
 
-    def _special(self, old_tokenizer: Any, new_tokenizer: Any, new: list[bytes | None], copied: np.ndarray) -> None:
+    def _special(
+        self,
+        old_tokenizer: PreTrainedTokenizerBase,
+        new_tokenizer: PreTrainedTokenizerBase,
+        new: list[bytes | None],
+        copied: np.ndarray,
+    ) -> None:
         """Special tokens by role, then by name."""
         for role in ROLES:
             theirs, ours = getattr(new_tokenizer, role, None), getattr(old_tokenizer, role, None)
@@ -192,7 +201,9 @@ class TokenAdapt:
         return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
 
     # -- into the model ------------------------------------------------------------------------------------------------
-    def transplant(self, model: Any, old_tokenizer: Any, new_tokenizer: Any) -> Any:
+    def transplant(
+        self, model: PreTrainedModel, old_tokenizer: PreTrainedTokenizerBase, new_tokenizer: PreTrainedTokenizerBase
+    ) -> PreTrainedModel:
         """A copy of the model for the new tokenizer. Save both with ``save_pretrained``; plain transformers loads them.
 
         Raises:
@@ -260,7 +271,9 @@ class TokenAdapt:
         new[kept] = matrix.detach()[torch.from_numpy(mixture.copied)[kept]]
         return new
 
-    def trace(self, old_tokenizer: Any, new_tokenizer: Any, ids: Sequence[int]) -> TokenTrace:
+    def trace(
+        self, old_tokenizer: PreTrainedTokenizerBase, new_tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
+    ) -> TokenTrace:
         """What the tokens of a text are made of (after ``transplant`` or with ``mixture`` set)."""
         if self.mixture is None:
             self.mixture = self.mix(old_tokenizer, new_tokenizer)
