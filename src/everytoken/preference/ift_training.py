@@ -120,7 +120,7 @@ def trial(request: TrialRequest) -> TrialResult:
     rows = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in work.pairs])
     result = TrialResult({}, "loss on own predictions", column="weight")
     for name, settings in work.arms("SFT", IFTSettings, {"residual": 0.0, "gamma": 0.0}).items():
-        work.report(f"{name}: {work.steps} steps on {len(rows)} demonstrations")
+        work.report(f"{name}: {work.steps} steps on {len(rows)} demonstrations", 0, work.steps)
         seed_everything(work.seed)
         with tempfile.TemporaryDirectory() as folder:
             args = SFTConfig(**quiet_arguments(

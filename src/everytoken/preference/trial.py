@@ -45,7 +45,8 @@ def _pairs(work: TrialWork) -> TrialResult:
     result = TrialResult({}, "reward margin", column="implicit_reward")
     baseline = "DPO"
     for name, loss in work.arms(baseline, DPOLoss, {}).items():
-        work.report(f"{name}: {work.steps} steps on {len(work.pairs)} pairs")
+        stage = f"{name}: {work.steps} steps on {len(work.pairs)} pairs"
+        work.report(stage, 0, work.steps)
         seed_everything(work.seed)
         trainer = train_quietly(
             work.load(),
@@ -54,7 +55,7 @@ def _pairs(work: TrialWork) -> TrialResult:
             work.tokenizer,
             work.pairs,
             _annotators(work, loss),
-            [ReportSteps(work.report, name)],
+            [ReportSteps(work.report, stage)],
             per_device_train_batch_size=work.batch_size,
             max_steps=work.steps,
             learning_rate=work.lr,

@@ -236,7 +236,7 @@ def trial(request: TrialRequest) -> TrialResult:
     prompts = list(dict.fromkeys(row["prompt"] for row in work.pairs))
     result = TrialResult({}, "mean reward", column="token_reward")
     for name, chosen in arms.items():
-        work.report(f"{name}: {work.steps} batches of rollouts")
+        work.report(f"{name}: {work.steps} batches of rollouts", 0, work.steps)
         seed_everything(work.seed)
         with tempfile.TemporaryDirectory() as folder:
             args = RTOConfig(
