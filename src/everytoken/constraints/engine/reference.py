@@ -152,4 +152,7 @@ class ReferenceMatcher:
                 break
             output += bytes(options)
             state = read(self.tables, state, options)
-        return output.decode("utf-8", "ignore")
+        try:
+            return output.decode("utf-8")
+        except UnicodeDecodeError as error:  # up to the last whole character; nothing if the text stands inside one
+            return output[: error.start].decode("utf-8") if error.reason == "unexpected end of data" else ""
