@@ -125,9 +125,7 @@ class DynamicPrefill(LoopDecoder):
     def applied(self, call: DecodingCall[DynamicPrefillStats]) -> AbstractContextManager[None]:
         return nullcontext()  # only the prompt is another
 
-    def finished(
-        self, call: DecodingCall[DynamicPrefillStats], sequences: torch.Tensor, new: list[list[int]]
-    ) -> None:
+    def finished(self, call: DecodingCall[DynamicPrefillStats], sequences: torch.Tensor, new: list[list[int]]) -> None:
         if not self.trace_enabled or len(new) != len(call.input_ids):
             return
         for tokens, prompt, pieces in zip(new, call.stats.prompts, call.stats.pieces, strict=True):
@@ -135,9 +133,7 @@ class DynamicPrefill(LoopDecoder):
             call.trace.append(TokenTrace(prompt + tokens, columns=columns, station=self.station))
 
     @classmethod
-    def examples(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> dict[str, Example]:
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
         from .hyper import MeanEmbedding
 
         assert tokenizer is not None

@@ -174,7 +174,9 @@ class LargeVocabulary(Decoder):
                     self._graphs.append(graph)
         return self
 
-    def _turns(self, model: PreTrainedModel, sample: Sequence[Sequence[int]] | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _turns(
+        self, model: PreTrainedModel, sample: Sequence[Sequence[int]] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """``C^(1/2)`` and ``C^(-1/2)`` of a sample's hidden states, ``[d, d]`` each."""
         if sample is None:
             flat = [piece for item in self.tokens[:SAMPLE] for piece in item][:SAMPLE] or list(
@@ -261,9 +263,7 @@ class LargeVocabulary(Decoder):
                 inputs = {"inputs_embeds": self._inputs[number - self._size][None, None].to(call.model.dtype)}
 
     @classmethod
-    def examples(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> dict[str, Example]:
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
         from .hyper import MeanEmbedding
 
         embedder = MeanEmbedding(model)
