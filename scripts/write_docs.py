@@ -15,7 +15,7 @@ from pathlib import Path
 from everytoken.catalog.cards import STATIONS, Card, load_catalog
 from everytoken.reproduce.base import formatted, load_results, scoreboard
 from everytoken.reproduce.dynamic_tokenization import curve_svg as dynamic_curve
-from everytoken.reproduce.frontier import frontier_svg
+from everytoken.reproduce.beds.frontier import frontier_svg
 from everytoken.reproduce.r2r import curve_svg as r2r_curve
 from everytoken.reproduce.rto import curve_svg as rto_curve
 

@@ -416,7 +416,7 @@ def test_tokenselect_takes_prompts_beyond_the_context(tmp_path):
 
 def test_train_r2r_from_a_configuration(tmp_path):
     """The whole pipeline in a real process, on two small models saved to folders."""
-    from everytoken.reproduce.small import character_tokenizer
+    from everytoken.reproduce.beds.small_models import character_tokenizer
 
     from ..conftest import tiny_llama
 

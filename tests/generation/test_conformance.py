@@ -207,7 +207,7 @@ def test_several_samples_of_one_prompt_and_the_seed(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_stop_strings(name):
-    from everytoken.reproduce.small import character_tokenizer
+    from everytoken.reproduce.beds.small_models import character_tokenizer
 
     tokenizer = character_tokenizer("abcdefghijk")
     model = target()

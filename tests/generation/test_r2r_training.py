@@ -32,7 +32,7 @@ from everytoken.generation.r2r_training import (
     values,
 )
 from everytoken.generation.routers.configuration_token_router import TokenRouterConfig
-from everytoken.reproduce.small import character_tokenizer
+from everytoken.reproduce.beds.small_models import character_tokenizer
 
 from ..conftest import tiny_llama
 

@@ -36,7 +36,7 @@ def place(tmp_path_factory):
 
 def letters(folder):
     """A tiny model with a tokenizer of letters, and data, in a folder."""
-    from everytoken.reproduce.small import character_tokenizer
+    from everytoken.reproduce.beds.small_models import character_tokenizer
 
     tokenizer = character_tokenizer(LETTERS)
     for name, seed in (("model", 1), ("guide", 2)):

@@ -49,7 +49,7 @@ def test_worked_sums_are_graded_by_their_total():
 
 
 def test_rewards_along_a_curve():
-    from everytoken.reproduce.frontier import reward_at
+    from everytoken.reproduce.beds.frontier import reward_at
     from everytoken.reproduce.rto import SMOOTH, rollouts_to, smoothed
 
     curve = [(0.0, 0.1), (2.0, 0.5), (4.0, 0.3)]
@@ -80,7 +80,7 @@ def test_frozen_lake_is_gymnasiums():
 
 
 def test_a_pruned_tokenizer_encodes_its_texts_as_before(embedded_tokenizer):
-    from everytoken.reproduce.small import pruned_tokenizer
+    from everytoken.reproduce.beds.small_models import pruned_tokenizer
 
     texts = ["The film was a quiet delight.", "Nobody said that the hotel was lovely, naïve ☕!"]
     small, old = pruned_tokenizer(embedded_tokenizer, texts)
@@ -97,7 +97,7 @@ def test_a_pruned_tokenizer_encodes_its_texts_as_before(embedded_tokenizer):
 
 
 def test_the_frontier_is_one_plot_of_all_experiments():
-    from everytoken.reproduce.frontier import frontier_svg
+    from everytoken.reproduce.beds.frontier import frontier_svg
 
     def result(names):
         return {

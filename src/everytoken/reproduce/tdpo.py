@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from .base import Arms, Claim, Context, Reproduction
-from .frontier import WHY, figures, make_work, train_arm
+from .beds.frontier import WHY, figures, make_work, train_arm
 
 
 def run(context: Context) -> Arms:
+    from ..preference.base import PreferenceLoss
     from ..preference.dpo import DPOLoss
     from ..preference.tdpo import TDPOLoss
 
     work = make_work(context)
-    losses = {
+    losses: dict[str, PreferenceLoss] = {
         "DPO": DPOLoss(beta=0.1),
         "TDPO1": TDPOLoss(beta=0.1, variant="tdpo1"),
         "TDPO2": TDPOLoss(beta=0.1, alpha=0.5),
@@ -34,4 +35,5 @@ REPRODUCTION = Reproduction(
         Claim("reward at equal KL", "TDPO2", "TDPO1", "TDPO2 above TDPO1", kind="difference", why=WHY),
     ],
     extra=("train", "trl"),
+    bed="sentiment",
 )  # fmt: skip

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from ..core.plots import lines_svg
+from ..core.charts import inline_image, lines_svg
 from ..core.trace import TokenTrace, render_html
 
 _STYLE = """<style>
 .figures { border-collapse: collapse; margin: .5rem 0 1rem; } .figures td { padding: .15rem 1.5rem .15rem 0; vertical-align: top; }
 .figures td:first-child { color: var(--dim); } .figures td:last-child { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1rem; margin: .5rem 0 1rem; }
-.curves svg { width: 100%; height: auto; border-radius: 8px; border: 1px solid var(--line); }
+.curves img { width: 100%; height: auto; border-radius: 8px; border: 1px solid var(--line); }
 .samples { border-collapse: collapse; width: 100%; margin-bottom: 1.5rem; } .samples td, .samples th { border-bottom: 1px solid var(--line); padding: .4rem 1rem .4rem 0; text-align: left; vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere; width: 33%; }
 </style>"""
 
@@ -43,7 +43,8 @@ def training_report(
     if drawn:
         parts.append('<h2>Curves</h2><div class="curves">')
         parts += [
-            lines_svg({name: [points]}, "step", share=False, dots=len(points) < 40) for name, points in drawn.items()
+            inline_image(lines_svg({name: [points]}, "step", name, markers=len(points) < 40), f"{name} over steps")
+            for name, points in drawn.items()
         ]
         parts.append("</div>")
     if samples:

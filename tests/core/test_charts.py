@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everytoken.core.errors import BadInputError
-from everytoken.core.plots import lines_svg
+from everytoken.core.charts import lines_svg
 
 
 def ticks(svg):
