@@ -1,7 +1,7 @@
 """Trains the feature draft of the embedded model: sample from the target, distil into one block, measure, save.
 
     python scripts/train_draft.py generate --out work/draft --minutes 26 --seed 1
-    python scripts/train_draft.py train --data work/draft --out src/everytoken/generation/drafts/smollm2-135m --minutes 30
+    python scripts/train_draft.py train --data work/draft --out src/everytoken/weights/dyspec-smollm2-135m --minutes 30
 
 ``generate`` lets the target answer the prompts of ``draft_prompts.py`` at several temperatures and keeps its tokens and
 hidden states; run it with several seeds in parallel. ``train`` distils: every position is predicted once from the target's
@@ -132,7 +132,7 @@ def generate(args):
 def load_rows(folder: Path, layers: list[int]):
     rows = []
     for path in sorted(folder.glob("*.pt")):
-        shard = torch.load(path)
+        shard = torch.load(path, weights_only=True)
         pick = [shard["layers"].index(layer) for layer in layers]
         for row in shard["rows"]:
             if len(row["ids"]) - row["prompt"] >= 8:

@@ -1,6 +1,6 @@
 """Trains the hypernetwork that gives merged tokens their embeddings, for the embedded model or any other.
 
-    python scripts/train_hypernetwork.py --out src/everytoken/tokenization/hypernetworks/smollm2-135m --minutes 2 15 14 10
+    python scripts/train_hypernetwork.py --out src/everytoken/weights/dynamic-smollm2-135m --minutes 2 15 14 10
 
 Four stages, each with its minutes; nothing of the language model is trained.
 
@@ -81,15 +81,8 @@ def splits(table, index, count, rng, more=0.35):
 
 def student_inputs(batch: DynamicBatch, made, weight):
     """``[B, T, d]`` with gradients into the new tokens' vectors, and for each place its last base token (-1 for padding)."""
-    flat = torch.tensor([item for row in batch.tokens for item in row])
-    vectors = weight[flat.clamp(min=0)]
-    fresh = flat < 0
-    if fresh.any():
-        vectors = vectors.index_put((fresh.nonzero()[:, 0],), made[-1 - flat[fresh]])
-    width = batch.attention_mask.shape[1]
-    embeds = torch.zeros(len(batch.tokens), width, weight.shape[1])
+    embeds = batch.place(weight.__getitem__, made)
     mask = batch.attention_mask.bool()
-    embeds = embeds.masked_scatter(mask[..., None], vectors)
     last = torch.full(mask.shape, -1)
     last[mask] = torch.tensor([end - 1 for row in batch.spans for _, end in row])
     return embeds, last

@@ -18,6 +18,41 @@ settings.register_profile("everytoken", deadline=None)  # the first example may 
 settings.load_profile("everytoken")
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("everytoken")
+    group.addoption(
+        "--reproductions",
+        choices=("all", "changed"),
+        default="all",
+        help="quick experiments: all of those collected, or those that the change since --since calls for",
+    )
+    group.addoption("--since", default="", help="a commit; empty or unknown: a rotation of eight experiments")
+
+
+def called_for(config):
+    """Names of the methods whose quick experiments run."""
+    from .selection import changed_since, commits, select
+
+    since = config.getoption("--since")
+    return select(changed_since(since) if since else None, commits())
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out the quick experiments that a change does not call for."""
+    marked = {item: item.get_closest_marker("reproduction") for item in items}
+    if config.getoption("--reproductions") == "all" or not any(marked.values()):
+        return
+    chosen = called_for(config)
+    dropped = [item for item, mark in marked.items() if mark is not None and mark.args[0] not in chosen]
+    items[:] = [item for item in items if item not in dropped]
+    config.hook.pytest_deselected(items=dropped)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--reproductions") == "changed" and not hasattr(config, "workerinput"):
+        terminalreporter.write_line(f"quick experiments called for: {', '.join(sorted(called_for(config))) or 'none'}")
+
+
 def tiny_llama(
     vocab: int = 11, seed: int = 0, layers: int = 2, hidden: int = 16, scale: float = 1.0, eos: int | None = None
 ):

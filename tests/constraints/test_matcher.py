@@ -14,11 +14,11 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from everytoken.decoding.matcher import Matcher, allocate_token_bitmask, apply_token_bitmask_inplace, bitmask_to_bool
 from everytoken.constraints.grammar import Grammar, GrammarError, StructuralTag
 from everytoken.constraints.matcher import CompiledGrammar, GrammarCompiler, GrammarMatcher
 from everytoken.constraints.vocabulary import TokenizerInfo
 from everytoken.core.errors import BadInputError, EverytokenError
+from everytoken.decoding.matcher import Matcher, allocate_token_bitmask, apply_token_bitmask_inplace, bitmask_to_bool
 
 from .common import BYTES, EOS, bits, compile_, random_text
 from .oracle import ALPHABET, NAMES, Earley, grammars, productive, to_ebnf

@@ -9,8 +9,8 @@ import torch
 from scipy import stats
 
 from everytoken.constraints.grammar import Grammar, GrammarError
-from everytoken.constraints.matcher import GrammarCompiler, GrammarMatcher
 from everytoken.constraints.logits_processor import parse_source, read_source
+from everytoken.constraints.matcher import GrammarCompiler, GrammarMatcher
 from everytoken.constraints.vocabulary import TokenizerInfo
 from everytoken.constraints.xgrammar import GrammarLogitsProcessor, XGrammar
 from everytoken.core.errors import BadInputError

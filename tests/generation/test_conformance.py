@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from everytoken.core.errors import BadInputError
-from everytoken.generation.dyspec import DySpec
 from everytoken.decoding.loop import MatcherLogitsProcessor
+from everytoken.generation.dyspec import DySpec
 from everytoken.generation.qstar_beam import QStarBeam
 from everytoken.generation.r2r import R2R, EntropyRouter
 from everytoken.generation.skipdecode import LinearDepth, SkipDecode

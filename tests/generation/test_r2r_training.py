@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everytoken.core.errors import BadInputError
-from everytoken.training.base import TrainingContext
 from everytoken.generation.r2r_training import (
     DIVERGENT,
     IDENTICAL,
@@ -33,6 +32,7 @@ from everytoken.generation.r2r_training import (
 )
 from everytoken.generation.routers.configuration_token_router import TokenRouterConfig
 from everytoken.reproduce.beds.small_models import character_tokenizer
+from everytoken.training.base import TrainingContext
 
 from ..conftest import tiny_llama
 

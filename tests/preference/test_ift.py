@@ -14,8 +14,8 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
 from everytoken.core.errors import BadInputError, UnsupportedModelError
-from everytoken.training.finite_check import NonFiniteLossError
 from everytoken.preference.ift import IFTSettings, IFTTrainer, relation_weights
+from everytoken.training.finite_check import NonFiniteLossError
 
 from ..conftest import tiny_llama
 

@@ -12,9 +12,9 @@ pytest.importorskip("trl")
 
 from everytoken.cli.app import app
 from everytoken.core.errors import BadInputError
-from everytoken.training.base import TrainingContext, read_config
 from everytoken.preference import training
 from everytoken.preference.training import CDPOTraining, RTOTraining, TGDPOTraining, demonstrations
+from everytoken.training.base import TrainingContext, read_config
 
 from ..conftest import tiny_llama
 

@@ -14,7 +14,6 @@ datasets = pytest.importorskip("datasets")
 
 from everytoken.core.errors import BadInputError, TokenizerMismatchError
 from everytoken.reinforcement.critic import Critic, value_loss
-from everytoken.training.finite_check import NonFiniteLossError
 from everytoken.reinforcement.rto import (
     RTOConfig,
     RTOTrainer,
@@ -24,6 +23,7 @@ from everytoken.reinforcement.rto import (
     token_rewards,
     whiten,
 )
+from everytoken.training.finite_check import NonFiniteLossError
 
 from ..conftest import tiny_llama
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from everytoken.core.errors import BadInputError, UnsupportedModelError
 from everytoken.core.vocabulary import backend_of
 from everytoken.tokenization.base import spell, token_bytes
-from everytoken.tokenization.dynamic_tokenization import DynamicPrefill, DynamicTokenizer
+from everytoken.tokenization.dynamic_prefill import DynamicPrefill
+from everytoken.tokenization.dynamic_tokenization import DynamicTokenizer
 from everytoken.tokenization.hyper import EmbeddingCache, HyperConfig, HyperEmbedding, MeanEmbedding
 from everytoken.tokenization.large_vocabulary import LargeVocabulary
 
@@ -218,7 +219,7 @@ def test_saved_and_loaded(tmp_path):
     again = HyperEmbedding.from_pretrained(tmp_path).attach(model)
     assert torch.allclose(again.embed([(3, 4)])[0], hyper.embed([(3, 4)])[0], atol=1e-2)  # half precision
     (tmp_path / "model.safetensors").write_bytes(b"broken")
-    for folder, message in ((tmp_path, "no readable"), ("nowhere", "no hypernetwork")):
+    for folder, message in ((tmp_path, "cannot be read"), ("nowhere", "no hypernetwork")):
         with pytest.raises(BadInputError, match=message):
             HyperEmbedding.from_pretrained(folder)
     with pytest.raises(BadInputError, match="embeddings of width"):

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from everytoken.core.errors import BadInputError
+from everytoken.tokenization.byte_lm import EOS, ByteLM, _Node
 from everytoken.tokenization.byte_view import ByteView, fillings, split_character
-from everytoken.tokenization.exact_bytes import EOS, ByteEnsemble, ByteLM, TokenHealing, _Node
+from everytoken.tokenization.ensemble import ByteEnsemble
+from everytoken.tokenization.token_healing import TokenHealing
 
 from ..conftest import tiny_llama
 from .common import byte_level, sentencepiece

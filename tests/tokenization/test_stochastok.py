@@ -12,8 +12,9 @@ from scipy.stats import binomtest, chisquare
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from everytoken.core.errors import BadInputError
-from everytoken.tokenization.base import Retokenizer, spell, token_bytes
+from everytoken.tokenization.base import Retokenized, Retokenizer, spell, token_bytes
 from everytoken.tokenization.stochastok import StochasTok, split_table
+from everytoken.tokenization.trial import trial_of
 
 TEXTS = [
     "The strawberry has three r's, and 12345 + 678 = 13023.",
@@ -49,9 +50,16 @@ def sentencepiece_like():
 
 
 def test_contract(embedded_tokenizer):
-    assert isinstance(StochasTok(embedded_tokenizer).expand, type(Retokenizer.expand)) or callable(
-        StochasTok(embedded_tokenizer).expand
-    )
+    """StochasTok keeps the contract, so the contract's trial runs it; what keeps none is refused."""
+    method = StochasTok(embedded_tokenizer, expand_prop=1.0)
+    assert isinstance(method, Retokenizer)
+    assert trial_of(StochasTok) == "everytoken.tokenization.trials.retokenizer:trial"
+    ids = embedded_tokenizer("strawberries")["input_ids"]
+    new = method.expand(ids, seed=0)
+    assert isinstance(new, Retokenized) and new.ids.dtype == np.int64 and len(new.ids) == len(new.source) > len(ids)
+    assert spell(embedded_tokenizer, new.ids) == b"strawberries"
+    with pytest.raises(BadInputError, match="keeps no contract"):
+        trial_of(dict)
 
 
 # -- bytes ---------------------------------------------------------------------------------------------------------------

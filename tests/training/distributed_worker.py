@@ -18,16 +18,16 @@ from everytoken.cli.common import leave_processes
 from everytoken.core.loading import load_tokenizer
 from everytoken.preference.columns import ModelLogps
 from everytoken.preference.ift import IFTTrainer
-from everytoken.reinforcement.rto import RTOConfig, RTOTrainer
 from everytoken.preference.tdpo import TDPOLoss
 from everytoken.preference.tgdpo import TGDPOLoss
 from everytoken.preference.trainer import PreferenceTrainer
+from everytoken.reinforcement.rto import RTOConfig, RTOTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.conftest import tiny_llama
 from tests.preference.test_ift import ROWS as DEMONSTRATIONS
-from tests.reinforcement.test_rto import PROMPTS, score
 from tests.preference.test_trainer import ROWS
+from tests.reinforcement.test_rto import PROMPTS, score
 
 datasets.disable_progress_bars()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import sys
@@ -21,7 +20,7 @@ from rich.table import Table
 from ..catalog.cards import Card, find_card
 from ..core.errors import BadInputError
 from ..core.settings import parse_settings, settable
-from ..decoding.trial import Trial, TrialRequest, TrialResult
+from ..decoding.trial import Trial, TrialResult
 
 
 def method_names(incomplete: str) -> list[str]:
@@ -47,15 +46,6 @@ def build_trial(card: Card, pairs: list[str], name: str | None = None, extra: di
     if not needed:  # nothing but settings (some methods are built around a tokenizer)
         factory(**settings)  # out-of-range values are refused now, not after the model has loaded
     return Trial(name or card.slug, factory, settings)
-
-
-def run_trials(station: str, request: TrialRequest) -> TrialResult:
-    """Hands the request to the station's ``trial`` module."""
-    try:
-        module = importlib.import_module(f"everytoken.{station}.trial")
-    except ModuleNotFoundError as error:
-        raise BadInputError(f"The station {station} has nothing to try yet.") from error
-    return module.trial(request)
 
 
 def check_outputs(*paths: Path | None) -> None:

@@ -61,6 +61,7 @@ def diagnose() -> list[dict[str, Any]]:
                 note(f"{name} ({extra})", "ok", version(name))
     _devices(note)
     _caches(note)
+    _weights(note)
     return findings
 
 
@@ -75,6 +76,13 @@ def _devices(note: Any) -> None:
             note(f"gpu {index}", "ok", torch.cuda.get_device_name(index))
     else:
         note("gpu", "ok", "none: everything runs on the CPU")
+
+
+def _weights(note: Any) -> None:
+    from ..core.weights import BUDGET, list_weights
+
+    for item in list_weights():
+        note(f"{item.name} ({item.kind})", "ok", f"ships, {item.size / 1e6:.1f} of {BUDGET / 1e6:.0f} MB, {item.licence}")
 
 
 def _caches(note: Any) -> None:

@@ -17,7 +17,6 @@ from .common import (
     method_names,
     options_from,
     results_table,
-    run_trials,
 )
 
 EXAMPLES = (
@@ -73,7 +72,7 @@ def try_method(
 
     options = options_from(max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, steps=steps, seed=seed)
     request = TrialRequest([item], model, prompt, str(data) if data is not None else None, options, stream, report)
-    result = run_trials(card.station, request)
+    result = card.load_trial()(request)
     if trace is not None:
         if trace.suffix in (".jsonl", ".parquet"):
             result.traces[0].save(trace)

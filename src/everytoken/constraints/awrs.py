@@ -32,8 +32,8 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from ..core.errors import BadInputError
-from ..core.trace import TokenTrace
 from ..core.settings import load_function
+from ..core.trace import TokenTrace
 from ..decoding.base import (
     Decoder,
     DecodingStats,
@@ -45,8 +45,8 @@ from ..decoding.base import (
 )
 from .base import CallableConstraint, Constraint, DeadEndError
 from .grammar import Grammar
-from .matcher import CompiledGrammar, GrammarCompiler, GrammarMatcher
 from .logits_processor import ConstrainedOutput, only_one, parse_source
+from .matcher import CompiledGrammar, GrammarCompiler, GrammarMatcher
 from .vocabulary import TokenizerInfo
 
 NEGLIGIBLE = 1e-10

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from ..core.errors import BadInputError, EverytokenError
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 class DeadEndError(EverytokenError):
@@ -25,8 +25,6 @@ class DeadEndError(EverytokenError):
     def __init__(self, message: str, prefix: bytes, hint: str | None = None):
         super().__init__(f"{message} Longest valid prefix: {prefix.decode('utf-8', 'backslashreplace')!r}.", hint)
         self.prefix = prefix
-
-
 
 
 @runtime_checkable
@@ -81,9 +79,3 @@ def decode_prefix(text: bytes) -> str | None:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
         return text[: error.start].decode("utf-8") if error.reason == "unexpected end of data" else None
-
-
-
-
-
-

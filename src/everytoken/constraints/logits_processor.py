@@ -11,8 +11,8 @@ import torch
 from transformers import LogitsProcessor
 
 from ..core.errors import BadInputError
-from ..decoding.row import DecodingOutput
 from ..decoding.matcher import apply_token_bitmask_inplace
+from ..decoding.row import DecodingOutput
 from .grammar import Grammar
 from .matcher import CompiledGrammar, GrammarMatcher
 

@@ -53,8 +53,8 @@ from ..decoding.base import (
     split_rows,
 )
 from ..decoding.matcher import apply_token_bitmask_inplace, bitmask_to_bool
-from .matcher import CompiledGrammar, GrammarCompiler, GrammarMatcher
 from .logits_processor import ConstrainedOutput, GrammarLogitsProcessor, only_one, parse_source
+from .matcher import CompiledGrammar, GrammarCompiler, GrammarMatcher
 from .vocabulary import TokenizerInfo
 
 __all__ = ["GrammarLogitsProcessor", "XGrammar"]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BadInputError, CacheError, EverytokenError
+from .weights import check_no_pickle
 
 if TYPE_CHECKING:
     import torch
@@ -245,20 +246,42 @@ def resolve(model: str | os.PathLike[str] | None = None) -> tuple[str, dict[str,
 
 
 def _hub_error(name: str, error: Exception) -> EverytokenError:
+    words = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "trust_remote_code" in str(error):
+        return BadInputError(
+            f"{name!r} brings code of its own, which is not run unless you ask for it.",
+            "If you have read that code and trust it: load_model(..., trust_remote_code=True).",
+        )
+    if "safetensors" in words:
+        return BadInputError(
+            f"{name!r} has no safetensors weights: {words}",
+            "Pickles (.bin, .pt) are never read, because they may run any code. Look for a revision with safetensors, or "
+            "convert the weights once with save_pretrained().",
+        )
     return EverytokenError(
-        f"Could not load {name!r}: {str(error).strip().splitlines()[0]}",
+        f"Could not load {name!r}: {words}",
         "Check the name and the network (HF_HUB_OFFLINE=1 uses only what is cached), or leave --model out for the embedded "
         "model.",
     )
 
 
-def load_tokenizer(model: str | os.PathLike[str] | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of ``model`` (see ``resolve``)."""
+def load_tokenizer(
+    model: str | os.PathLike[str] | None = None, trust_remote_code: bool = False, **kwargs: Any
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of ``model`` (see ``resolve``).
+
+    Args:
+        trust_remote_code: run code that a hub repository or folder brings; off unless you ask.
+
+    Raises:
+        BadInputError: an unknown path, or a tokenizer that needs code of its own.
+        EverytokenError: the hub cannot be reached, or has no such model.
+    """
     name, arguments = resolve(model)
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, **arguments, **kwargs)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **arguments, **kwargs)
     except (OSError, ValueError) as error:
         raise _hub_error(name, error) from error
 
@@ -268,9 +291,10 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     packed: bool = False,
+    trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode.
+    """A causal language model in evaluation mode. Its weights are read from safetensors (or GGUF), never from a pickle.
 
     Args:
         model: None for the embedded default, a hub id, a local folder, or a ``.gguf`` file.
@@ -278,16 +302,21 @@ def load_model(
             embedded model).
         device: where to put it; default CPU, or CUDA if there is one.
         packed: pack the linear layers for faster inference on a CPU (``core.packing``), for the weights' memory once more.
+        trust_remote_code: run code that a hub repository or folder brings; off unless you ask.
         kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        BadInputError: an unknown dtype or path.
+        BadInputError: an unknown dtype or path; weights that are pickles only; a model that needs code of its own.
         EverytokenError: the hub cannot be reached, or has no such model.
         CacheError: the embedded model cannot be converted (cache folder read-only or full).
     """
     if isinstance(dtype, str) and dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
         raise BadInputError(f"Unknown dtype {dtype!r}.", "Use float32, bfloat16, float16 or auto.")
+    if not kwargs.pop("use_safetensors", True):
+        raise BadInputError("use_safetensors=False would read a pickle, which may run any code.", "Leave it out.")
     name, arguments = resolve(model)
+    if "gguf_file" not in arguments:
+        check_no_pickle(Path(name))
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -295,7 +324,9 @@ def load_model(
         dtype = getattr(torch, dtype)
     try:
         with quiet_transformers():
-            loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **arguments, **kwargs)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **arguments, **kwargs
+            )
     except (OSError, ValueError) as error:
         raise _hub_error(name, error) from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -235,8 +235,6 @@ def attention_mask_for(model: Any, allowed: torch.Tensor) -> torch.Tensor:
     )
 
 
-
-
 def check_same_vocabulary(target: PreTrainedModel, draft: PreTrainedModel, slack: int = 512) -> int:
     """The vocabulary size both share; sizes may differ by padding rows only.
 

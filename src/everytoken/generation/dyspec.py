@@ -55,9 +55,9 @@ from ..decoding.base import (
     refuse_unsupported,
     split_rows,
 )
-from .drafting import DraftSession
 from ..decoding.matcher import fill_mask
 from ..decoding.row import DecodingOutput, Row, collect, read_on
+from .drafting import DraftSession
 from .trees import Candidates, Expand, TokenTree, grow_tree
 
 # Processors that look at one row of scores and not at the text before it: they can run on all nodes at once.

@@ -41,8 +41,8 @@ from ..decoding.base import (
     refuse_unsupported,
     split_rows,
 )
-from .drafting import DraftSession
 from ..decoding.row import DecodingOutput, Row, collect, read_on
+from .drafting import DraftSession
 from .trees import TokenTree
 
 

@@ -29,9 +29,9 @@ from torch.nn import functional as F
 
 from ..core.errors import BadInputError
 from ..core.scoring import turn_ids
-from ..training.base import Training, TrainingContext, TrainingResult
 from ..core.settings import load_function, read_text
 from ..decoding.base import check_same_vocabulary
+from ..training.base import Training, TrainingContext, TrainingResult
 from .drafts.modeling_feature_draft import FeatureDraftForCausalLM, FeatureTap
 from .routers.configuration_token_router import TokenRouterConfig
 from .routers.modeling_token_router import TokenRouter, top_logits

@@ -38,8 +38,8 @@ from transformers.masking_utils import flash_attention_mask
 
 from ..core.errors import BadInputError, UnsupportedModelError
 from ..core.trace import TokenTrace
-from .kernels import attend_rotated, top_indices
 from ..decoding.loop import LoopDecoder
+from .kernels import attend_rotated, top_indices
 
 IMPLEMENTATION = "token_select"
 

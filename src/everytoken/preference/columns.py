@@ -19,8 +19,8 @@ import torch
 
 from ..core.errors import BadInputError
 from ..core.scoring import model_fingerprint, plain_head, response_logps, score_rows
-from .base import Example, TokenAnnotator
 from ..training.distributed import process_state
+from .base import Example, TokenAnnotator
 
 SIDES = ("chosen", "rejected")
 Report = Callable[[str, int, int], None]

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..core.errors import BadInputError
-from .cdpo import CDPOLoss
+from ..reinforcement.rto import RTOSettings
 from ..training.distributed import on_cpu
+from .cdpo import CDPOLoss
 from .dpo import DPOLoss
 from .guides import GuideSettings
 from .ift import IFTSettings
-from ..reinforcement.rto import RTOSettings
 from .t_reg import TREGLoss
 from .tdpo import TDPOLoss
 from .tgdpo import TGDPOLoss

@@ -15,9 +15,9 @@ from transformers import TrainerCallback
 
 from ..core.errors import BadInputError
 from ..core.loading import quiet_training
+from ..training.distributed import frozen, in_shards, load_unplaced, on_cpu
 from .base import TokenAnnotator
 from .columns import ModelLogps
-from ..training.distributed import frozen, in_shards, load_unplaced, on_cpu
 
 Report = Callable[[str, int, int], None]
 

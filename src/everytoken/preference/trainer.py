@@ -28,12 +28,12 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from ..core.errors import BadInputError
 from ..core.logprobs import TokenStats
 from ..core.scoring import check_guide, head_weights
-from .base import PairScores, PreferenceLoss, PreferenceOutput, TokenAnnotator
-from .columns import SIDES, ModelLogps, check_columns, precompute
-from .data import check_rows
 from ..training.distributed import LaunchedMixin, frozen, in_shards
 from ..training.finite_check import NonFiniteLossError, stopped
 from ..training.scored_forward import add_scored_forward, reference_adapter
+from .base import PairScores, PreferenceLoss, PreferenceOutput, TokenAnnotator
+from .columns import SIDES, ModelLogps, check_columns, precompute
+from .data import check_rows
 
 UNUSED_SETTINGS = {
     "padding_free": (False, "TRL's preference trainer has none at present, and pairs are scored as padded rows"),

@@ -14,8 +14,11 @@ from typing import Any
 
 from ..core.errors import BadInputError
 from ..core.loading import quiet_training
-from ..training.base import Training, TrainingContext, TrainingResult
 from ..core.settings import load_function
+from ..reinforcement.rto import RTOConfig, RTOSettings, RTOTrainer
+from ..training.base import Training, TrainingContext, TrainingResult
+from ..training.distributed import load_unplaced, process_state
+from ..training.session import Session
 from .configs import (
     CDPOTraining,
     IFTTraining,
@@ -26,11 +29,8 @@ from .configs import (
     TREGTraining,
     part,
 )
-from ..training.distributed import load_unplaced, process_state
 from .guides import GuideSettings, annotators_for
 from .ift import IFTSettings, IFTTrainer
-from ..reinforcement.rto import RTOConfig, RTOSettings, RTOTrainer
-from ..training.session import Session
 
 
 def _pairs(context: TrainingContext) -> Any:

@@ -36,8 +36,8 @@ def trial(request: TrialRequest) -> TrialResult:
     from .data import load_pairs
 
     pairs = load_pairs(request.data).to_list() if request.data is not None else EXAMPLE
-    from .ift import IFTSettings
     from ..reinforcement.rto import RTOSettings
+    from .ift import IFTSettings
 
     kinds = [
         IFTSettings if item.factory is IFTSettings else RTOSettings if item.factory is RTOSettings else None
@@ -170,9 +170,9 @@ def _rollouts(work: _Work) -> TrialResult:
     from datasets import Dataset
 
     from ..core.rng import seed_everything
-    from .guides import GuideSettings, dpo_guide, quiet_arguments, without_printer
     from ..reinforcement.rto import RTOConfig, RTOSettings, RTOTrainer
     from ..training.datasets.sentiment import positivity
+    from .guides import GuideSettings, dpo_guide, quiet_arguments, without_printer
     from .traces import rollout_trace
 
     require("vaderSentiment", "train", "Rewarding sentiment")

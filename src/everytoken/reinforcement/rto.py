@@ -36,10 +36,10 @@ from ..core.credit import discounted_sums
 from ..core.errors import BadInputError
 from ..core.logprobs import masked_mean, masked_sum
 from ..core.scoring import check_guide, response_logps
-from .critic import Critic, value_loss
 from ..training.distributed import LaunchedMixin, frozen, in_shards, shard
 from ..training.finite_check import stopped
 from ..training.scored_forward import reference_adapter
+from .critic import Critic, value_loss
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

@@ -151,7 +151,8 @@ def prefill_times(
     """Seconds for one prompt a language, by turns: medians of three."""
     import torch
 
-    from ..tokenization.dynamic_tokenization import DynamicPrefill, DynamicTokenizer
+    from ..tokenization.dynamic_prefill import DynamicPrefill
+    from ..tokenization.dynamic_tokenization import DynamicTokenizer
 
     prefill = DynamicPrefill(DynamicTokenizer(tokenizer, reduction=1.0, embedder=embedder))
     seconds: dict[str, list[float]] = {"no merging": [], "hypernetwork": []}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..tokenization.exact_bytes import ByteLM
+    from ..tokenization.byte_lm import ByteLM
 
 NEXT = 4
 """Bytes to complete."""
@@ -82,7 +82,8 @@ def second_model(context: Context) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
 def ensemble(context: Context, lm: ByteLM) -> Arms:
     """Bits a byte of held-out texts, one value a text: each model alone, and both."""
-    from ..tokenization.exact_bytes import ByteEnsemble, ByteLM
+    from ..tokenization.byte_lm import ByteLM
+    from ..tokenization.ensemble import ByteEnsemble
 
     other = ByteLM(*second_model(context))
     both = ByteEnsemble([lm, other], [0.8, 0.2])
@@ -102,7 +103,8 @@ def run(context: Context) -> Arms:
     import torch
 
     from ..core.loading import load_model, load_tokenizer
-    from ..tokenization.exact_bytes import ByteLM, TokenHealing
+    from ..tokenization.byte_lm import ByteLM
+    from ..tokenization.token_healing import TokenHealing
 
     tokenizer, model = load_tokenizer(context.model), load_model(context.model, packed=True)
     healing = TokenHealing(tokenizer)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..tokenization.trial import bits_a_byte
+from ..tokenization.base import bits_a_byte
 from .base import Arms, Claim, Context, Reproduction
 from .stochastok import prose
 
@@ -75,7 +75,7 @@ def remembering() -> Callable[[Sequence[str]], Vectors]:
 
 def run(context: Context) -> Arms:
     from ..core.loading import load_model, load_tokenizer
-    from ..tokenization.families import load_any_tokenizer
+    from ..tokenization.foreign_tokenizers import load_any_tokenizer
     from ..tokenization.tokenadapt import TokenAdapt
 
     old, model = load_tokenizer(context.model), load_model(context.model, dtype="float32")

@@ -20,9 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..core.errors import BadInputError, UnsupportedModelError
-
-PACKAGED = Path(__file__).parent / "hypernetworks"
+from ..core.errors import BadInputError, UnknownNameError, UnsupportedModelError
+from ..core.weights import read_weights, weights_folder
 
 
 class Embedder(Protocol):
@@ -200,22 +199,24 @@ class HyperEmbedding(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> HyperEmbedding:
-        """From a folder, or a packaged one by name (``smollm2-135m``).
+        """From a folder, or the one that ships for a model (``smollm2-135m``; see ``core.weights``).
 
         Raises:
             BadInputError: there is none, or its files are damaged.
         """
-        from safetensors.torch import load_file
-
-        folder = Path(name) if Path(name).is_dir() else PACKAGED / str(name)
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            try:
+                folder = weights_folder(str(name), "hypernetwork")
+            except UnknownNameError as error:
+                raise BadInputError(f"There is no hypernetwork {name}.", f"Give a folder. {error.hint}") from error
         if not (folder / "config.json").is_file():
-            have = ", ".join(sorted(path.name for path in PACKAGED.glob("*/"))) or "none"
-            raise BadInputError(f"There is no hypernetwork {name}.", f"Give a folder; packaged: {have}.")
+            raise BadInputError(f"{folder} holds no hypernetwork (no config.json).", "Save one with save_pretrained().")
+        weights = read_weights(folder)
         try:
             hyper = cls(HyperConfig(**json.loads((folder / "config.json").read_text())))
-            weights = load_file(folder / "model.safetensors")
             hyper.load_state_dict({key: value.float() for key, value in weights.items()})
-        except Exception as error:  # safetensors, JSON and torch each raise their own
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise BadInputError(f"{folder} holds no readable hypernetwork: {error}", "Save it anew.") from error
         return hyper.eval()
 

@@ -226,6 +226,16 @@ class TokenAdapt:
                     setattr(config, role, getattr(new_tokenizer, role, None))
         return fresh
 
+    def summary(self) -> str:
+        """How many rows the last transplant copied and made.
+
+        Raises:
+            BadInputError: there was none.
+        """
+        if self.mixture is None:
+            raise BadInputError("Nothing was transplanted yet.", "Call transplant(model, old, new) first.")
+        return f"{int((self.mixture.copied >= 0).sum()):,} rows copied, {len(self.mixture.rows):,} made."
+
     def _rows(self, matrix: torch.Tensor, mixture: Mixture, size: int) -> torch.Tensor:
         """``[size, d]``: copied, mixed and drawn rows; padding rows are the mean."""
         old = matrix.detach().float()

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from ..core.errors import BadInputError
-from .report import training_report
 from ..core.scoring import prompt_ids
-from .base import TrainingContext, TrainingResult
 from ..preference.configs import Common
-from .distributed import in_shards, load_unplaced, process_state, save_whole
 from ..preference.guides import Progress, without_printer
+from .base import TrainingContext, TrainingResult
+from .distributed import in_shards, load_unplaced, process_state, save_whole
+from .report import training_report
 
 KEPT_METRICS = (
     "loss",

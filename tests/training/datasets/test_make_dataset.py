@@ -12,9 +12,9 @@ pytest.importorskip("vaderSentiment")
 
 from everytoken.cli.app import app
 from everytoken.core.errors import BadInputError, UnknownNameError
+from everytoken.preference.data import load_pairs
 from everytoken.training.datasets.arithmetic import Trace, final_answer, is_correct, make_task, pairs_of
 from everytoken.training.datasets.make_dataset import ArithmeticData, SentimentData, build
-from everytoken.preference.data import load_pairs
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def load_router(folder: str | Path) -> TokenRouter:
         raise BadInputError(f"{path} holds no router (no config.json).", "Train one with: everytoken train r2r")
     try:
         with quiet_transformers():
-            router: Any = TokenRouter.from_pretrained(path)
+            router: Any = TokenRouter.from_pretrained(path, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadInputError(f"The router in {path} cannot be read: {error}", "Train it again.") from error
     return router.eval()

@@ -73,7 +73,7 @@ class SmallWriter:
         """A fresh copy of the start."""
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, use_safetensors=True).eval()
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

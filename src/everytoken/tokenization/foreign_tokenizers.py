@@ -129,7 +129,7 @@ def load_any_tokenizer(name: str) -> Any:
     if (path / "tokenizer.json").is_file() and not (path / "config.json").is_file():  # a tokenizer without a model
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if not path.is_file():
         from ..core.loading import load_tokenizer
 
@@ -168,4 +168,4 @@ def read_sentencepiece(path: Path) -> Any:
         shutil.copy(path, Path(folder) / "tokenizer.model")
         config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config))
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

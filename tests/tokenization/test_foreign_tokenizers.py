@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from everytoken.core.errors import BadInputError
 from everytoken.tokenization.base import spell, token_bytes
 from everytoken.tokenization.byte_view import ByteView
-from everytoken.tokenization.families import PACKAGED, from_ranks, load_any_tokenizer, read_ranks, read_tekken
+from everytoken.tokenization.foreign_tokenizers import PACKAGED, from_ranks, load_any_tokenizer, read_ranks, read_tekken
 
 from .common import byte_level
 

@@ -1,0 +1,91 @@
+"""Trials of the station: each method by its contract or by its own, on a tiny model from a folder."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from everytoken.catalog.cards import load_catalog
+from everytoken.core.errors import BadInputError
+from everytoken.decoding.trial import Trial, TrialRequest
+from everytoken.tokenization.base import ByteMethod, ByteModel, Retokenizer, Transplanter
+from everytoken.tokenization.dynamic_tokenization import DynamicTokenizer
+from everytoken.tokenization.exact_bytes import ExactBytes
+from everytoken.tokenization.stochastok import StochasTok
+from everytoken.tokenization.tokenadapt import TokenAdapt
+from everytoken.tokenization.trial import trial, trial_of
+
+from ..conftest import tiny_llama
+from .common import byte_level
+
+METHODS = [card for card in load_catalog().values() if card.station == "tokenization" and card.implementation]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model and its tokenizer, as a user would name them."""
+    place = tmp_path_factory.mktemp("models")
+    for name, size in (("old", 330), ("new", 400)):
+        tokenizer = byte_level(size)
+        tokenizer.save_pretrained(place / name)
+    tiny_llama(len(byte_level()), eos=byte_level().eos_token_id, scale=0.3).save_pretrained(place / "old")
+    return place
+
+
+@pytest.mark.parametrize("card", METHODS, ids=lambda card: card.slug)
+def test_every_card_has_a_trial(card):
+    module, _, function = trial_of(card.load()).partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_methods_keep_their_contracts():
+    assert issubclass(StochasTok, Retokenizer) and not issubclass(StochasTok, ByteMethod)
+    assert issubclass(ExactBytes, ByteMethod) and issubclass(TokenAdapt, Transplanter)
+    tokenizer = byte_level()
+    lm = ExactBytes().on(tiny_llama(len(tokenizer), eos=tokenizer.eos_token_id), tokenizer)
+    assert isinstance(lm, ByteModel)
+
+
+@pytest.mark.parametrize(
+    ("factory", "settings", "data", "arms"),
+    [
+        (StochasTok, {"expand_prop": 1.0}, None, ["tokenizer", "it"]),
+        (ExactBytes, {"unit": "byte"}, None, ["own tokens", "it"]),
+        (DynamicTokenizer, {"reduction": 1.0}, None, ["own tokens", "it"]),
+        (TokenAdapt, {"strategy": "retok"}, "new", ["own tokenizer", "it"]),
+    ],
+)
+def test_trials_run(factory, settings, data, arms, folder):
+    data = None if data is None else str(folder / data)
+    options = {"max_new_tokens": 4, "seed": 1}
+    text = "the helpers say hello to the oth"
+    result = trial(TrialRequest([Trial("it", factory, settings)], str(folder / "old"), text, data, options))
+    assert list(result.rows) == arms
+    assert all(result.headline in row for row in result.rows.values())
+    assert len(result.traces) == 1 and result.column in result.traces[0].columns
+    assert any(note.startswith("it:") for note in result.notes)
+
+
+def test_the_unit_of_exact_bytes_is_honoured():
+    """One forward pass a byte, or one a token: what the settings say holds without saying it again."""
+    tokenizer = byte_level()
+    model = tiny_llama(len(tokenizer), eos=None, scale=0.3)
+    for unit in ("byte", "token"):
+        lm = ExactBytes(unit=unit).on(model, tokenizer)
+        assert lm.generate("hel", 12) == lm.generate("hel", 12, unit=unit)
+        other = "token" if unit == "byte" else "byte"
+        assert lm.generate("hel", 12, do_sample=True, seed=3) == lm.generate(
+            "hel", 12, do_sample=True, seed=3, unit=unit
+        )
+        assert lm.generate("hel", 12, do_sample=True, seed=3) != lm.generate(
+            "hel", 12, do_sample=True, seed=3, unit=other
+        )
+    with pytest.raises(BadInputError, match="unit is"):
+        lm.generate("a", unit="word")
+
+
+def test_methods_of_two_kinds_are_refused(folder):
+    items = [Trial("a", StochasTok, {}), Trial("b", ExactBytes, {})]
+    with pytest.raises(BadInputError, match="cannot be compared"):
+        trial(TrialRequest(items, str(folder / "old")))
