@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,8 @@ def svg_bars(result: TrialResult) -> str:
         name: figure(value) + ("" if name == result.baseline else f"  ({result.ratio(name):.2f}x)")
         for name, value in values.items()
     }
-    return bars_svg(values, result.headline, baseline=result.baseline, notes=notes)
+    drawn = {name: value if isfinite(value) else 0.0 for name, value in values.items()}  # its note says what it is
+    return bars_svg(drawn, result.headline, baseline=result.baseline, notes=notes)
 
 
 def print_texts(result: TrialResult, console: Console) -> None:

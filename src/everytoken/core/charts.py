@@ -26,7 +26,7 @@ Curves = Mapping[str, Sequence[Sequence[tuple[float, float]]]]
 COLOURS = ("#0072b2", "#d55e00", "#007a5a", "#aa4499", "#8a6d00", "#5b6770", "#3d2c8d", "#b3003c")
 """Told apart by most colour-blind readers (after Okabe and Ito), each with a contrast of at least 3 on the background."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-PAPER, INK, GRID, MUTED = "#fcfcfd", "#1b1f24", "#dde1e6", "#8b95a1"
+PAPER, INK, GRID, MUTED = "#fcfcfd", "#1b1f24", "#dde1e6", "#7f8995"
 STYLE: dict[str, object] = {
     "svg.hashsalt": "everytoken",
     "svg.fonttype": "none",  # text stays text: it can be searched and read aloud

@@ -161,9 +161,11 @@ def paired_interval(
         bar: what the interval will be compared with; default the neutral value.
 
     Raises:
-        BadInputError: no seed; arms of different seeds or questions; a value that is not finite.
+        BadInputError: no seed, or arms of different seeds or questions.
     """
     pairs = _pairs(method, baseline, kind)
+    if not all(np.isfinite(pair).all() for pair in pairs):
+        return Interval(math.nan, note="no interval: a seed measured a value that is not a finite number")
     bar = neutral(kind) if bar is None else bar
     singles = [_compare(pair.mean(1), kind) for pair in pairs]
     by_seed = np.array(singles)
@@ -272,8 +274,6 @@ def _pairs(method: Sequence[Values], baseline: Sequence[Values] | None, kind: Ki
                 f"The arms of seed {index} have values of shapes {ours.shape} and {theirs.shape}.",
                 "Give a number, or one value a question with the same questions for every arm.",
             )
-        if not np.isfinite(ours).all() or not np.isfinite(theirs).all():
-            raise BadInputError(f"Seed {index} measured a value that is not a finite number.")
         pairs.append(np.stack([ours, theirs]))
     return pairs
 
@@ -327,7 +327,7 @@ def _question_part(pairs: Sequence[Array], kind: Kind) -> tuple[float, float, fl
         return reach, reach, within
     wider *= student(free) / student(math.inf)
     low, high = np.nanquantile(total, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return -wider * float(low), wider * float(high), within
+    return max(0.0, -wider * float(low)), max(0.0, wider * float(high)), within
 
 
 def _seed_part(by_seed: Array, within: float) -> tuple[float, float]:
@@ -348,7 +348,7 @@ def _seed_part(by_seed: Array, within: float) -> tuple[float, float]:
     drawn = effects[generator.integers(0, seeds, (DRAWS, seeds))].mean(1)
     wider = math.sqrt(seeds / (seeds - 1)) * student(seeds - 1) / student(math.inf)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return -wider * float(low), wider * float(high)
+    return max(0.0, -wider * float(low)), max(0.0, wider * float(high))
 
 
 def student(freedom: float) -> float:

@@ -397,7 +397,10 @@ def write(result: Result, folder: Path) -> Path:
     """``results/NAME.json`` (``NAME.quick.json`` or ``NAME.gpu.json`` for other scales), written atomically."""
     scale = result["scale"]
     path = folder / f"{result['name']}{'' if scale == 'cpu' else f'.{scale}'}.json"
-    _write(path, json.dumps(result, indent=1) + "\n")
+    text = json.dumps(result, indent=1)
+    # numbers of one list on one line: there may be one a question
+    text = re.sub(r"\[[\s\d.,eE+-]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
+    _write(path, text.replace("[ ", "[").replace(" ]", "]") + "\n")
     return path
 
 

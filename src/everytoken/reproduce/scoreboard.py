@@ -78,17 +78,23 @@ def details(result: Result) -> list[str]:
         *[row(claim, marks) for claim in result["claims"]],
         "",
         *[f"- Note {mark}: {note}." for note, mark in marks.items()],
-        *[
-            f"- *{cell(claim['metric'])}* ({claim['method']} against {claim['baseline'] or 'its bar'}): {claim['why']}"
-            for claim in result["claims"]
-            if claim["why"]
-        ],
+        *reasons(result["claims"]),
         f"- {seeds}, {result['seconds']:.0f} s, model: {result['model']}, scale: {result['scale']}, {result['date']}.",
         f"- {host['processor']}, {host['cores']} cores, {host['gpu'] or 'no GPU'}, Python {host['python']}; {shown}.",
         "",
         "</details>",
         "",
     ]
+
+
+def reasons(claims: Sequence[MeasuredClaim]) -> list[str]:
+    """Why figures differ from the paper's, every reason once with the claims that it belongs to."""
+    found: dict[str, list[str]] = {}
+    for claim in claims:
+        if claim["why"]:
+            label = f"*{cell(claim['metric'])}* ({claim['method']} against {claim['baseline'] or 'its bar'})"
+            found.setdefault(claim["why"], []).append(label)
+    return [f"- {'; '.join(labels)}: {why}" for why, labels in found.items()]
 
 
 def row(claim: MeasuredClaim, marks: dict[str, str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from math import isfinite
 from pathlib import Path
 
 from ..core.charts import inline_image, lines_svg
@@ -32,14 +33,15 @@ def training_report(
 
     Args:
         figures: the final evaluation.
-        curves: metric -> ``(step, value)``; metrics of one point are left out.
+        curves: metric -> ``(step, value)``; metrics of one point, and points that are not finite, are left out.
         samples: ``(prompt, text before, text after)``.
         traces: credit of fixed examples, chosen and rejected in turn: they are set side by side.
         column: the score shown first.
         settings: what the training was run with.
     """
     parts = [_STYLE, "<h2>Final evaluation</h2>", _table({name: f"{value:,.4g}" for name, value in figures.items()})]
-    drawn = {name: list(points) for name, points in curves.items() if len(points) > 1}
+    finite = {name: [(x, y) for x, y in points if isfinite(y)] for name, points in curves.items()}
+    drawn = {name: points for name, points in finite.items() if len(points) > 1}
     if drawn:
         parts.append('<h2>Curves</h2><div class="curves">')
         parts += [
