@@ -17,8 +17,9 @@ from typing import Any
 
 from common import report
 from everytoken.constraints.grammar import Grammar, GrammarError
-from everytoken.constraints.matcher import GrammarCompiler, GrammarMatcher
-from everytoken.constraints.vocabulary import TokenizerInfo
+from everytoken.constraints.engine.compiler import GrammarCompiler
+from everytoken.constraints.engine.matcher import GrammarMatcher
+from everytoken.constraints.engine.vocabulary import TokenizerInfo
 
 INFO = TokenizerInfo([bytes([byte]) for byte in range(256)] + [None], [256])
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "assets" / "schema-suite.md"

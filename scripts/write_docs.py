@@ -16,8 +16,8 @@ from everytoken.catalog.cards import Card, load_catalog
 from everytoken.catalog.house import Place, load_house
 from everytoken.core.results import formatted, formatted_interval
 from everytoken.reproduce.base import baseline_text, load_result, load_results, up_to_date
-from everytoken.reproduce.dynamic_tokenization import curve_svg as dynamic_curve
 from everytoken.reproduce.beds.frontier import frontier_svg
+from everytoken.reproduce.dynamic_tokenization import curve_svg as dynamic_curve
 from everytoken.reproduce.r2r import curve_svg as r2r_curve
 from everytoken.reproduce.rto import curve_svg as rto_curve
 from everytoken.reproduce.scoreboard import scoreboard
@@ -71,7 +71,7 @@ def method_page(card: Card) -> str:
     runnable = card.implementation and card.station != "catalog"
     if runnable:
         lines += ["## Try it", "", "```console", f"everytoken try {card.slug}"]
-        lines += [f"everytoken train {card.slug}"] if card.training else []
+        lines += [f"everytoken train {card.slug}"] if card.trainable else []
         lines += [f"everytoken reproduce {card.slug} --quick"] if card.reproduction else []
         lines += ["```", ""]
     result = card.result()

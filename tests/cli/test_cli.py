@@ -162,7 +162,7 @@ def test_bad_pairs_are_named_by_line(tmp_path, line, words, monkeypatch, capsys)
 
 def test_unusable_cache(tmp_path):
     (tmp_path / "file").write_text("")
-    result = run("try", "stochastok", EVERYTOKEN_CACHE=str(tmp_path / "file"))
+    result = run("try", "stochastok", EVERYTOKEN_CACHE=str(tmp_path / "file"), EVERYTOKEN_MODELS="")
     assert result.returncode == 4
     assert "EVERYTOKEN_CACHE" in result.stderr
     assert "Traceback" not in result.stderr

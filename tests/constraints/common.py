@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 
 import numpy as np
 
+from everytoken.constraints.engine.compiler import GrammarCompiler
+from everytoken.constraints.engine.matcher import GrammarMatcher
+from everytoken.constraints.engine.vocabulary import TokenizerInfo
 from everytoken.constraints.grammar import Grammar
-from everytoken.constraints.matcher import GrammarCompiler, GrammarMatcher
-from everytoken.constraints.vocabulary import TokenizerInfo
+
+from .oracle import ALPHABET
 
 EOS = 256
 BYTES = TokenizerInfo([bytes([byte]) for byte in range(256)] + [None], [EOS])
 """Every byte is a token."""
+
+ABC = TokenizerInfo(
+    [None] + ["".join(t).encode() for n in (1, 2, 3) for t in itertools.product(ALPHABET, repeat=n)], [0]
+)
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"}, "age": {"type": "integer", "minimum": 1, "maximum": 150}, "tags": {"type": "array", "items": {"enum": ["red", "rose"]}},
+        "mail": {"type": "string", "pattern": "^[a-z]+@[a-z]+$"}, "more": {"type": "object", "properties": {"k": {"type": "null"}}, "additionalProperties": False},
+    },
+    "required": ["name", "age"], "additionalProperties": False,
+}  # fmt: skip
+PEOPLE = [
+    {"name": 'Ann é "q" \\ 😀', "age": 31, "tags": ["red", "rose"], "mail": "a@b", "more": {"k": None}},
+    {"name": "", "age": 7},
+]
 
 
 def compile_(grammar, info=BYTES):
@@ -55,3 +75,7 @@ def bits(row, size):
     return set(
         np.flatnonzero(np.unpackbits(np.asarray(row, np.int32).view(np.uint8), bitorder="little")[:size]).tolist()
     )
+
+
+def encode(tokenizer, value):
+    return tokenizer(json.dumps(value, ensure_ascii=False), add_special_tokens=False)["input_ids"]

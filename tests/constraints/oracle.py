@@ -49,6 +49,11 @@ def to_ebnf(tree):
     return f"({to_ebnf(inner)}){suffix}"
 
 
+def ebnf(trees):
+    """A grammar as text."""
+    return "\n".join(f"{name} ::= {to_ebnf(trees[name])}" for name in NAMES)
+
+
 def to_lark(tree):
     kind = tree[0]
     if kind == "text":  # one terminal a character: prefixes may end inside a word

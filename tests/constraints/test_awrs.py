@@ -12,8 +12,8 @@ from scipy import stats
 
 from everytoken.constraints.awrs import AWRS, awrs, effective_sample_size, resample, visit
 from everytoken.constraints.base import CallableConstraint, DeadEndError
+from everytoken.constraints.engine.vocabulary import TokenizerInfo
 from everytoken.constraints.grammar import Grammar
-from everytoken.constraints.vocabulary import TokenizerInfo
 from everytoken.core.errors import BadInputError
 from everytoken.core.settings import load_function
 
@@ -291,7 +291,7 @@ def test_a_grammar_is_the_fast_constraint(model):
 
 
 def GrammarPrefix(compiled, text):
-    from everytoken.constraints.matcher import GrammarMatcher
+    from everytoken.constraints.engine.matcher import GrammarMatcher
 
     return GrammarMatcher(compiled).longest_prefix(text) == len(text)
 

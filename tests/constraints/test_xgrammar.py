@@ -8,10 +8,11 @@ import pytest
 import torch
 from scipy import stats
 
+from everytoken.constraints.engine.compiler import GrammarCompiler
+from everytoken.constraints.engine.matcher import GrammarMatcher
+from everytoken.constraints.engine.vocabulary import TokenizerInfo
 from everytoken.constraints.grammar import Grammar, GrammarError
 from everytoken.constraints.logits_processor import parse_source, read_source
-from everytoken.constraints.matcher import GrammarCompiler, GrammarMatcher
-from everytoken.constraints.vocabulary import TokenizerInfo
 from everytoken.constraints.xgrammar import GrammarLogitsProcessor, XGrammar
 from everytoken.core.errors import BadInputError
 

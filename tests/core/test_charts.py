@@ -51,7 +51,10 @@ def test_axes_and_lines_are_named():
 
 
 def test_curves_are_drawn_to_scale():
-    curves = {"one": [[(0.0, 1.0), (4.0, 3.0), (2.0, 2.0)], [(0.0, 3.0), (4.0, 1.0)]], "other": [[(0.0, 1.0), (4.0, 1.0)]]}
+    curves = {
+        "one": [[(0.0, 1.0), (4.0, 3.0), (2.0, 2.0)], [(0.0, 3.0), (4.0, 1.0)]],
+        "other": [[(0.0, 1.0), (4.0, 1.0)]],
+    }
     svg = lines_svg(curves, "x", "y", markers=False)
     first, second = paths(svg, COLOURS[0])
     assert [x for x, _ in first] == sorted(x for x, _ in first)

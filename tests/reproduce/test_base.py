@@ -211,7 +211,11 @@ def test_a_killed_process_loses_the_part_that_it_was_in_and_no_other(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert (tmp_path / "log").read_text() == "0 fast;0 slow;1 fast;1 slow;1 slow;"
     unbroken = subprocess.run(
-        command, env=environment | {"EVERYTOKEN_CACHE": str(tmp_path / "other")}, capture_output=True, text=True, check=True
+        command,
+        env=environment | {"EVERYTOKEN_CACHE": str(tmp_path / "other")},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout == unbroken.stdout
 
@@ -373,7 +377,9 @@ def test_no_claim_has_a_baseline_that_is_one_by_definition():
         result = load_result(RESULTS / f"{name}.json")
         for claim in result["claims"]:
             if claim["kind"] == "ratio":
-                values = {value for run in result["runs"] for value in [run[claim["baseline"]][claim["metric"]]] if value == 1}
+                values = {
+                    value for run in result["runs"] for value in [run[claim["baseline"]][claim["metric"]]] if value == 1
+                }
                 assert not values, (name, claim["metric"])
 
 

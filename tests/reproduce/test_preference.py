@@ -11,7 +11,6 @@ import pytest
 pytest.importorskip("trl")
 
 
-
 # -- instruments ---------------------------------------------------------------------------------------------------------
 def test_area_under_curve_by_all_pairs():
     from everytoken.reproduce.cdpo import area_under_curve

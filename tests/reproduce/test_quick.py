@@ -119,7 +119,10 @@ def test_r2r():
 def test_r_to_q_star():
     arms = quick("r-to-q-star")[0]["runs"][0]
     assert set(arms["implicit reward"]["planted error among the lowest 3"]) <= {0.0, 1.0}
-    assert arms["implicit reward"] != arms["base log-probability"] or arms["DPO policy, 3 beams"] != arms["base model, 3 beams"]
+    assert (
+        arms["implicit reward"] != arms["base log-probability"]
+        or arms["DPO policy, 3 beams"] != arms["base model, 3 beams"]
+    )
     assert len(arms["DPO policy, 3 beams"]["reward"]) == 4
 
 

@@ -123,12 +123,28 @@ class Card:
             )
         return _attribute(self, self.reproduction)
 
+    @property
+    def trainable(self) -> bool:
+        """Whether ``everytoken train`` may know it: it names a ``training``, or its station can train what keeps its contract."""
+        if self.training or not self.implementation:
+            return bool(self.training)
+        try:
+            return find_spec(f"everytoken.{self.station}.training") is not None
+        except ModuleNotFoundError:  # a station without a package yet
+            return False
+
     def load_training(self) -> Any:
-        """How it is trained; raises as ``load`` does."""
-        if not self.training:
-            able = ", ".join(card.slug for card in load_catalog().values() if card.training)
+        """How it is trained: what the card names, else what its station makes of the implementation; raises as ``load`` does."""
+        found = None
+        if self.training:
+            found = _attribute(self, self.training)
+        elif self.trainable:
+            station = importlib.import_module(f"everytoken.{self.station}.training")
+            found = station.training_for(self.slug, self.load())
+        if found is None:
+            able = ", ".join(card.slug for card in load_catalog().values() if card.trainable)
             raise BadInputError(f"{self.slug} has nothing to train from the command line.", f"These have: {able}.")
-        return _attribute(self, self.training)
+        return found
 
     def load_trial(self) -> Any:
         """What runs the method beside its baseline for ``try`` and ``compare``: the card's own trial, or its station's.

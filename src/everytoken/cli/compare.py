@@ -16,6 +16,7 @@ from .common import (
     cards_of,
     check_outputs,
     emit_json,
+    lines,
     method_names,
     options_from,
     results_table,
@@ -57,7 +58,7 @@ def compare(
         stations = sorted({card.station for card in cards})
         raise BadInputError(
             f"These methods do different work ({', '.join(stations)}) and cannot be compared.",
-            "Name methods of one station.",
+            "Name methods of one station that share a baseline.",
         )
     if len(set(names)) < len(names):
         raise BadInputError("A method is named twice.", "Give it other settings: dyspec:budget=8 dyspec:budget=32")
@@ -68,13 +69,14 @@ def compare(
     check_outputs(plot, trace)
     status = Console(stderr=True)
     options = options_from(max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, steps=steps, seed=seed)
-    request = TrialRequest(trials, model, prompt, str(data) if data is not None else None, options)
-    request.report = lambda line: status.print(f"{line} ...", style="dim", highlight=False)
+    request = TrialRequest(
+        trials, model, prompt, str(data) if data is not None else None, options, report=lines(status)
+    )
     result = trial(request)
     if plot is not None:
         plot.write_text(svg_bars(result), encoding="utf-8")
     if trace is not None:
-        from ..core.trace import render_html
+        from ..core.trace_html import render_html
 
         render_html(result.traces, trace, result.column, title="everytoken compare")
     if as_json:

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, PreTrainedConfig
 
 from ..core.errors import BadInputError
 from ..decoding.matcher import apply_token_bitmask_inplace
-from ..decoding.row import DecodingOutput
+from ..decoding.output import DecodingOutput
+from .engine.compiled import CompiledGrammar
+from .engine.compiler import GrammarCompiler
+from .engine.matcher import GrammarMatcher
+from .engine.vocabulary import TokenizerInfo
 from .grammar import Grammar
-from .matcher import CompiledGrammar, GrammarMatcher
 
 
 class GrammarLogitsProcessor(LogitsProcessor):
@@ -89,6 +92,22 @@ class GrammarLogitsProcessor(LogitsProcessor):
 ConstrainedOutput = DecodingOutput
 
 
+def check_vocabulary(grammar: CompiledGrammar, config: PreTrainedConfig) -> None:
+    """Raises BadInputError for a grammar that was compiled for a larger vocabulary than the model's."""
+    compiled, width = grammar.tokenizer_info.vocab_size, config.get_text_config().vocab_size
+    if compiled > width:
+        raise BadInputError(
+            f"The grammar was compiled for {compiled} tokens but the model has {width}.",
+            "Build TokenizerInfo with vocab_size=model.config.vocab_size.",
+        )
+
+
+def letters(vocab_size: int, regex: str) -> CompiledGrammar:
+    """A small grammar for the decoders' examples: token i spells letter i of the alphabet, and none ends a text."""
+    info = TokenizerInfo([bytes([ord("a") + index]) for index in range(vocab_size)])
+    return GrammarCompiler(info, warm_seconds=0).compile_regex(regex)
+
+
 def read_source(value: str) -> str:
     """A setting that may name a file: its text if there is such a file, else the value itself.
 
@@ -120,8 +139,8 @@ def parse_source(
         return Grammar.from_regex(read_source(regex).removesuffix("\n"))
     if grammar is not None:
         return Grammar.from_ebnf(read_source(grammar))
-    options = {"any_whitespace": any_whitespace, "strict_mode": strict_mode}
-    return Grammar.from_json_schema("true" if schema is None else read_source(schema), **options)
+    text = "true" if schema is None else read_source(schema)
+    return Grammar.from_json_schema(text, any_whitespace=any_whitespace, strict_mode=strict_mode)
 
 
 def only_one(decoder: str, **settings: Any) -> None:

@@ -4,7 +4,7 @@ A shipped model is a folder of ``everytoken/weights`` with
 
 - ``model.safetensors`` and ``config.json``,
 - ``training.json``: the arguments and the curve of its training,
-- ``card.toml``: what it is, its licence, where it comes from, the script that trains it, and the model that it belongs to.
+- ``card.toml``: what it is, its licence and origin, the script that trains it, and the model that it belongs to.
 
 All folders together stay within ``BUDGET`` (a test adds them up), so that the wheel stays small.
 """
@@ -20,7 +20,7 @@ from .errors import BadInputError, UnknownNameError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 BUDGET = 60_000_000
@@ -41,11 +41,11 @@ class Target:
     num_hidden_layers: int
     vocab_size: int
 
-    def matches(self, model: PreTrainedModel) -> bool:
-        """Whether a model has this shape."""
-        config = model.config.get_text_config()
+    def matches(self, config: PreTrainedConfig) -> bool:
+        """Whether a model of this configuration has this shape."""
+        text = config.get_text_config()
         return all(
-            getattr(config, name, None) == getattr(self, name)
+            getattr(text, name, None) == getattr(self, name)
             for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
         )
 
@@ -106,9 +106,9 @@ def weights_folder(name: str, kind: str | None = None) -> Path:
     raise UnknownNameError(f"shipped {kind or 'model'}", name, [item.name for item in known])
 
 
-def weights_for(model: PreTrainedModel, kind: str) -> Path | None:
-    """The folder of shipped weights of a kind that belong to a model, by the model's shape; None if there are none."""
-    return next((item.folder for item in list_weights() if item.kind == kind and item.target.matches(model)), None)
+def weights_for(config: PreTrainedConfig, kind: str) -> Path | None:
+    """The folder of shipped weights of a kind that belong to a model of this configuration; None if there are none."""
+    return next((item.folder for item in list_weights() if item.kind == kind and item.target.matches(config)), None)
 
 
 def safetensors_file(folder: str | Path) -> Path:
@@ -136,8 +136,8 @@ def check_no_pickle(folder: Path) -> None:
     if pickles:
         raise BadInputError(
             f"{folder} holds its weights as a pickle ({pickles[0]}), which may run any code when it is read.",
-            "If you trust the file, convert it once: load it with transformers elsewhere and save_pretrained(), which writes "
-            "safetensors.",
+            "If you trust the file, convert it once: load it with transformers elsewhere and save_pretrained(), which "
+            "writes safetensors.",
         )
 
 

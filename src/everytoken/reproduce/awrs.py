@@ -108,8 +108,9 @@ def run(context: Context) -> Arms:
     import torch
 
     from ..constraints.awrs import AWRS
-    from ..constraints.matcher import GrammarCompiler, GrammarMatcher
-    from ..constraints.vocabulary import TokenizerInfo
+    from ..constraints.engine.compiler import GrammarCompiler
+    from ..constraints.engine.matcher import GrammarMatcher
+    from ..constraints.engine.vocabulary import TokenizerInfo
     from ..core.loading import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(context.model)

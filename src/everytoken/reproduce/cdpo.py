@@ -17,7 +17,7 @@ import torch
 from ..core.errors import BadInputError
 from ..core.logprobs import entropy_from_logits
 from ..core.rng import derive_seed
-from ..core.scoring import response_hidden, response_logps, score_rows
+from ..core.scoring import PromptResponse, response_hidden, response_logps, score_rows
 from .base import Arms, Claim, Context, Reproduction, Values, mean, mean_ranks
 from .beds.small_models import answer_batches, fit
 from .beds.sums import SumsBed, answers, correct, graded, questions
@@ -118,7 +118,7 @@ def critical(
     rows, labels = [], []
     for index, (prompt, text) in enumerate(failed):
         context.progress(f"rollouts from every prefix of wrong trace {index + 1} of {len(failed)}")
-        row = (tokenizer(prompt)["input_ids"], tokenizer(text + "\n")["input_ids"])
+        row = PromptResponse(tokenizer(prompt)["input_ids"], tokenizer(text + "\n")["input_ids"])
         found = critical_tokens(oracle.score(*row))
         if found:
             rows.append(row)
@@ -150,7 +150,7 @@ def critical(
 def run(context: Context) -> Arms:
     from ..preference.cdpo import CDPOLoss, ContrastiveEstimator
     from ..preference.dpo import DPOLoss
-    from ..preference.guides import train_quietly
+    from ..preference.short_training import train_quietly
 
     sizes = Sizes(24, 4, 8, 8, 8) if context.quick else Sizes(256, 16, 48, 64, 120)
     model, tokenizer = SumsBed().start(context)

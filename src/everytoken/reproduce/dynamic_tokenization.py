@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..tokenization.hyper import Embedder
+    from ..tokenization.embedding import Embedder
 
 MEASURED = ("German", "French", "Spanish", "Italian", "Polish", "Finnish", "Turkish", "Russian", "Greek", "Hindi", "Indonesian", "Vietnamese")  # fmt: skip
 """Languages that are measured, on the second half of their declaration."""

@@ -13,7 +13,7 @@ from .base import Arms, Claim, Context, Reproduction
 
 if TYPE_CHECKING:
     from ..generation.dyspec import DySpec
-    from ..generation.trees import TokenTree
+    from ..generation.speculative.trees import TokenTree
 
 PROMPTS = [
     "Write a short letter to a friend who has just moved to another country.",
@@ -62,8 +62,8 @@ def kary_decoder(draft: Any, branching: tuple[int, ...]) -> DySpec:
 
 def run(context: Context) -> Arms:
     from ..core.loading import load_model, load_tokenizer
-    from ..generation.drafts import load_draft
     from ..generation.dyspec import DySpec
+    from ..generation.speculative import load_draft
 
     tokenizer = load_tokenizer(context.model)
     model, untouched = load_model(context.model, packed=True), load_model(context.model)

@@ -90,8 +90,8 @@ def tune(
     from transformers import TrainerCallback
     from trl import SFTConfig
 
-    from ..preference.guides import quiet_arguments, without_printer
     from ..preference.ift import IFTTrainer
+    from ..training.quiet import quiet_arguments, without_printer
 
     seed_everything(context.seed)
 

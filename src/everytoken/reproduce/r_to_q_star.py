@@ -110,7 +110,7 @@ def run(context: Context) -> Arms:
     from ..core.loading import load_model, load_tokenizer
     from ..generation.qstar_beam import QStarBeam
     from ..preference.dpo import DPOLoss
-    from ..preference.guides import train_quietly
+    from ..preference.short_training import train_quietly
     from ..training.datasets.sentiment import continuations, openings, positivity, sentiment_pairs
 
     tokenizer = load_tokenizer(context.model)
@@ -121,7 +121,7 @@ def run(context: Context) -> Arms:
         tokenizer,
         steps * batch,
         max_new_tokens=new_tokens,
-        report=lambda done, total: context.progress(f"{done} of {total} pairs sampled"),
+        report=lambda _stage, done, total: context.progress(f"{done} of {total} pairs sampled"),
     )
     policy = load_model(context.model, dtype="float32", packed=True)
     context.progress(f"DPO, {steps} steps")

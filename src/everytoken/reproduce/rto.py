@@ -41,8 +41,8 @@ def rollouts(
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    from ..preference.guides import quiet_arguments, without_printer
     from ..reinforcement.rto import RTOConfig, RTOTrainer
+    from ..training.quiet import quiet_arguments, without_printer
 
     estimator, scale = ARMS[name]
     seed_everything(context.seed)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from ..core.implicit_reward import ImplicitReward
-from ..core.scoring import score_rows
-from ..preference.base import Example
+from ..core.scoring import PromptResponse, score_rows
+from ..training.column_makers import Example
 from .base import Arms, Claim, Context, Reproduction, mean_ranks
 from .beds.frontier import WHY, Work, figures, make_work, train_arm
 from .beds.sentiment import TeacherRewards
@@ -22,7 +24,7 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.corrcoef(mean_ranks(one), mean_ranks(other))[0, 1])
 
 
-def lexicon_scores(work: Work, ids: list[int]) -> list[float]:
+def lexicon_scores(work: Work, ids: Sequence[int]) -> list[float]:
     """VADER's score of the word that each token belongs to; 0 for words that it does not know."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -71,11 +73,11 @@ def run(context: Context) -> Arms:
     return arms
 
 
-def fresh_rows(work: Work, context: Context) -> list[tuple[list[int], list[int]]]:
+def fresh_rows(work: Work, context: Context) -> list[PromptResponse]:
     """Continuations of held-out openings by the start."""
     torch.manual_seed(context.seed + 1)
     rows = work.writer.sample(work.start, work.prompts)
-    return [(work.writer.encode(p), r) for p, r in zip(work.prompts, rows, strict=True) if r]
+    return [PromptResponse(work.writer.encode(p), r) for p, r in zip(work.prompts, rows, strict=True) if r]
 
 
 REPRODUCTION = Reproduction(

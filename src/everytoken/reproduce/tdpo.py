@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from .base import Arms, Claim, Context, Reproduction
-from .beds.frontier import WHY, figures, make_work, train_arm
+from .beds.frontier import WHY, compare_losses
 
 
 def run(context: Context) -> Arms:
-    from ..preference.base import PreferenceLoss
     from ..preference.dpo import DPOLoss
     from ..preference.tdpo import TDPOLoss
 
-    work = make_work(context)
-    losses: dict[str, PreferenceLoss] = {
-        "DPO": DPOLoss(beta=0.1),
-        "TDPO1": TDPOLoss(beta=0.1, variant="tdpo1"),
-        "TDPO2": TDPOLoss(beta=0.1, alpha=0.5),
-    }
-    return figures(context, {name: train_arm(context, work, name, loss)[1] for name, loss in losses.items()})
+    return compare_losses(
+        context,
+        {
+            "DPO": DPOLoss(beta=0.1),
+            "TDPO1": TDPOLoss(beta=0.1, variant="tdpo1"),
+            "TDPO2": TDPOLoss(beta=0.1, alpha=0.5),
+        },
+    )
 
 
 REPRODUCTION = Reproduction(

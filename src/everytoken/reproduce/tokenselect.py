@@ -78,7 +78,8 @@ def attention_times(model: PreTrainedModel, length: int, repeats: int) -> dict[s
     from transformers.cache_utils import DynamicLayer
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from ..generation.tokenselect import TokenSelect, TokenSelectLayer, token_select_attention
+    from ..generation.tokenselect import TokenSelect, TokenSelectLayer, TokenSelectStats, token_select_attention
+    from ..generation.tokenselect.attention import LayerState
 
     module = model.base_model.layers[0].self_attn
     config = model.config.get_text_config()
@@ -101,7 +102,7 @@ def attention_times(model: PreTrainedModel, length: int, repeats: int) -> dict[s
         def run() -> None:
             layer = layers[name]
             keys, values = layer.update(*step)
-            module._token_select = (decoders[name], rotation, layer, None)
+            module._token_select = LayerState(decoders[name], TokenSelectStats(), rotation, layer, None)
             token_select_attention(module, query, keys, values, None, scaling=module.scaling)
             DynamicLayer.crop(layer, -1)  # without forgetting the selection
 

@@ -61,14 +61,14 @@ def mask_times(
     compiled: Any, documents: list[Any], tokenizer: PreTrainedTokenizerBase, repeats: int
 ) -> tuple[list[float], list[float]]:
     """Seconds for each mask: of the engine (all passes, the first with cold caches), and without split and memory."""
-    from ..constraints.kernels import settle_one
-    from ..constraints.matcher import GrammarMatcher
-    from ..constraints.pushdown import BOTTOM
+    from ..constraints.engine.analysis import settle_one
+    from ..constraints.engine.matcher import GrammarMatcher
+    from ..constraints.engine.tables import BOTTOM
 
     engine, naive = [], []
     info = compiled.tokenizer_info
-    mask = np.zeros(info.words, np.int32)
-    depend = np.zeros(len(info.trie[0]), np.int32)
+    mask, trie = np.zeros(info.words, np.int32), info.trie.packed()
+    depend = np.zeros(info.trie.size, np.int32)
     for again in range(repeats):
         for document in documents:
             matcher = GrammarMatcher(compiled)
@@ -83,10 +83,10 @@ def mask_times(
                     for place in range(0, len(stacks), 2):
                         context, frame = [stacks[place]], stacks[place + 1]
                         while frame >= 0:
-                            context.append(arena.fn.item(frame))
-                            frame = arena.fp.item(frame)
+                            context.append(arena.frame_node.item(frame))
+                            frame = arena.frame_parent.item(frame)
                         whole = np.array([*context, BOTTOM], np.int32)
-                        settle_one(compiled.pushdown.tables, info.trie, whole, words, depend)
+                        settle_one(compiled.packed, trie, whole, words, depend)
                     naive.append(time.perf_counter() - began)
                     ends = matcher.can_end()
                     assert ends or np.array_equal(words.view(np.int32), mask), "both ways must agree"
@@ -98,8 +98,9 @@ def run(context: Context) -> Arms:
     import jsonschema
     import torch
 
-    from ..constraints.matcher import GrammarCompiler, GrammarMatcher
-    from ..constraints.vocabulary import TokenizerInfo
+    from ..constraints.engine.compiler import GrammarCompiler
+    from ..constraints.engine.matcher import GrammarMatcher
+    from ..constraints.engine.vocabulary import TokenizerInfo
     from ..constraints.xgrammar import XGrammar
     from ..core.loading import load_model, load_tokenizer
 

@@ -1,6 +1,6 @@
 """Grammars and how they are written: EBNF, regular expressions, JSON Schema, structural tags, and their automata."""
 
-from .grammar import Grammar, GrammarError
-from .structural_tags import StructuralTag
+from .expressions import GrammarError
+from .grammar import Grammar, StructuralTag
 
 __all__ = ["Grammar", "GrammarError", "StructuralTag"]

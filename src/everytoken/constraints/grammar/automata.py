@@ -384,7 +384,7 @@ def _chain(unit: Automaton, low: int, high: int) -> Automaton:
 
 def _literals(item: Any) -> list[bytes] | None:
     if type(item) is Alt and len(item.parts) > 8 and all(type(part) is Bytes for part in item.parts):
-        return [part.data for part in item.parts]
+        return [part.data for part in item.parts if type(part) is Bytes]
     return None
 
 

@@ -10,7 +10,7 @@ Literals (``"..."``, with the usual escapes), character classes, rule names, gro
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import NoReturn
 
 from .expressions import (
     ANY_CHAR,
@@ -19,10 +19,12 @@ from .expressions import (
     Alt,
     Bytes,
     Chars,
+    Expression,
     GrammarError,
     Range,
     Ref,
     Repeat,
+    Rules,
     Seq,
     alt,
     invert_ranges,
@@ -44,7 +46,7 @@ class _Parser:
     def __init__(self, source: str):
         self.source, self.place, self.depth = source, 0, 0
 
-    def fail(self, message: str, hint: str, place: int | None = None) -> Any:
+    def fail(self, message: str, hint: str, place: int | None = None) -> NoReturn:
         at = self.place if place is None else place
         line = self.source.count("\n", 0, at) + 1
         column = at - (self.source.rfind("\n", 0, at) + 1) + 1
@@ -61,8 +63,8 @@ class _Parser:
     def peek(self) -> str:
         return self.source[self.place] if self.place < len(self.source) else ""
 
-    def parse(self) -> dict[str, Any]:
-        rules: dict[str, Any] = {}
+    def parse(self) -> Rules:
+        rules: Rules = {}
         self.uses: dict[str, int] = {}
         self.skip()
         while self.peek():
@@ -87,7 +89,7 @@ class _Parser:
                 self.fail(f"the rule {name!r} is not defined", hint, place)
         return rules
 
-    def alternatives(self) -> Any:
+    def alternatives(self) -> Expression:
         self.depth += 1
         if self.depth > MAX_NESTING:
             self.fail(f"groups nested deeper than {MAX_NESTING}", "Give the inner groups rules of their own.")
@@ -98,7 +100,7 @@ class _Parser:
         self.depth -= 1
         return alt(*options)
 
-    def sequence(self) -> Any:
+    def sequence(self) -> Expression:
         parts = []
         while True:
             self.skip()
@@ -108,7 +110,7 @@ class _Parser:
             parts.append(self.quantified())
         return seq(*parts) if parts else EMPTY
 
-    def quantified(self) -> Any:
+    def quantified(self) -> Expression:
         atom = self.atom()
         while True:
             self.skip()
@@ -134,7 +136,7 @@ class _Parser:
                 continue  # (a*)* is a*
             atom = Repeat(atom, low, high)
 
-    def atom(self) -> Any:
+    def atom(self) -> Expression:
         start, char = self.place, self.peek()
         if char in "\"'":
             return Bytes(self.literal(char))
@@ -220,7 +222,7 @@ class _Parser:
         return Chars(invert_ranges(merged) if negated else merged)
 
 
-def parse_ebnf(source: str, root: str = "root") -> dict[str, Any]:
+def parse_ebnf(source: str, root: str = "root") -> Rules:
     """The rules of a grammar by name.
 
     Raises:
@@ -236,7 +238,7 @@ def parse_ebnf(source: str, root: str = "root") -> dict[str, Any]:
     return eliminate_left_recursion(rules)
 
 
-def eliminate_left_recursion(rules: dict[str, Any]) -> dict[str, Any]:
+def eliminate_left_recursion(rules: Rules) -> Rules:
     """Rewrites directly left-recursive rules, ``a ::= a x | y``, as ``a ::= y x*``: the same language.
 
     Longer cycles are found when the automata are built, and refused there.
@@ -262,5 +264,5 @@ def eliminate_left_recursion(rules: dict[str, Any]) -> dict[str, Any]:
     return output
 
 
-def _starts_with(item: Any, name: str) -> bool:
+def _starts_with(item: Expression, name: str) -> bool:
     return item == Ref(name) or (isinstance(item, Seq) and bool(item.parts) and item.parts[0] == Ref(name))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Protocol
 
 from ...core.errors import BadInputError
 
@@ -45,19 +45,23 @@ class ByteSet:
 
 @dataclass(frozen=True, slots=True)
 class Seq:
-    parts: tuple[Any, ...]
+    """One after the other; without parts the empty text."""
+
+    parts: tuple[Expression, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Alt:
-    parts: tuple[Any, ...]
+    """One of them; without parts no text at all."""
+
+    parts: tuple[Expression, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
     """``low`` to ``high`` (None: any number) times ``item``."""
 
-    item: Any
+    item: Expression
     low: int
     high: int | None
 
@@ -74,32 +78,51 @@ class Graph:
     """A transition graph whose edges are expressions: ``edges`` are ``(source, expression, target)``; state 0 starts."""
 
     size: int
-    edges: tuple[tuple[int, Any, int], ...]
+    edges: tuple[tuple[int, Expression, int], ...]
     finals: frozenset[int]
 
+
+class CompiledPart(Protocol):
+    """An automaton as part of an expression (``automata.Automaton``, which imports this module)."""
+
+    edges: list[list[tuple[int, int, int]]]
+    calls: list[list[tuple[str, int]]]
+    finals: list[bool]
+
+    def __len__(self) -> int: ...
+
+
+Expression = Bytes | Chars | ByteSet | Seq | Alt | Repeat | Ref | Graph | CompiledPart
+Rules = dict[str, Expression]
+"""Expressions by the names of rules."""
 
 EMPTY = Seq(())
 NOTHING = Alt(())
 ANY_CHAR = Chars(((0, LAST_CHAR),))
 
 
-def seq(*parts: Any) -> Any:
+def seq(*parts: Expression) -> Expression:
+    """One after the other."""
     return parts[0] if len(parts) == 1 else Seq(tuple(parts))
 
 
-def alt(*parts: Any) -> Any:
+def alt(*parts: Expression) -> Expression:
+    """One of them."""
     return parts[0] if len(parts) == 1 else Alt(tuple(parts))
 
 
 def text(string: str) -> Bytes:
+    """A literal in UTF-8."""
     return Bytes(string.encode("utf-8"))
 
 
-def optional(item: Any) -> Repeat:
+def optional(item: Expression) -> Repeat:
+    """The item or nothing."""
     return Repeat(item, 0, 1)
 
 
-def star(item: Any) -> Repeat:
+def star(item: Expression) -> Repeat:
+    """The item any number of times."""
     return Repeat(item, 0, None)
 
 
@@ -169,9 +192,10 @@ def _split(low: int, high: int) -> Iterator[tuple[Range, ...]]:
     yield tuple(zip(chr(low).encode("utf-8"), chr(high).encode("utf-8"), strict=True))
 
 
-def expression_size(item: Any, rules: dict[str, int], limit: int) -> int:
+def expression_size(item: Expression, rules: dict[str, int], limit: int) -> int:
     """About how many automaton states an expression takes; ``limit`` as soon as it is reached."""
-    total, pending = 0, [(item, 1)]
+    total = 0
+    pending: list[tuple[Expression, int]] = [(item, 1)]
     while pending and total < limit:
         node, times = pending.pop()
         if isinstance(node, Bytes):
@@ -199,9 +223,9 @@ def expression_size(item: Any, rules: dict[str, int], limit: int) -> int:
     return min(total, limit)
 
 
-def references(item: Any) -> Iterator[str]:
+def references(item: Expression) -> Iterator[str]:
     """The names of all rules that an expression mentions, with repetitions."""
-    pending = [item]
+    pending: list[Expression] = [item]
     while pending:
         node = pending.pop()
         if isinstance(node, Ref):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from decimal import Decimal
+from typing import TypeAlias
 
-from .expressions import LAST_CHAR, Bytes, ByteSet, Chars, alt, intersect_ranges, merge_ranges, seq, text
+from .expressions import LAST_CHAR, Bytes, ByteSet, Chars, Expression, alt, intersect_ranges, merge_ranges, seq, text
 
+Json: TypeAlias = "bool | int | float | Decimal | str | list[Json] | dict[str, Json] | None"
+"""A JSON value."""
 WS = ByteSet(((0x09, 0x0A), (0x0D, 0x0D), (0x20, 0x20)))
 
 _PLAIN = ((0x20, 0x21), (0x23, 0x5B), (0x5D, LAST_CHAR))
@@ -14,9 +17,9 @@ _SHORT = {0x22: '"', 0x5C: "\\", 0x08: "b", 0x0C: "f", 0x0A: "n", 0x0D: "r", 0x0
 _HEX = Chars(((0x30, 0x39), (0x41, 0x46), (0x61, 0x66)))
 
 
-def spell(chars: Chars) -> Any:
+def spell(chars: Chars) -> Expression:
     """One character of a class inside a JSON string, written as ``json.dumps(..., ensure_ascii=False)`` does."""
-    options: list[Any] = [Chars(intersect_ranges(chars.ranges, _PLAIN))]
+    options: list[Expression] = [Chars(intersect_ranges(chars.ranges, _PLAIN))]
     inside = [code for code in range(0x60) if any(low <= code <= high for low, high in chars.ranges)]
     short = [_SHORT[code] for code in inside if code in _SHORT]
     if short:

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import Any
 
 from .automata import Automaton, build, intersection, is_deterministic, minimise, trim
-from .expressions import EMPTY, NOTHING, Bytes, ByteSet, GrammarError, Graph, Repeat, alt, optional, seq, star
+from .expressions import (
+    EMPTY,
+    NOTHING,
+    Bytes,
+    ByteSet,
+    Expression,
+    GrammarError,
+    Graph,
+    Repeat,
+    alt,
+    optional,
+    seq,
+    star,
+)
 
 MAX_DIVISOR = 2_000
 DIGITS = ByteSet(((0x30, 0x39),))
@@ -20,7 +32,7 @@ INTEGER = seq(optional(Bytes(b"-")), WHOLE)
 NUMBER = seq(optional(Bytes(b"-")), WHOLE, optional(FRACTION), optional(EXPONENT))
 
 
-def _span(low: int, high: int) -> Any:
+def _span(low: int, high: int) -> Expression:
     return ByteSet(((0x30 + low, 0x30 + high),)) if low <= high else NOTHING
 
 
@@ -30,14 +42,14 @@ def _split(bound: Decimal) -> tuple[str, str]:
     return whole.lstrip("0") or "0", fraction.rstrip("0")
 
 
-def _whole(digits: str, above: bool, tail: Any, equal: Any) -> Graph:
+def _whole(digits: str, above: bool, tail: Expression, equal: Expression) -> Graph:
     """Numbers of as many digits: those that differ upwards (or downwards), then ``tail``; the same digits, then ``equal``.
 
     States: i digits equal so far; then, already different, so many digits to go; the end.
     """
     size = len(digits)
     end = 2 * size + 1
-    edges: list[tuple[int, Any, int]] = []
+    edges: list[tuple[int, Expression, int]] = []
     for place, digit in enumerate(map(int, digits)):
         edges.append((place, Bytes(digits[place].encode()), place + 1))
         least = 1 if place == 0 and size > 1 else 0
@@ -52,7 +64,7 @@ def _digits_after(digits: str, above: bool, exclusive: bool) -> Graph:
     """Fractions (with their point) at least, or at most, 0.DIGITS; ``digits`` does not end in 0."""
     size = len(digits)
     free, end = size + 2, size + 3
-    edges: list[tuple[int, Any, int]] = [(0, Bytes(b"."), 1), (free, DIGITS, free), (free, EMPTY, end)]
+    edges: list[tuple[int, Expression, int]] = [(0, Bytes(b"."), 1), (free, DIGITS, free), (free, EMPTY, end)]
     for place, digit in enumerate(map(int, digits), 1):
         edges.append((place, Bytes(digits[place - 1].encode()), place + 1))
         edges.append((place, _span(digit + 1, 9) if above else _span(0, digit - 1), free))
@@ -66,11 +78,11 @@ def _digits_after(digits: str, above: bool, exclusive: bool) -> Graph:
     return Graph(end + 1, tuple(edges), frozenset({end}))
 
 
-def at_least(bound: Decimal, exclusive: bool, fractions: bool) -> Any:
+def at_least(bound: Decimal, exclusive: bool, fractions: bool) -> Expression:
     """Non-negative decimals (no exponent) of at least ``bound`` >= 0."""
     whole, fraction = _split(bound)
     tail = optional(FRACTION) if fractions else EMPTY
-    equal: Any = NOTHING
+    equal: Expression = NOTHING
     if fraction:
         equal = _digits_after(fraction, True, exclusive) if fractions else NOTHING
     elif not exclusive:
@@ -81,11 +93,11 @@ def at_least(bound: Decimal, exclusive: bool, fractions: bool) -> Any:
     return alt(longer, _whole(whole, True, tail, equal))
 
 
-def at_most(bound: Decimal, exclusive: bool, fractions: bool) -> Any:
+def at_most(bound: Decimal, exclusive: bool, fractions: bool) -> Expression:
     """Non-negative decimals (no exponent) of at most ``bound`` >= 0."""
     whole, fraction = _split(bound)
     tail = optional(FRACTION) if fractions else EMPTY
-    equal: Any = NOTHING
+    equal: Expression = NOTHING
     if fraction:
         equal = alt(EMPTY, _digits_after(fraction, False, exclusive)) if fractions else EMPTY
     elif not exclusive:
@@ -117,7 +129,7 @@ def number_automaton(
     low: tuple[Decimal, bool] | None,
     high: tuple[Decimal, bool] | None,
     divisors: list[Decimal],
-) -> Any:
+) -> Expression:
     """A JSON number as an expression.
 
     Args:
@@ -153,8 +165,8 @@ def number_automaton(
     if low is None and high is None:
         result = build(seq(optional(Bytes(b"-")), WHOLE, tail))
     else:
-        positive: list[Any] = [seq(WHOLE, tail)]
-        negative: list[Any] = [at_least(Decimal(0), True, fractions)]  # -0 is written 0
+        positive: list[Expression] = [seq(WHOLE, tail)]
+        negative: list[Expression] = [at_least(Decimal(0), True, fractions)]  # -0 is written 0
         if low is not None:
             if low[0] >= 0:
                 positive.append(at_least(*low, fractions))
@@ -189,7 +201,7 @@ def number_automaton(
     return result
 
 
-def _determinised(item: Any) -> Automaton:
+def _determinised(item: Expression) -> Automaton:
     automaton = build(item)
     assert is_deterministic(automaton)
     return minimise(automaton)

@@ -11,7 +11,7 @@ import sys
 import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import NoReturn
 
 from .automata import Automaton, Builder, build, strip_marks
 from .expressions import (
@@ -23,6 +23,7 @@ from .expressions import (
     Alt,
     ByteSet,
     Chars,
+    Expression,
     GrammarError,
     Range,
     Repeat,
@@ -78,7 +79,7 @@ class _Parser:
 
     def fail(
         self, message: str, hint: str = "See docs: supported regular expressions.", place: int | None = None
-    ) -> Any:
+    ) -> NoReturn:
         at = self.place if place is None else place
         shown = self.text if len(self.text) <= 60 else self.text[max(0, at - 25) : at + 25]
         raise GrammarError(f"Regular expression {shown!r}: {message} at position {at}.", hint)
@@ -91,7 +92,7 @@ class _Parser:
         self.place += 1
         return char
 
-    def parse(self) -> Any:
+    def parse(self) -> Expression:
         result = self.alternatives()
         if self.place < len(self.text):
             self.fail("unbalanced ')'", "Escape it: \\).")
@@ -99,7 +100,7 @@ class _Parser:
             self.fail(f"it unrolls to more than {MAX_SIZE:,} states", "Lower the repetition counts.", 0)
         return result
 
-    def alternatives(self) -> Any:
+    def alternatives(self) -> Expression:
         self.depth += 1
         if self.depth > MAX_NESTING:
             self.fail(f"groups nested deeper than {MAX_NESTING}", "Flatten the expression.")
@@ -110,13 +111,13 @@ class _Parser:
         self.depth -= 1
         return alt(*options)
 
-    def sequence(self) -> Any:
+    def sequence(self) -> Expression:
         parts = []
         while self.peek() and self.peek() not in "|)":
             parts.append(self.quantified())
         return seq(*parts) if parts else EMPTY
 
-    def quantified(self) -> Any:
+    def quantified(self) -> Expression:
         start = self.place
         atom = self.atom()
         while self.peek() and self.peek() in "*+?{":
@@ -153,7 +154,7 @@ class _Parser:
             self.fail("possessive quantifiers are not supported", "Remove the second '+'.")
         return bounds
 
-    def atom(self) -> Any:
+    def atom(self) -> Expression:
         start, char = self.place, self.take()
         if char == "(":
             return self.group(start)
@@ -173,7 +174,7 @@ class _Parser:
             self.fail("'{' has nothing to repeat", "Escape it: \\{.", start)
         return Chars(((ord(char), ord(char)),))
 
-    def group(self, start: int) -> Any:
+    def group(self, start: int) -> Expression:
         if self.peek() == "?":
             rest = self.text[self.place :]
             if rest.startswith("?:"):
@@ -290,7 +291,7 @@ class _Parser:
         return ((code, code),)
 
 
-def parse_regex(pattern: str, dot_newline: bool = False) -> Any:
+def parse_regex(pattern: str, dot_newline: bool = False) -> Expression:
     """A pattern as an expression over characters, with anchors as marks.
 
     Raises:
@@ -299,7 +300,7 @@ def parse_regex(pattern: str, dot_newline: bool = False) -> Any:
     return _Parser(pattern, dot_newline).parse()
 
 
-def has_anchor(item: Any) -> bool:
+def has_anchor(item: Expression) -> bool:
     if isinstance(item, ByteSet):
         return item in (STARTS, ENDS)
     if isinstance(item, (Seq, Alt)):
@@ -307,7 +308,7 @@ def has_anchor(item: Any) -> bool:
     return isinstance(item, Repeat) and has_anchor(item.item)
 
 
-def map_chars(item: Any, change: Callable[[Chars], Any]) -> Any:
+def map_chars(item: Expression, change: Callable[[Chars], Expression]) -> Expression:
     """The expression with every character class replaced."""
     if isinstance(item, Chars):
         return change(item)
@@ -319,7 +320,10 @@ def map_chars(item: Any, change: Callable[[Chars], Any]) -> Any:
 
 
 def regex_automaton(
-    pattern: str, search: bool = False, any_char: Any = ANY_CHAR, change: Callable[[Chars], Any] = lambda item: item
+    pattern: str,
+    search: bool = False,
+    any_char: Expression = ANY_CHAR,
+    change: Callable[[Chars], Expression] = lambda item: item,
 ) -> Automaton:
     """A pattern's language over bytes.
 

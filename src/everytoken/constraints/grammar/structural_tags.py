@@ -8,25 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from .expressions import Bytes, ByteSet, GrammarError, Graph, Seq, alt, invert_ranges, merge_ranges
-
-
-@dataclass
-class StructuralTag:
-    """One kind of structured part.
-
-    Attributes:
-        begin: the text that opens it; must start with one of the triggers.
-        content: what follows: a ``Grammar``, or a JSON Schema (dict, bool or JSON text).
-        end: the text that closes it.
-    """
-
-    begin: str
-    content: Any
-    end: str
+from .expressions import Bytes, ByteSet, Expression, GrammarError, Graph, Seq, alt, invert_ranges, merge_ranges
 
 
 def aho_corasick(words: Sequence[bytes]) -> tuple[list[dict[int, int]], dict[int, bytes]]:
@@ -57,10 +40,10 @@ def aho_corasick(words: Sequence[bytes]) -> tuple[list[dict[int, int]], dict[int
 
 def structural_expression(
     triggers: Sequence[str],
-    bodies: Sequence[tuple[str, Any, str]],
+    bodies: Sequence[tuple[str, Expression, str]],
     at_least_one: bool = False,
     stop_after_first: bool = False,
-) -> Any:
+) -> Expression:
     """Free text with tags, as an expression; ``bodies`` are ``(begin, expression, end)``.
 
     Raises:
@@ -81,7 +64,7 @@ def structural_expression(
     plain = [state for state in range(len(goto)) if state not in completed]
     number = {state: index for index, state in enumerate(plain)}
     after = len(plain)  # where a tag ends, when free text must not follow
-    edges: list[tuple[int, Any, int]] = []
+    edges: list[tuple[int, Expression, int]] = []
     for state in plain:
         taken = [(byte, byte) for byte in goto[state]]
         edges.append((number[state], ByteSet(invert_ranges(merge_ranges(taken), 255)), 0))

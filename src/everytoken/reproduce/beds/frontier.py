@@ -7,7 +7,7 @@ writes continuations of held-out openings, and their mean VADER score and KL(pol
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -23,7 +23,8 @@ from .sentiment import Pair, SentimentBed, Sizes, SmallWriter, held_out, sizes, 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
-    from ...preference.base import PreferenceLoss, TokenAnnotator
+    from ...preference.base import PreferenceLoss
+    from ...training.column_makers import TokenAnnotator
 
 WHY = (
     "The paper trains models of 7 B (TDPO: GPT-2 Large) on web-scale preferences; here a language model of 3M weights, taught by the "
@@ -65,7 +66,7 @@ def train_arm(
     """Trains a copy of the start; returns it and its curve (the start included). An interrupted run keeps finished arms."""
     from transformers import TrainerCallback
 
-    from ...preference.guides import train_quietly
+    from ...preference.short_training import train_quietly
 
     curve: Curve = []
 
@@ -92,6 +93,12 @@ def train_arm(
 
     model, found = context.model_part(f"training {name}", train)
     return model, [(kl, reward) for kl, reward in found]
+
+
+def compare_losses(context: Context, losses: Mapping[str, PreferenceLoss]) -> Arms:
+    """One arm a loss, all from one start on the same pairs for equal steps: the whole of an experiment."""
+    work = make_work(context)
+    return figures(context, {name: train_arm(context, work, name, loss)[1] for name, loss in losses.items()})
 
 
 def reward_at(curve: Sequence[tuple[float, Values]], kl: float) -> Values:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypedDict
@@ -21,10 +21,11 @@ import torch
 
 from ...core.implicit_reward import ImplicitReward
 from ...core.loading import cache_dir, load_model, load_tokenizer
+from ...core.progress import Report, silent
 from ...core.results import Values
 from ...core.rng import derive_seed, seed_everything
-from ...core.scoring import pad_rows
-from ...preference.base import Example
+from ...core.scoring import PromptResponse, pad_rows
+from ...training.column_makers import Example
 from ...training.datasets.sentiment import continuation_ids, continuations, openings, positivity
 from ..base import Context
 from .small_models import fit, pruned_tokenizer, small_model
@@ -32,7 +33,7 @@ from .small_models import fit, pruned_tokenizer, small_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ...preference.base import TokenAnnotator
+    from ...training.column_makers import TokenAnnotator
 
 NEW_TOKENS = 20
 
@@ -119,7 +120,8 @@ class SmallWriter:
         divergences: list[float] = []
         for first in range(0, len(rows), 64):
             part = [
-                (self.encode(p), r) for p, r in zip(prompts[first : first + 64], rows[first : first + 64], strict=True)
+                PromptResponse(self.encode(p), r)
+                for p, r in zip(prompts[first : first + 64], rows[first : first + 64], strict=True)
             ]
             ids, attention, mask = pad_rows(part, self.tokenizer.pad_token_id)
             found = ImplicitReward(model, reference).statistics(ids, mask, attention, reverse_kl=True)["reverse_kl"]
@@ -153,7 +155,7 @@ class SentimentBed:
 
     def positive_control(self, context: Context) -> PreTrainedModel:
         from ...preference.dpo import DPOLoss
-        from ...preference.guides import train_quietly
+        from ...preference.short_training import train_quietly
 
         writer, size = small_writer(context), sizes(context)
         context.progress("DPO")
@@ -189,7 +191,7 @@ def small_writer(context: Context) -> SmallWriter:
         for prompt, text in zip(prompts, whole, strict=True):
             head, ids = small(prompt)["input_ids"], small(text)["input_ids"]
             ids = [*ids, end] if len(ids) < len(head) + NEW_TOKENS else ids  # the large model ended there
-            rows.append((head, ids[len(head) :]))
+            rows.append(PromptResponse(head, ids[len(head) :]))
         model = small_model(len(small), hidden=192, layers=4, heads=6, end=end, context=128)
         model.generation_config.pad_token_id = small.pad_token_id
 
@@ -238,9 +240,7 @@ class TeacherRewards:
     def __post_init__(self) -> None:
         self.column = self.annotator.column
 
-    def annotate(
-        self, examples: Sequence[Example], report: Callable[[int, int], None] = lambda _done, _total: None
-    ) -> list[torch.Tensor]:
+    def annotate(self, examples: Sequence[Example], report: Report = silent) -> list[torch.Tensor]:
         ids = self.writer.teacher_ids
         return self.annotator.annotate(
             [Example(e.prompt, [ids[t] for t in e.prompt_ids], [ids[t] for t in e.response_ids]) for e in examples],

@@ -1,0 +1,50 @@
+"""How the kernels are compiled: by numba, once, and kept on disk between processes.
+
+numba keeps compiled code in ``__pycache__`` beside the module; where that is not writable in the user's cache folder; and with
+``NUMBA_CACHE_DIR`` in that folder. Where none of them can be written each process compiles for itself.
+
+numba notices a change of the file in which a function stands, but not of the functions that it calls in other files: it would go on
+running the old machine code. Here every kernel's stamp covers the sources of all kernels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, TypeVar, cast
+
+from numba import njit
+
+Function = TypeVar("Function", bound=Callable[..., object])
+SOURCES = ("analysis", "jit", "layout", "run", "tables", "trie")
+
+
+def _stamp() -> str:
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    return digest.hexdigest()
+
+
+STAMP = _stamp()
+
+
+def _compiled(function: Function, inline: Literal["never", "always"]) -> Function:
+    try:
+        dispatcher = njit(cache=True, nogil=True, inline=inline)(function)
+    except RuntimeError:  # no folder for the cache
+        return cast("Function", njit(nogil=True, inline=inline)(function))
+    file = dispatcher._cache._cache_file  # type: ignore[attr-defined]  # numba has no public way
+    file._source_stamp = (file._source_stamp, STAMP)
+    return cast("Function", dispatcher)
+
+
+def kernel(function: Function) -> Function:
+    """Compiles a function; its callers see the types that it declares."""
+    return _compiled(function, "never")
+
+
+def inlined(function: Function) -> Function:
+    """The same for small helpers that are copied into the kernels that call them."""
+    return _compiled(function, "always")

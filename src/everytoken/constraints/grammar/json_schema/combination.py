@@ -1,0 +1,153 @@
+"""Sets whose schemas branch or list values: ``anyOf``, ``oneOf``, ``not``, ``enum`` and ``const``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+
+from ..automata import intersection
+from ..expressions import Expression, GrammarError, alt
+from .places import property_schemas, required
+from .rules import SchemaRules
+from .sets import Member, Parts, Place, Schema, SchemaObject, at, kinds
+from .strings_and_numbers import bounds, string_automaton
+from .values import satisfies
+
+MAX_CASES = 20_000
+
+
+def negation(schemas: SchemaRules, schema: Schema, pointer: str) -> None:
+    if schema is False or schema is True or schema == {}:
+        return
+    schemas.unsupported(pointer, "not", "Say what is allowed instead.")
+
+
+def branches(
+    schemas: SchemaRules, members: frozenset[Member], index: int, schema: SchemaObject, pointer: str, depth: int
+) -> Expression:
+    refuse_cycle(schemas, index)
+    rest = (members - {(index, False)}) | {(index, True)}
+    choices: list[list[Place]] = [[]]
+    for key in ("anyOf", "oneOf"):
+        if key not in schema:
+            continue
+        options = [(branch, at(pointer, f"{key}/{place}")) for place, branch in enumerate(schema[key])]
+        if key == "oneOf":
+            options = exclusive_branches(schemas, options, pointer)
+        choices = [[*chosen, option] for chosen in choices for option in options]
+    if sum(not decided for _, decided in members) > 1:
+        schemas.cases += len(choices)
+    if len(choices) > MAX_CASES or schemas.cases > MAX_CASES:
+        schemas.fail(
+            pointer, f"anyOf and oneOf that hold together make more than {MAX_CASES:,} cases.", "Split the schema."
+        )
+    made = []
+    for chosen in choices:
+        extra = schemas.members(chosen)
+        if extra is not None:
+            undecided = {member for member in extra if (member[0], True) not in rest}
+            made.append(schemas.rule(frozenset(rest | undecided), depth))
+    return alt(*made)
+
+
+def refuse_cycle(schemas: SchemaRules, index: int) -> None:
+    """Raises where anyOf, oneOf, allOf and $ref lead from a schema back to itself at the same place of the document."""
+    stack = [(index, branches_in_place(schemas, index))] if index not in schemas.walked else []
+    schemas.walked.setdefault(index, False)  # open; True once nothing below leads back
+    while stack:
+        current, following = stack[-1]
+        member = next(following, None)
+        if member is None:
+            schemas.walked[current] = True
+            stack.pop()
+        elif member not in schemas.walked:
+            schemas.walked[member] = False
+            stack.append((member, branches_in_place(schemas, member)))
+        elif not schemas.walked[member]:
+            schemas.fail(
+                schemas.pointers[member],
+                "a $ref leads back to itself without describing anything.",
+                "Break the cycle.",
+            )
+
+
+def branches_in_place(schemas: SchemaRules, index: int) -> Iterator[int]:
+    """The sub-schemas that the branches of one bring along for the same place of the document."""
+    schema, pointer = schemas.schemas[index], schemas.pointers[index]
+    for key in ("anyOf", "oneOf"):
+        for place, branch in enumerate(schema.get(key, ()) if isinstance(schema, dict) else ()):
+            if not isinstance(branch, bool):
+                yield from schemas.flatten(schemas.number(branch, at(pointer, f"{key}/{place}")))
+
+
+def exclusive_branches(schemas: SchemaRules, options: list[Place], pointer: str) -> list[Place]:
+    """oneOf is anyOf where no two branches can hold at once; that must be evident."""
+    for (first, where), (second, other) in combinations(options, 2):
+        if not disjoint(schemas, [(first, where)], [(second, other)]):
+            schemas.unsupported(
+                pointer, f"oneOf whose branches {where.rsplit('/', 1)[-1]} and {other.rsplit('/', 1)[-1]} may both hold",
+                "Use anyOf, or give the branches a required property with different const values.",
+            )  # fmt: skip
+            break
+    return options
+
+
+def disjoint(schemas: SchemaRules, first: Sequence[Place], second: Sequence[Place], level: int = 0) -> bool:
+    """Whether evidently no document satisfies both; False when in doubt."""
+    if level > 4:
+        return False
+    mine, theirs = schemas.expand(first), schemas.expand(second)
+    if mine is None or theirs is None:
+        return True
+    for parts, other in ((mine, theirs), (theirs, mine)):
+        for schema, pointer in parts:
+            for key in ("anyOf", "oneOf"):
+                if key in schema and all(
+                    disjoint(schemas, [(branch, at(pointer, f"{key}/{i}"))], other, level + 1)
+                    for i, branch in enumerate(schema[key])
+                ):
+                    return True
+            values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+            if values is not None and not any(satisfies(schemas, value, list(other)) for value in values):
+                return True
+    types, others = set(kinds(mine)), set(kinds(theirs))
+    shared = {
+        k
+        for k in types
+        if k in others or (k == "integer" and "number" in others) or (k == "number" and "integer" in others)
+    }
+    if not shared:
+        return True
+    if shared <= {"number", "integer"}:
+        low, high, _ = bounds(schemas, [*mine, *theirs])
+        if low is not None and high is not None and (low[0] > high[0] or (low[0] == high[0] and (low[1] or high[1]))):
+            return True
+    if shared == {"object"}:
+        for parts, other in ((mine, theirs), (theirs, mine)):
+            for name in required(parts):
+                here, there = property_schemas(schemas, parts, name), property_schemas(schemas, other, name)
+                if disjoint(schemas, here, there, level + 1):
+                    return True
+    if shared == {"string"}:
+        pair = [string_automaton(schemas, parts) for parts in (mine, theirs)]
+        if pair[0] is not None and pair[1] is not None:
+            try:
+                return intersection(pair[0], pair[1]).empty
+            except GrammarError:
+                return False
+    return False
+
+
+def enumeration(schemas: SchemaRules, parts: Parts, depth: int) -> Expression:
+    lists = [
+        (schema["enum"] if "enum" in schema else [schema["const"]], place)
+        for place, (schema, _) in enumerate(parts)
+        if "enum" in schema or "const" in schema
+    ]
+    shortest, place = min(lists, key=lambda pair: len(pair[0]))
+    others = list(parts)
+    schema, pointer = parts[place]  # its own values need not be looked for among themselves
+    own = "enum" if "enum" in schema else "const"
+    others[place] = (schemas.without(schema, own), pointer)
+    values = [value for value in shortest if satisfies(schemas, value, others, closed=True)]
+    return alt(*(schemas.literal(value, depth) for value in values))

@@ -1,0 +1,97 @@
+"""The rules made for a schema's sets, and the layout of the documents that they describe."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+
+from ..automata import Automaton
+from ..expressions import EMPTY, NOTHING, Bytes, Expression, Ref, Rules, seq, text
+from ..json_text import Json
+from .options import SchemaOptions
+from .sets import Member, Place, Schema, SchemaSets
+
+MAX_INDENT_DEPTH = 12
+
+
+class SchemaRules(SchemaSets):
+    """The sets that have been met, each with the rule that is, or will be, made for it.
+
+    Attributes:
+        names: the rule of a set at an indentation depth (0 unless documents are indented).
+        pending: rules that are mentioned and not made yet.
+        rules: the finished ones.
+        walked: sub-schemas that have been searched for cycles, and whether the search is over.
+        cases: how many cases anyOf and oneOf that hold together have made.
+        key_automata: the automata of patterns for property names.
+    """
+
+    def __init__(self, document: Schema, options: SchemaOptions):
+        super().__init__(document, options)
+        self.names: dict[tuple[frozenset[Member], int], str] = {}
+        self.pending: list[tuple[str, frozenset[Member], int]] = []
+        self.rules: Rules = {}
+        self.walked: dict[int, bool] = {}
+        self.cases = 0
+        self.key_automata: dict[str, Automaton] = {}
+
+    def rule(self, members: frozenset[Member] | None, depth: int) -> Expression:
+        """A reference to the rule of a set (made when its turn comes)."""
+        if members is None:
+            return NOTHING
+        depth = depth if self.options.indent is not None else 0
+        if depth > MAX_INDENT_DEPTH:
+            return NOTHING
+        key = (members, depth)
+        if key not in self.names:
+            where = self.pointers[min(members)[0]] if members else "any"
+            stem = re.sub(r"[^A-Za-z0-9]+", "_", where).strip("_") or "value"
+            name = f"{stem[-60:]}_{len(self.names)}"
+            self.names[key] = name
+            self.pending.append((name, members, depth))
+        return Ref(self.names[key])
+
+    def sub(self, schemas: Iterable[Place], depth: int) -> Expression:
+        return self.rule(self.members(schemas), depth)
+
+    def blank(self) -> Expression:
+        return Ref("ws") if self.free_layout else EMPTY
+
+    @property
+    def free_layout(self) -> bool:
+        return self.options.any_whitespace and self.options.indent is None and self.options.separators is None
+
+    def separators(self, depth: int) -> tuple[Expression, Expression, Expression, Expression]:
+        """``(after the opening, between items, before the closing, between key and value)``."""
+        if self.free_layout:
+            ws = Ref("ws")
+            return ws, seq(ws, Bytes(b","), ws), ws, seq(ws, Bytes(b":"), ws)
+        indent = self.options.indent
+        comma, colon = self.options.separators or ((", ", ": ") if indent is None else (",", ": "))
+        if indent is None:
+            return EMPTY, text(comma), EMPTY, text(colon)
+        line = "\n" + " " * (indent * (depth + 1))
+        return text(line), text(comma + line), text("\n" + " " * (indent * depth)), text(colon)
+
+    def literal(self, value: Json, depth: int) -> Expression:
+        """One JSON value, with the layout's white space."""
+        if isinstance(value, (dict, list)) and value:
+            opening, between, closing, colon = self.separators(depth)
+            if isinstance(value, dict):
+                items = [seq(self.key(name), colon, self.literal(item, depth + 1)) for name, item in value.items()]
+                marks = (Bytes(b"{"), Bytes(b"}"))
+            else:
+                items = [self.literal(item, depth + 1) for item in value]
+                marks = (Bytes(b"["), Bytes(b"]"))
+            joined = [items[0], *(seq(between, item) for item in items[1:])]
+            return seq(marks[0], opening, *joined, closing, marks[1])
+        if value in ({}, []) and self.free_layout:
+            return seq(Bytes(b"{" if value == {} else b"["), self.blank(), Bytes(b"}" if value == {} else b"]"))
+        return text(json.dumps(value, ensure_ascii=False))
+
+    def key(self, name: str) -> Bytes:
+        try:
+            return text(json.dumps(name, ensure_ascii=False))
+        except UnicodeEncodeError:
+            return text(json.dumps(name))

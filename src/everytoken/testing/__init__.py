@@ -1,0 +1,1 @@
+"""Conformance batteries: what every implementation of a contract promises, as tests that outside packages can run too."""
