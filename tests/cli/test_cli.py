@@ -27,7 +27,7 @@ def test_papers_lists_searches_and_filters():
     assert all(
         card["year"] == 2023 for card in json.loads(RUNNER.invoke(app, ["papers", "--year", "2023", "--json"]).stdout)
     )
-    done = json.loads(RUNNER.invoke(app, ["papers", "--status", "reproduced", "--json"]).stdout)
+    done = json.loads(RUNNER.invoke(app, ["papers", "--status", "measured", "--json"]).stdout)
     assert {"stochastok", "dyspec", "tdpo"} <= {card["slug"] for card in done}
     for arguments in (
         ["papers", "speculative", "tree", "--words", "--json"],
@@ -397,7 +397,7 @@ def test_compare_decoders_whose_traces_differ(tmp_path):
 
 def test_train_r2r_from_a_configuration(tmp_path):
     """The whole pipeline, on two small models saved to folders."""
-    from everytoken.reproduce.small import character_tokenizer
+    from everytoken.reproduce.beds.small_models import character_tokenizer
 
     from ..conftest import tiny_llama
 
