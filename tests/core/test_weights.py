@@ -57,11 +57,11 @@ def test_names():
     for name, kind in (("smollm2-135m", None), ("dyspec-smollm2-135m", "hypernetwork"), ("nothing", None)):
         with pytest.raises(UnknownNameError, match=name):
             weights_folder(name, kind)
-    assert weights_for(tiny_llama(16), "draft") is None
+    assert weights_for(tiny_llama(16).config, "draft") is None
 
 
 def test_weights_are_found_by_the_shape_of_the_model(embedded):
-    assert weights_for(embedded[0], "draft") == weights_folder("dyspec-smollm2-135m")
+    assert weights_for(embedded[0].config, "draft") == weights_folder("dyspec-smollm2-135m")
 
 
 @pytest.mark.slow
@@ -77,7 +77,7 @@ def test_the_wheel_holds_them_and_stays_small(tmp_path):
     assert "everytoken/core/trace.html" in names
 
 
-# -- no pickles ----------------------------------------------------------------------------------------------------------
+# -- no pickles --------------------------------------------------------------------------------------------------------
 class Bomb:
     """Writes a file when it is unpickled."""
 
@@ -90,7 +90,7 @@ class Bomb:
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
 def test_pickles_are_refused_and_never_read(name, tmp_path):
-    from everytoken.generation.drafts import load_draft
+    from everytoken.generation.speculative import load_draft
     from everytoken.tokenization.hyper import HyperEmbedding
 
     tiny_llama(16).save_pretrained(tmp_path)
@@ -141,7 +141,7 @@ SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "scripts").rglob("*.py
 
 
 def test_no_source_reads_a_pickle():
-    """Every ``torch.load`` says ``weights_only=True``; every ``from_pretrained`` of a model says ``use_safetensors=True``."""
+    """Every ``torch.load`` says ``weights_only=True``, every model's ``from_pretrained`` ``use_safetensors=True``."""
     wrong, seen = [], 0
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""Dynamic tokenization: texts never change, merges equal counting anew, embeddings, prefill and the large vocabulary."""
+"""Dynamic tokenization: texts never change, merges equal counting anew; embeddings, prefill, the large vocabulary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from everytoken.core.vocabulary import backend_of
 from everytoken.tokenization.base import spell, token_bytes
 from everytoken.tokenization.dynamic_prefill import DynamicPrefill
 from everytoken.tokenization.dynamic_tokenization import DynamicTokenizer
-from everytoken.tokenization.hyper import EmbeddingCache, HyperConfig, HyperEmbedding, MeanEmbedding
+from everytoken.tokenization.embedding import EmbeddingCache
+from everytoken.tokenization.hyper import HyperConfig, HyperEmbedding, MeanEmbedding
 from everytoken.tokenization.large_vocabulary import LargeVocabulary
 
 from ..conftest import tiny_llama
@@ -34,7 +35,7 @@ def model_for(tokenizer):
     return tiny_llama(len(tokenizer), seed=4)
 
 
-# -- merges --------------------------------------------------------------------------------------------------------------
+# -- merges ------------------------------------------------------------------------------------------------------------
 def anew(dynamic, rows, merges):
     """The paper's algorithm on tokens' bytes, counted anew for every merge; special tokens are single objects."""
     table = token_bytes(dynamic.tokenizer)
@@ -136,7 +137,7 @@ def test_special_tokens_stay():
     assert batch.tokens[0][0] == 0 and batch.tokens[0][-2:] == [1, 1]
 
 
-# -- targets -------------------------------------------------------------------------------------------------------------
+# -- targets -----------------------------------------------------------------------------------------------------------
 def test_reductions_reach_their_share():
     tokenizer = byte_level()
     base = sum(len(row) for row in DynamicTokenizer(tokenizer, merges=0)(TEXTS).tokens)
@@ -173,7 +174,7 @@ def test_labels_are_carried():
         batch.carry([1], 0)
 
 
-# -- embeddings ----------------------------------------------------------------------------------------------------------
+# -- embeddings --------------------------------------------------------------------------------------------------------
 def hyper_for(model, seed=0, trained=True):
     torch.manual_seed(seed)
     weight = model.get_input_embeddings().weight
@@ -263,7 +264,7 @@ def test_batches_are_padded_and_embedded(side):
     model(inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask)
 
 
-# -- decoding ------------------------------------------------------------------------------------------------------------
+# -- decoding ----------------------------------------------------------------------------------------------------------
 def prompts(tokenizer, texts):
     tokenizer.pad_token = "</s>"
     return tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
@@ -389,8 +390,14 @@ def test_sampling_follows_the_softmax_of_what_was_found():
     torch.manual_seed(1)
     seen = Counter()
     out = model.generate(
-        ids.repeat(400, 1), max_new_tokens=1, do_sample=True, temperature=3.0, top_k=0, pad_token_id=1, custom_generate=decoder
-    )  # fmt: skip
+        ids.repeat(400, 1),
+        max_new_tokens=1,
+        do_sample=True,
+        temperature=3.0,
+        top_k=0,
+        pad_token_id=1,
+        custom_generate=decoder,
+    )
     assert out.shape == (400, ids.shape[1] + 1)
     for row in decoder.chosen:
         seen[row[0]] += 1
@@ -398,7 +405,7 @@ def test_sampling_follows_the_softmax_of_what_was_found():
     assert sum(found) == 400 and chisquare(found, 400 * wanted / wanted.sum()).pvalue > 1e-4
 
 
-# -- bad input and traces ------------------------------------------------------------------------------------------------
+# -- bad input and traces ----------------------------------------------------------------------------------------------
 def test_traces_show_the_tokens():
     tokenizer = byte_level()
     batch = DynamicTokenizer(tokenizer, reduction=1.0)(TEXTS)
@@ -412,7 +419,10 @@ def test_bad_input():
     model = model_for(tokenizer)
     mean = MeanEmbedding(model)
     large = LargeVocabulary([(3, 4)], mean, index="exact")
-    ids = torch.tensor([[3, 4]])
+
+    def short(decoder, **options):
+        return model.generate(torch.tensor([[3, 4]]), custom_generate=decoder, max_new_tokens=2, **options)
+
     for make, message in (
         (lambda: DynamicTokenizer(tokenizer, boundary="line"), "boundary"),
         (lambda: DynamicTokenizer(tokenizer, merges=-1), "merges"),
@@ -430,9 +440,9 @@ def test_bad_input():
         (lambda: LargeVocabulary([()], mean), "pieces"),
         (lambda: LargeVocabulary([], mean, top_k=0), "top_k"),
         (lambda: LargeVocabulary([], mean, index="scann"), "index"),
-        (lambda: model.generate(ids, custom_generate=large, max_new_tokens=2), "not at all"),
-        (lambda: model.generate(ids, custom_generate=large.build(model), max_new_tokens=2, repetition_penalty=1.2), "Repetition"),
-        (lambda: model.generate(ids, custom_generate=large.build(model), max_new_tokens=2, num_beams=2), "num_beams"),
+        (lambda: short(large), "not at all"),
+        (lambda: short(large.build(model), repetition_penalty=1.2), "Repetition"),
+        (lambda: short(large.build(model), num_beams=2), "num_beams"),
     ):  # fmt: skip
         with pytest.raises(BadInputError, match=message):
             make()

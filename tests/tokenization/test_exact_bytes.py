@@ -46,8 +46,10 @@ def can_begin(view, tokens):
 
 
 def enumerate_covers(lm, text, beyond=0):
-    """Every token sequence whose last token reaches ``beyond`` bytes behind a spelled text or further, found one token at a time:
-    ``{tokens: (log-probability, bytes)}``."""
+    """Every token sequence whose last token reaches ``beyond`` bytes behind a spelled text, or further.
+
+    Found one token at a time: ``{tokens: (log-probability, bytes)}``.
+    """
     covers, pending = {}, [((), 0.0, b"")]
     while pending:
         tokens, logp, data = pending.pop()
@@ -109,9 +111,9 @@ def test_incremental_steps_equal_fresh_ones(kind):
     assert lm.logprob(text) == pytest.approx(build(kind).logprob(text), abs=1e-3)
 
 
-# -- a world known exactly -------------------------------------------------------------------------------------------------
+# -- a world known exactly ---------------------------------------------------------------------------------------------
 class Chain(ByteLM):
-    """A model of tokens that is, by construction, a Markov chain over the bytes "h", "e", "l": texts of seven bytes, encoded."""
+    """A model of tokens that is a Markov chain over the bytes "h", "e", "l" by construction: texts of seven bytes."""
 
     LETTERS, SIZE = b"hel", 7
 
@@ -212,7 +214,7 @@ def test_sampled_texts_follow_the_model(unit):
     assert chisquare(observed, wanted).pvalue > 1e-4
 
 
-# -- the view of a tokenizer -----------------------------------------------------------------------------------------------
+# -- the view of a tokenizer -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", KINDS)
 @given(st.text(alphabet="hel wo'ts12.\né😀", max_size=14), st.text(alphabet="hel wo'ts12.\né😀", max_size=8))
 def test_what_is_settled_stays(kind, text, more):
@@ -266,9 +268,9 @@ def test_unfinished_characters(data):
         assert parts[0] + parts[1] == data and parts[0].decode() is not None
 
 
-# -- a real model ----------------------------------------------------------------------------------------------------------
+# -- a real model ------------------------------------------------------------------------------------------------------
 def test_at_a_safe_boundary_bytes_are_the_tokens_first_bytes(embedded):
-    """Digits are tokens by themselves here, so nothing sticks out behind one: the next byte is the next token's first."""
+    """Digits are tokens by themselves here: nothing sticks out, so the next byte is the first of the next token."""
     model, tokenizer = embedded
     lm = ByteLM(model, tokenizer)
     text = "Rome, the year 199"

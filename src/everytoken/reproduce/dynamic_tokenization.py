@@ -77,7 +77,8 @@ def run(context: Context) -> Arms:
     from ..core.loading import load_model, load_tokenizer
     from ..tokenization.dynamic_prefill import DynamicPrefill
     from ..tokenization.dynamic_tokenization import DynamicTokenizer
-    from ..tokenization.hyper import Embedder, HyperEmbedding, MeanEmbedding
+    from ..tokenization.embedding import Embedder
+    from ..tokenization.hyper import HyperEmbedding, MeanEmbedding
 
     tokenizer, model = load_tokenizer(context.model), load_model(context.model, dtype="float32", packed=True)
     embedders: dict[str, Embedder] = {

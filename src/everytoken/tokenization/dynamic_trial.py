@@ -1,6 +1,6 @@
 """Dynamic tokenization's own trial: a prompt read in fewer positions, and what the model says after it.
 
-The arms are the prompt without merges, each method, and each method with the mean of the pieces in place of the hypernetwork.
+The prompt is read without merges, with each method, and with the mean of the pieces in place of the hypernetwork.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from ..core.loading import load_model, load_tokenizer
 from ..decoding.trial import TrialRequest, TrialResult
 from .dynamic_prefill import DynamicPrefill
 from .dynamic_tokenization import DynamicTokenizer
-from .hyper import Embedder, HyperEmbedding, MeanEmbedding
+from .embedding import Embedder
+from .hyper import HyperEmbedding, MeanEmbedding
 from .trials.inputs import sampling_of, seed_of, text_of
 
 EXAMPLE = (
