@@ -27,8 +27,8 @@ from transformers import DynamicCache
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from draft_prompts import draft_prompts
 from everytoken.core.loading import load_model, load_tokenizer
-from everytoken.generation.drafts.configuration_feature_draft import FeatureDraftConfig
-from everytoken.generation.drafts.modeling_feature_draft import FeatureDraftForCausalLM
+from everytoken.generation.speculative.configuration_feature_draft import FeatureDraftConfig
+from everytoken.generation.speculative.modeling_feature_draft import FeatureDraftForCausalLM
 
 FAST_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 TEMPERATURES = (0.0, 0.0, 0.5, 0.8, 1.0)

@@ -90,7 +90,7 @@ class Bomb:
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
 def test_pickles_are_refused_and_never_read(name, tmp_path):
-    from everytoken.generation.drafts import load_draft
+    from everytoken.generation.speculative import load_draft
     from everytoken.tokenization.hyper import HyperEmbedding
 
     tiny_llama(16).save_pretrained(tmp_path)

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from everytoken.core.errors import BadInputError, TokenizerMismatchError, UnsupportedModelError
 from everytoken.generation.dyspec import DySpec
-from everytoken.generation.trees import TokenTree, grow_tree
+from everytoken.generation.speculative.trees import TokenTree, grow_tree
 
 from ..conftest import tiny_llama
 from .common import ToyMatcher, check_distribution
@@ -145,7 +145,7 @@ def test_a_real_grammar_on_the_embedded_model(embedded):
     from everytoken.constraints.engine.vocabulary import TokenizerInfo
     from everytoken.constraints.grammar import Grammar
     from everytoken.constraints.xgrammar import XGrammar
-    from everytoken.generation.drafts import load_draft
+    from everytoken.generation.speculative import load_draft
 
     model, tokenizer = embedded
     compiled = GrammarCompiler(TokenizerInfo.from_huggingface(tokenizer, model.config.vocab_size)).compile_grammar(
@@ -464,7 +464,7 @@ def test_embedded_draft_is_lossless_and_useful(embedded):
 
 
 def test_embedded_draft_in_assisted_generation(embedded):
-    from everytoken.generation.drafts import load_draft
+    from everytoken.generation.speculative import load_draft
 
     model, tokenizer = embedded
     inputs = tokenizer("The capital of France is", return_tensors="pt")

@@ -1,4 +1,4 @@
-"""``everytoken train`` for every method of the station, on a tiny model: configuration, checkpoints, report, refusals."""
+"""``everytoken train`` for every method on a tiny model: configuration, checkpoints, report, refusals."""
 
 from __future__ import annotations
 
@@ -245,12 +245,12 @@ FIELDS_OF_0_1 = {
     "t-reg": "alpha base gamma pair_weight reduction better worse",
     "cdpo": "weight_chosen label_smoothing positive negative contrast guide_steps tune_lr guide_lora_r",
     "ift": "residual gamma propagation side norm top_k temperature residual_warmup noise detach_weights reduction",
-    "rto": "estimator dpo_reward_scale dpo_reward_clip init_kl_coef reward_scale reward_clip normalize_rewards gamma gae_lambda critic_lr "
-    "critic_epochs value_clip reward dpo guide_steps guide_lr num_generations num_iterations",
+    "rto": "estimator dpo_reward_scale dpo_reward_clip init_kl_coef reward_scale reward_clip normalize_rewards gamma "
+    "gae_lambda critic_lr critic_epochs value_clip reward dpo guide_steps guide_lr num_generations num_iterations",
 }
 SHARED_OF_0_1 = (
-    "steps epochs batch_size accumulation lr warmup lora_r dtype bf16 gradient_checkpointing max_length eval_share save_steps log_steps "
-    "samples sample_tokens seed resume"
+    "steps epochs batch_size accumulation lr warmup lora_r dtype bf16 gradient_checkpointing max_length eval_share "
+    "save_steps log_steps samples sample_tokens seed resume"
 )
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rich.table import Table
 
 from ..catalog.cards import Card, find_card
 from ..core.errors import BadInputError
+from ..core.progress import Report
 from ..core.settings import parse_settings, settable
 from ..decoding.trial import Trial, TrialResult
 
@@ -74,7 +75,7 @@ def leave_processes() -> None:
 
 
 @contextlib.contextmanager
-def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+def stages(console: Console) -> Iterator[Report]:
     """A progress bar for work in stages: yields ``report(stage, done, total)``; what follows a comma in the stage may change.
 
     Under ``accelerate launch`` only the first process shows it.
@@ -99,6 +100,18 @@ def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
             progress.update(task, description=text, completed=done, total=total or None)
 
         yield report
+
+
+def lines(console: Console) -> Report:
+    """A report that prints a line a stage, when the stage begins."""
+    stage = [""]
+
+    def report(text: str, _done: int, _total: int) -> None:
+        if text.split(",")[0] != stage[0]:
+            stage[0] = text.split(",")[0]
+            console.print(f"{text} ...", style="dim", highlight=False)
+
+    return report
 
 
 def print_outcome(figures: dict[str, float], files: Iterable[Path], console: Console) -> None:

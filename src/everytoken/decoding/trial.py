@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.errors import BadInputError
+from ..core.progress import Report, silent
 from ..core.scoring import check_prompt, encode_prompt
 from ..core.trace import TokenTrace
 
@@ -43,7 +44,7 @@ class TrialRequest:
         data: a file of the user's, or None.
         options: further options by name (``max_new_tokens``, ``temperature``, ``dtype``, ``seed``).
         stream: called with pieces of text as they appear.
-        report: called with a line on what is being done.
+        report: called with ``(stage, done, total)``.
     """
 
     trials: list[Trial]
@@ -52,7 +53,7 @@ class TrialRequest:
     data: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     stream: Callable[[str], None] = lambda _text: None
-    report: Callable[[str], None] = lambda _line: None
+    report: Report = silent
 
 
 @dataclass
@@ -108,7 +109,7 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
     from ..core.rng import seed_everything
 
     options = request.options
-    request.report("loading the model")
+    request.report("loading the model", 0, 0)
     tokenizer = load_tokenizer(request.model)
     inputs = encode_prompt(tokenizer, prompt)
     length = inputs["input_ids"].shape[1]
@@ -132,7 +133,7 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             request.stream(text)
 
-    request.report("warming up")
+    request.report("warming up", 0, 0)
     model.generate(**inputs, max_new_tokens=4, do_sample=False)
     rows: dict[str, dict[str, float]] = {}
     result = TrialResult(rows, "tokens per second")
@@ -147,13 +148,13 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
         rows[name] = {"tokens per second": len(new) / seconds, "new tokens": len(new), "seconds": seconds} | extra
         result.texts[name] = tokenizer.decode(new, skip_special_tokens=True)
 
-    request.report("plain decoding")
+    request.report("plain decoding", 0, 0)
     seed_everything(seed)
     began = time.perf_counter()
     output = model.generate(**inputs, **arguments)
     record("plain generate", output, time.perf_counter() - began, {"target forwards": float(output.shape[1] - length)})
     for name, decoder in decoders.items():
-        request.report(f"decoding with {name}")
+        request.report(f"decoding with {name}", 0, 0)
         decoder.load_helpers(model)  # loading is not decoding: keep it out of the time
         began = time.perf_counter()
         decoder.prepare(tokenizer, model.config.get_text_config().vocab_size)

@@ -46,8 +46,8 @@ from ..decoding.call import DecodingCall
 from ..decoding.checks import check_croppable, check_same_vocabulary, check_unread
 from ..decoding.matcher import Matcher, fill_mask
 from ..decoding.row import DecodingRow, attention_mask_for, read_on
-from .drafting import DraftSession
-from .trees import Candidates, Expand, TokenTree, grow_tree
+from .speculative.drafting import DraftSession
+from .speculative.trees import Candidates, Expand, TokenTree, grow_tree
 
 # Processors that look at one row of scores and not at the text before it: they can run on all nodes at once.
 PATH_FREE = (
@@ -105,13 +105,13 @@ class DySpec(Decoder):
         """
         super().check_model(config)
         if self.draft_model is None:
-            from .drafts import check_draft_ships
+            from .speculative import check_draft_ships
 
             check_draft_ships(config)
 
     def load_helpers(self, model: PreTrainedModel) -> None:
         if self.draft_model is None:
-            from .drafts import load_draft
+            from .speculative import load_draft
 
             self.draft_model = load_draft(model)
 

@@ -11,9 +11,9 @@ The large model reads all tokens since its last turn in one forward. Both caches
 
     large.generate(**inputs, custom_generate=R2R(small, router="folder"))
 
-``everytoken train r2r`` makes the labels and trains the router (``r2r_training``); ``EntropyRouter`` and ``AleatoricRouter`` are the
-baselines that need no training. A ``FeatureDraftForCausalLM`` can be the small model too: it reads the large one's hidden states
-where there are any and its own elsewhere (the large model then writes the first token).
+``everytoken train r2r`` makes the labels and trains the router (``routing.training``); ``EntropyRouter`` and
+``AleatoricRouter`` are the baselines that need no training. A ``FeatureDraftForCausalLM`` can be the small model too: it reads
+the large one's hidden states where there are any and its own elsewhere (the large model then writes the first token).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from ..decoding.call import DecodingCall, DecodingStats
 from ..decoding.checks import check_croppable, check_same_vocabulary, check_unread
 from ..decoding.matcher import Matcher
 from ..decoding.row import DecodingRow, read_on
-from .drafting import DraftSession
-from .trees import TokenTree
+from .speculative.drafting import DraftSession
+from .speculative.trees import TokenTree
 
 
 # -- routers -------------------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ class LearnedRouter:
         self.threshold = float(network.config.threshold)
 
     def __call__(self, hidden: torch.Tensor, embedding: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        from .routers.modeling_token_router import top_logits
+        from .routing.modeling_token_router import top_logits
 
         config = self.network.config
         if hidden.shape[-1] != config.state_size or embedding.shape[-1] != config.embedding_size:
@@ -105,8 +105,8 @@ def as_router(value: Any) -> Router:
     Raises:
         BadInputError: nothing of the kind.
     """
-    from .routers import load_router
-    from .routers.modeling_token_router import TokenRouter
+    from .routing import load_router
+    from .routing.modeling_token_router import TokenRouter
 
     if value is None or value == "entropy":
         return EntropyRouter()
@@ -183,7 +183,7 @@ class DraftWriter(Writer):
 
 
 def is_feature_draft(small: PreTrainedModel) -> bool:
-    from .drafts.modeling_feature_draft import FeatureDraftForCausalLM
+    from .speculative.modeling_feature_draft import FeatureDraftForCausalLM
 
     return isinstance(small, FeatureDraftForCausalLM)
 
@@ -251,13 +251,13 @@ class R2R(Decoder):
         """
         super().check_model(config)
         if self.small_model is None:
-            from .drafts import check_draft_ships
+            from .speculative import check_draft_ships
 
             check_draft_ships(config)
 
     def load_helpers(self, model: PreTrainedModel) -> None:
         if self.small_model is None:
-            from .drafts import load_draft
+            from .speculative import load_draft
 
             self.small_model = load_draft(model)
         elif isinstance(self.small_model, str):

@@ -38,7 +38,7 @@ WHY_SHAPE = "Same draft and number of nodes; the paper compares with Sequoia and
 def kary_decoder(draft: Any, branching: tuple[int, ...]) -> Any:
     """A DySpec whose tree has a fixed shape: every node of depth i has ``branching[i]`` children."""
     from ..generation.dyspec import DySpec
-    from ..generation.trees import TokenTree
+    from ..generation.speculative.trees import TokenTree
 
     @dataclass
     class FixedTree(DySpec):
@@ -59,8 +59,8 @@ def kary_decoder(draft: Any, branching: tuple[int, ...]) -> Any:
 
 def run(context: Context) -> Arms:
     from ..core.loading import load_model, load_tokenizer
-    from ..generation.drafts import load_draft
     from ..generation.dyspec import DySpec
+    from ..generation.speculative import load_draft
 
     tokenizer = load_tokenizer(context.model)
     model, untouched = load_model(context.model, packed=True), load_model(context.model)

@@ -50,15 +50,10 @@ def solved(model: Any, tokenizer: Any, prompts: list[str]) -> float:
 
 def run(context: Context) -> Arms:
     from ..generation.r2r import R2R, EntropyRouter, LearnedRouter
-    from ..generation.r2r_training import (
-        AnswerVerifier,
-        label,
-        split_by_prompt,
-        threshold_for_share,
-        train_router,
-        values,
-    )
-    from ..generation.routers.configuration_token_router import TokenRouterConfig
+    from ..generation.routing.configuration_token_router import TokenRouterConfig
+    from ..generation.routing.labels import label
+    from ..generation.routing.training import split_by_prompt, threshold_for_share, train_router, values
+    from ..generation.routing.verifiers import AnswerVerifier
 
     tokenizer = character_tokenizer(CHARACTERS)
     vocab = len(tokenizer)

@@ -7,22 +7,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import ClassVar, cast
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import BadInputError
+from ..core.trace import TokenTrace, Value
+from ..decoding.base import Example
+from ..decoding.call import DecodingCall, DecodingStats
+from ..decoding.checks import check_prompt, split_rows
+from ..decoding.loop import LoopDecoder
 from .dynamic_tokenization import DynamicTokenizer
 
 
 @dataclass
-class DynamicPrefill:
+class DynamicPrefillStats(DecodingStats):
+    """Counters of a call.
+
+    Attributes:
+        positions: positions of the prompts, padding left out.
+        prompts: each row's tokens.
+        pieces: for each of them how many base tokens its position holds.
+    """
+
+    positions: int = 0
+    prompts: list[list[int]] = field(default_factory=list)
+    pieces: list[list[int]] = field(default_factory=list)
+
+
+@dataclass
+class DynamicPrefill(LoopDecoder):
     """Reads a prompt in fewer positions, then decodes as usual; a ``custom_generate`` for transformers.
 
     Args:
         dynamic: with an embedder.
         keep_last: base tokens at the prompt's end that stay as they are (the next token depends on them most).
+
+    What is returned is ``[B, T + new]``: the prompt's tokens stay the base tokenizer's. Everything after the prompt is
+    transformers' own loop, with the merged prompts as ``inputs_embeds``. The trace has ``pieces in the token`` for every token
+    of prompt and answer.
 
     Raises:
         BadInputError: a tokenizer without an embedder.
@@ -30,96 +56,97 @@ class DynamicPrefill:
 
     dynamic: DynamicTokenizer
     keep_last: int = 1
+    stats_type: ClassVar[type[DecodingStats]] = DynamicPrefillStats
+    trace_columns: ClassVar[tuple[str, ...]] = ("pieces in the token",)
+    colour: ClassVar[str] = "pieces in the token"
+    station: ClassVar[str] = "tokenization"
+    carries: ClassVar[frozenset[str] | None] = frozenset()
+    changes_model: ClassVar[bool] = False
+    continues: ClassVar[bool] = False
+    extrapolates: ClassVar[bool] = True
+    lossless: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.dynamic.embedder is None:
             raise BadInputError("The dynamic tokenizer has no embedder.", "Pass embedder=MeanEmbedding(model), say.")
         if self.keep_last < 0:
             raise BadInputError(f"keep_last must not be negative; got {self.keep_last}.")
-        self.positions = 0
-        """Positions of the last call's prompts, padding left out."""
 
-    @torch.inference_mode()
-    def __call__(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
-        generation_config: Any = None,
-        **model_kwargs: Any,
-    ) -> torch.Tensor:
-        """As ``generate``: ``[B, T + new]``; the prompt's tokens are the base tokenizer's.
+    @property
+    def stats(self) -> DynamicPrefillStats:
+        return cast(DynamicPrefillStats, super().stats)
+
+    @property
+    def positions(self) -> int:
+        """Positions of the last call's prompts, padding left out."""
+        return self.stats.positions
+
+    def figures(self) -> dict[str, float]:
+        return super().figures() | {"positions": float(self.positions)}
+
+    def check_call(self, call: DecodingCall[DynamicPrefillStats]) -> None:
+        """Merges the prompts and hands them to the call as ``inputs_embeds``.
 
         Raises:
-            BadInputError: padding on the right, a filled cache, or a generation mode that is not plain decoding.
+            BadInputError: padding on the right, or a prompt that is too long after its merges.
         """
-        from transformers import DynamicCache
-
-        from ..decoding.base import check_empty_cache, check_prompt, join_rows, refuse_unsupported, split_rows
-
-        refuse_unsupported("DynamicPrefill", generation_config, bool(model_kwargs.get("synced_gpus")))
-        check_empty_cache("DynamicPrefill", model_kwargs.get("past_key_values"))
-        rows = [ids.tolist() for ids, _ in split_rows(input_ids, model_kwargs.get("attention_mask"))]
+        rows = [ids.tolist() for ids, _ in split_rows(call.input_ids, call.attention_mask)]
         cuts = [max(0, len(row) - self.keep_last) for row in rows]
-        heads = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
-        tails = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
-        parts: list[torch.Tensor] = []
-        some = [row for row in heads if row]
+        some = [row[:cut] for row, cut in zip(rows, cuts, strict=True) if cut]
         batch = self.dynamic(some) if some else None
         embedder, place = self.dynamic.embedder, 0
         assert embedder is not None
-        for head, tail in zip(heads, tails, strict=True):
-            vectors = []
-            if head:
-                assert batch is not None and batch.inputs_embeds is not None
+        parts: list[torch.Tensor] = []
+        for row, cut in zip(rows, cuts, strict=True):
+            vectors, pieces = [], [1] * (len(row) - cut)
+            if cut:
+                assert batch is not None
+                assert batch.inputs_embeds is not None
                 vectors.append(batch.inputs_embeds[place][batch.attention_mask[place].bool()])
+                pieces = [end - first for first, end in batch.spans[place] for _ in range(first, end)] + pieces
                 place += 1
-            if tail:
-                vectors.append(embedder.base(torch.tensor(tail)))
+            if cut < len(row):
+                with torch.no_grad():
+                    vectors.append(embedder.base(torch.tensor(row[cut:])))
             parts.append(torch.cat(vectors))
-        self.positions = sum(map(len, parts))
+            call.stats.prompts.append(row)
+            call.stats.pieces.append(pieces)
         width = max(map(len, parts))
-        check_prompt(model, width)
+        check_prompt(call.model, width)
         embeds = parts[0].new_zeros(len(parts), width, parts[0].shape[-1])
         mask = torch.zeros(len(parts), width, dtype=torch.long, device=embeds.device)
         for number, part in enumerate(parts):
             embeds[number, width - len(part) :] = part
             mask[number, width - len(part) :] = 1
-        cache = DynamicCache(config=model.config)
-        logits = self._step(model, cache, mask, inputs_embeds=embeds)
-        texts, new = input_ids, [[] for _ in rows]  # type: ignore[var-annotated]
-        alive = torch.ones(len(rows), dtype=torch.bool, device=input_ids.device)
-        pad = generation_config.pad_token_id or 0
-        while True:
-            scores = logits.float()
-            if logits_processor is not None:
-                scores = logits_processor(texts, scores)
-            if generation_config.do_sample:
-                chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0]
-            else:
-                chosen = scores.argmax(-1)
-            chosen = torch.where(alive, chosen, pad)
-            for number in alive.nonzero()[:, 0].tolist():
-                new[number].append(int(chosen[number]))
-            texts = torch.cat([texts, chosen[:, None]], 1)
-            if stopping_criteria is not None:
-                alive = alive & ~stopping_criteria(texts, None)
-            if not alive.any():
-                return join_rows(input_ids, new, generation_config)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            logits = self._step(model, cache, mask, input_ids=chosen[:, None])
+        call.stats.positions = sum(map(len, parts))
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        call.model_kwargs |= {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
 
-    @staticmethod
-    def _step(model: Any, cache: Any, mask: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        size = next(iter(inputs.values())).shape[1]
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -size:]
-        output = model(
-            **inputs,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1]
+    def applied(self, call: DecodingCall[DynamicPrefillStats]) -> AbstractContextManager[None]:
+        return nullcontext()  # only the prompt is another
+
+    def finished(
+        self, call: DecodingCall[DynamicPrefillStats], sequences: torch.Tensor, new: list[list[int]]
+    ) -> None:
+        if not self.trace_enabled or len(new) != len(call.input_ids):
+            return
+        for tokens, prompt, pieces in zip(new, call.stats.prompts, call.stats.pieces, strict=True):
+            columns: dict[str, list[Value]] = {"pieces in the token": [*pieces, *[1] * len(tokens)]}
+            call.trace.append(TokenTrace(prompt + tokens, columns=columns, station=self.station))
+
+    @classmethod
+    def examples(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> dict[str, Example]:
+        from .hyper import MeanEmbedding
+
+        assert tokenizer is not None
+        embedder = MeanEmbedding(model)
+        whole = DynamicTokenizer(tokenizer, merges=0, embedder=embedder)
+        merged = DynamicTokenizer(tokenizer, merges=1, boundary="sentence", embedder=embedder)
+        refuses = frozenset({"past_key_values"})
+        return {
+            "no merges": Example(lambda **settings: cls(whole, **settings), exact=True, refuses=refuses),
+            # merges follow the batch: a row alone is merged otherwise
+            "merged": Example(lambda **settings: cls(merged, **settings), padding_exact=False, refuses=refuses),
+        }

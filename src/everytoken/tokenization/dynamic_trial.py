@@ -32,7 +32,7 @@ def trial(request: TrialRequest) -> TrialResult:
     text = text_of(request, EXAMPLE)
     tokenizer = load_tokenizer(request.model)
     dynamics = {item.name: item.factory(tokenizer, **item.settings) for item in request.trials}
-    request.report("loading the model")
+    request.report("loading the model", 0, 0)
     model = load_model(request.model, dtype=request.options.get("dtype", "auto"), packed=True)
     mean = MeanEmbedding(model)
     result = TrialResult({}, "positions", column="pieces in the token")
@@ -52,7 +52,7 @@ def trial(request: TrialRequest) -> TrialResult:
     length = int(request.options.get("max_new_tokens", 32))
     one = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
     for name, (dynamic, embedder) in arms.items():
-        request.report(f"running {name}")
+        request.report(f"running {name}", 0, 0)
         dynamic.embedder = embedder
         prefill = DynamicPrefill(dynamic)
         torch.manual_seed(seed_of(request))

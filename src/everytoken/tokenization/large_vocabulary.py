@@ -22,12 +22,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import BadInputError, UnsupportedModelError, require
+from ..decoding.base import Decoder, Example
+from ..decoding.call import DecodingCall, DecodingStats
+from ..decoding.row import DecodingRow
 from .embedding import Embedder
 
 CHUNK = 4096
@@ -49,7 +53,18 @@ WARPERS = {
 
 
 @dataclass
-class LargeVocabulary:
+class LargeVocabularyStats(DecodingStats):
+    """Counters of a call.
+
+    Attributes:
+        chosen: each row's tokens, as pieces.
+    """
+
+    chosen: list[list[tuple[int, ...]]] = field(default_factory=list)
+
+
+@dataclass
+class LargeVocabulary(Decoder):
     """A decoder over the model's tokens and many more; a ``custom_generate`` for transformers.
 
     Args:
@@ -59,7 +74,8 @@ class LargeVocabulary:
         index: ``"hnsw"``, or ``"exact"`` (every inner product).
         connectivity, expansion_add, expansion_search: of the HNSW graph: links a node, and candidates while building and searching.
 
-    After a call ``steps`` counts forward passes and ``chosen`` holds each row's tokens (as pieces).
+    Text is returned in the model's own tokens; rows are decoded one after the other. After a call ``steps`` counts forward
+    passes and ``chosen`` holds each row's tokens (as pieces). The trace has ``pieces in the token``.
 
     Raises:
         BadInputError: a new token without pieces, or a setting out of its range.
@@ -72,6 +88,12 @@ class LargeVocabulary:
     connectivity: int = 16
     expansion_add: int = 128
     expansion_search: int = 320
+    stats_type: ClassVar[type[DecodingStats]] = LargeVocabularyStats
+    trace_columns: ClassVar[tuple[str, ...]] = ("pieces in the token",)
+    colour: ClassVar[str] = "pieces in the token"
+    station: ClassVar[str] = "tokenization"
+    continues: ClassVar[bool] = False
+    lossless: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.index not in ("hnsw", "exact"):
@@ -80,13 +102,25 @@ class LargeVocabulary:
             raise BadInputError(f"top_k is at least 1; got {self.top_k}.")
         if any(not item for item in self.tokens):
             raise BadInputError("A new token has no pieces.", "DynamicTokenizer.vocabulary makes tokens with pieces.")
-        self.steps = 0
-        self.chosen: list[list[tuple[int, ...]]] = []
-        self._model: Any = None
+        self._model: PreTrainedModel | None = None
+
+    @property
+    def stats(self) -> LargeVocabularyStats:
+        return cast(LargeVocabularyStats, super().stats)
+
+    @property
+    def steps(self) -> int:
+        """Forward passes of the last call."""
+        return self.stats.target_forwards
+
+    @property
+    def chosen(self) -> list[list[tuple[int, ...]]]:
+        """Each row's tokens of the last call, as pieces."""
+        return self.stats.chosen
 
     @torch.no_grad()
     def build(
-        self, model: Any, sample: Sequence[Sequence[int]] | None = None, progress: bool = False
+        self, model: PreTrainedModel, sample: Sequence[Sequence[int]] | None = None, progress: bool = False
     ) -> LargeVocabulary:
         """Makes all embeddings and the index; returns itself.
 
@@ -140,7 +174,7 @@ class LargeVocabulary:
                     self._graphs.append(graph)
         return self
 
-    def _turns(self, model: Any, sample: Sequence[Sequence[int]] | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _turns(self, model: PreTrainedModel, sample: Sequence[Sequence[int]] | None) -> tuple[torch.Tensor, torch.Tensor]:
         """``C^(1/2)`` and ``C^(-1/2)`` of a sample's hidden states, ``[d, d]`` each."""
         if sample is None:
             flat = [piece for item in self.tokens[:SAMPLE] for piece in item][:SAMPLE] or list(
@@ -190,65 +224,60 @@ class LargeVocabulary:
         true, found = self.nearest(hidden, True)[0][:, :top], self.nearest(hidden)[0]
         return float((true[:, :, None] == found[:, None, :]).any(-1).float().mean())
 
-    @torch.inference_mode()
-    def __call__(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
-        generation_config: Any = None,
-        **model_kwargs: Any,
-    ) -> torch.Tensor:
-        """As ``generate``: ``[B, T + new]`` in the model's own tokens; rows are decoded one after the other.
-
-        Raises:
-            BadInputError: not built for this model, a processor that looks at token ids, a filled cache, or padding on the right.
-        """
-        from ..decoding.base import check_empty_cache, check_prompt, join_rows, refuse_unsupported, split_rows
-
-        if self._model is not model:
+    def check_call(self, call: DecodingCall[LargeVocabularyStats]) -> None:
+        """Raises BadInputError for another model than the index was built for, a processor that looks at token ids, or scores of
+        the model's own vocabulary."""
+        if self._model is not call.model:
             raise BadInputError("The index was built for another model, or not at all.", "Call build(model) first.")
-        refuse_unsupported("LargeVocabulary", generation_config, bool(model_kwargs.get("synced_gpus")))
-        odd = [type(item).__name__ for item in logits_processor or [] if type(item).__name__ not in WARPERS]
+        odd = [type(item).__name__ for item in call.processors if type(item).__name__ not in WARPERS]
         if odd:
             raise BadInputError(
                 f"{', '.join(odd)} works on the model's own token ids, not on a large vocabulary.", "Leave it out."
             )
-        check_empty_cache("LargeVocabulary", model_kwargs.get("past_key_values"))
-        self.steps, self.chosen, new = 0, [], []
-        for ids, _ in split_rows(input_ids, model_kwargs.get("attention_mask")):
-            check_prompt(model, len(ids))
-            new.append(
-                self._decode(model, ids, input_ids.shape[1], logits_processor, stopping_criteria, generation_config)
+        if call.wants:
+            raise BadInputError(
+                f"LargeVocabulary scores top_k tokens of another vocabulary; {' and '.join(call.wants)} cannot be given.",
+                "Leave it out.",
             )
-        return join_rows(input_ids, new, generation_config)
 
-    def _decode(
-        self, model: Any, ids: torch.Tensor, width: int, processors: Any, criteria: Any, config: Any
-    ) -> list[int]:
-        from transformers import DynamicCache
-
-        cache, text, inputs = DynamicCache(config=model.config), ids[None], {"input_ids": ids[None]}
-        room = config.max_length - width
-        new: list[int] = []
-        self.chosen.append([])
+    def decode_row(self, call: DecodingCall[LargeVocabularyStats], row: DecodingRow) -> None:
+        """A forward, the nearest tokens, one of them, and its embedding as the next input."""
+        inputs = {"input_ids": row.ids[:, len(row.padding) :]}
+        chosen: list[tuple[int, ...]] = []
+        call.stats.chosen.append(chosen)
         while True:
-            hidden = model.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-            self.steps += 1
-            numbers, scores = self.nearest(hidden)
-            if processors is not None:
-                scores = processors(text, scores)
-            place = int(torch.multinomial(scores.softmax(-1), 1)) if config.do_sample else int(scores.argmax(-1))
-            number = int(numbers[0, place])
-            for piece in self.pieces(number):  # one by one, so that criteria stop inside a long token too
-                new.append(piece)
-                text = torch.cat([text, text.new_tensor([[piece]])], 1)
-                if len(new) >= room or (criteria is not None and bool(criteria(text, None)[0])):
-                    self.chosen[-1].append(self.pieces(number))
-                    return new
-            self.chosen[-1].append(self.pieces(number))
+            output = call.model.base_model(**inputs, past_key_values=row.cache, use_cache=True)
+            call.stats.target_forwards += 1
+            numbers, logits = self.nearest(output.last_hidden_state[:, -1])
+            number = int(numbers[0, row.choose(row.processed(logits[0]))])
+            pieces = self.pieces(number)
+            chosen.append(pieces)
+            for piece in pieces:  # one by one, so that criteria stop inside a long token too
+                if row.append(piece, **{"pieces in the token": len(pieces)}):
+                    return
             if number < self._size:
-                inputs = {"input_ids": torch.tensor([[number]], device=ids.device)}
+                inputs = {"input_ids": torch.tensor([[number]], device=row.device)}
             else:
-                inputs = {"inputs_embeds": self._inputs[number - self._size][None, None].to(model.dtype)}
+                inputs = {"inputs_embeds": self._inputs[number - self._size][None, None].to(call.model.dtype)}
+
+    @classmethod
+    def examples(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> dict[str, Example]:
+        from .hyper import MeanEmbedding
+
+        embedder = MeanEmbedding(model)
+        size = model.config.get_text_config().vocab_size
+        pairs = [(first, second) for first in range(2, size) for second in range(2, size)]
+
+        def build(tokens: list[tuple[int, ...]], **settings: Any) -> LargeVocabulary:
+            return cls(tokens, embedder, top_k=size, index="exact", **settings).build(model)
+
+        refuses = frozenset(
+            {"past_key_values", "output_scores", "output_logits", "repetition_penalty", "no_repeat_ngram_size",
+             "min_new_tokens", "suppress_tokens"}
+        )  # fmt: skip
+        return {
+            "no new tokens": Example(lambda **settings: build([], **settings), exact=True, refuses=refuses),
+            "pairs": Example(lambda **settings: build(pairs, **settings), refuses=refuses),
+        }

@@ -1,4 +1,6 @@
-"""A training report: one self-contained HTML file with figures, curves, texts before and after, and credit token by token."""
+"""A training report: one self-contained HTML file with figures, curves, texts before and after, and credit token by
+token.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,15 @@ from ..core.trace import TokenTrace
 from ..core.trace_html import render_html
 
 _STYLE = """<style>
-.figures { border-collapse: collapse; margin: .5rem 0 1rem; } .figures td { padding: .15rem 1.5rem .15rem 0; vertical-align: top; }
-.figures td:first-child { color: var(--dim); } .figures td:last-child { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.figures { border-collapse: collapse; margin: .5rem 0 1rem; }
+.figures td { padding: .15rem 1.5rem .15rem 0; vertical-align: top; }
+.figures td:first-child { color: var(--dim); }
+.figures td:last-child { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1rem; margin: .5rem 0 1rem; }
 .curves svg { width: 100%; height: auto; border-radius: 8px; border: 1px solid var(--line); }
-.samples { border-collapse: collapse; width: 100%; margin-bottom: 1.5rem; } .samples td, .samples th { border-bottom: 1px solid var(--line); padding: .4rem 1rem .4rem 0; text-align: left; vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere; width: 33%; }
+.samples { border-collapse: collapse; width: 100%; margin-bottom: 1.5rem; }
+.samples td, .samples th { border-bottom: 1px solid var(--line); padding: .4rem 1rem .4rem 0; width: 33%; }
+.samples td, .samples th { text-align: left; vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere; }
 </style>"""
 
 

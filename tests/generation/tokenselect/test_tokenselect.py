@@ -19,7 +19,7 @@ from everytoken.generation.tokenselect import (
     votes,
 )
 
-from ..conftest import tiny_llama
+from ...conftest import tiny_llama
 
 PROMPT = torch.randint(1, 13, (1, 60), generator=torch.Generator().manual_seed(0))
 

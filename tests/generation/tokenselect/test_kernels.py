@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from everytoken.generation.tokenselect.attention import Rotation, _attend, find_rotary
 from everytoken.generation.tokenselect.kernels import attend_rotated, top_indices
 
-from ..conftest import tiny_llama
+from ...conftest import tiny_llama
 
 
 @given(seed=st.integers(0, 10_000), size=st.integers(1, 400), kind=st.sampled_from(["plain", "ties", "tiny", "zeros"]))

@@ -9,12 +9,12 @@ import torch
 from transformers import DynamicCache
 
 from everytoken.core.errors import EverytokenError, UnsupportedModelError
-from everytoken.generation.drafts import draft_folder, load_draft
-from everytoken.generation.drafts.configuration_feature_draft import FeatureDraftConfig
-from everytoken.generation.drafts.modeling_feature_draft import FeatureDraftForCausalLM, FeatureTap
 from everytoken.generation.dyspec import DySpec
+from everytoken.generation.speculative import draft_folder, load_draft
+from everytoken.generation.speculative.configuration_feature_draft import FeatureDraftConfig
+from everytoken.generation.speculative.modeling_feature_draft import FeatureDraftForCausalLM, FeatureTap
 
-from ..conftest import tiny_llama
+from ...conftest import tiny_llama
 
 
 def tiny_draft(target, vocab=9, seed=0):

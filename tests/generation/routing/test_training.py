@@ -11,18 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everytoken.core.errors import BadInputError
-from everytoken.generation.r2r_training import (
-    DIVERGENT,
-    IDENTICAL,
-    NEUTRAL,
-    AnswerVerifier,
-    Diary,
-    JudgeVerifier,
-    Labels,
+from everytoken.generation.routing.configuration_token_router import TokenRouterConfig
+from everytoken.generation.routing.labels import DIVERGENT, IDENTICAL, NEUTRAL, Diary, Labels, label
+from everytoken.generation.routing.training import (
     R2RTraining,
-    SimilarityVerifier,
     choose_threshold,
-    label,
     read_prompts,
     run,
     split_by_prompt,
@@ -30,11 +23,11 @@ from everytoken.generation.r2r_training import (
     train_router,
     values,
 )
-from everytoken.generation.routers.configuration_token_router import TokenRouterConfig
+from everytoken.generation.routing.verifiers import AnswerVerifier, JudgeVerifier, SimilarityVerifier
 from everytoken.reproduce.small import character_tokenizer
 from everytoken.training.base import TrainingContext
 
-from ..conftest import tiny_llama
+from ...conftest import tiny_llama
 
 PROMPTS = ["abc", "cab", "bbbb", "a", "ccab"]
 
@@ -227,7 +220,7 @@ def test_the_pipeline_writes_a_router_and_goes_on_from_its_labels(pair, tmp_path
     prompts.write_text("\n".join("".join(rng.choices("abcdefgh", k=4)) for _ in range(10)) + "\n")
     config = R2RTraining(
         small=str(tmp_path / "small"),
-        verifier="tests.generation.test_r2r_training:last_letters",
+        verifier="tests.generation.routing.test_training:last_letters",
         max_new_tokens=8,
         width=16,
         num_blocks=1,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ..decoding.row import attention_mask_for
+from ...decoding.row import attention_mask_for
 from .trees import TokenTree
 
 
@@ -23,7 +23,7 @@ class DraftSession:
     """
 
     def __init__(self, draft: Any, target: PreTrainedModel, vocab: int):
-        from .drafts.modeling_feature_draft import FeatureDraftForCausalLM, FeatureTap
+        from .modeling_feature_draft import FeatureDraftForCausalLM, FeatureTap
 
         self.model, self.vocab = draft, vocab
         self.uses_features = isinstance(draft, FeatureDraftForCausalLM)
