@@ -71,24 +71,6 @@ def test_trials_run(factory, settings, data, arms, folder):
     assert any(note.startswith("it:") for note in result.notes)
 
 
-def test_the_unit_of_exact_bytes_is_honoured():
-    """One forward pass a byte, or one a token: what the settings say holds without saying it again."""
-    tokenizer = byte_level()
-    model = tiny_llama(len(tokenizer), eos=None, scale=0.3)
-    for unit in ("byte", "token"):
-        lm = ExactBytes(unit=unit).on(model, tokenizer)
-        assert lm.generate("hel", 12) == lm.generate("hel", 12, unit=unit)
-        other = "token" if unit == "byte" else "byte"
-        assert lm.generate("hel", 12, do_sample=True, seed=3) == lm.generate(
-            "hel", 12, do_sample=True, seed=3, unit=unit
-        )
-        assert lm.generate("hel", 12, do_sample=True, seed=3) != lm.generate(
-            "hel", 12, do_sample=True, seed=3, unit=other
-        )
-    with pytest.raises(BadInputError, match="unit is"):
-        lm.generate("a", unit="word")
-
-
 def test_methods_of_two_kinds_are_refused(folder):
     items = [Trial("a", StochasTok, {}), Trial("b", ExactBytes, {})]
     with pytest.raises(BadInputError, match="cannot be compared"):
