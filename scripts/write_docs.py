@@ -14,6 +14,7 @@ from pathlib import Path
 
 from everytoken.catalog.cards import Card, load_catalog
 from everytoken.catalog.house import Place, load_house
+from everytoken.core.charts import lines_svg
 from everytoken.core.results import formatted, formatted_interval
 from everytoken.reproduce.base import baseline_text, load_result, load_results, up_to_date
 from everytoken.reproduce.beds.frontier import frontier_svg
@@ -177,6 +178,20 @@ def selection_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def draft_curve() -> str:
+    """Held-out agreement of the shipped draft over its training, from the file beside its weights; stage 2 follows stage 1."""
+    path = ROOT / "src" / "everytoken" / "weights" / "dyspec-smollm2-135m" / "training.json"
+    lines: dict[str, list[list[tuple[float, float]]]] = {}
+    before = 0.0
+    for stage in json.loads(path.read_text())["stages"]:
+        for own in range(4):
+            points = [(before + point["seconds"] / 60, point["agreement"][own]) for point in stage["curve"]]
+            lines.setdefault(f"{own} own predictions before", []).append(points)
+        before += stage["curve"][-1]["seconds"] / 60
+    label = "share of held-out positions right"
+    return lines_svg(lines, "minutes of training on 2 cores; stage 2 holds out other rows", label, markers=False)
+
+
 def bench_table(name: str) -> str:
     """A benchmark's rows as Markdown."""
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
@@ -208,6 +223,7 @@ def main() -> None:
     (DOCS / "assets" / "bench-attention.md").write_text(bench_table("attention"), encoding="utf-8")
     (DOCS / "assets" / "bench-preference.md").write_text(bench_table("preference"), encoding="utf-8")
     (DOCS / "assets" / "bench-generation.md").write_text(bench_table("generation"), encoding="utf-8")
+    (DOCS / "assets" / "draft-curve.svg").write_text(draft_curve(), encoding="utf-8")
     frontier = [ROOT / "results" / f"{name}.json" for name in ("tdpo", "tgdpo", "t-reg")]
     if all(path.is_file() for path in frontier):
         picture = frontier_svg([load_result(path) for path in frontier])
