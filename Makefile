@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 # Tests run in so many processes, one thread each: two cores are busy then, and 3 GB of memory a process are enough.
 WORKERS ?= 2
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test test-full test-all lint bench docs clean
 
 $(VENV)/.base: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,9 +27,24 @@ demo: $(VENV)/.base ## install, then the main job, offline, on the embedded mode
 	@echo "  $(BIN)/everytoken try stochastok --prompt 'strawberry' --set expand_prop=1"
 	@echo "  $(BIN)/everytoken compare dyspec dyspec:threshold=none dyspec:budget=4 --plot dyspec.svg"
 
-test: $(VENV)/.dev ## the test suite, slow tests too
+# Tests come in two tiers. `make test` is what every commit must pass: tiny models, within one process. `make test-full` adds what
+# is slow: the embedded model, real processes, and the quick experiments of the methods that changed since the commit SINCE.
+# `make test-all` is both, with every experiment.
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=30
+SINCE ?=
+
+test: $(VENV)/.dev ## the commit tier: a few minutes
+	$(PYTEST)
+
+test-full: $(VENV)/.suite ## the slow tier; SINCE=commit chooses the experiments
+	$(PYTEST) -m slow --reproductions=changed --since='$(SINCE)'
+
+test-all: $(VENV)/.suite ## everything
+	$(PYTEST) -m ""
+
+$(VENV)/.suite: $(VENV)/.dev scripts/fetch_suite.py
 	$(BIN)/python scripts/fetch_suite.py $(VENV)/json-schema-test-suite
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "" -n $(WORKERS) --dist worksteal
+	touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests scripts benchmarks

@@ -91,11 +91,11 @@ def build(name, settings, load_model, tokenizer, pairs, clock):
     from everytoken.preference.cdpo import CDPOLoss
     from everytoken.preference.dpo import DPOLoss
     from everytoken.preference.ift import IFTSettings, IFTTrainer
-    from everytoken.reinforcement.rto import RTOConfig, RTOTrainer
     from everytoken.preference.t_reg import TREGLoss
     from everytoken.preference.tdpo import TDPOLoss
     from everytoken.preference.tgdpo import TGDPOLoss
     from everytoken.preference.trainer import PreferenceTrainer
+    from everytoken.reinforcement.rto import RTOConfig, RTOTrainer
 
     model, common = load_model(dtype="float32"), dict(processing_class=tokenizer, callbacks=[clock])
     if name in ("TRL DPO", *FAMILIES["TRL DPO"]):

@@ -1,4 +1,4 @@
-"""Writes the pages that are derived: one per method and per station from cards, docstrings and results; the scoreboard.
+"""Writes the pages that are derived: a page a method and a station, the list of methods, the reference, the scoreboard.
 
 They are made anew for every build of the site and (but for the scoreboard, which the README links to) not committed.
 """
@@ -12,12 +12,16 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from everytoken.catalog.cards import STATIONS, Card, load_catalog
-from everytoken.reproduce.base import formatted, load_results, scoreboard
+from everytoken.catalog.cards import Card, load_catalog
+from everytoken.catalog.house import Place, load_house
+from everytoken.core.charts import lines_svg
+from everytoken.core.results import formatted, formatted_interval
+from everytoken.reproduce.base import baseline_text, load_result, load_results, up_to_date
+from everytoken.reproduce.beds.frontier import frontier_svg
 from everytoken.reproduce.dynamic_tokenization import curve_svg as dynamic_curve
-from everytoken.reproduce.frontier import frontier_svg
 from everytoken.reproduce.r2r import curve_svg as r2r_curve
 from everytoken.reproduce.rto import curve_svg as rto_curve
+from everytoken.reproduce.scoreboard import scoreboard
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -68,7 +72,7 @@ def method_page(card: Card) -> str:
     runnable = card.implementation and card.station != "catalog"
     if runnable:
         lines += ["## Try it", "", "```console", f"everytoken try {card.slug}"]
-        lines += [f"everytoken train {card.slug}"] if card.training else []
+        lines += [f"everytoken train {card.slug}"] if card.trainable else []
         lines += [f"everytoken reproduce {card.slug} --quick"] if card.reproduction else []
         lines += ["```", ""]
     result = card.result()
@@ -76,13 +80,14 @@ def method_page(card: Card) -> str:
         lines += [
             "## Measured",
             "",
-            "| metric | baseline | method | measured | paper |",
-            "| --- | --- | --- | --- | --- |",
+            "| metric | baseline | method | measured | 95% interval | paper | verdict |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
         ]
-        for claim in result["claims"]:
+        for claim in up_to_date(result)["claims"]:
             lines.append(
-                f"| {claim['metric']} | {claim['baseline']}: {claim['baseline_value']:.4g} | {claim['method']}: "
-                f"{claim['method_value']:.4g} | **{formatted(claim)}** | {claim['paper']} |"
+                f"| {claim['metric']} | {baseline_text(claim, ': ')} | {claim['method']}: {claim['method_value']:.4g} | "
+                f"**{formatted(claim)}** | {formatted_interval(claim) or claim['note']} | {claim['paper']} | "
+                f"{claim['verdict']} |"
             )
         lines += [
             "",
@@ -95,20 +100,58 @@ def method_page(card: Card) -> str:
     return "\n".join(lines)
 
 
-def station_page(station: str, cards: list[Card]) -> str:
-    lines = [f"# {station}", "", f"*{STATIONS[station]}*", ""]
-    base = f"everytoken.{station}.base"
-    try:
-        built = find_spec(base) is not None
-    except ModuleNotFoundError:
-        built = False
-    if built:
-        lines += ["## The contract", "", markdown(module_docstring(base)), ""]
-    lines += ["## Methods", "", "| method | status | what it does |", "| --- | --- | --- |"]
-    lines += [f"| [{card.slug}](../methods/{card.slug}.md) | {card.status} | {card.summary} |" for card in cards]
-    if built:
-        lines += ["", "## Reference", "", f"::: {base}", ""]
+def modules_of(package: str) -> list[str]:
+    """The modules of a package, at any depth, that say what they are; itself first."""
+    root = ROOT / "src" / package.replace(".", "/")
+    names = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(ROOT / "src").with_suffix("").parts
+        if not any(part.startswith("_") for part in parts[:-1]) and parts[-1] != "__main__":
+            names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return sorted(names)
+
+
+def place_page(place: Place, cards: list[Card]) -> str:
+    """A floor's or a station's page: contract, methods, and the reference of every module that no method's page shows."""
+    package = f"everytoken.{place.name}"
+    lines = [f"# {place.name}", "", f"*{place.flow}*", ""]
+    if not (ROOT / "src" / "everytoken" / place.name).is_dir():
+        modules: list[str] = []
+    else:
+        modules = modules_of(package)
+    contract = next((name for name in (f"{package}.base", package) if name in modules), None)
+    if contract is not None:
+        lines += [markdown(module_docstring(contract)), ""]
+    if cards:
+        lines += ["## Methods", "", *method_rows(cards), ""]
+    shown = {card.implementation.partition(":")[0] for card in cards}
+    rest = [name for name in modules if name not in shown and name != package]
+    if rest:
+        lines += ["## Reference", ""]
+        lines += [f"::: {name}" for name in rest]
     return "\n".join(lines) + "\n"
+
+
+def method_rows(cards: list[Card]) -> list[str]:
+    """A table of methods."""
+    rows = ["| method | status | what it does |", "| --- | --- | --- |"]
+    return rows + [f"| [{card.slug}](../methods/{card.slug}.md) | {card.status} | {card.summary} |" for card in cards]
+
+
+def methods_page(places: list[Place], cards: list[Card]) -> str:
+    """The list of all methods, station by station."""
+    running = sum(card.status != "planned" for card in cards)
+    lines = [
+        "# Methods",
+        "",
+        "Every method has a page: facts from its card, what was measured, its equation, and its reference.",
+        f"{running} of {len(cards)} run today; the others are planned.",
+        "",
+    ]
+    for place in places:
+        mine = [card for card in cards if card.station == place.name]
+        lines += [f"## [{place.name}](../stations/{place.name}.md)", "", f"*{place.flow}*", "", *method_rows(mine), ""]
+    return "\n".join(lines)
 
 
 def selection_table() -> str:
@@ -135,6 +178,20 @@ def selection_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def draft_curve() -> str:
+    """Held-out agreement of the shipped draft over its training, from the file beside its weights; stage 2 follows stage 1."""
+    path = ROOT / "src" / "everytoken" / "weights" / "dyspec-smollm2-135m" / "training.json"
+    lines: dict[str, list[list[tuple[float, float]]]] = {}
+    before = 0.0
+    for stage in json.loads(path.read_text())["stages"]:
+        for own in range(4):
+            points = [(before + point["seconds"] / 60, point["agreement"][own]) for point in stage["curve"]]
+            lines.setdefault(f"{own} own predictions before", []).append(points)
+        before += stage["curve"][-1]["seconds"] / 60
+    label = "share of held-out positions right"
+    return lines_svg(lines, "minutes of training on 2 cores; stage 2 holds out other rows", label, markers=False)
+
+
 def bench_table(name: str) -> str:
     """A benchmark's rows as Markdown."""
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
@@ -150,30 +207,33 @@ def bench_table(name: str) -> str:
 
 
 def main() -> None:
-    catalog = load_catalog()
-    for name in ("methods", "stations"):
+    catalog, house = load_catalog(), load_house()
+    for name in ("methods", "stations", "floors"):
         shutil.rmtree(DOCS / name, ignore_errors=True)
         (DOCS / name).mkdir()
     for card in catalog.values():
         (DOCS / "methods" / f"{card.slug}.md").write_text(method_page(card), encoding="utf-8")
-    for station in STATIONS:
-        cards = [card for card in catalog.values() if card.station == station]
-        (DOCS / "stations" / f"{station}.md").write_text(station_page(station, cards), encoding="utf-8")
+    for place in house.values():
+        cards = [card for card in catalog.values() if card.station == place.name]
+        (DOCS / f"{place.kind}s" / f"{place.name}.md").write_text(place_page(place, cards), encoding="utf-8")
+    stations = [place for place in house.values() if place.kind == "station"]
+    (DOCS / "methods" / "index.md").write_text(methods_page(stations, list(catalog.values())), encoding="utf-8")
     (DOCS / "scoreboard.md").write_text(scoreboard(load_results(ROOT / "results")), encoding="utf-8")
     (DOCS / "assets" / "tokenselect.md").write_text(selection_table(), encoding="utf-8")
     (DOCS / "assets" / "bench-attention.md").write_text(bench_table("attention"), encoding="utf-8")
     (DOCS / "assets" / "bench-preference.md").write_text(bench_table("preference"), encoding="utf-8")
     (DOCS / "assets" / "bench-generation.md").write_text(bench_table("generation"), encoding="utf-8")
+    (DOCS / "assets" / "draft-curve.svg").write_text(draft_curve(), encoding="utf-8")
     frontier = [ROOT / "results" / f"{name}.json" for name in ("tdpo", "tgdpo", "t-reg")]
     if all(path.is_file() for path in frontier):
-        picture = frontier_svg([json.loads(path.read_text()) for path in frontier])
+        picture = frontier_svg([load_result(path) for path in frontier])
         (DOCS / "assets" / "frontier.svg").write_text(picture, encoding="utf-8")
     for name, draw in (("dynamic-tokenization", dynamic_curve), ("r2r", r2r_curve), ("rto", rto_curve)):
         path = ROOT / "results" / f"{name}.json"
         if path.is_file():
-            picture = draw(json.loads(path.read_text()))
+            picture = draw(load_result(path))
             (DOCS / "assets" / f"{name.removesuffix('-tokenization')}-curve.svg").write_text(picture, encoding="utf-8")
-    print(f"{len(catalog)} method pages, {len(STATIONS)} station pages, the scoreboard")
+    print(f"{len(catalog)} method pages, {len(house)} pages of floors and stations, the scoreboard")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What an import costs, measured in modules and not in time; and the layering rules of the house."""
+"""What an import costs, measured in modules and not in time; and the rules of the house about who may import whom."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from everytoken.catalog import load_catalog
+from everytoken.catalog.house import load_house
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "everytoken"
 HEAVY = {
@@ -22,6 +25,8 @@ HEAVY = {
     "scipy",
     "mcp",
 }
+COMPOSE = {"cli", "reproduce", "serving", "integrations"}
+"""What puts stations together, by card."""
 
 
 def loaded_by(statement):
@@ -36,6 +41,7 @@ def test_import_everytoken_loads_nothing_heavy():
 def test_the_command_line_and_the_catalogue_load_nothing_heavy():
     assert not loaded_by("import everytoken.cli.app") & HEAVY
     assert not loaded_by("from everytoken.catalog import load_catalog; load_catalog()") & HEAVY
+    assert not loaded_by("import everytoken; everytoken.__all__") & HEAVY
 
 
 def test_exports_resolve():
@@ -48,53 +54,119 @@ def test_exports_resolve():
         everytoken.nonsense
 
 
+# -- the house -----------------------------------------------------------------------------------------------------------
+def module_name(path):
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(["everytoken", *(parts[:-1] if parts[-1] == "__init__" else parts)])
+
+
+FILES = {module_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
+
+
+def statements(node):
+    """All nodes below one, but for what only type checkers read."""
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and getattr(child.test, "id", "") == "TYPE_CHECKING"):
+            yield child
+            yield from statements(child)
+
+
 def imports_of(path):
-    """Absolute names of all modules that a file imports, at any depth."""
+    """The modules of this package that a file imports, at any depth."""
     package = ("everytoken", *path.relative_to(SOURCE).parts[:-1])
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    found = set()
+    for node in statements(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
-            yield ".".join([*base, *([node.module] if node.module else [])])
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            # "from .package import module" names a module of it, "from .module import name" does not
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            found.update(names & set(FILES))
+            if names - set(FILES):
+                found.add(module)
+    return {name for name in found if name in FILES}
 
 
-STATIONS = ("tokenization", "generation", "preference", "constraints")
-SHARED = {"base", "byte_view", "trial", "trainer", "traces", "sentiment", "drafts", "drafting", "trees"}
-SHARED |= {"loop", "rows", "routers", "r2r_training"}  # loops, rows of a batch, R2R's network and its training
-SHARED |= {
-    "scored",
-    "columns",
-    "critic",
-    "data",
-    "guides",
-    "arithmetic",
-    "build",
-    "training",
-    "configs",
-    "session",
-    "distributed",
-    "failures",
-}  # of preference
-SHARED |= {"merging", "hyper"}  # pair merges, embeddings of new tokens
-SHARED |= {"grammar", "kernels", "matcher", "pushdown", "sources", "vocabulary"}  # the grammar engine
+GRAPH = {name: imports_of(path) for name, path in FILES.items()}
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
-def test_layering(path):
-    """core imports no station, and a method imports core, its station's shared pieces, and the base of any station only."""
-    parts = path.relative_to(SOURCE).parts
-    names = [name for name in imports_of(path) if name.startswith("everytoken.")]
-    if parts[0] == "core":
-        assert all(name.startswith("everytoken.core") for name in names), names
-    if parts[0] in STATIONS and len(parts) == 2 and path.stem not in SHARED | {"__init__"}:
-        for name in names:
-            pieces = name.split(".")
-            same = pieces[1] == parts[0] and (len(pieces) == 2 or pieces[2] in SHARED)
-            assert pieces[1] == "core" or same or pieces[2:3] == ["base"], name
+def place_of(module):
+    return module.split(".")[1] if "." in module else ""
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
-def test_every_module_says_what_it_is(path):
-    if path.name != "__main__.py":
-        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+def crossings(allowed):
+    """Imports that a rule forbids, as ``importer -> imported``."""
+    return sorted(f"{a} -> {b}" for a, imported in GRAPH.items() for b in imported if not allowed(a, b))
+
+
+def test_floors_import_no_station_and_core_no_floor():
+    floors = [place.name for place in load_house().values() if place.kind == "floor"]
+
+    def allowed(importer, imported):
+        here, there = place_of(importer), place_of(imported)
+        if here not in floors or here == there:
+            return True
+        if here == "testing":  # its cases are the cards, and it checks the contracts of stations
+            return there in (*floors, "catalog") or imported == f"everytoken.{there}.base"
+        return there in floors[: floors.index(here)]
+
+    assert not crossings(allowed)
+
+
+def test_stations_do_not_import_each_other():
+    stations = {place.name for place in load_house().values() if place.kind == "station"}
+
+    def allowed(importer, imported):
+        here, there = place_of(importer), place_of(imported)
+        return here not in stations or there == here or there not in stations | COMPOSE
+
+    assert not crossings(allowed)
+
+
+def methods_of(module):
+    """The methods that a module belongs to: it holds what their cards name, or lies in a folder of a station that does."""
+    parts = module.split(".")
+    folder = ".".join(parts[:-1]) if len(parts) > 3 else module
+    return {
+        card.slug
+        for card in load_catalog().values()
+        if card.station != "catalog"
+        for path in (card.implementation, card.training, card.trial, *card.exports)
+        if path and (f"{module}.".startswith(f"{path.partition(':')[0]}.") or path.startswith(f"{folder}."))
+    }
+
+
+def test_a_method_imports_no_other_method_and_shared_code_none():
+    owners = {module: methods_of(module) for module in GRAPH}
+    assert len(set().union(*owners.values())) > 10
+
+    def allowed(importer, imported):
+        if place_of(importer) in COMPOSE or not owners[imported]:
+            return True
+        return bool(owners[importer] & owners[imported]) or imported.startswith(f"{importer}.")
+
+    assert not crossings(allowed)
+
+
+def test_the_import_graph_has_no_circle():
+    """Imports inside functions count too: a circle that only runs late is still a circle."""
+    waiting, done = {name: set(imported) - {name} for name, imported in GRAPH.items()}, set()
+    while True:
+        free = {name for name, imported in waiting.items() if not imported - done}
+        if not free:
+            break
+        done |= free
+        waiting = {name: imported for name, imported in waiting.items() if name not in free}
+    tied = {name: sorted(imported - done) for name, imported in waiting.items()}
+    assert not tied
+
+
+def test_every_module_says_what_it_is():
+    silent = [
+        name
+        for name, path in FILES.items()
+        if path.name != "__main__.py" and not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not silent

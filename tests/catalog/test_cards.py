@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+from pathlib import Path
 
 import pytest
 
-from everytoken.catalog import STATIONS, CardError, find_card, load_catalog
+import everytoken
+from everytoken.catalog import CardError, find_card, load_catalog, stations
 from everytoken.catalog import cards as cards_module
 from everytoken.catalog.cards import STATUSES, parse_card
+from everytoken.catalog.exports import public_names
+from everytoken.catalog.house import load_house, parse_place
 from everytoken.core.errors import BadInputError, UnknownNameError
 
 GOOD = """
@@ -23,16 +28,18 @@ figure = "2x"
 """
 
 
-def test_53_cards():
+def test_a_card_a_paper():
+    """Every file is a card, every paper has one card, and only the page of papers is no paper itself."""
     catalog = load_catalog()
-    assert len(catalog) == 53
-    assert sum(bool(card.arxiv) for card in catalog.values()) == 52
-    assert len({card.arxiv for card in catalog.values()}) == 53
+    folder = Path(cards_module.__file__).parent / "cards"
+    assert sorted(catalog) == sorted(path.stem for path in folder.glob("*.toml"))
+    assert [slug for slug, card in catalog.items() if not card.arxiv] == ["daily-papers"]
+    assert len({card.arxiv for card in catalog.values()}) == len(catalog)
 
 
 @pytest.mark.parametrize("card", load_catalog().values(), ids=lambda card: card.slug)
 def test_every_card_is_sound_and_its_paths_resolve(card):
-    assert card.station in STATIONS
+    assert card.station in stations()
     assert 2023 <= card.year <= 2026
     assert card.status in STATUSES
     assert card.authors is None or 1 <= card.authors <= 100
@@ -51,9 +58,9 @@ def test_every_card_is_sound_and_its_paths_resolve(card):
 
 
 @pytest.mark.parametrize("name", ["stochastok", "dyspec", "tdpo"])
-def test_the_three_founding_methods_are_reproduced(name):
+def test_the_three_founding_methods_are_measured(name):
     card = find_card(name)
-    assert card.status == "reproduced"
+    assert card.status == "measured"
     assert card.headline
 
 
@@ -67,17 +74,47 @@ def test_unknown_names_suggest_the_nearest():
     with pytest.raises(UnknownNameError, match="Did you mean dyspec") as error:
         find_card("dispec")
     assert error.value.suggestions[0] == "dyspec"
-    with pytest.raises(UnknownNameError, match="There are 53"):
+    with pytest.raises(UnknownNameError, match=f"There are {len(load_catalog())}"):
         find_card("zzzzzzzz")
 
 
 def test_what_is_only_planned_says_so():
-    card = find_card("xgrammar")
-    if card.status == "planned":
-        with pytest.raises(BadInputError, match="not implemented yet"):
-            card.load()
-        with pytest.raises(BadInputError, match="no experiment yet"):
-            card.load_reproduction()
+    card = parse_card(GOOD, "new-method.toml")
+    assert card.status == "planned"
+    with pytest.raises(BadInputError, match="not implemented yet"):
+        card.load()
+    with pytest.raises(BadInputError, match="no experiment yet"):
+        card.load_reproduction()
+    with pytest.raises(BadInputError, match="nothing to train"):
+        card.load_training()
+
+
+def test_exports_are_those_of_the_cards():
+    """A name of a card is a name of the package; a path that is no path is refused."""
+    assert public_names()["DySpec"] == find_card("dyspec").implementation.partition(":")[0]
+    for card in load_catalog().values():
+        for path in card.exports:
+            module, _, name = path.partition(":")
+            assert getattr(everytoken, name) is getattr(importlib.import_module(module), name)
+    for exports in ('["DySpec"]', "[3]", '"everytoken.core.trace:TokenTrace"'):
+        with pytest.raises(CardError, match="exports"):
+            parse_card(GOOD + f"exports = {exports}\n", "new-method.toml")
+
+
+def test_files_of_the_house():
+    assert list(stations())[:2] == ["tokenization", "reduction"]
+    assert load_house()["core"].kind == "floor"
+    good = 'name = "attic"\nkind = "floor"\norder = 9\nflow = "what is kept"\n'
+    assert parse_place(good, "attic.toml").exports == ()
+    for change in (
+        ("attic", "cellar"),
+        ("floor", "roof"),
+        ("order = 9", 'order = "9"'),
+        ("flow", "flows"),
+        ("= 9", "="),
+    ):
+        with pytest.raises(CardError, match=r"attic\.toml"):
+            parse_place(good.replace(*change), "attic.toml")
 
 
 @pytest.mark.parametrize(

@@ -1,43 +1,33 @@
-"""The command line, run as a user runs it: in processes of its own where that matters, with real models."""
+"""The command line, within this process; ``test_processes.py`` starts each verb as a shell does."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from everytoken.catalog import load_catalog
 from everytoken.cli.app import app, main
 from everytoken.core.trace import TokenTrace
 
+from .common import run
+
 RUNNER = CliRunner()
-
-
-def run(*arguments, **environment):
-    """A real process: output, errors and exit code as a shell sees them."""
-    return subprocess.run(
-        [sys.executable, "-m", "everytoken", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"COLUMNS": "120", "HF_HUB_OFFLINE": "1"} | environment,
-    )
 
 
 # -- papers --------------------------------------------------------------------------------------------------------------
 def test_papers_lists_searches_and_filters():
     everything = json.loads(RUNNER.invoke(app, ["papers", "--json"]).stdout)
-    assert len(everything) == 53
+    assert [card["slug"] for card in everything] and len(everything) == len(load_catalog())
     some = json.loads(RUNNER.invoke(app, ["papers", "--station", "preference", "--json"]).stdout)
     assert {card["station"] for card in some} == {"preference"}
     assert all(
         card["year"] == 2023 for card in json.loads(RUNNER.invoke(app, ["papers", "--year", "2023", "--json"]).stdout)
     )
-    done = json.loads(RUNNER.invoke(app, ["papers", "--status", "reproduced", "--json"]).stdout)
+    done = json.loads(RUNNER.invoke(app, ["papers", "--status", "measured", "--json"]).stdout)
     assert {"stochastok", "dyspec", "tdpo"} <= {card["slug"] for card in done}
     for arguments in (
         ["papers", "speculative", "tree", "--words", "--json"],
@@ -109,6 +99,11 @@ def test_help_has_real_examples(verb):
         (["papers", "--station", "generaton"], "Did you mean generation", 2),
         (["papers", "show", "tpdo"], "Did you mean", 2),
         (["reproduce", "xar"], "no experiment yet", 2),
+        (["reproduce", "tdpo", "--scale", "huge"], "no scale 'huge'", 2),
+        (["reproduce", "tdpo", "--scale", "gpu"], "no version for the scale 'gpu'", 2),
+        (["reproduce", "tdpo", "--scale", "cpu", "--quick"], "ask for different runs", 2),
+        (["reproduce", "dyspec", "--control"], "stands on no shared test bed", 2),
+        (["reproduce", "sumz", "--control"], "Did you mean sums", 2),
         (["try", "skipdecode", "--set", "speedup=0.5"], "speedup >= 1", 2),
         (["try", "tokenselect", "--set", "chunk_size=4096"], "does not fit the local window", 2),
         (["try", "r2r", "--set", "router=absent"], "holds no router", 2),
@@ -140,12 +135,16 @@ def test_bad_input_is_answered_in_a_sentence(arguments, words, code, monkeypatch
     assert "Traceback" not in output.err
 
 
-def test_a_prompt_longer_than_the_context(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["everytoken", "try", "dyspec", "--prompt", "word " * 9000])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 2
-    assert "context is 8192" in capsys.readouterr().err
+def test_a_prompt_longer_than_the_context(letters_model):
+    """Decoders that reach beyond it are let through and say what plain decoding will do; the others are refused."""
+    arguments = ("--model", letters_model, "--prompt", "abcdefgh" * 40, "--max-new-tokens", 4)
+    result = run("try", "skipdecode", *arguments)
+    assert result.returncode == 2
+    assert "context is 256" in result.stderr
+    settings = [part for pair in ("top_k=16", "n_init=4", "n_local=16", "chunk_size=16") for part in ("--set", pair)]
+    result = run("try", "tokenselect", *arguments, *settings)
+    assert result.returncode == 0, result.stderr
+    assert "plain decoding was not trained for it" in result.stdout.replace("\n", " ")
 
 
 @pytest.mark.parametrize(
@@ -166,15 +165,16 @@ def test_bad_pairs_are_named_by_line(tmp_path, line, words, monkeypatch, capsys)
     assert words in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_unusable_cache_in_a_real_process(tmp_path):
+def test_unusable_cache(tmp_path):
     (tmp_path / "file").write_text("")
-    result = run("try", "stochastok", EVERYTOKEN_CACHE=str(tmp_path / "file"))
+    result = run("try", "stochastok", EVERYTOKEN_CACHE=str(tmp_path / "file"), EVERYTOKEN_MODELS="")
     assert result.returncode == 4
     assert "EVERYTOKEN_CACHE" in result.stderr
     assert "Traceback" not in result.stderr
 
 
 # -- try and compare -----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_try_dyspec_streams_measures_and_traces(tmp_path):
     path = tmp_path / "trace.html"
     result = run("try", "dyspec", "--prompt", "Say hello.", "--max-new-tokens", "16", "--trace", path)
@@ -336,16 +336,42 @@ def test_scoreboard_is_written_from_the_results(tmp_path):
     assert out.read_text() == (root / "docs" / "scoreboard.md").read_text(), "run `everytoken scoreboard`"
 
 
+def test_remeasuring_leaves_sound_files_as_they_are(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    (tmp_path / "results").mkdir()
+    text = (root / "results" / "dyspec.json").read_text()
+    old = json.loads(text)
+    for claim in old["claims"]:
+        claim["verdict"] = "holds"
+    (tmp_path / "results" / "dyspec.json").write_text(json.dumps(old))
+    result = run("scoreboard", "--results", tmp_path / "results", "--out", tmp_path / "page.md", "--remeasure")
+    assert result.returncode == 0
+    assert (tmp_path / "results" / "dyspec.json").read_text() == text
+    assert "| [dyspec](#dyspec) |" in (tmp_path / "page.md").read_text()
+
+
+def test_reproduce_says_what_a_quick_run_claims(tmp_path, monkeypatch):
+    from everytoken.catalog.cards import Card
+    from everytoken.reproduce.base import Claim, Reproduction
+
+    def measured(context):
+        assert context.quick
+        return {"ours": {"speed": 2.0}, "theirs": {"speed": 1.0}}
+
+    claims = [Claim("speed", "ours", "theirs", "2x")]
+    experiment = Reproduction("dyspec", "a toy", measured, claims)
+    monkeypatch.setattr(Card, "load_reproduction", lambda _: experiment)
+    monkeypatch.setenv("EVERYTOKEN_CACHE", str(tmp_path / "cache"))
+    for flags in (["--quick"], ["--scale", "quick", "--fresh"]):
+        result = RUNNER.invoke(app, ["reproduce", "dyspec", *flags, "--out", str(tmp_path)])
+        assert result.exit_code == 0, result.output
+        assert "only that both arms ran" in " ".join(result.stdout.split())
+    assert json.loads((tmp_path / "dyspec.quick.json").read_text())["claims"][0]["verdict"] == "ran"
+
+
 def test_shell_completion_knows_the_methods():
-    result = run(_EVERYTOKEN_COMPLETE="complete_bash", COMP_WORDS="everytoken try dy", COMP_CWORD="2")
-    if "dyspec" not in result.stdout:  # the program's name decides the variable's
-        result = subprocess.run(
-            [sys.executable, "-c", "from everytoken.cli.app import app; app(prog_name='everytoken')"],
-            capture_output=True,
-            text=True,
-            env=os.environ
-            | {"_EVERYTOKEN_COMPLETE": "complete_bash", "COMP_WORDS": "everytoken try dy", "COMP_CWORD": "2"},
-        )
+    words = {"_EVERYTOKEN_COMPLETE": "complete_bash", "COMP_WORDS": "everytoken try dy", "COMP_CWORD": "2"}
+    result = RUNNER.invoke(app, [], env=words, prog_name="everytoken")
     assert "dyspec" in result.stdout
 
 
@@ -375,6 +401,7 @@ def test_try_xgrammar_and_awrs(tmp_path):
     assert data["texts"]["awrs"] == data["texts"]["awrs"].lower() and data["rows"]["awrs"]["tests a token"] >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
@@ -394,6 +421,7 @@ def test_try_the_decoders_of_the_station(name, settings, words, tmp_path):
     assert "<html" in page.read_text()
 
 
+@pytest.mark.slow
 def test_compare_decoders_whose_traces_differ(tmp_path):
     page = tmp_path / "traces.html"
     result = run(
@@ -405,18 +433,9 @@ def test_compare_decoders_whose_traces_differ(tmp_path):
     assert page.is_file()
 
 
-def test_tokenselect_takes_prompts_beyond_the_context(tmp_path):
-    """Only a decoder that says so is let through; plain decoding is told what it will do."""
-    from everytoken.generation.dyspec import DySpec
-    from everytoken.generation.tokenselect import TokenSelect
-
-    assert TokenSelect.extrapolates
-    assert not DySpec.extrapolates
-
-
 def test_train_r2r_from_a_configuration(tmp_path):
-    """The whole pipeline in a real process, on two small models saved to folders."""
-    from everytoken.reproduce.small import character_tokenizer
+    """The whole pipeline, on two small models saved to folders."""
+    from everytoken.reproduce.beds.small_models import character_tokenizer
 
     from ..conftest import tiny_llama
 

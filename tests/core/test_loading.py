@@ -35,12 +35,19 @@ def converted(tmp_path, monkeypatch):
     source = embedded_folder(quiet=True)
     target = tmp_path / "models" / loading.EMBEDDED
     shutil.copytree(source, target, copy_function=os.link)
+    monkeypatch.delenv("EVERYTOKEN_MODELS", raising=False)
     monkeypatch.setenv("EVERYTOKEN_CACHE", str(tmp_path))
     return target
 
 
 @pytest.fixture
-def quick_conversion(monkeypatch, tmp_path):
+def nothing_shared(monkeypatch):
+    """Only the cache is looked into."""
+    monkeypatch.delenv("EVERYTOKEN_MODELS", raising=False)
+
+
+@pytest.fixture
+def quick_conversion(monkeypatch, tmp_path, nothing_shared):
     """Conversion of a tiny model instead of the 98 MB GGUF: the same code around it."""
     calls = tmp_path / "calls"
 
@@ -157,7 +164,7 @@ def test_two_processes_convert_once(tmp_path):
         print(loading.embedded_folder(quiet=True))
         """
     )
-    environment = os.environ | {"EVERYTOKEN_CACHE": str(tmp_path / "cache")}
+    environment = os.environ | {"EVERYTOKEN_CACHE": str(tmp_path / "cache"), "EVERYTOKEN_MODELS": ""}
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", script, str(tmp_path / "calls")], env=environment, stdout=subprocess.PIPE, text=True
@@ -170,7 +177,7 @@ def test_two_processes_convert_once(tmp_path):
     assert (tmp_path / "calls").read_text() == "x"
 
 
-def test_cache_folder_that_is_a_file(tmp_path, monkeypatch):
+def test_cache_folder_that_is_a_file(tmp_path, monkeypatch, nothing_shared):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EVERYTOKEN_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(loading, "convert_gguf", lambda *a: pytest.fail("expensive work first"))
@@ -178,7 +185,7 @@ def test_cache_folder_that_is_a_file(tmp_path, monkeypatch):
         embedded_folder()
 
 
-def test_read_only_cache(tmp_path, monkeypatch):
+def test_read_only_cache(tmp_path, monkeypatch, nothing_shared):
     """A folder that really refuses writes: /proc does, even to root."""
     if not Path("/proc").is_dir():
         pytest.skip("needs /proc")
@@ -188,7 +195,7 @@ def test_read_only_cache(tmp_path, monkeypatch):
         embedded_folder()
 
 
-def test_full_disk(tmp_path, monkeypatch):
+def test_full_disk(tmp_path, monkeypatch, nothing_shared):
     with pytest.raises(CacheError, match="MB are needed"):
         check_writable(tmp_path, needed=10**18)
     monkeypatch.setenv("EVERYTOKEN_CACHE", str(tmp_path))
@@ -206,6 +213,48 @@ def test_disk_fills_while_writing(quick_conversion, monkeypatch):
     with pytest.raises(CacheError, match="No space left"):
         embedded_folder(quiet=True)
     assert not (cache_dir() / "models" / loading.EMBEDDED).exists()
+
+
+# -- a folder for several ----------------------------------------------------------------------------------------------
+def refuse(*_):
+    pytest.fail("converted again")
+
+
+def test_a_shared_model_is_read_and_nothing_is_written(converted, monkeypatch):
+    """Neither the shared folder nor the cache changes; the cache need not even be writable."""
+    before = {path: path.stat().st_mtime_ns for path in (converted.parent, converted, *converted.iterdir())}
+    monkeypatch.setenv("EVERYTOKEN_MODELS", str(converted.parent))
+    monkeypatch.setenv("EVERYTOKEN_CACHE", "/proc/everytoken")
+    monkeypatch.setattr(loading, "convert_gguf", refuse)
+    assert embedded_folder() == converted
+    assert load_tokenizer()("a")["input_ids"]
+    assert {path: path.stat().st_mtime_ns for path in (converted.parent, converted, *converted.iterdir())} == before
+
+
+def test_a_shared_folder_without_the_model_gets_it_once(quick_conversion, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVERYTOKEN_MODELS", str(tmp_path / "shared"))
+    for name in ("one", "two"):
+        monkeypatch.setenv("EVERYTOKEN_CACHE", str(tmp_path / name))
+        assert embedded_folder(quiet=True) == tmp_path / "shared" / loading.EMBEDDED
+        assert not (tmp_path / name).exists()
+    assert quick_conversion.read_text() == "x"
+
+
+def test_an_unusable_shared_folder_is_named_and_the_cache_used(quick_conversion, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EVERYTOKEN_MODELS", str(tmp_path / "file"))
+    assert embedded_folder() == tmp_path / "cache" / "models" / loading.EMBEDDED
+    assert "EVERYTOKEN_MODELS) cannot be used" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_real_conversion(tmp_path, monkeypatch, nothing_shared, embedded):
+    """The one test that converts the real model."""
+    monkeypatch.setenv("EVERYTOKEN_CACHE", str(tmp_path))
+    folder = embedded_folder(quiet=True)
+    assert folder == tmp_path / "models" / loading.EMBEDDED and folder_problem(folder) is None
+    fresh = load_model(folder)
+    assert all(torch.equal(one, two) for one, two in zip(fresh.parameters(), embedded[0].parameters(), strict=True))
 
 
 def test_missing_package(monkeypatch):

@@ -41,7 +41,7 @@ def test_empty_rows_are_named_and_progress_is_reported():
     with pytest.raises(BadInputError, match="Row 0 has an empty prompt"):
         score_rows([([], [2])], lambda *b: response_logps(model, *b))
     score_rows(ROWS, lambda *b: response_logps(model, *b), 2, report=lambda *x: seen.append(x))
-    assert seen == [(2, 3), (3, 3)]
+    assert seen == [("scoring rows", 2, 3), ("scoring rows", 3, 3)]
 
 
 def test_guides_must_share_the_tokenizer(embedded_tokenizer):

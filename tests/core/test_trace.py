@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from everytoken.core.errors import BadInputError
-from everytoken.core.trace import TokenTrace, render_html
+from everytoken.core.trace import TokenTrace
+from everytoken.core.trace_html import render_html
 
 VALUES = st.one_of(st.none(), st.floats(allow_nan=False), st.integers(-(2**31), 2**31))
 
@@ -147,6 +148,29 @@ def test_html_is_one_safe_file(tmp_path):
     data = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', page, re.S)[1])
     assert data[0]["tokens"] == example().texts
     assert data[1]["tokens"] == nasty.texts
+
+
+def test_one_legend_holds_for_all_traces_of_a_page():
+    """Colours mean the same in every trace: one scale, one set of categories."""
+    first = TokenTrace([1, 2], {"x": [0.0, 1.0], "kind": ["draft", "target"]}, ["a", "b"])
+    second = TokenTrace([3, 4], {"x": [1.0, 5.0], "kind": ["bonus", "draft"]}, ["c", "d"])
+    for beside in (False, True):
+        page = render_html([first, second], beside=beside)
+        data = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', page, re.S)[1])
+        one, two = (trace["columns"] for trace in data)
+        assert one["x"]["low"] == two["x"]["low"] == 0 and one["x"]["high"] == two["x"]["high"] == 5
+        assert one["x"]["colours"][1] == two["x"]["colours"][0] != two["x"]["colours"][1]
+        assert one["kind"]["categories"] == two["kind"]["categories"] == ["draft", "target", "bonus"]
+        assert one["kind"]["colours"][0] == two["kind"]["colours"][1]
+        assert len({*one["kind"]["colours"], *two["kind"]["colours"]}) == 3
+
+
+def test_texts_that_look_like_the_template_stay_texts():
+    trace = TokenTrace([1], {"{{ramp}}": [1.0]}, ["{{data}}"], title="{{options}}")
+    page = render_html([trace], before="<p>{{title}}</p>")
+    assert "<title>{{options}}</title>" in page and "<p>{{title}}</p>" in page
+    data = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', page, re.S)[1])
+    assert data[0]["tokens"] == ["{{data}}"] and list(data[0]["columns"]) == ["{{ramp}}"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

@@ -7,9 +7,9 @@ import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from everytoken.core.errors import BadInputError, TokenizerMismatchError, UnsupportedModelError
-from everytoken.decoding.base import (
-    Decoder,
-    DecodingStats,
+from everytoken.decoding.base import Decoder
+from everytoken.decoding.call import DecodingStats
+from everytoken.decoding.checks import (
     check_croppable,
     check_prompt,
     check_same_vocabulary,
@@ -56,4 +56,4 @@ def test_caches():
 
 def test_base_class_is_abstract():
     with pytest.raises(NotImplementedError):
-        Decoder()(None, torch.tensor([[1]]))
+        Decoder()(tiny_llama(9), torch.tensor([[1]]))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from everytoken.core.errors import BadInputError
-from everytoken.decoding.matcher import fill_mask
 from everytoken.decoding.loop import LoopDecoder, MatcherLogitsProcessor, by_row, new_tokens
+from everytoken.decoding.matcher import fill_mask
 
 from ..conftest import tiny_llama
 from ..generation.common import ToyMatcher

@@ -7,7 +7,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper
 
 from everytoken.core.errors import BadInputError
-from everytoken.decoding.row import Row, stacked
+from everytoken.decoding.output import stacked
+from everytoken.decoding.row import DecodingRow
 
 from ..generation.common import ToyMatcher
 
@@ -23,7 +24,7 @@ def test_processors_see_padded_text_and_raw_logits_stay():
         seen.append(ids.tolist())
         return scores + 1
 
-    row = Row(IDS, torch.tensor([0, 0]), [look, TemperatureLogitsWarper(2.0)], [], GREEDY)
+    row = DecodingRow(IDS, torch.tensor([0, 0]), [look, TemperatureLogitsWarper(2.0)], [], GREEDY)
     logits = torch.arange(6.0)
     assert row.processed(logits).tolist() == [(value + 1) / 2 for value in range(6)]
     assert logits.tolist() == list(range(6))
@@ -35,7 +36,7 @@ def test_tokens_are_kept_with_scores_and_columns():
     def three(ids, scores, **kwargs):
         return torch.tensor([ids.shape[1] >= 4])
 
-    row = Row(IDS, NONE, LogitsProcessorList(), [three], SCORED, columns=("source",))
+    row = DecodingRow(IDS, NONE, LogitsProcessorList(), [three], SCORED, columns=("source",))
     logits = torch.zeros(6)
     assert not row.append(1, logits, logits, source="small")
     assert row.append(2, logits + 1, logits, source="large", other=3)
@@ -47,7 +48,7 @@ def test_tokens_are_kept_with_scores_and_columns():
 
 
 def test_a_matcher_masks_ends_and_objects():
-    row = Row(IDS, NONE, [], [], GREEDY, matcher=ToyMatcher(6, length=1, end=5))
+    row = DecodingRow(IDS, NONE, [], [], GREEDY, matcher=ToyMatcher(6, length=1, end=5))
     assert row.processed(torch.zeros(6)).isfinite().tolist() == [True, False, True, False, True, False]
     with pytest.raises(BadInputError, match="forbids"):
         row.append(1, torch.zeros(6), torch.zeros(6))

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from everytoken.core.errors import BadInputError, TokenizerMismatchError, UnsupportedModelError
 from everytoken.generation.dyspec import DySpec
-from everytoken.generation.trees import TokenTree, grow_tree
+from everytoken.generation.speculative.trees import TokenTree, grow_tree
 
 from ..conftest import tiny_llama
 from .common import ToyMatcher, check_distribution
@@ -140,12 +140,12 @@ def test_a_finished_matcher_ends_the_text():
 
 
 def test_a_real_grammar_on_the_embedded_model(embedded):
-    from everytoken.constraints.grammar import Grammar
     from everytoken.constraints.engine.compiler import GrammarCompiler
     from everytoken.constraints.engine.matcher import GrammarMatcher
     from everytoken.constraints.engine.vocabulary import TokenizerInfo
+    from everytoken.constraints.grammar import Grammar
     from everytoken.constraints.xgrammar import XGrammar
-    from everytoken.generation.drafts import load_draft
+    from everytoken.generation.speculative import load_draft
 
     model, tokenizer = embedded
     compiled = GrammarCompiler(TokenizerInfo.from_huggingface(tokenizer, model.config.vocab_size)).compile_grammar(
@@ -168,7 +168,7 @@ def test_a_wrong_acceptance_rule_would_be_caught(monkeypatch):
         children = tree.children[node]
         return (children[0], tree.tokens[children[0]]) if children else (None, int(torch.multinomial(target, 1)))
 
-    monkeypatch.setattr(dyspec._Row, "_accept", always)
+    monkeypatch.setattr(dyspec._Speculation, "_accept", always)
     target = tiny_llama(4, seed=3, scale=0.4)
     with pytest.raises(AssertionError):
         check_distribution(target, DySpec(tiny_llama(4, seed=7), budget=5), [1, 2], 1500)
@@ -464,7 +464,7 @@ def test_embedded_draft_is_lossless_and_useful(embedded):
 
 
 def test_embedded_draft_in_assisted_generation(embedded):
-    from everytoken.generation.drafts import load_draft
+    from everytoken.generation.speculative import load_draft
 
     model, tokenizer = embedded
     inputs = tokenizer("The capital of France is", return_tensors="pt")

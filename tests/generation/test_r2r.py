@@ -15,9 +15,9 @@ from everytoken.generation.r2r import (
     Writer,
     as_router,
 )
-from everytoken.generation.routers import load_router
-from everytoken.generation.routers.configuration_token_router import TokenRouterConfig
-from everytoken.generation.routers.modeling_token_router import TokenRouter, top_logits
+from everytoken.generation.routing import load_router
+from everytoken.generation.routing.configuration_token_router import TokenRouterConfig
+from everytoken.generation.routing.modeling_token_router import TokenRouter, top_logits
 
 from ..conftest import tiny_llama
 
@@ -104,7 +104,7 @@ def test_counters_agree_with_the_trace():
 
 
 def test_a_feature_draft_as_the_small_model(embedded):
-    from everytoken.generation.drafts import load_draft
+    from everytoken.generation.speculative import load_draft
 
     model, tokenizer = embedded
     ids = tokenizer("The sky is blue because", return_tensors="pt")
@@ -126,8 +126,8 @@ def test_a_feature_draft_as_the_small_model(embedded):
 
 def test_a_feature_drafts_chain_equals_its_own_pass(embedded):
     """After the large model's turn the draft sees true features everywhere, as in one pass over the text."""
-    from everytoken.generation.drafts import load_draft
-    from everytoken.generation.r2r_training import read_answer
+    from everytoken.generation.routing.labels import read_answer
+    from everytoken.generation.speculative import load_draft
 
     model, tokenizer = embedded
     draft = load_draft(model)

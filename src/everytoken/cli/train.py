@@ -23,7 +23,7 @@ def trainable(incomplete: str) -> list[str]:
     """Names of methods that can be trained, for shell completion."""
     from ..catalog.cards import load_catalog
 
-    return [card.slug for card in load_catalog().values() if card.training and card.slug.startswith(incomplete)]
+    return [card.slug for card in load_catalog().values() if card.trainable and card.slug.startswith(incomplete)]
 
 
 def train(

@@ -14,10 +14,10 @@ from .common import (
     build_trial,
     check_outputs,
     emit_json,
+    lines,
     method_names,
     options_from,
     results_table,
-    run_trials,
 )
 
 EXAMPLES = (
@@ -68,17 +68,16 @@ def try_method(
         if not as_json:
             print(text, end="", flush=True)
 
-    def report(line: str) -> None:
-        status.print(f"{line} ...", style="dim", highlight=False)
-
     options = options_from(max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, steps=steps, seed=seed)
-    request = TrialRequest([item], model, prompt, str(data) if data is not None else None, options, stream, report)
-    result = run_trials(card.station, request)
+    request = TrialRequest(
+        [item], model, prompt, str(data) if data is not None else None, options, stream, lines(status)
+    )
+    result = card.load_trial()(request)
     if trace is not None:
         if trace.suffix in (".jsonl", ".parquet"):
             result.traces[0].save(trace)
         else:
-            from ..core.trace import render_html
+            from ..core.trace_html import render_html
 
             render_html(result.traces, trace, column or result.column, title=f"everytoken try {card.slug}")
     if as_json:

@@ -25,31 +25,24 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import numpy as np
 import torch
-from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import BadInputError
 from ..core.settings import load_function
-from ..core.trace import TokenTrace
-from ..decoding.base import (
-    Decoder,
-    DecodingStats,
-    check_one_row,
-    check_prompt,
-    join_rows,
-    refuse_unsupported,
-    split_rows,
-)
+from ..decoding.base import Decoder, Example
+from ..decoding.call import DecodingCall, DecodingStats
+from ..decoding.row import DecodingRow
 from .base import CallableConstraint, Constraint, DeadEndError
 from .engine.compiled import CompiledGrammar
 from .engine.compiler import GrammarCompiler
 from .engine.matcher import GrammarMatcher
 from .engine.vocabulary import TokenizerInfo
 from .grammar import Grammar
-from .logits_processor import ConstrainedOutput, only_one, parse_source
+from .logits_processor import check_vocabulary, letters, only_one, parse_source
 
 NEGLIGIBLE = 1e-10
 """Probability mass that counts as none: what rounding leaves. (1e-5 in the authors' single precision; double precision allows
@@ -189,6 +182,18 @@ def _geometric(
 
 
 # -- what judges tokens ----------------------------------------------------------------------------------------------------
+class Judge(Protocol):
+    """Tests tokens one at a time; what a ``Matcher`` does, and less than it."""
+
+    def accepts(self, token: int, /) -> bool: ...
+
+    def accept_token(self, token: int, /) -> bool: ...
+
+    def is_terminated(self) -> bool: ...
+
+    def fork(self) -> Judge: ...
+
+
 class _TextJudge:
     """A constraint on texts, asked token by token."""
 
@@ -206,28 +211,25 @@ class _TextJudge:
             self.text += self.info.vocabulary[token] or b""
         return True
 
+    def is_terminated(self) -> bool:
+        return False  # the call's stopping criteria end the text
+
     def fork(self) -> _TextJudge:
         return _TextJudge(self.constraint, self.info, self.text)
 
 
 @dataclass
 class _Particle:
-    judge: Any
-    tokens: list[int]
-    log_weight: float
+    """One text, as a row of its own, with its weight and the tests it took."""
+
+    judge: Judge
+    row: DecodingRow
+    log_weight: float = 0.0
     finished: bool = False
-    evaluations: list[int] = field(default_factory=list)
-    increments: list[float] = field(default_factory=list)
+    evaluations: int = 0
 
     def fork(self) -> _Particle:
-        return _Particle(
-            self.judge.fork(),
-            list(self.tokens),
-            self.log_weight,
-            self.finished,
-            list(self.evaluations),
-            list(self.increments),
-        )
+        return _Particle(self.judge.fork(), self.row.fork(), self.log_weight, self.finished, self.evaluations)
 
 
 def resample(weights: np.ndarray, rng: np.random.Generator, method: str = "stratified") -> np.ndarray:
@@ -239,8 +241,36 @@ def resample(weights: np.ndarray, rng: np.random.Generator, method: str = "strat
     return np.minimum(np.searchsorted(np.cumsum(weights), points), count - 1)
 
 
+def normalised(log_weights: np.ndarray) -> np.ndarray:
+    """Weights that sum to one."""
+    weights = np.exp(log_weights - log_weights.max())
+    return weights / weights.sum()
+
+
+def log_mean(log_weights: np.ndarray) -> float:
+    """The logarithm of the mean weight."""
+    return float(log_weights.max() + math.log(np.exp(log_weights - log_weights.max()).mean()))
+
+
 def effective_sample_size(weights: np.ndarray) -> float:
     return float(1.0 / np.square(weights).sum())
+
+
+@dataclass
+class AWRSStats(DecodingStats):
+    """Counters of a call; ``rounds`` are tokens drawn.
+
+    Attributes:
+        evaluations: tests of the constraint.
+        seconds_testing: time of drawing and testing, without the model.
+        log_marginal: estimate of the log-probability that the model's text satisfies the constraint (of the last row).
+        particles: the last row's texts with their normalised weights.
+    """
+
+    evaluations: int = 0
+    seconds_testing: float = 0.0
+    log_marginal: float = -math.inf
+    particles: list[tuple[list[int], float]] = field(default_factory=list)
 
 
 @dataclass
@@ -261,10 +291,15 @@ class AWRS(Decoder):
         seed: of the random numbers; None draws one from torch's generator.
 
     After a call: ``particles_`` (token lists with normalised weights), ``log_marginal`` (estimate of the log-probability that
-    the model's text satisfies the constraint), ``evaluations`` (tests of the constraint) and ``seconds_testing`` (drawing and testing, without the model). The returned sequence is one particle,
-    drawn by weight. Greedy decoding (``do_sample=False``) is not what this samples from: it is refused.
+    the model's text satisfies the constraint), ``evaluations`` (tests of the constraint) and ``seconds_testing`` (drawing and
+    testing, without the model). The returned sequence is one particle, drawn by weight. Greedy decoding (``do_sample=False``)
+    is not what this samples from: it is refused. ``scores`` are what tokens were drawn from: the model's, not masked.
     """
 
+    stats_type: ClassVar[type[DecodingStats]] = AWRSStats
+    trace_columns: ClassVar[tuple[str, ...]] = ("evaluations", "log_weight")
+    station: ClassVar[str] = "constraints"
+    continues: ClassVar[bool] = False
     lossless: ClassVar[bool] = False
     colour: ClassVar[str] = "evaluations"
     samples_only: ClassVar[bool] = True
@@ -282,7 +317,7 @@ class AWRS(Decoder):
     resampling: str = "stratified"
     critic: Callable[[str], float] | None = field(default=None, repr=False)
     seed: int | None = None
-    tokenizer: Any = field(default=None, repr=False)
+    tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)
     info: TokenizerInfo | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -300,8 +335,6 @@ class AWRS(Decoder):
             self.max_accepts,
             self.max_rejects or math.inf,
         )
-        self.particles_: list[tuple[list[int], float]] = []
-        self.log_marginal, self.evaluations, self.seconds_testing = -math.inf, 0, 0.0
         self._compiled: CompiledGrammar | Constraint | None = None
         self._grammar: Grammar | None = None
         only_one("AWRS", constraint=self.constraint, schema=self.schema, regex=self.regex, grammar=self.grammar)
@@ -316,7 +349,35 @@ class AWRS(Decoder):
             )
             self._compiled = check if isinstance(check, Constraint) else CallableConstraint(check, done, self.on)
 
-    def prepare(self, tokenizer: Any, vocab_size: int) -> AWRS:
+    @property
+    def stats(self) -> AWRSStats:
+        return cast(AWRSStats, super().stats)
+
+    @property
+    def evaluations(self) -> int:
+        """Tests of the constraint in the last call."""
+        return self.stats.evaluations
+
+    @property
+    def seconds_testing(self) -> float:
+        """Seconds of the last call spent on drawing and testing."""
+        return self.stats.seconds_testing
+
+    @property
+    def log_marginal(self) -> float:
+        """Estimate of the log-probability that the model's text satisfies the constraint."""
+        return self.stats.log_marginal
+
+    @property
+    def particles_(self) -> list[tuple[list[int], float]]:
+        """The last row's texts with their normalised weights."""
+        return self.stats.particles
+
+    @property
+    def streams(self) -> bool:
+        return self.particles == 1
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Self:
         """Compiles for a tokenizer and a model's vocabulary size; returns itself."""
         self.tokenizer = tokenizer
         self.info = TokenizerInfo.from_huggingface(tokenizer, vocab_size)
@@ -324,7 +385,7 @@ class AWRS(Decoder):
             self._compiled = GrammarCompiler(self.info).compile_grammar(self._grammar)
         return self
 
-    def judge(self) -> Any:
+    def judge(self) -> Judge:
         """A fresh judge of tokens: ``accepts``, ``accept_token``, ``fork``."""
         if isinstance(self._compiled, CompiledGrammar):
             return GrammarMatcher(self._compiled)
@@ -334,158 +395,112 @@ class AWRS(Decoder):
             )
         return _TextJudge(self._compiled, self.info)
 
-    @torch.inference_mode()
-    def __call__(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        generation_config: Any = None,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> ConstrainedOutput | torch.Tensor:
-        """Samples a constrained text for each row.
+    def check_model(self, config: PreTrainedConfig) -> None:
+        """Raises BadInputError for a grammar that was compiled for a larger vocabulary."""
+        super().check_model(config)
+        if isinstance(self._compiled, CompiledGrammar):
+            check_vocabulary(self._compiled, config)
+
+    def check_call(self, call: DecodingCall[AWRSStats]) -> None:
+        """Raises BadInputError without a tokenizer."""
+        self.judge()
+
+    def decode_rows(self, call: DecodingCall[AWRSStats]) -> None:
+        rng = np.random.default_rng(int(torch.randint(1 << 62, (1,))) if self.seed is None else self.seed)
+        for row in call.rows:
+            self._decode(call, row, rng)
+
+    def _decode(self, call: DecodingCall[AWRSStats], row: DecodingRow, rng: np.random.Generator) -> None:
+        """Sequential Monte Carlo: all living particles share a forward; each draws and tests its own token.
 
         Raises:
-            BadInputError: greedy decoding, no tokenizer, an empty prompt, or a mode that this cannot honour.
             DeadEndError: every particle died; says how far the text was valid.
         """
-        start = time.perf_counter()
-        config = generation_config if generation_config is not None else model.generation_config
-        refuse_unsupported("AWRS", config, synced_gpus)
-        check_prompt(model, input_ids.shape[1])
-        if not config.do_sample:
-            raise BadInputError(
-                "AWRS samples; greedy decoding was asked for.", "Pass do_sample=True, or use XGrammar for greedy text."
-            )
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
-            raise BadInputError(
-                "AWRS cannot continue a filled cache.", "Pass the whole prompt without past_key_values."
-            )
-        if streamer is not None and self.particles > 1:
-            raise BadInputError("A streamer cannot follow several particles.", "Use particles=1, or no streamer.")
-        rows = split_rows(input_ids, model_kwargs.get("attention_mask"))
-        check_one_row("AWRS", len(rows), streamer, cache)
-        rng = np.random.default_rng(int(torch.randint(1 << 62, (1,))) if self.seed is None else self.seed)
-        self.stats, self.trace, self.evaluations, self.seconds_testing = DecodingStats(), [], 0, 0.0
-        processors, criteria = (
-            LogitsProcessorList(logits_processor or []),
-            StoppingCriteriaList(stopping_criteria or []),
+        stats, vocab, device, prompt = call.stats, call.vocab_size, row.device, len(row.text)
+        cache = DynamicCache(config=call.model.config)
+        output = call.model(
+            input_ids=row.ids[:, len(row.padding) :], past_key_values=cache, use_cache=True, logits_to_keep=1
         )
-        new = [self._row(model, ids, padding, processors, criteria, streamer, rng) for ids, padding in rows]
-        if streamer is not None:
-            streamer.end()
-        self.stats.seconds = time.perf_counter() - start
-        self.stats.new_tokens = sum(map(len, new))
-        sequences = join_rows(input_ids, new, config)
-        if not config.return_dict_in_generate:
-            return sequences
-        return ConstrainedOutput(sequences=sequences, stats=self.stats, trace=self.trace or None)
-
-    def _row(
-        self, model: Any, ids: torch.Tensor, padding: torch.Tensor, processors: Any, criteria: Any, streamer: Any, rng: np.random.Generator
-    ) -> list[int]:  # fmt: skip
-        vocab = model.config.get_text_config().vocab_size
-        device = ids.device
-        prompt = torch.cat([padding, ids])
-        cache = DynamicCache()
-        output = model(input_ids=ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        self.stats.target_forwards += 1
-        alive = [_Particle(self.judge(), [], 0.0) for _ in range(self.particles)]
+        stats.target_forwards += 1
+        alive = [_Particle(self.judge(), row.fork()) for _ in range(self.particles)]
         everyone = list(alive)
         logits = output.logits[:, -1, :vocab].float().expand(self.particles, -1)
         if self.particles > 1:
             cache.batch_repeat_interleave(self.particles)
-        log_marginal = 0.0
         while alive:
-            text = torch.stack(
-                [torch.cat([prompt, torch.tensor(p.tokens, dtype=prompt.dtype, device=device)]) for p in alive]
-            )
-            logps = torch.log_softmax(processors(text, logits.clone()), -1).double().cpu().numpy()
-            for particle, row in zip(alive, logps, strict=True):
-                self._extend(particle, row, rng, criteria, prompt, streamer)
-            if all(p.log_weight == -math.inf for p in everyone):
-                longest = max(everyone, key=lambda p: len(p.tokens))
-                raise self._dead(longest)
-            log_weights = np.array([p.log_weight for p in everyone])
-            weights = np.exp(log_weights - log_weights.max())
-            weights /= weights.sum()
-            source = {id(particle): row for row, particle in enumerate(alive)}
+            text = torch.cat([particle.row.ids for particle in alive])
+            scores = row.processors(text, logits.clone())
+            logps = torch.log_softmax(scores, -1).double().cpu().numpy()
+            for place, particle in enumerate(alive):
+                self._extend(particle, logps[place], scores[place], logits[place], rng, stats)
+            if all(particle.log_weight == -math.inf for particle in everyone):
+                raise self._dead(max(everyone, key=lambda particle: len(particle.row.new)).row)
+            log_weights = np.array([particle.log_weight for particle in everyone])
+            weights = normalised(log_weights)
+            source = {id(particle): place for place, particle in enumerate(alive)}
             ancestry = [source.get(id(particle)) for particle in everyone]
             if len(everyone) > 1 and effective_sample_size(weights) < self.ess_threshold * len(everyone):
-                mean = log_weights.max() + math.log(np.exp(log_weights - log_weights.max()).mean())
+                mean = log_mean(log_weights)
                 chosen = resample(weights, rng, self.resampling)
                 ancestry = [ancestry[index] for index in chosen]
                 everyone = [everyone[index].fork() for index in chosen]
                 for particle in everyone:
                     particle.log_weight = mean
             going = [
-                (p, row)
-                for p, row in zip(everyone, ancestry, strict=True)
-                if not p.finished and p.log_weight > -math.inf
+                (particle, place)
+                for particle, place in zip(everyone, ancestry, strict=True)
+                if not particle.finished and particle.log_weight > -math.inf
             ]
             alive = [particle for particle, _ in going]
             if not alive:
                 break
-            rows = [row for _, row in going]
-            if rows != list(range(logits.shape[0])):
-                cache.batch_select_indices(torch.tensor(rows, device=device))
-            last = torch.tensor([[particle.tokens[-1]] for particle in alive], device=device)
-            positions = torch.full_like(last, len(ids) + len(alive[0].tokens) - 1)
-            output = model(input_ids=last, position_ids=positions, past_key_values=cache, use_cache=True)
-            self.stats.target_forwards += 1
+            places = [place for _, place in going]
+            if places != list(range(logits.shape[0])):
+                cache.batch_select_indices(torch.tensor(places, device=device))
+            last = torch.tensor([[particle.row.text[-1]] for particle in alive], device=device)
+            positions = torch.full_like(last, prompt + len(alive[0].row.new) - 1)
+            output = call.model(input_ids=last, position_ids=positions, past_key_values=cache, use_cache=True)
+            stats.target_forwards += 1
             logits = output.logits[:, -1, :vocab].float()
-        log_weights = np.array([p.log_weight for p in everyone])
-        log_marginal = float(log_weights.max() + math.log(np.exp(log_weights - log_weights.max()).mean()))
-        weights = np.exp(log_weights - log_weights.max())
-        weights /= weights.sum()
-        self.log_marginal = log_marginal
-        self.particles_ = [(list(p.tokens), float(w)) for p, w in zip(everyone, weights, strict=True)]
-        self.evaluations += sum(sum(p.evaluations) for p in everyone)
-        winner = everyone[int(rng.choice(len(everyone), p=weights))]
-        if self.trace_enabled:
-            columns: dict[str, list[Any]] = {
-                "evaluations": list(winner.evaluations),
-                "log_weight": list(winner.increments),
-            }
-            self.trace.append(TokenTrace(list(winner.tokens), columns=columns, station="constraints"))
-        return winner.tokens
+        log_weights = np.array([particle.log_weight for particle in everyone])
+        weights = normalised(log_weights)
+        stats.log_marginal = log_mean(log_weights)
+        stats.particles = [
+            (list(particle.row.new), float(weight)) for particle, weight in zip(everyone, weights, strict=True)
+        ]
+        stats.evaluations += sum(particle.evaluations for particle in everyone)
+        row.adopt(everyone[int(rng.choice(len(everyone), p=weights))].row)
 
     def _extend(
         self,
         particle: _Particle,
         logps: np.ndarray,
+        scores: torch.Tensor,
+        logits: torch.Tensor,
         rng: np.random.Generator,
-        criteria: Any,
-        prompt: torch.Tensor,
-        streamer: Any,
+        stats: AWRSStats,
     ) -> None:
+        """Draws a particle's next token, and ends the particle where nothing is allowed or the text is finished."""
         began = time.perf_counter()
         draw = awrs(
             logps, particle.judge.accepts, rng, self.proper_weights, self.max_accepts,
             math.inf if self.max_rejects is None else self.max_rejects,
         )  # fmt: skip
-        self.seconds_testing += time.perf_counter() - began
-        self.stats.rounds += 1
+        stats.seconds_testing += time.perf_counter() - began
+        stats.rounds += 1
         particle.log_weight += draw.log_weight
         if draw.token is None:
             particle.log_weight = -math.inf
-            self.evaluations += draw.evaluations
+            stats.evaluations += draw.evaluations
             return
         particle.judge.accept_token(draw.token)
-        particle.tokens.append(draw.token)
-        particle.evaluations.append(draw.evaluations)
-        particle.increments.append(draw.log_weight)
-        if streamer is not None:
-            streamer.put(torch.tensor([draw.token]))
-        text = torch.cat([prompt, torch.tensor(particle.tokens, dtype=prompt.dtype, device=prompt.device)])[None]
-        ended = getattr(particle.judge, "is_terminated", lambda: False)()
-        particle.finished = ended or bool(criteria(text, None).all())
+        particle.evaluations += draw.evaluations
+        ended = particle.row.append(
+            draw.token, scores, logits, evaluations=draw.evaluations, log_weight=draw.log_weight
+        )
+        particle.finished = ended or particle.judge.is_terminated()
         if particle.finished and self.critic is not None:
-            particle.log_weight += float(self.critic(self._spell(particle.tokens).decode("utf-8", "replace")))
+            particle.log_weight += float(self.critic(self._spell(particle.row.new).decode("utf-8", "replace")))
 
     def figures(self) -> dict[str, float]:
         figures = {
@@ -501,9 +516,18 @@ class AWRS(Decoder):
             b"".join(info.vocabulary[t] or b"" for t in tokens if t < len(info.vocabulary)) if info is not None else b""
         )
 
-    def _dead(self, particle: _Particle) -> DeadEndError:
+    def _dead(self, row: DecodingRow) -> DeadEndError:
         return DeadEndError(
             f"No token keeps the text valid ({'all particles' if self.particles > 1 else 'the text'} died).",
-            self._spell(particle.tokens),
+            self._spell(row.new),
             "Use more particles, a higher temperature, or a constraint that looks further ahead.",
         )
+
+    @classmethod
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
+        size = model.config.get_text_config().vocab_size
+        free = letters(size, "[^]*")
+        return {
+            "anything": Example(lambda **settings: cls(free, **settings), exact=True),
+            "particles": Example(lambda **settings: cls(free, particles=3, **settings), prefix_stable=False),
+        }

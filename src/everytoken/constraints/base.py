@@ -1,22 +1,16 @@
-"""The station's contract: a Matcher says which tokens may come next, and a Constraint whether a text can still be completed.
+"""The station's contract: a Constraint says whether a text can still be completed.
 
-``Matcher`` has the methods that users of xgrammar know (``fill_next_token_bitmask``, ``accept_token``, ``rollback``,
-``is_terminated``, ``find_jump_forward_string``) plus ``accepts``, which tests one token alone: samplers that draw first and ask
-afterwards need no more. ``Constraint`` is anything that judges text; ``CallableConstraint`` makes one of a Python function.
-
-Bitmasks are int32, ``[B, ceil(V / 32)]``; bit ``i % 32`` of word ``i // 32`` says whether token i is allowed.
+``Constraint`` is anything that judges text; ``CallableConstraint`` makes one of a Python function. Grammars are followed token by
+token by a ``Matcher`` (``decoding.matcher``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from ..core.errors import BadInputError, EverytokenError
-
-if TYPE_CHECKING:
-    pass
 
 
 class DeadEndError(EverytokenError):
@@ -25,8 +19,6 @@ class DeadEndError(EverytokenError):
     def __init__(self, message: str, prefix: bytes, hint: str | None = None):
         super().__init__(f"{message} Longest valid prefix: {prefix.decode('utf-8', 'backslashreplace')!r}.", hint)
         self.prefix = prefix
-
-
 
 
 @runtime_checkable
@@ -81,9 +73,3 @@ def decode_prefix(text: bytes) -> str | None:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
         return text[: error.start].decode("utf-8") if error.reason == "unexpected end of data" else None
-
-
-
-
-
-

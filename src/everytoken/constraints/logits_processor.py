@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, PreTrainedConfig
 
 from ..core.errors import BadInputError
 from ..decoding.matcher import apply_token_bitmask_inplace
-from ..decoding.row import DecodingOutput
+from ..decoding.output import DecodingOutput
 from .engine.compiled import CompiledGrammar
+from .engine.compiler import GrammarCompiler
 from .engine.matcher import GrammarMatcher
+from .engine.vocabulary import TokenizerInfo
 from .grammar import Grammar
 
 
@@ -88,6 +90,22 @@ class GrammarLogitsProcessor(LogitsProcessor):
 
 
 ConstrainedOutput = DecodingOutput
+
+
+def check_vocabulary(grammar: CompiledGrammar, config: PreTrainedConfig) -> None:
+    """Raises BadInputError for a grammar that was compiled for a larger vocabulary than the model's."""
+    compiled, width = grammar.tokenizer_info.vocab_size, config.get_text_config().vocab_size
+    if compiled > width:
+        raise BadInputError(
+            f"The grammar was compiled for {compiled} tokens but the model has {width}.",
+            "Build TokenizerInfo with vocab_size=model.config.vocab_size.",
+        )
+
+
+def letters(vocab_size: int, regex: str) -> CompiledGrammar:
+    """A small grammar for the decoders' examples: token 0 ends a text, and token i spells letter i of the alphabet (1 is b)."""
+    spelled = [bytes([ord("a") + index]) for index in range(vocab_size)]
+    return GrammarCompiler(TokenizerInfo(spelled, [0]), warm_seconds=0).compile_regex(regex)
 
 
 def read_source(value: str) -> str:

@@ -31,35 +31,38 @@ that a string of up to 10,000 characters needs few; automata are deterministic w
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar, Self, cast
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import BadInputError
-from ..core.trace import TokenTrace
-from ..decoding.base import (
-    Decoder,
-    DecodingStats,
-    check_one_row,
-    check_prompt,
-    check_unread,
-    join_rows,
-    refuse_unsupported,
-    split_rows,
-)
+from ..decoding.base import Decoder, Example
+from ..decoding.call import DecodingCall, DecodingStats
+from ..decoding.checks import check_unread
 from ..decoding.matcher import apply_token_bitmask_inplace, bitmask_to_bool
+from ..decoding.row import DecodingRow, read_on
 from .engine.compiled import CompiledGrammar
 from .engine.compiler import GrammarCompiler
 from .engine.matcher import GrammarMatcher
 from .engine.vocabulary import TokenizerInfo
-from .logits_processor import ConstrainedOutput, GrammarLogitsProcessor, only_one, parse_source
+from .logits_processor import GrammarLogitsProcessor, check_vocabulary, letters, only_one, parse_source
 
 __all__ = ["GrammarLogitsProcessor", "XGrammar"]
+
+
+@dataclass
+class XGrammarStats(DecodingStats):
+    """Counters of a call; ``accepted`` are tokens appended without a forward (``jump_forward``).
+
+    Attributes:
+        complete: whether each row's text is complete.
+    """
+
+    complete: list[bool] = field(default_factory=list)
 
 
 @dataclass
@@ -76,9 +79,13 @@ class XGrammar(Decoder):
         strict_mode: for ``schema``: objects are closed unless the schema says otherwise.
 
     With ``jump_forward=False`` the tokens are those of ``generate`` with a ``GrammarLogitsProcessor``. Rows of a batch are
-    decoded one after the other.
+    decoded one after the other. The trace has ``choice_bits`` (how many bits of choice the grammar left), ``allowed`` tokens,
+    their ``allowed_mass`` under the model, and the ``source`` of the token: model, forced or jump.
     """
 
+    stats_type: ClassVar[type[DecodingStats]] = XGrammarStats
+    trace_columns: ClassVar[tuple[str, ...]] = ("choice_bits", "allowed", "source", "allowed_mass")
+    station: ClassVar[str] = "constraints"
     lossless: ClassVar[bool] = False
     colour: ClassVar[str] = "choice_bits"
     constraint: CompiledGrammar | Sequence[CompiledGrammar] | None = None
@@ -88,15 +95,25 @@ class XGrammar(Decoder):
     jump_forward: bool = False
     any_whitespace: bool = True
     strict_mode: bool = True
-    tokenizer: Any = field(default=None, repr=False)
+    tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         only_one("XGrammar", constraint=self.constraint, schema=self.schema, regex=self.regex, grammar=self.grammar)
-        self._complete: list[bool] = []
         if self.constraint is None:  # syntax errors are reported now, not after the model has loaded
             self._grammar = parse_source(self.schema, self.regex, self.grammar, self.any_whitespace, self.strict_mode)
 
-    def prepare(self, tokenizer: Any, vocab_size: int) -> XGrammar:
+    @property
+    def stats(self) -> XGrammarStats:
+        return cast(XGrammarStats, super().stats)
+
+    @property
+    def grammars(self) -> list[CompiledGrammar]:
+        """The compiled grammars: one, or one a row; none before ``prepare``."""
+        if self.constraint is None:
+            return []
+        return [self.constraint] if isinstance(self.constraint, CompiledGrammar) else list(self.constraint)
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Self:
         """Compiles for a tokenizer and a model's vocabulary size; returns itself."""
         self.tokenizer = tokenizer
         if self.constraint is None:
@@ -104,27 +121,15 @@ class XGrammar(Decoder):
             self.constraint = GrammarCompiler(info).compile_grammar(self._grammar)
         return self
 
-    @torch.inference_mode()
-    def __call__(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        generation_config: Any = None,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> ConstrainedOutput | torch.Tensor:
-        """Decodes as ``generate`` would, within the grammar; see ``Decoder``.
+    def check_model(self, config: PreTrainedConfig) -> None:
+        """Raises BadInputError for a grammar that was compiled for a larger vocabulary."""
+        super().check_model(config)
+        for grammar in self.grammars:
+            check_vocabulary(grammar, config)
 
-        Raises:
-            BadInputError: no compiled grammar, an empty prompt, or a generation mode that one path cannot honour.
-        """
-        start = time.perf_counter()
-        config = generation_config if generation_config is not None else model.generation_config
-        refuse_unsupported("XGrammar", config, synced_gpus)
-        check_prompt(model, input_ids.shape[1])
+    def check_call(self, call: DecodingCall[XGrammarStats]) -> None:
+        """Raises BadInputError without a compiled grammar (or a tokenizer to jump with), for as many grammars as do not fit the
+        batch, and for scores of tokens that are appended unread."""
         if self.constraint is None:
             raise BadInputError(
                 "The grammar is not compiled.", "Call decoder.prepare(tokenizer, model.config.vocab_size) first."
@@ -133,112 +138,63 @@ class XGrammar(Decoder):
             raise BadInputError(
                 "jump_forward needs the tokenizer.", "Call prepare(tokenizer, vocab_size), or pass tokenizer=."
             )
-        grammars = [self.constraint] if isinstance(self.constraint, CompiledGrammar) else list(self.constraint)
-        rows = split_rows(input_ids, model_kwargs.get("attention_mask"))
-        if len(grammars) not in (1, len(rows)):
+        if self.jump_forward and call.wants:
             raise BadInputError(
-                f"{len(grammars)} grammars do not fit a batch of {len(rows)} rows.", "Give one, or one a row."
+                f"jump_forward appends tokens that the model has not scored; {' and '.join(call.wants)} cannot be given.",
+                "Use jump_forward=False, or leave it out.",
             )
-        cache = model_kwargs.get("past_key_values")
-        check_one_row("XGrammar", len(rows), streamer, cache)
-        self.stats, self.trace, self._complete = DecodingStats(), [], []
-        processors, criteria = (
-            LogitsProcessorList(logits_processor or []),
-            StoppingCriteriaList(stopping_criteria or []),
-        )
-        new = []
+        if len(self.grammars) not in (1, len(call.input_ids)):
+            raise BadInputError(
+                f"{len(self.grammars)} grammars do not fit a batch of {len(call.input_ids)} rows.",
+                "Give one, or one a row.",
+            )
+
+    def matcher_for(self, call: DecodingCall[XGrammarStats], row: int) -> GrammarMatcher:
+        return GrammarMatcher(self.grammars[min(row, len(self.grammars) - 1)])
+
+    def decode_row(self, call: DecodingCall[XGrammarStats], row: DecodingRow) -> None:
         with ThreadPoolExecutor(1) as pool:
-            for place, (ids, padding) in enumerate(rows):
-                mine = cache if len(rows) == 1 and cache is not None else DynamicCache()
-                matcher = GrammarMatcher(grammars[min(place, len(grammars) - 1)])
-                new.append(
-                    self._row(
-                        model, ids, padding, mine, matcher, processors, criteria, bool(config.do_sample), streamer, pool
-                    )
-                )
-        if streamer is not None:
-            streamer.end()
-        self.stats.seconds = time.perf_counter() - start
-        self.stats.new_tokens = sum(map(len, new))
-        sequences = join_rows(input_ids, new, config)
-        if not config.return_dict_in_generate:
-            return sequences
-        return ConstrainedOutput(
-            sequences=sequences,
-            past_key_values=mine if len(rows) == 1 else None,
-            stats=self.stats,
-            trace=self.trace or None,
-        )
+            self._decode(call, row, pool)
 
-    def _row(
-        self, model: Any, ids: torch.Tensor, padding: torch.Tensor, cache: Any, matcher: GrammarMatcher, processors: Any, criteria: Any,
-        do_sample: bool, streamer: Any, pool: ThreadPoolExecutor,
-    ) -> list[int]:  # fmt: skip
-        check_unread(cache, len(ids))
-        device, past = ids.device, cache.get_seq_length()
-        text = torch.cat([padding, ids])[None]
-        pending = ids[past:]
-        vocab = model.config.get_text_config().vocab_size
+    def _decode(self, call: DecodingCall[XGrammarStats], row: DecodingRow, pool: ThreadPoolExecutor) -> None:
+        """A forward over what is new, its mask beside it, a token, and what must follow that."""
+        matcher, cache = cast(GrammarMatcher, row.matcher), row.cache
+        assert cache is not None
+        check_unread(cache, len(row.text))
+        vocab = call.vocab_size
         bitmask = torch.zeros(1, (vocab + 31) // 32, dtype=torch.int32)
-        new: list[int] = []
-        columns: dict[str, list[Any]] = {"choice_bits": [], "allowed": [], "source": [], "allowed_mass": []}
         stop = False
-
-        def append(token: int, allowed: int, source: str, mass: float | None) -> bool:
-            nonlocal text
-            new.append(token)
-            text = torch.cat([text, torch.tensor([[token]], device=device)], 1)
-            if streamer is not None:
-                streamer.put(torch.tensor([token]))
-            if self.trace_enabled:
-                for name, value in zip(columns, (math.log2(allowed), allowed, source, mass), strict=True):
-                    columns[name].append(value)
-            return bool(criteria(text, None).all()) or matcher.is_terminated()
-
         while not stop:
             masking = pool.submit(matcher.fill_next_token_bitmask, bitmask)  # while the model reads the last tokens
-            positions = torch.arange(past, past + len(pending), device=device)[None]
-            output = model(
-                input_ids=pending[None], position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-            self.stats.target_forwards += 1
-            past += len(pending)
-            logits = output.logits[:, -1, :vocab].float()
+            logits = read_on(call.model, cache, row.text, vocab)
+            call.stats.target_forwards += 1
             restricted = masking.result()
             mass, allowed = 1.0, vocab
+            scores = logits.clone() if restricted or row.processors else logits
             if restricted:
-                if self.trace_enabled:
-                    keep = bitmask_to_bool(bitmask, vocab).to(device)
+                if row.columns is not None:
+                    keep = bitmask_to_bool(bitmask[0], vocab).to(logits.device)
                     allowed = int(keep.sum())
                     mass = float(torch.softmax(logits, -1)[keep].sum())
-                apply_token_bitmask_inplace(logits, bitmask.to(device))
-            scores = processors(text, logits)
-            token = int(torch.multinomial(torch.softmax(scores, -1), 1)) if do_sample else int(scores.argmax(-1))
-            if not matcher.accept_token(token):
-                raise BadInputError(
-                    f"A logits processor chose token {token}, which the grammar forbids.",
-                    "Drop forced tokens, or the processor.",
-                )
-            stop = append(token, allowed, "forced" if allowed == 1 else "model", mass)
-            pending = torch.tensor([token], device=device)
+                apply_token_bitmask_inplace(scores, bitmask[0].to(logits.device))
+            scores = row.processed(scores, masked=True)
+            token = row.choose(scores)
+            source = "forced" if allowed == 1 else "model"
+            entries = {"choice_bits": math.log2(allowed), "allowed": allowed, "source": source, "allowed_mass": mass}
+            stop = row.append(token, scores, logits, **entries)
             if self.jump_forward and not stop:
                 for jumped in self._jump(matcher):
-                    matcher.accept_token(jumped)
-                    self.stats.accepted += 1
-                    pending = torch.cat([pending, torch.tensor([jumped], device=device)])
-                    if stop := append(jumped, 1, "jump", None):
+                    call.stats.accepted += 1
+                    if stop := row.append(jumped, choice_bits=0.0, allowed=1, source="jump"):
                         break
-        self._complete.append(matcher.can_end())
-        if self.trace_enabled:
-            self.trace.append(TokenTrace(new, columns=columns, station="constraints"))
-        return new
+        call.stats.complete.append(matcher.can_end())
 
     def figures(self) -> dict[str, float]:
         jumped = {"tokens jumped": float(self.stats.accepted)} if self.jump_forward else {}
         return {
             "target forwards": float(self.stats.target_forwards),
             **jumped,
-            "complete texts": float(sum(self._complete)),
+            "complete texts": float(sum(self.stats.complete)),
         }
 
     def _jump(self, matcher: GrammarMatcher) -> list[int]:
@@ -246,6 +202,16 @@ class XGrammar(Decoder):
         forced = matcher.find_jump_forward_string()
         if not forced:
             return []
+        assert self.tokenizer is not None
         tokens = self.tokenizer(forced, add_special_tokens=False)["input_ids"][:-1]
         probe = matcher.fork()
         return tokens if all(probe.accept_token(token) for token in tokens) else []
+
+    @classmethod
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
+        size = model.config.get_text_config().vocab_size
+        free, narrow = letters(size, "[^]*"), letters(size, "[b-h]*")
+        return {
+            "anything": Example(lambda **settings: cls(free, **settings), exact=True),
+            "some letters": Example(lambda **settings: cls(narrow, **settings)),
+        }

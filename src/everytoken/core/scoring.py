@@ -1,36 +1,43 @@
 """Scoring given tokens with frozen models: padding rows, hidden states at the scored positions, log-probabilities.
 
-A *row* is a prompt and a response, both token ids. Everything here is without gradient; training computes the same quantities inside
-its own forward (``preference.trainer``).
+Everything here is without gradient; training computes the same quantities inside its own forward
+(``training.scored_forward``).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import BadInputError, TokenizerMismatchError, UnsupportedModelError
+from .progress import Report, silent
 
 if TYPE_CHECKING:
     import torch
 
-Row = tuple[Sequence[int], Sequence[int]]
-"""Prompt ids and response ids."""
+
+class PromptResponse(NamedTuple):
+    """A prompt and a response to it, both as token ids; a plain pair does as well."""
+
+    prompt: Sequence[int]
+    response: Sequence[int]
 
 
 def plain_head(model: Any) -> Any:
     """The output head of a causal model whose logits are ``head(hidden)`` and nothing else.
 
     Raises:
-        UnsupportedModelError: the model caps or scales its logits, which fused statistics would not follow, or has no head.
+        UnsupportedModelError: the model caps or scales its logits, which fused statistics would not follow, or has no
+            head.
     """
     config = model.config.get_text_config()
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
         value = getattr(config, name, None)
         if value not in (None, 1, 1.0):
             raise UnsupportedModelError(
-                f"{type(model).__name__} transforms its logits ({name}={value}), which the fused statistics do not follow."
+                f"{type(model).__name__} transforms its logits ({name}={value}), "
+                "which the fused statistics do not follow."
             )
     head = model.get_output_embeddings()
     if head is None:
@@ -64,12 +71,14 @@ def check_guide(
     """Refuses a guide that reads other tokens than the policy.
 
     Raises:
-        TokenizerMismatchError: vocabularies of different size, or (where both tokenizers are given) of different content.
+        TokenizerMismatchError: vocabularies of different size, or (where both tokenizers are given) of different
+            content.
     """
     sizes = [plain_head(model).weight.shape[0] for model in (policy, guide)]
     if sizes[0] != sizes[1]:
         raise TokenizerMismatchError(
-            f"The {what} has a vocabulary of {sizes[1]} tokens and the policy of {sizes[0]}: they use different tokenizers.",
+            f"The {what} has a vocabulary of {sizes[1]} tokens and the policy of {sizes[0]}: "
+            "they use different tokenizers.",
             f"Token-level credit needs a {what} with the policy's own tokenizer.",
         )
     if tokenizer is None or guide_tokenizer is None:
@@ -84,7 +93,7 @@ def check_guide(
 
 
 def prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
-    """Ids of a prompt: of a text as it is, of a list of messages by the chat template, up to where the answer begins."""
+    """Ids of a prompt: of a text as it is, of messages by the chat template, up to where the answer begins."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
@@ -118,8 +127,10 @@ def encode_prompt(tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def pad_rows(rows: Sequence[Row], pad: int = 0, device: Any = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows as right-padded tensors: ``ids [B, T]``, ``attention_mask [B, T]``, and ``mask [B, T]``, True on response tokens."""
+def pad_rows(
+    rows: Sequence[PromptResponse], pad: int = 0, device: Any = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows as right-padded tensors: ``ids``, ``attention_mask`` and ``mask`` (True on responses), all ``[B, T]``."""
     import torch
 
     width = max(len(prompt) + len(response) for prompt, response in rows)
@@ -136,7 +147,7 @@ def pad_rows(rows: Sequence[Row], pad: int = 0, device: Any = None) -> tuple[tor
 def response_hidden(
     model: Any, ids: torch.Tensor, mask: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The ``[N, D]`` last hidden states that predict the N tokens where ``mask``; a row's first token cannot be scored."""
+    """The ``[N, D]`` last hidden states that predict the N tokens where ``mask``; never a row's first token."""
     kwargs: dict[str, Any] = {}
     if attention_mask is not None:
         positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
@@ -144,7 +155,9 @@ def response_hidden(
     before = mask.roll(-1, 1)
     before[:, -1] = False
     inner = base_model(model)
-    if getattr(inner.forward, "scores", False):  # the only way in where weights lie in shards: see preference.scored
+    if getattr(
+        inner.forward, "scores", False
+    ):  # the only way in where weights lie in shards: see training.scored_forward
         return model(input_ids=ids, score={"mask": mask[:, 1:]}, **kwargs)
     return inner.base_model(input_ids=ids, use_cache=False, **kwargs).last_hidden_state[before]
 
@@ -152,7 +165,10 @@ def response_hidden(
 def response_logps(
     model: Any, ids: torch.Tensor, mask: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Log-probabilities ``[B, T]`` float32 of the tokens where ``mask``, at their own positions; 0 elsewhere. No gradient."""
+    """Log-probabilities ``[B, T]`` float32 of the tokens where ``mask``, at their own positions; 0 elsewhere.
+
+    No gradient.
+    """
     import torch
 
     from .logprobs import token_stats
@@ -166,16 +182,17 @@ def response_logps(
 
 
 def score_rows(
-    rows: Sequence[Row],
+    rows: Sequence[PromptResponse],
     score: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     batch_size: int = 16,
     device: Any = None,
-    report: Callable[[int, int], None] = lambda _done, _total: None,
+    report: Report = silent,
 ) -> list[torch.Tensor]:
     """One ``[len(response)]`` tensor a row from a function on padded batches; rows of like length share a batch.
 
     Args:
         score: ``(ids, mask, attention_mask) -> values [B, T]``, as ``response_logps``.
+        report: called with ``("scoring rows", done, total)``.
 
     Raises:
         BadInputError: an empty prompt (nothing would predict the first token) or response; names the row.
@@ -194,7 +211,7 @@ def score_rows(
         for line, index in enumerate(picked):
             prompt, response = rows[index]
             found[index] = values[line, len(prompt) : len(prompt) + len(response)].clone()
-        report(min(first + batch_size, len(order)), len(order))
+        report("scoring rows", min(first + batch_size, len(order)), len(order))
     return [found[index] for index in range(len(rows))]
 
 

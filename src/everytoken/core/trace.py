@@ -1,35 +1,34 @@
 """TokenTrace: what happened to every token, as columns aligned to the tokens of one text.
 
-Any station can fill one: a decoder (round, accepted depth, draft probability), a loss (implicit reward, KL), a tokenizer
-(which token was split, and into what). A trace prints as coloured text in a terminal (``print_trace``), renders as one
-self-contained HTML file (``to_html``), and round-trips through Parquet and JSONL.
+Any method can fill one: a decoder (round, accepted depth, draft probability), a loss (implicit reward, KL), a tokenizer
+(which token was split, and into what). A trace prints as coloured text in a terminal (``print``), renders as one
+self-contained HTML file (``to_html``, by ``core.trace_html``), and is saved and loaded as Parquet or JSONL.
 
-Producers take a ``trace`` flag and build nothing when it is off, so an unused trace costs one comparison.
+Producers make a trace only where it is enabled: an unused trace costs one comparison.
 """
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
+from .colours import category, ink, shade
 from .errors import BadInputError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
     from rich.console import Console
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
-RAMP = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
-"""Viridis: perceptually even, safe for colour-blind readers, legible in print."""
-CATEGORIES = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d755d", "#bab0ac")
-
 Value = float | int | str | bool | None
+Column: TypeAlias = "Iterable[Value] | np.ndarray | torch.Tensor"
 
 
 @dataclass
@@ -39,8 +38,8 @@ class TokenTrace:
     Attributes:
         ids: token ids.
         columns: name -> one value a token: numbers, strings, booleans, or None where a column does not apply.
-        texts: the tokens as text, filled by ``with_text`` or by the producer. Pieces of a character that spans tokens read
-            as the replacement character; ``spans`` are exact.
+        texts: the tokens as text, filled by ``with_text`` or by the producer. Pieces of a character that spans tokens
+            read as the replacement character; ``spans`` are exact.
         spans: ``(start, end)`` byte offsets of each token in the UTF-8 text.
         title, station: shown in the header.
     """
@@ -62,7 +61,7 @@ class TokenTrace:
         if self.spans is not None:
             self.spans = [(int(start), int(end)) for start, end in self.spans]
 
-    def _checked(self, name: str, column: Iterable[Any]) -> list[Value]:
+    def _checked(self, name: str, column: Column) -> list[Value]:
         values = column.tolist() if hasattr(column, "tolist") else list(column)
         if len(values) != len(self.ids):
             raise BadInputError(
@@ -74,7 +73,7 @@ class TokenTrace:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def add(self, name: str, column: Iterable[Any]) -> TokenTrace:
+    def add(self, name: str, column: Column) -> TokenTrace:
         """Adds (or replaces) a column of one value a token (list, numpy or torch); returns the trace."""
         self.columns[name] = self._checked(name, column)
         return self
@@ -127,15 +126,15 @@ class TokenTrace:
         """One ``#rrggbb`` a token for a column; None where it has no value."""
         if self.numeric(name):
             low, high = self.limits(name)
-            return [_shade(value, low, high) for value in self.columns[name]]
+            return [shade(value, low, high) for value in self.columns[name]]
         names = self.categories(name)
-        return [None if v is None else CATEGORIES[names.index(str(v)) % len(CATEGORIES)] for v in self.columns[name]]
+        return [None if value is None else category(names.index(str(value))) for value in self.columns[name]]
 
     def categories(self, name: str) -> list[str]:
         """The distinct values of a categorical column in order of appearance."""
         return list(dict.fromkeys(str(value) for value in self.columns[name] if value is not None))
 
-    # -- terminal --------------------------------------------------------------------------------------------------------
+    # -- terminal ------------------------------------------------------------------------------------------------------
     def render(self, column: str | None = None, width: int = 8) -> Text:
         """The text with each token on the colour of its value, and a legend below (rich Text).
 
@@ -151,7 +150,7 @@ class TokenTrace:
         colours = self.colours(column) if column is not None else [None] * len(self)
         for label, colour in zip(self.labels, colours, strict=True):
             shown = label.replace("\r", "").replace("\t", "    ")
-            style = f"{_ink(colour)} on {colour}" if colour else ""
+            style = f"{ink(colour)} on {colour}" if colour else ""
             head, *rest = shown.split("\n")  # a coloured newline would paint the rest of the terminal's line
             output.append(head or ("" if rest else "·"), style)
             for line in rest:
@@ -171,12 +170,12 @@ class TokenTrace:
             low, high = self.limits(column)
             legend.append(f"{low:.3g} ", style="not bold")
             for step in range(width):
-                legend.append("  ", style=f"on {_shade(step, 0, max(width - 1, 1))}")
+                legend.append("  ", style=f"on {shade(step, 0, max(width - 1, 1))}")
             legend.append(f" {high:.3g}", style="not bold")
         else:
             for index, name in enumerate(self.categories(column)):
-                colour = CATEGORIES[index % len(CATEGORIES)]
-                legend.append(f" {name} ", style=f"not bold {_ink(colour)} on {colour}")
+                colour = category(index)
+                legend.append(f" {name} ", style=f"not bold {ink(colour)} on {colour}")
                 legend.append(" ")
         if any(value is None for value in self.columns[column]):
             legend.append("  uncoloured: no value", style="not bold dim")
@@ -191,23 +190,25 @@ class TokenTrace:
             console.print(f"[bold]{self.title}[/]  [dim]{len(self)} tokens[/]", highlight=False)
         console.print(self.render(column))
 
-    # -- HTML ------------------------------------------------------------------------------------------------------------
+    # -- HTML ----------------------------------------------------------------------------------------------------------
     def to_html(self, path: str | os.PathLike[str] | None = None, column: str | None = None) -> str:
         """One self-contained page: selector for the score, hover for all values, light and dark; optionally written."""
+        from .trace_html import render_html
+
         return render_html([self], path, column)
 
-    # -- storage ---------------------------------------------------------------------------------------------------------
-    def rows(self) -> list[dict[str, Any]]:
+    # -- storage -------------------------------------------------------------------------------------------------------
+    def rows(self) -> list[dict[str, Value]]:
         """One dict a token: ``id``, ``text``, ``start``, ``end`` and the columns."""
         starts: Sequence[tuple[int | None, int | None]] = self.spans or [(None, None)] * len(self)
         texts: Sequence[str | None] = self.texts or [None] * len(self)
         return [
-            {"id": item, "text": text, "start": span[0], "end": span[1]}
+            dict[str, Value](id=item, text=text, start=span[0], end=span[1])
             | {name: column[index] for name, column in self.columns.items()}
             for index, (item, text, span) in enumerate(zip(self.ids, texts, starts, strict=True))
         ]
 
-    def _meta(self) -> dict[str, Any]:
+    def _meta(self) -> dict[str, int | str | list[str]]:
         return {"everytoken_trace": 1, "title": self.title, "station": self.station, "columns": list(self.columns)}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -270,10 +271,10 @@ class TokenTrace:
 _SPECIAL = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
+def _finite(row: dict[str, Value]) -> dict[str, Value | dict[str, str]]:
     """Non-finite floats as ``{"float": "NaN"}``, since JSON has no name for them."""
 
-    def encode(value: Any) -> Any:
+    def encode(value: Value) -> Value | dict[str, str]:
         if isinstance(value, float) and not math.isfinite(value):
             return {"float": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
         return value
@@ -281,165 +282,5 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
     return {name: encode(value) for name, value in row.items()}
 
 
-def _infinite(row: dict[str, Any]) -> dict[str, Any]:
+def _infinite(row: dict[str, Value | dict[str, str]]) -> dict[str, Value]:
     return {name: _SPECIAL[value["float"]] if isinstance(value, dict) else value for name, value in row.items()}
-
-
-def _shade(value: Any, low: float, high: float) -> str | None:
-    if value is None or isinstance(value, str) or not math.isfinite(value):
-        return None
-    share = 0.5 if high <= low else (float(value) - low) / (high - low)
-    position = share * (len(RAMP) - 1)
-    index = min(int(position), len(RAMP) - 2)
-    mix = position - index
-    pairs = [(int(RAMP[index][i : i + 2], 16), int(RAMP[index + 1][i : i + 2], 16)) for i in (1, 3, 5)]
-    return "#" + "".join(f"{round(a + (b - a) * mix):02x}" for a, b in pairs)
-
-
-def _ink(colour: str | None) -> str:
-    """Black or white, whichever reads better on ``colour``."""
-    if colour is None:
-        return ""
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#ffffff"
-
-
-def render_html(
-    traces: Sequence[TokenTrace],
-    path: str | os.PathLike[str] | None = None,
-    column: str | None = None,
-    title: str = "",
-    before: str = "",
-    beside: bool = False,
-) -> str:
-    """Several traces on one page under one selector (for example chosen and rejected, or two methods).
-
-    Args:
-        before: HTML above the traces (a report's tables and plots).
-        beside: set traces two by two, side by side where the window is wide enough, with one scale for all.
-    """
-    names = list(dict.fromkeys(name for trace in traces for name in trace.columns))
-    chosen = column if column in names else (names[0] if names else "")
-    data = []
-    for trace in traces:
-        columns = {}
-        for name in trace.columns:
-            numeric = trace.numeric(name)
-            low, high = trace.limits(name) if numeric else (0.0, 0.0)
-            if numeric and beside:
-                every = [t.limits(name) for t in traces if name in t.columns and t.numeric(name)]
-                low, high = min(item[0] for item in every), max(item[1] for item in every)
-            columns[name] = {
-                "numeric": numeric,
-                "low": low,
-                "high": high,
-                "categories": [] if numeric else trace.categories(name),
-                "colours": [_shade(value, low, high) for value in trace.columns[name]]
-                if numeric
-                else trace.colours(name),
-                "values": [_show(value) for value in trace.columns[name]],
-            }
-        data.append(
-            {
-                "title": trace.title,
-                "station": trace.station,
-                "tokens": trace.labels,
-                "ids": trace.ids,
-                "spans": trace.spans,
-                "columns": columns,
-            }
-        )
-    payload = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
-    heading = title or (traces[0].title if traces else "") or "Token trace"
-    options = "".join(
-        f'<option value="{html.escape(name, quote=True)}"{" selected" if name == chosen else ""}>{html.escape(name)}</option>'
-        for name in names
-    )
-    page = (
-        _PAGE.replace("{{title}}", html.escape(heading))
-        .replace("{{options}}", options)
-        .replace("{{ramp}}", ", ".join(RAMP))
-        .replace("{{categories}}", json.dumps(CATEGORIES))
-        .replace("{{before}}", before)
-        .replace("{{layout}}", "pairs" if beside else "")
-        .replace("{{data}}", payload)
-    )
-    if path is not None:
-        Path(path).write_text(page, encoding="utf-8")
-    return page
-
-
-def _show(value: Value) -> str | None:
-    if value is None:
-        return None
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{title}}</title>
-<style>
-:root { --ink: #1b1f24; --paper: #ffffff; --dim: #667080; --line: #d9dee5; --card: #f5f7fa; color-scheme: light dark; }
-@media (prefers-color-scheme: dark) { :root:not([data-theme="light"]) { --ink: #e6e9ee; --paper: #14171c; --dim: #98a2b3; --line: #313843; --card: #1d2229; } }
-:root[data-theme="dark"] { --ink: #e6e9ee; --paper: #14171c; --dim: #98a2b3; --line: #313843; --card: #1d2229; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto; max-width: 62rem; padding: 0 1rem; }
-h1 { font-size: 1.25rem; margin: 0 0 .75rem; } h2 { font-size: 1rem; margin: 1.75rem 0 .25rem; }
-.bar { display: flex; gap: .75rem; align-items: center; flex-wrap: wrap; position: sticky; top: 0; background: var(--paper); padding: .5rem 0; border-bottom: 1px solid var(--line); z-index: 1; }
-select, button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .25rem .6rem; }
-.legend { display: flex; align-items: center; gap: .5rem; color: var(--dim); flex-wrap: wrap; font-variant-numeric: tabular-nums; }
-.ramp { width: 10rem; height: .8rem; border-radius: 3px; background: linear-gradient(to right, {{ramp}}); }
-.chip { padding: 0 .45rem; border-radius: 4px; }
-.text { font: 14px/1.9 ui-monospace, "Cascadia Mono", "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0 0; }
-.text span { border-radius: 3px; padding: .12em 0; cursor: default; box-shadow: inset -1px 0 var(--paper); }
-.text span:hover, .text span:focus { outline: 2px solid var(--ink); outline-offset: 0; }
-.pairs { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 0 2rem; }
-.small { color: var(--dim); font-size: .85rem; }
-#tip { position: fixed; display: none; pointer-events: none; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .5rem .7rem; font-size: .85rem; box-shadow: 0 4px 18px #0004; z-index: 2; max-width: 22rem; }
-#tip b { font-family: ui-monospace, monospace; white-space: pre-wrap; } #tip td { padding: 0 .75rem 0 0; vertical-align: top; } #tip td:first-child { color: var(--dim); }
-</style></head><body>
-<h1>{{title}}</h1>
-{{before}}
-<div class="bar"><label>Score <select id="score">{{options}}</select></label><div class="legend" id="legend"></div>
-<button id="theme" style="margin-left:auto" aria-label="Switch between light and dark">Light / dark</button></div>
-<main id="main" class="{{layout}}"></main><div id="tip" role="tooltip"></div>
-<script id="data" type="application/json">{{data}}</script>
-<script>
-const traces = JSON.parse(document.getElementById("data").textContent), palette = {{categories}};
-const main = document.getElementById("main"), tip = document.getElementById("tip"), score = document.getElementById("score");
-const ink = c => { const [r, g, b] = [1, 3, 5].map(i => parseInt(c.slice(i, i + 2), 16)); return .299 * r + .587 * g + .114 * b > 140 ? "#000" : "#fff"; };
-const spans = traces.map((trace, t) => {
-  const part = document.createElement("section"); main.append(part);
-  if (trace.title) { const h = document.createElement("h2"); h.textContent = trace.title; part.append(h); }
-  const note = document.createElement("div"); note.className = "small";
-  note.textContent = trace.tokens.length + " tokens" + (trace.station ? " · " + trace.station : ""); part.append(note);
-  const box = document.createElement("div"); box.className = "text"; part.append(box);
-  return trace.tokens.map((token, i) => { const s = document.createElement("span"); s.textContent = token.replaceAll("\\n", "\\u23ce\\n") || "\\u00b7"; s.dataset.t = t; s.dataset.i = i; box.append(s); return s; });
-});
-function paint() {
-  const name = score.value; let legend = null;
-  traces.forEach((trace, t) => { const c = trace.columns[name]; if (c && !legend) legend = c;
-    spans[t].forEach((s, i) => { const colour = c && c.colours[i]; s.style.background = colour || ""; s.style.color = colour ? ink(colour) : ""; }); });
-  const box = document.getElementById("legend"); box.textContent = ""; if (!legend) return;
-  if (legend.numeric) { const a = document.createElement("span"), r = document.createElement("span"), b = document.createElement("span");
-    a.textContent = Number(legend.low.toPrecision(4)); r.className = "ramp"; b.textContent = Number(legend.high.toPrecision(4)); box.append(a, r, b); }
-  else legend.categories.forEach((n, i) => { const e = document.createElement("span"), c = palette[i % palette.length]; e.className = "chip"; e.textContent = n; e.style.background = c; e.style.color = ink(c); box.append(e); });
-  if (legend.colours.includes(null)) { const e = document.createElement("span"); e.textContent = "uncoloured: no value"; box.append(e); }
-}
-function show(event) {
-  const s = event.target.closest("span[data-t]"); if (!s) { tip.style.display = "none"; return; }
-  const trace = traces[s.dataset.t], i = +s.dataset.i; tip.textContent = "";
-  const b = document.createElement("b"); b.textContent = JSON.stringify(trace.tokens[i]); tip.append(b);
-  const table = document.createElement("table"); tip.append(table);
-  const row = (k, v) => { const r = table.insertRow(); r.insertCell().textContent = k; r.insertCell().textContent = v; };
-  row("token id", trace.ids[i]); row("position", i); if (trace.spans) row("bytes", trace.spans[i].join(" to "));
-  for (const [name, c] of Object.entries(trace.columns)) row(name, c.values[i] ?? "none");
-  tip.style.display = "block"; const box = s.getBoundingClientRect();
-  tip.style.left = Math.max(8, Math.min(box.left, innerWidth - tip.offsetWidth - 8)) + "px";
-  tip.style.top = (box.bottom + tip.offsetHeight + 8 > innerHeight ? box.top - tip.offsetHeight - 6 : box.bottom + 6) + "px";
-}
-main.addEventListener("mouseover", show); main.addEventListener("mouseleave", () => tip.style.display = "none");
-score.addEventListener("change", paint);
-document.getElementById("theme").onclick = () => { const root = document.documentElement, dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches; root.dataset.theme = dark ? "light" : "dark"; };
-paint();
-</script></body></html>
-"""

@@ -1,13 +1,21 @@
-"""The station's contract: a Decoder.
+"""The contract of everything that writes tokens: a Decoder.
 
 A decoder is a dataclass of its settings that is callable as transformers' ``custom_generate``::
 
     model.generate(**inputs, max_new_tokens=64, custom_generate=DySpec(draft))
 
 transformers prepares prompts, logits processors and stopping criteria and calls
-``decoder(model, input_ids, logits_processor=..., stopping_criteria=..., generation_config=..., **model_kwargs)``. A decoder
-honours all of them, or refuses by name what it cannot honour, before any forward pass. After a call ``decoder.stats`` holds
-the counters, and ``decoder.trace`` one TokenTrace for each row if the decoder was built with ``trace=True``.
+``decoder(model, input_ids, logits_processor=..., stopping_criteria=..., generation_config=..., **model_kwargs)``. ``__call__``
+is written here once and is final. It honours what was asked for, or refuses it by name before any forward pass. A method
+implements one of three things:
+
+- ``decode_row(call, row)``: a loop of its own over one prompt (``generation/r2r.py``);
+- ``decode_rows(call)``: a loop of its own over the whole batch;
+- ``applied(call)``: transformers' own loop, with something changed about the model (``LoopDecoder``, ``generation/skipdecode.py``).
+
+What changes during a call lives in its ``DecodingCall``, so threads may share a decoder. After a call ``decoder.stats`` holds
+the counters, and ``decoder.trace`` one TokenTrace for each row if the decoder was built with ``trace_enabled=True``; both show
+the last call of the thread that asks.
 
 transformers does not hand ``streamer`` (nor the tokenizer that stop strings need) to callables; ``decoder.generate(model,
 **inputs, streamer=..., tokenizer=...)`` does, and is otherwise ``model.generate``.
@@ -15,70 +23,94 @@ transformers does not hand ``streamer`` (nor the tokenizer that stop strings nee
 
 from __future__ import annotations
 
+import copy
 import functools
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
-from ..core.errors import BadInputError, TokenizerMismatchError, UnsupportedModelError
+from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
+from .call import DecodingCall, DecodingStats
+from .checks import (
+    check_decoder_only,
+    check_empty_cache,
+    check_not_empty,
+    check_one_row,
+    check_positions,
+    check_prompt,
+    check_whole_text,
+    must_sync,
+    refuse_inputs,
+    refuse_processors,
+    refuse_unsupported,
+    split_rows,
+)
+from .matcher import Matcher
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import (
+        Cache,
+        GenerationConfig,
+        LogitsProcessorList,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        StoppingCriteriaList,
+    )
+    from transformers.generation.streamers import BaseStreamer
+
+    from .output import BeamDecodingOutput, DecodingOutput
+    from .row import DecodingRow
+
+BY_NAME: dict[str, tuple[type, ...]] = {"text": (str, type(None))}
+"""Metadata of a field that takes a model, or its hub id or folder."""
 
 
-@dataclass
-class DecodingStats:
-    """Counters of one ``generate`` call, summed over its rows.
+@dataclass(frozen=True)
+class Example:
+    """A decoder for a tiny model, as ``everytoken.testing`` wants to try it.
 
     Attributes:
-        new_tokens: tokens returned.
-        target_forwards: forward passes of the model itself, the prompt's included.
-        draft_forwards: forward passes of a helper model.
-        proposed: tokens proposed by the helper.
-        accepted: proposals kept.
-        rounds: verification rounds.
-        seconds: wall-clock time of the call.
+        make: ``(**settings) -> Decoder``; settings are fields that the test varies (``trace_enabled``, ``matcher``).
+        exact: whether its text, samples, scores and logits are those of ``generate`` without it.
+        prefix_stable: whether a text that ends earlier has the same tokens up to there. Not so where several texts compete.
+        padding_exact: whether a row gives the same text alone and in a padded batch.
+        refuses: arguments of ``generate`` that it refuses by name, beside those that all decoders refuse.
     """
 
-    new_tokens: int = 0
-    target_forwards: int = 0
-    draft_forwards: int = 0
-    proposed: int = 0
-    accepted: int = 0
-    rounds: int = 0
-    seconds: float = 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.new_tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def mean_accepted(self) -> float:
-        """Accepted proposals per round (each round adds one token of the target's own on top)."""
-        return self.accepted / self.rounds if self.rounds else 0.0
-
-    def as_dict(self) -> dict[str, float]:
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return values | {"tokens_per_second": self.tokens_per_second, "mean_accepted": self.mean_accepted}
-
-
-BY_NAME: dict[str, Any] = {"text": (str, type(None))}
-"""Metadata of a field that takes a model, or its hub id or folder."""
+    make: Callable[..., Decoder]
+    exact: bool = False
+    prefix_stable: bool = True
+    padding_exact: bool = True
+    refuses: frozenset[str] = frozenset()
 
 
 @dataclass
 class Decoder:
-    """Base of every decoder: settings are fields; ``__call__`` is a transformers ``custom_generate``."""
+    """Base of every decoder: settings are fields; ``__call__`` is a transformers ``custom_generate``.
+
+    Args:
+        trace_enabled: keep a TokenTrace of every row, for ``decoder.trace``.
+    """
 
     trace_enabled: bool = field(default=False, kw_only=True)
-    stats: DecodingStats = field(default_factory=DecodingStats, init=False, repr=False)
-    trace: list[TokenTrace] = field(default_factory=list, init=False, repr=False)
 
+    stats_type: ClassVar[type[DecodingStats]] = DecodingStats
+    """What its calls count."""
+    trace_columns: ClassVar[tuple[str, ...]] = ()
+    """Names of the trace columns that it writes."""
     colour: ClassVar[str] = "source"
     """The trace's column to look at first."""
-    streams: ClassVar[bool] = True
-    """Whether tokens are final as they appear, so that a streamer can follow."""
+    station: ClassVar[str] = "generation"
+    """Shown in the trace's header."""
+    carries: ClassVar[frozenset[str] | None] = frozenset()
+    """Model inputs that it passes on beside those that ``generate`` prepares; None: all. Others are refused by name."""
+    continues: ClassVar[bool] = True
+    """Whether a call may go on from a filled cache."""
     extrapolates: ClassVar[bool] = False
     """Whether prompts may be longer than the model's context."""
     lossless: ClassVar[bool] = True
@@ -86,12 +118,85 @@ class Decoder:
     samples_only: ClassVar[bool] = False
     """Whether greedy decoding is refused."""
 
-    def prepare(self, tokenizer: Any, vocab_size: int) -> Any:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__call__" in cls.__dict__:
+            raise TypeError(
+                f"{cls.__name__} overrides __call__, which is final: implement decode_row, decode_rows, or (in a "
+                "LoopDecoder) applied."
+            )
+
+    # -- what a method says about itself ---------------------------------------------------------------------------------
+    @property
+    def streams(self) -> bool:
+        """Whether tokens are final as they appear, so that a streamer can follow."""
+        return True
+
+    def check_model(self, config: PreTrainedConfig) -> None:
+        """Refuses a model by its configuration alone; trials ask before weights are read.
+
+        Raises:
+            UnsupportedModelError: a model with an encoder, or one that this decoder lacks something for.
+        """
+        check_decoder_only(type(self).__name__, config)
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Self:
         """Tells the decoder of the tokenizer and the width of the logits, where it needs them; returns it."""
         return self
 
     def load_helpers(self, model: PreTrainedModel) -> None:
-        """Loads further models that were named by hub id or folder, or that ship with the package, before any time is taken."""
+        """Loads further models that were named by hub id or folder, or that ship with the package, before time is taken."""
+
+    def check_call(self, call: DecodingCall[Any]) -> None:
+        """Refuses what this decoder alone cannot honour, before any forward.
+
+        Helpers are loaded by then. It may change ``call.config``, ``call.processors``, ``call.model_kwargs`` and
+        ``call.input_ids``.
+        """
+
+    def matcher_for(self, call: DecodingCall[Any], row: int) -> Matcher | None:
+        """The ``Matcher`` that row number ``row`` must obey, in its initial state."""
+        return None
+
+    def decode_rows(self, call: DecodingCall[Any]) -> None:
+        """Decodes all of ``call.rows``; by default one after the other, each with a cache of its own."""
+        given = call.model_kwargs.get("past_key_values")
+        for row in call.rows:
+            row.cache = given if given is not None and len(call.rows) == 1 else self.new_row_cache(call)
+            self.decode_row(call, row)
+            if len(call.rows) > 1:
+                row.cache = None  # no more than one is kept
+
+    def decode_row(self, call: DecodingCall[Any], row: DecodingRow) -> None:
+        """Decodes one prompt: appends tokens to ``row`` until it ends; ``row.cache`` may hold the prompt's beginning."""
+        raise NotImplementedError(f"{type(self).__name__} implements neither decode_row nor decode_rows.")
+
+    def new_row_cache(self, call: DecodingCall[Any]) -> Cache:
+        """An empty cache for one row."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=call.model.config)
+
+    @classmethod
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
+        """Decoders of this class for a tiny model, for the conformance battery of ``everytoken.testing``.
+
+        Args:
+            model: of a dozen tokens and a few layers.
+            tokenizer: one token a character.
+        """
+        raise NotImplementedError(f"{cls.__name__} gives no examples of itself.")
+
+    # -- the last call ---------------------------------------------------------------------------------------------------
+    @property
+    def stats(self) -> DecodingStats:
+        """Counters of this thread's last call; zeros before the first."""
+        return self._last()[0]
+
+    @property
+    def trace(self) -> list[TokenTrace]:
+        """A TokenTrace for each row of this thread's last call; empty unless ``trace_enabled``."""
+        return self._last()[1]
 
     def figures(self) -> dict[str, float]:
         """What is worth comparing after a call, beside speed."""
@@ -100,22 +205,138 @@ class Decoder:
             figures |= {"accepted a round": self.stats.mean_accepted, "proposed": float(self.stats.proposed)}
         return figures
 
+    def _last(self) -> tuple[DecodingStats, list[TokenTrace]]:
+        shown = getattr(self.__dict__.get("_calls"), "last", None)
+        return (self.stats_type(), []) if shown is None else shown
+
+    def _remember(self, stats: DecodingStats, trace: list[TokenTrace]) -> None:
+        calls = self.__dict__.setdefault("_calls", threading.local())  # one step, so threads cannot both make one
+        calls.last = (stats, trace)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Settings alone are copied and pickled; what a thread's last call showed stays here."""
+        return {name: value for name, value in self.__dict__.items() if name != "_calls"}
+
+    # -- a call ----------------------------------------------------------------------------------------------------------
+    @final
     def __call__(
         self,
         model: PreTrainedModel,
         input_ids: torch.Tensor,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
         generation_config: GenerationConfig | None = None,
         synced_gpus: bool = False,
-        streamer: Any = None,
+        streamer: BaseStreamer | None = None,
         **model_kwargs: Any,
-    ) -> Any:
-        """Decodes; returns what ``generate`` would (ids, or a dict with ``return_dict_in_generate``)."""
-        raise NotImplementedError
+    ) -> DecodingOutput | BeamDecodingOutput | torch.Tensor:
+        """Decodes; returns what ``generate`` would.
 
-    def generate(self, model: PreTrainedModel, *args: Any, streamer: Any = None, **kwargs: Any) -> Any:
-        """``model.generate`` through this decoder, with a streamer and with stop strings (``tokenizer=``)."""
+        Args:
+            model: a causal language model.
+            input_ids: ``[B, T]``, padded on the left.
+            logits_processor, stopping_criteria, generation_config, synced_gpus, model_kwargs: as ``generate`` prepares them.
+            streamer: gets every new token; for one row only.
+
+        Returns:
+            ids ``[B, T + new]``; with ``return_dict_in_generate`` a dict with ``sequences``, ``scores``, ``logits``,
+            ``past_key_values``, ``stats`` and ``trace``.
+
+        Raises:
+            BadInputError: an empty or too long prompt, padding on the right, or an argument that this decoder cannot honour.
+            UnsupportedModelError: a model that it cannot decode with.
+        """
+        import torch
+        from transformers import LogitsProcessorList, StoppingCriteriaList
+
+        began = time.perf_counter()
+        call: DecodingCall[Any] = DecodingCall(
+            model,
+            input_ids,
+            copy.copy(generation_config if generation_config is not None else model.generation_config),
+            LogitsProcessorList(logits_processor or []),
+            StoppingCriteriaList(stopping_criteria or []),
+            streamer,
+            synced_gpus or must_sync(model),
+            dict(model_kwargs),
+            self.stats_type(),
+        )
+        self._check(call)
+        self.check_model(model.config)
+        with torch.inference_mode(False):  # weights outlive this call
+            self.load_helpers(model)
+        self.check_call(call)
+        self._remember(call.stats, call.trace)
+        output = self._run(call)
+        call.stats.seconds = time.perf_counter() - began
+        return output
+
+    def _check(self, call: DecodingCall[Any]) -> None:
+        """What a loop over rows can honour of a call; ``LoopDecoder`` asks for less."""
+        name, cache = type(self).__name__, call.model_kwargs.get("past_key_values")
+        refuse_unsupported(name, call.config, call.synced_gpus)
+        self._check_common(call)
+        refuse_processors(name, call.processors)
+        check_whole_text(name, call.input_ids, call.model_kwargs, call.config)
+        longest = max(len(ids) for ids, _ in split_rows(call.input_ids, call.attention_mask))
+        if not self.extrapolates:
+            check_prompt(call.model, longest)
+        check_positions(name, call.model_kwargs.get("position_ids"), call.attention_mask, call.input_ids.shape[1])
+        check_one_row(name, call.input_ids.shape[0], call.streamer, cache)
+
+    def _check_common(self, call: DecodingCall[Any]) -> None:
+        """What is checked alike for all decoders."""
+        name = type(self).__name__
+        if self.carries is not None:
+            refuse_inputs(name, call.model_kwargs, self.carries)
+        check_not_empty(call.input_ids.shape[1])
+        if not self.continues:
+            check_empty_cache(name, call.model_kwargs.get("past_key_values"))
+        if self.samples_only and not call.config.do_sample:
+            raise BadInputError(f"{name} samples; greedy decoding was asked for.", "Pass do_sample=True.")
+        if call.streamer is not None:
+            self._check_streamer()
+
+    def _check_streamer(self) -> None:
+        if not self.streams:
+            raise BadInputError(
+                f"{type(self).__name__} cannot feed a streamer: its tokens are not final as they appear.",
+                "Leave the streamer out.",
+            )
+
+    def _run(self, call: DecodingCall[Any]) -> DecodingOutput | BeamDecodingOutput | torch.Tensor:
+        """The rows of a call, decoded; ``LoopDecoder`` hands them to transformers instead."""
+        import torch
+
+        from .output import collect
+        from .row import DecodingRow, processors_for_row
+
+        columns = self.trace_columns if self.trace_enabled else None
+        with torch.inference_mode():
+            for number, (ids, padding) in enumerate(split_rows(call.input_ids, call.attention_mask)):
+                processors = processors_for_row(call.processors, number)
+                matcher = self.matcher_for(call, number)
+                call.rows.append(
+                    DecodingRow(ids, padding, processors, call.criteria, call.config, call.streamer, matcher, columns)
+                )
+            self.decode_rows(call)
+        if call.streamer is not None:
+            call.streamer.end()
+        for row in call.rows:
+            if row.columns is not None:
+                call.trace.append(TokenTrace(row.new, columns=row.columns, station=self.station))
+        return collect(call)
+
+    def generate(
+        self, model: PreTrainedModel, *args: Any, streamer: BaseStreamer | None = None, **kwargs: Any
+    ) -> DecodingOutput | BeamDecodingOutput | torch.Tensor:
+        """``model.generate`` through this decoder, with a streamer and with stop strings (``tokenizer=``).
+
+        Raises:
+            BadInputError: stop strings without a tokenizer, or a streamer for a decoder that cannot feed one.
+        """
+        if streamer is not None:
+            self._check_streamer()
         tokenizer = kwargs.pop("tokenizer", None)
         stop_strings = kwargs.pop("stop_strings", None)
         config = kwargs.get("generation_config")
@@ -130,147 +351,7 @@ class Decoder:
             criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
             kwargs["stopping_criteria"] = criteria
             if config is not None and config.stop_strings is not None:
-                import copy
-
                 kwargs["generation_config"] = copy.copy(config)
                 kwargs["generation_config"].stop_strings = None
         call = functools.partial(self, streamer=streamer) if streamer is not None else self
         return model.generate(*args, custom_generate=call, streamer=streamer, **kwargs)
-
-
-def refuse_unsupported(decoder: str, config: GenerationConfig, synced_gpus: bool) -> None:
-    """Raises BadInputError for generation modes that a one-path decoder cannot honour."""
-    asked = {
-        "num_beams > 1": (config.num_beams or 1) > 1,
-        "output_attentions": bool(config.output_attentions),
-        "output_hidden_states": bool(config.output_hidden_states),
-        "use_cache=False": config.use_cache is False,
-        "penalty_alpha (contrastive search)": bool(getattr(config, "penalty_alpha", None)),
-        "dola_layers": bool(getattr(config, "dola_layers", None)),
-        "synced_gpus": synced_gpus,
-    }
-    refused = [name for name, present in asked.items() if present]
-    if refused:
-        raise BadInputError(
-            f"{decoder} does not support {', '.join(refused)}.", "Leave it out, or decode without custom_generate."
-        )
-
-
-def split_rows(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """A left-padded batch ``[B, T]`` as one ``(tokens, padding)`` a row.
-
-    Raises:
-        BadInputError: padding on the right or inside, or an empty row.
-    """
-    rows = []
-    for row in range(input_ids.shape[0]):
-        ids = input_ids[row]
-        if mask is None:
-            rows.append((ids, ids[:0]))
-            continue
-        keep = mask[row, -ids.shape[0] :].bool()
-        if not bool(keep[keep.int().argmax() :].all()):
-            raise BadInputError("Padding must be on the left.", "Set padding_side='left' on the tokenizer.")
-        if not bool(keep.any()):
-            raise BadInputError(f"Row {row} of the batch is empty.", "Give at least one token.")
-        rows.append((ids[keep], ids[~keep]))
-    return rows
-
-
-def check_empty_cache(decoder: str, cache: Any) -> None:
-    """Raises BadInputError where ``past_key_values`` hold something already."""
-    if cache is not None and cache.get_seq_length() > 0:
-        raise BadInputError(f"{decoder} starts from an empty cache.", "Leave past_key_values out.")
-
-
-def check_unread(cache: Any, length: int) -> None:
-    """Raises BadInputError where a cache leaves nothing to read of a prompt of ``length`` tokens."""
-    if cache.get_seq_length() >= length:
-        raise BadInputError("The cache already holds the whole prompt.", "Pass at least one token beyond the cache.")
-
-
-def check_one_row(decoder: str, rows: int, streamer: Any, cache: Any) -> None:
-    """Raises BadInputError where a batch of several rows comes with a streamer or a filled cache, which follow one."""
-    if rows > 1 and cache is not None and cache.get_seq_length() > 0:
-        raise BadInputError(f"{decoder} continues a filled cache for one row only.", "Pass the rows one at a time.")
-    if rows > 1 and streamer is not None:
-        raise BadInputError("A streamer follows one row only.", "Decode one prompt at a time.")
-
-
-def join_rows(input_ids: torch.Tensor, new: list[list[int]], config: GenerationConfig) -> torch.Tensor:
-    """The prompts with each row's new tokens behind them, padded on the right: ``[B, T + longest]``."""
-    import torch
-
-    pad = getattr(config, "_pad_token_tensor", None)
-    pad_id = int(pad) if pad is not None else (config.pad_token_id or 0)
-    longest = max(map(len, new))
-    block = torch.full((len(new), longest), pad_id, dtype=input_ids.dtype, device=input_ids.device)
-    for row, tokens in enumerate(new):
-        block[row, : len(tokens)] = torch.tensor(tokens, dtype=input_ids.dtype)
-    return torch.cat([input_ids, block], dim=1)
-
-
-def check_not_empty(length: int) -> None:
-    """Raises BadInputError for an empty prompt."""
-    if length == 0:
-        raise BadInputError("The prompt is empty.", "Give at least one token (a BOS token will do).")
-
-
-def check_prompt(model: PreTrainedModel, length: int) -> None:
-    """Raises BadInputError for an empty prompt, or one that leaves no room in the model's context."""
-    check_not_empty(length)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and length >= context:
-        raise BadInputError(f"The prompt has {length} tokens; the model's context is {context}.", "Shorten the prompt.")
-
-
-def attention_mask_for(model: Any, allowed: torch.Tensor) -> torch.Tensor:
-    """A boolean mask in the form that the model's attention takes: eager attention adds it to its scores."""
-    import torch
-
-    if getattr(model.config, "_attn_implementation", None) != "eager":
-        return allowed
-    return torch.zeros(allowed.shape, dtype=model.dtype, device=allowed.device).masked_fill(
-        ~allowed, torch.finfo(model.dtype).min
-    )
-
-
-
-
-def check_same_vocabulary(target: PreTrainedModel, draft: PreTrainedModel, slack: int = 512) -> int:
-    """The vocabulary size both share; sizes may differ by padding rows only.
-
-    Raises:
-        TokenizerMismatchError: sizes differ by more than ``slack``, or special token ids disagree.
-    """
-    sizes = [model.config.get_text_config().vocab_size for model in (target, draft)]
-    if abs(sizes[0] - sizes[1]) > slack:
-        raise TokenizerMismatchError(
-            f"The draft has a vocabulary of {sizes[1]} tokens and the target of {sizes[0]}: they use different tokenizers.",
-            "Speculative decoding needs a draft with the target's own tokenizer.",
-        )
-    eos = [_as_set(model.config.get_text_config().eos_token_id) for model in (target, draft)]
-    if eos[0] and eos[1] and not eos[0] & eos[1]:
-        raise TokenizerMismatchError(
-            f"Target and draft end a text with different tokens ({sorted(eos[0])} and {sorted(eos[1])}).",
-            "Speculative decoding needs a draft with the target's own tokenizer.",
-        )
-    return min(sizes)
-
-
-def _as_set(value: Any) -> set[int]:
-    if value is None:
-        return set()
-    return set(value) if isinstance(value, (list, tuple, set)) else {int(value)}
-
-
-def check_croppable(decoder: str, cache: Any) -> None:
-    """Raises UnsupportedModelError unless every layer of the cache is a plain growing one (rows can be dropped)."""
-    from transformers.cache_utils import DynamicLayer
-
-    odd = sorted({type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer})
-    if odd or not hasattr(cache, "layers"):
-        raise UnsupportedModelError(
-            f"{decoder} must drop rejected tokens from the cache; this model's cache has {', '.join(odd)} layers.",
-            "Models with sliding windows, static or recurrent caches are not supported.",
-        )

@@ -6,25 +6,27 @@ batches, streamers, scores, stopping, past key values) is ``generate``'s own cod
 
 from __future__ import annotations
 
-import copy
-import time
-from contextlib import AbstractContextManager
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
 from ..core.errors import BadInputError
 from ..core.trace import Value
-from .base import Decoder, DecodingStats, check_not_empty
-from .matcher import fill_mask
+from .base import Decoder
+from .call import DecodingCall
+from .matcher import Matcher, fill_mask
+from .output import BeamDecodingOutput, DecodingOutput, with_stats
 
 LOOPS = {"sample": "_sample", "greedy_search": "_sample", "beam_search": "_beam_search", "beam_sample": "_beam_search"}
 
 
 class MatcherLogitsProcessor(LogitsProcessor):
-    """Keeps each row inside what a ``Matcher`` (constraints station) allows; follows rows that beams reorder.
+    """Keeps each row inside what a ``Matcher`` allows; follows rows that beams reorder.
 
     Args:
         matcher: in its initial state, directly behind the prompt; each row follows a fork of it.
@@ -32,13 +34,13 @@ class MatcherLogitsProcessor(LogitsProcessor):
         strict: raise where a row holds a forbidden token. Beam search is not: it fills up its beams with impossible ones.
     """
 
-    def __init__(self, matcher: Any, prompt_length: int, strict: bool = True):
+    def __init__(self, matcher: Matcher, prompt_length: int, strict: bool = True):
         self.prompt_length, self.strict = prompt_length, strict
-        self.states: dict[tuple[int, ...], Any] = {(): matcher}
+        self.states: dict[tuple[int, ...], Matcher | None] = {(): matcher}
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
-        states: dict[tuple[int, ...], Any] = {(): self.states[()]}
+        states: dict[tuple[int, ...], Matcher | None] = {(): self.states[()]}
         for row, text in enumerate(input_ids[:, self.prompt_length :].tolist()):
             matcher = self.follow(tuple(text))
             states[tuple(text)] = matcher
@@ -47,8 +49,8 @@ class MatcherLogitsProcessor(LogitsProcessor):
         self.states = states
         return scores
 
-    def follow(self, text: tuple[int, ...]) -> Any:
-        """The matcher behind ``text``; a finished one stays where it is (``generate`` pads such rows). None: the text is impossible."""
+    def follow(self, text: tuple[int, ...]) -> Matcher | None:
+        """The matcher behind ``text``, or None if the text is impossible. A finished one stays (``generate`` pads such rows)."""
         known = len(text)
         while text[:known] not in self.states:
             known -= 1
@@ -82,6 +84,16 @@ class MatcherStoppingCriteria(StoppingCriteria):
         return torch.tensor(done, device=input_ids.device)
 
 
+_locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
+_locks_guard = threading.Lock()
+
+
+def model_lock(model: PreTrainedModel) -> AbstractContextManager[bool]:
+    """The lock of calls that change how ``model`` computes: two threads take turns."""
+    with _locks_guard:
+        return _locks.setdefault(model, threading.RLock())
+
+
 @dataclass
 class LoopDecoder(Decoder):
     """Base of decoders that run in transformers' loops.
@@ -90,15 +102,24 @@ class LoopDecoder(Decoder):
         matcher: a ``Matcher`` in its initial state: the text stays inside what it allows.
     """
 
-    matcher: Any = field(default=None, kw_only=True, repr=False)
+    matcher: Matcher | None = field(default=None, kw_only=True, repr=False)
+    carries: ClassVar[frozenset[str] | None] = None
+    changes_model: ClassVar[bool] = True
+    """Whether ``applied`` changes the model itself, so that calls on one model must take turns."""
 
-    def applied(
-        self, model: Any, input_ids: torch.Tensor, config: Any, model_kwargs: dict[str, Any]
-    ) -> AbstractContextManager[Any]:
-        """What is different about ``model`` during a call; may change ``config`` (a copy) and ``model_kwargs``."""
-        raise NotImplementedError
+    def applied(self, call: DecodingCall[Any]) -> AbstractContextManager[Any]:
+        """What is different about ``call.model`` during a call; may change ``call.config`` and ``call.model_kwargs``."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement applied.")
 
-    def mode(self, config: Any) -> str:
+    def finished(self, call: DecodingCall[Any], sequences: torch.Tensor, new: list[list[int]]) -> None:
+        """Called with the result, still inside ``applied``: fills ``call.trace`` and counters.
+
+        Args:
+            sequences: ``[B, T + new]``.
+            new: each row's new tokens, without padding.
+        """
+
+    def mode(self, config: GenerationConfig) -> str:
         """The generation mode that a configuration asks for.
 
         Raises:
@@ -112,70 +133,46 @@ class LoopDecoder(Decoder):
             raise BadInputError(f"{name} does not support use_cache=False.", "Leave it out.")
         return mode
 
-    def finished(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        model_kwargs: dict[str, Any],
-        sequences: torch.Tensor,
-        new: list[list[int]],
-    ) -> None:
-        """Called with what ``applied`` got and the result, still inside it: fills ``self.trace`` and counters."""
-
-    def __call__(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
-        generation_config: Any = None,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Decodes as ``generate`` would; see ``Decoder``.
-
-        Raises:
-            BadInputError: an empty prompt, ``use_cache=False``, or a generation mode other than sampling, greedy and beams.
-        """
-        began = time.perf_counter()
-        config = copy.copy(generation_config if generation_config is not None else model.generation_config)
-        mode = self.mode(config)
-        check_not_empty(input_ids.shape[1])
-        self.stats, self.trace = DecodingStats(), []
-        arguments = {
-            "logits_processor": LogitsProcessorList(logits_processor or []),
-            "stopping_criteria": StoppingCriteriaList(stopping_criteria or []),
-            "generation_config": config,
-            "synced_gpus": synced_gpus,
-        }
-        if self.matcher is not None:
-            processor = MatcherLogitsProcessor(self.matcher, input_ids.shape[1], LOOPS[mode] == "_sample")
-            arguments["logits_processor"].insert(0, processor)
-            arguments["stopping_criteria"].append(MatcherStoppingCriteria(processor))
-        if LOOPS[mode] == "_sample":
-            arguments["streamer"] = streamer
-        elif streamer is not None:
+    def _check(self, call: DecodingCall[Any]) -> None:
+        mode = self.mode(call.config)
+        self._check_common(call)
+        if LOOPS[mode] != "_sample" and call.streamer is not None:
             raise BadInputError("A streamer cannot follow beam search.", "Leave it out.")
 
+    def _run(self, call: DecodingCall[Any]) -> DecodingOutput | BeamDecodingOutput | torch.Tensor:
+        loop, prompt, thread = LOOPS[self.mode(call.config)], call.input_ids.shape[1], threading.get_ident()
+        if self.matcher is not None:
+            processor = MatcherLogitsProcessor(self.matcher, prompt, loop == "_sample")
+            call.processors.insert(0, processor)
+            call.criteria.append(MatcherStoppingCriteria(processor))
+
         def count(*_: Any) -> None:
-            self.stats.target_forwards += 1
+            call.stats.target_forwards += threading.get_ident() == thread  # another thread's call is not ours
 
-        hook = model.register_forward_pre_hook(count)
-        try:
-            with torch.no_grad(), self.applied(model, input_ids, config, model_kwargs):
-                output = getattr(model, LOOPS[mode])(input_ids, **arguments, **model_kwargs)
-                sequences = output if isinstance(output, torch.Tensor) else output.sequences
-                new = new_tokens(sequences, input_ids.shape[1], config)
-                self.stats.new_tokens = sum(map(len, new))
-                self.finished(model, input_ids, model_kwargs, sequences, new)
-        finally:
-            hook.remove()
-        self.stats.seconds = time.perf_counter() - began
-        return output
+        streamer = {"streamer": call.streamer} if loop == "_sample" else {}
+        with model_lock(call.model) if self.changes_model else nullcontext():
+            hook = call.model.register_forward_pre_hook(count)
+            try:
+                with torch.no_grad(), self.applied(call):
+                    output = getattr(call.model, loop)(
+                        call.input_ids,
+                        logits_processor=call.processors,
+                        stopping_criteria=call.criteria,
+                        generation_config=call.config,
+                        synced_gpus=call.synced_gpus,
+                        **streamer,
+                        **call.model_kwargs,
+                    )
+                    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+                    new = new_tokens(sequences, prompt, call.config)
+                    call.stats.new_tokens = sum(map(len, new))
+                    self.finished(call, sequences, new)
+            finally:
+                hook.remove()
+        return with_stats(output, call)
 
 
-def new_tokens(sequences: torch.Tensor, prompt_length: int, config: Any) -> list[list[int]]:
+def new_tokens(sequences: torch.Tensor, prompt_length: int, config: GenerationConfig) -> list[list[int]]:
     """Each row's new tokens, up to and with its first end token (what follows is padding)."""
     ends = getattr(config, "_eos_token_tensor", None)
     stops = set() if ends is None else set(ends.flatten().tolist())

@@ -9,7 +9,7 @@ Bitmasks are int32, ``[B, ceil(V / 32)]``; bit ``i % 32`` of word ``i // 32`` sa
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ..core.errors import BadInputError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Matcher(Protocol):
     """Follows one text token by token."""
 
-    def fill_next_token_bitmask(self, bitmask: Any, index: int = 0) -> bool:
+    def fill_next_token_bitmask(self, bitmask: torch.Tensor, index: int = 0) -> bool:
         """Writes the allowed tokens into row ``index``; returns whether any token is forbidden."""
         ...
 
@@ -91,7 +91,7 @@ def apply_token_bitmask_inplace(logits: torch.Tensor, bitmask: torch.Tensor, ind
             rows[index].masked_fill_(~allowed[index], float("-inf"))
 
 
-def fill_mask(matcher: Any, scores: torch.Tensor) -> None:
+def fill_mask(matcher: Matcher, scores: torch.Tensor) -> None:
     """Sets the scores ``[V]`` of tokens that a ``Matcher`` forbids to minus infinity, in place; a finished one forbids none."""
     if matcher.is_terminated():
         return

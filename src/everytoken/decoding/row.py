@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation.stopping_criteria import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
 from ..core.errors import BadInputError
-from .base import Decoder, join_rows
-from .matcher import fill_mask
+from ..core.trace import Value
+from .matcher import Matcher, fill_mask
 
 
-@dataclass
-class DecodingOutput(GenerateDecoderOnlyOutput):
-    """``generate``'s usual output plus ``stats`` (DecodingStats) and ``trace`` (a TokenTrace per row, or None)."""
-
-    stats: Any = None
-    trace: Any = None
-
-
-class Row:
+class DecodingRow:
     """The text of one prompt, its new tokens, and how ``generate``'s settings apply to them.
 
     Args:
@@ -34,99 +34,152 @@ class Row:
         streamer: gets every token, or None.
         matcher: a ``Matcher`` in the state of the prompt's end, or None.
         columns: names of trace columns; None keeps no trace.
+
+    Attributes:
+        text: the prompt without its padding, and the new tokens.
+        new: the new tokens.
+        scores, logits: ``[V]`` of every new token where the call asked for them, else None.
+        columns: trace columns, one value a new token, or None.
+        cache: the model's cache for this row; None where the decoder keeps it elsewhere.
     """
 
     def __init__(
         self,
         ids: torch.Tensor,
         padding: torch.Tensor,
-        processors: Any,
-        criteria: Any,
-        config: Any,
-        streamer: Any = None,
-        matcher: Any = None,
+        processors: Iterable[LogitsProcessor],
+        criteria: Iterable[StoppingCriteria],
+        config: GenerationConfig,
+        streamer: BaseStreamer | None = None,
+        matcher: Matcher | None = None,
         columns: tuple[str, ...] | None = None,
     ):
         self.device, self.do_sample, self.streamer = ids.device, bool(config.do_sample), streamer
         self.processors = LogitsProcessorList(processors or [])
         self.criteria = StoppingCriteriaList(criteria or [])
-        self.text, self.padding = ids.tolist(), padding.tolist()
+        self.text: list[int] = ids.tolist()
+        self.padding: list[int] = padding.tolist()
         self.matcher = matcher.fork() if matcher is not None else None
         self.new: list[int] = []
+        self.cache: Cache | None = None
         keep = bool(config.return_dict_in_generate)
         self.scores: list[torch.Tensor] | None = [] if keep and config.output_scores else None
         self.logits: list[torch.Tensor] | None = [] if keep and config.output_logits else None
-        self.columns: dict[str, list[Any]] | None = None if columns is None else {name: [] for name in columns}
+        self.columns: dict[str, list[Value]] | None = None if columns is None else {name: [] for name in columns}
+        self._shown: tuple[torch.Tensor, ...] = ()
+        self._buffer = torch.cat([padding, ids])[None]  # grows by half: a text is not copied at every token
 
-    def processed(self, logits: torch.Tensor) -> torch.Tensor:
-        """Raw logits ``[V]`` as scores: the matcher's mask, then the call's processors."""
-        if self.matcher is None and not self.processors:
+    @property
+    def ids(self) -> torch.Tensor:
+        """The text so far as transformers would show it, padding included: ``[1, N]``."""
+        return self._buffer[:, : len(self.padding) + len(self.text)]
+
+    def processed(self, logits: torch.Tensor, masked: bool = False) -> torch.Tensor:
+        """Raw logits ``[V]`` as scores: the matcher's mask, then the call's processors.
+
+        Args:
+            masked: the matcher's mask is on these logits already, and they may be changed in place.
+        """
+        if not masked and self.matcher is None and not self.processors:
             return logits
-        scores = logits.clone()
-        if self.matcher is not None:
+        scores = logits if masked else logits.clone()
+        if self.matcher is not None and not masked:
             fill_mask(self.matcher, scores)
-        ids = torch.tensor([self.padding + self.text], device=self.device)
-        return self.processors(ids, scores[None])[0]
+        return self.processors(self.ids, scores[None])[0]
 
     def choose(self, scores: torch.Tensor) -> int:
         """A token from scores ``[V]``."""
         return int(torch.multinomial(torch.softmax(scores, -1), 1)) if self.do_sample else int(scores.argmax())
 
-    def append(self, token: int, scores: torch.Tensor, logits: torch.Tensor, **entries: Any) -> bool:
+    def append(
+        self, token: int, scores: torch.Tensor | None = None, logits: torch.Tensor | None = None, **entries: Value
+    ) -> bool:
         """Adds a token with its scores and trace entries; returns whether the row ends here.
+
+        Args:
+            scores, logits: ``[V]``; needed where the call asked for them.
 
         Raises:
             BadInputError: a processor forced a token that the matcher forbids.
         """
         if self.matcher is not None and not self.matcher.accept_token(token):
             raise BadInputError(
-                f"A logits processor chose token {token}, which the matcher forbids.", "Drop forced tokens."
+                f"A logits processor chose token {token}, which the matcher forbids.",
+                "Drop forced tokens, or the processor.",
             )
         self.text.append(token)
         self.new.append(token)
+        self._write(token)
         if self.streamer is not None:
             self.streamer.put(torch.tensor([token]))
         if self.scores is not None:
+            assert scores is not None
             self.scores.append(scores)
+            self._shown += (scores[None],)
         if self.logits is not None:
+            assert logits is not None
             self.logits.append(logits)
         if self.columns is not None:
             for name, column in self.columns.items():
                 column.append(entries.get(name))
-        ids = torch.tensor([self.padding + self.text], device=self.device)
         finished = self.matcher is not None and self.matcher.is_terminated()
-        return finished or bool(self.criteria(ids, None).all())
+        shown = None if self.scores is None else self._shown
+        return bool(self.criteria(self.ids, shown).all()) or finished
+
+    def _write(self, token: int) -> None:
+        place = len(self.padding) + len(self.text) - 1
+        if place >= self._buffer.shape[1]:
+            room = self._buffer.new_empty(1, max(place * 3 // 2, place + 64))
+            room[:, :place] = self._buffer[:, :place]
+            self._buffer = room
+        self._buffer[0, place] = token
+
+    def fork(self) -> DecodingRow:
+        """An independent row in the same state (scores are shared, not copied); the streamer stays with both."""
+        other: DecodingRow = object.__new__(DecodingRow)
+        other.__dict__.update(self.__dict__)
+        other.text, other.new = list(self.text), list(self.new)
+        other.matcher = None if self.matcher is None else self.matcher.fork()
+        other.scores = None if self.scores is None else list(self.scores)
+        other.logits = None if self.logits is None else list(self.logits)
+        if self.columns is not None:
+            other.columns = {name: list(column) for name, column in self.columns.items()}
+        other._buffer = self._buffer.clone()
+        return other
+
+    def adopt(self, other: DecodingRow) -> None:
+        """Goes on as ``other``, a fork of this row: decoders that carry several texts keep one in the end."""
+        self.__dict__.update(other.__dict__)
 
 
-def read_on(model: Any, cache: Any, text: list[int], vocab: int) -> torch.Tensor:
+def processors_for_row(processors: Iterable[LogitsProcessor], row: int) -> LogitsProcessorList:
+    """The call's processors as row number ``row`` alone has to be shown to them: functions of the row's number are told it."""
+
+    def told(function: Callable[[int, torch.Tensor], list[int]]) -> Callable[[int, torch.Tensor], list[int]]:
+        return lambda _batch_id, text: function(row, text)
+
+    return LogitsProcessorList(
+        PrefixConstrainedLogitsProcessor(told(item._prefix_allowed_tokens_fn), 1)
+        if isinstance(item, PrefixConstrainedLogitsProcessor)
+        else item
+        for item in processors
+    )
+
+
+# -- forwards of decoders with a loop of their own ---------------------------------------------------------------------------
+def read_on(model: PreTrainedModel, cache: Cache, text: list[int], vocab: int) -> torch.Tensor:
     """Runs a model over what its cache does not hold of ``text`` yet, in one forward: logits ``[V]`` of the next token."""
     past = cache.get_seq_length()
     ids = torch.tensor([text[past:]], device=model.device)
     positions = torch.arange(past, len(text), device=ids.device)[None]
-    output = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    output: Any = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return output.logits[0, -1, :vocab].float()
 
 
-def collect(decoder: Decoder, rows: Sequence[Row], input_ids: torch.Tensor, config: Any, cache: Any) -> Any:
-    """What ``generate`` returns: rows padded to one tensor, wrapped with what was asked for. Counts the new tokens."""
-    decoder.stats.new_tokens = sum(len(row.new) for row in rows)
-    sequences = join_rows(input_ids, [row.new for row in rows], config)
-    if not config.return_dict_in_generate:
-        return sequences
-    return DecodingOutput(
-        sequences=sequences,
-        scores=stacked([row.scores for row in rows]),
-        logits=stacked([row.logits for row in rows]),
-        past_key_values=cache if len(rows) == 1 else None,
-        stats=decoder.stats,
-        trace=decoder.trace or None,
+def attention_mask_for(model: PreTrainedModel, allowed: torch.Tensor) -> torch.Tensor:
+    """A boolean mask in the form that the model's attention takes: eager attention adds it to its scores."""
+    if getattr(model.config, "_attn_implementation", None) != "eager":
+        return allowed
+    return torch.zeros(allowed.shape, dtype=model.dtype, device=allowed.device).masked_fill(
+        ~allowed, torch.finfo(model.dtype).min
     )
-
-
-def stacked(columns: list[list[torch.Tensor] | None]) -> tuple[torch.Tensor, ...] | None:
-    """Rows' scores as ``generate`` returns them: one ``[B, V]`` a step; a finished row repeats its last."""
-    if not columns or columns[0] is None:
-        return None
-    rows = [column for column in columns if column is not None]
-    longest = range(max(map(len, rows)))
-    return tuple(torch.stack([column[min(step, len(column) - 1)] for column in rows]) for step in longest)

@@ -25,12 +25,11 @@ that reads the target's hidden states (``drafts.FeatureDraftForCausalLM``) gets 
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -42,23 +41,13 @@ from transformers.generation.logits_process import (
 )
 
 from ..core.errors import BadInputError
-from ..core.trace import TokenTrace
-from ..decoding.base import (
-    Decoder,
-    DecodingStats,
-    attention_mask_for,
-    check_croppable,
-    check_one_row,
-    check_prompt,
-    check_same_vocabulary,
-    check_unread,
-    refuse_unsupported,
-    split_rows,
-)
-from ..decoding.matcher import fill_mask
-from ..decoding.row import DecodingOutput, Row, collect, read_on
-from .drafting import DraftSession
-from .trees import Candidates, Expand, TokenTree, grow_tree
+from ..decoding.base import Decoder, Example
+from ..decoding.call import DecodingCall
+from ..decoding.checks import check_croppable, check_same_vocabulary, check_unread
+from ..decoding.matcher import Matcher, fill_mask
+from ..decoding.row import DecodingRow, attention_mask_for, read_on
+from .speculative.drafting import DraftSession
+from .speculative.trees import Candidates, Expand, TokenTree, grow_tree
 
 # Processors that look at one row of scores and not at the text before it: they can run on all nodes at once.
 PATH_FREE = (
@@ -85,8 +74,7 @@ class DySpec(Decoder):
             1/budget); None grows the fixed-size tree, which needs more draft forwards.
         max_depth: longest drafted path.
         max_children: drafted alternatives considered per node.
-
-        matcher: a ``Matcher`` (constraints station) in its initial state. Every node of the tree is masked by it, in the draft's
+        matcher: a ``Matcher`` in its initial state. Every node of the tree is masked by it, in the draft's
             distribution and in the target's, so the output has exactly the distribution of masked plain decoding.
 
     Rows of a batch are decoded one after the other, each with its own tree and cache.
@@ -97,8 +85,8 @@ class DySpec(Decoder):
     threshold: float | None = 0.08
     max_depth: int = 12
     max_children: int = 8
-    matcher: Any = field(default=None, kw_only=True, repr=False)
-    columns: ClassVar[tuple[str, ...]] = ("round", "depth", "draft_prob", "source", "value")
+    matcher: Matcher | None = field(default=None, kw_only=True, repr=False)
+    trace_columns: ClassVar[tuple[str, ...]] = ("round", "depth", "draft_prob", "source", "value")
 
     def __post_init__(self) -> None:
         if self.budget < 0 or self.max_depth < 1 or self.max_children < 1:
@@ -109,114 +97,90 @@ class DySpec(Decoder):
         if self.threshold is not None and not 0 < self.threshold < 1:
             raise BadInputError(f"threshold is a probability between 0 and 1; got {self.threshold}.", "Try 1 / budget.")
 
+    def check_model(self, config: PreTrainedConfig) -> None:
+        """Without a draft of the user's, one must ship for the target.
+
+        Raises:
+            UnsupportedModelError: no draft is given and none ships for this model.
+        """
+        super().check_model(config)
+        if self.draft_model is None:
+            from .speculative import check_draft_ships
+
+            check_draft_ships(config)
+
     def load_helpers(self, model: PreTrainedModel) -> None:
         if self.draft_model is None:
-            from .drafts import load_draft
+            from .speculative import load_draft
 
             self.draft_model = load_draft(model)
+
+    def check_call(self, call: DecodingCall[Any]) -> None:
+        """Raises TokenizerMismatchError for a draft of another vocabulary, UnsupportedModelError for a cache without crop."""
+        check_same_vocabulary(call.model, self.draft_model)
+        cache = call.model_kwargs.get("past_key_values")
+        check_croppable("DySpec", self.new_row_cache(call) if cache is None else cache)
+
+    def matcher_for(self, call: DecodingCall[Any], row: int) -> Matcher | None:
+        return self.matcher
 
     def grow(self, tree: TokenTree, expand: Expand, budget: int, max_depth: int, sampling: bool) -> TokenTree:
         """Grows a round's tree; override it for another shape (see ``grow_tree`` for the arguments)."""
         return grow_tree(tree, expand, budget, self.threshold, max_depth, sampling)
 
-    @torch.inference_mode()
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: torch.Tensor,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        generation_config: Any = None,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> DecodingOutput | torch.Tensor:
-        """Decodes as ``generate`` would; see ``Decoder``.
+    def decode_row(self, call: DecodingCall[Any], row: DecodingRow) -> None:
+        _Speculation(self, call, row).decode()
 
-        Raises:
-            BadInputError: empty or too long prompt, or a generation mode that a tree cannot honour.
-            TokenizerMismatchError: draft and target have different vocabularies.
-            UnsupportedModelError: the model's cache cannot drop rejected tokens.
-        """
-        start = time.perf_counter()
-        config = generation_config if generation_config is not None else model.generation_config
-        refuse_unsupported("DySpec", config, synced_gpus)
-        mask = model_kwargs.get("attention_mask")
-        check_prompt(model, input_ids.shape[1])
-        with torch.inference_mode(False):  # its weights outlive this call
-            self.load_helpers(model)
-        assert self.draft_model is not None
-        vocab = check_same_vocabulary(model, self.draft_model)
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None:
-            check_croppable("DySpec", cache)
-        rows = input_ids.shape[0]
-        check_one_row("DySpec", rows, streamer, cache)
-        self.stats, self.trace = DecodingStats(), []
-        results = []
-        for ids, padding in split_rows(input_ids, mask):
-            mine = cache if rows == 1 and cache is not None else DynamicCache()
-            run = _Row(self, model, vocab, mine, config, ids, padding, logits_processor, stopping_criteria, streamer)
-            results.append(run.decode())
-        if streamer is not None:
-            streamer.end()
-        self.stats.seconds = time.perf_counter() - start
-        return collect(self, results, input_ids, config, results[0].cache)
+    @classmethod
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
+        from ..testing.models import tiny_llama
+
+        draft = tiny_llama(model.config.vocab_size, seed=9)
+        return {
+            "layers": Example(lambda **settings: cls(draft, budget=6, **settings), exact=True),
+            "fixed size": Example(lambda **settings: cls(draft, budget=4, threshold=None, **settings), exact=True),
+            "itself as draft": Example(lambda **settings: cls(model, budget=5, **settings), exact=True),
+        }
 
 
-class _Row(Row):
+class _Speculation:
     """Decoding of one prompt: target cache, draft, and the rounds."""
 
-    def __init__(
-        self,
-        decoder: DySpec,
-        model: PreTrainedModel,
-        vocab: int,
-        cache: Any,
-        config: Any,
-        ids: torch.Tensor,
-        padding: torch.Tensor,
-        processors: Any,
-        criteria: Any,
-        streamer: Any,
-    ):
-        columns = decoder.columns if decoder.trace_enabled else None
-        super().__init__(ids, padding, processors, criteria, config, streamer, decoder.matcher, columns)
-        self.decoder, self.model, self.vocab, self.cache = decoder, model, vocab, cache
-        self.path_free = all(isinstance(item, PATH_FREE) for item in self.processors)
-        self.max_length = config.max_length
-        self.draft = DraftSession(decoder.draft_model, model, vocab)
+    def __init__(self, decoder: DySpec, call: DecodingCall[Any], row: DecodingRow):
+        assert decoder.draft_model is not None
+        assert row.cache is not None
+        self.decoder, self.row, self.model, self.stats = decoder, row, call.model, call.stats
+        self.vocab = check_same_vocabulary(call.model, decoder.draft_model)
+        self.cache, self.device, self.max_length = row.cache, row.device, call.config.max_length
+        self.path_free = all(isinstance(item, PATH_FREE) for item in row.processors)
+        self.draft = DraftSession(decoder.draft_model, call.model, self.vocab)
 
     # -- the loop --------------------------------------------------------------------------------------------------------
-    def decode(self) -> _Row:
-        stats = self.decoder.stats
+    def decode(self) -> None:
         try:
             logits = self._prefill()
             done = self._commit_first(logits)
             turn = 1
             while not done:
                 # a tree deeper than the room left would only be thrown away
-                room = (self.max_length or 1 << 30) - len(self.padding) - len(self.text) - 1
+                room = (self.max_length or 1 << 30) - len(self.row.padding) - len(self.row.text) - 1
                 tree = self._grow(min(self.decoder.budget, 1 << 30 if room > 0 else 0), room)
                 logits = self._verify_forward(tree)
-                stats.rounds += 1
-                stats.proposed += len(tree) - 1
+                self.stats.rounds += 1
+                self.stats.proposed += len(tree) - 1
                 done = self._walk(tree, logits, turn)
                 turn += 1
         finally:
             self.draft.close()
-        if self.columns is not None:
-            self.decoder.trace.append(TokenTrace(self.new, columns=self.columns, station="generation"))
-        return self
 
     def _prefill(self) -> torch.Tensor:
         """The prompt through the target; returns ``[V]`` logits for the next token."""
         past = self.cache.get_seq_length()
-        check_unread(self.cache, len(self.text))
-        logits = read_on(self.model, self.cache, self.text, self.vocab)
+        check_unread(self.cache, len(self.row.text))
+        logits = read_on(self.model, self.cache, self.row.text, self.vocab)
         check_croppable("DySpec", self.cache)
-        self.decoder.stats.target_forwards += 1
-        self.draft.commit(self.text[past:], past)
+        self.stats.target_forwards += 1
+        self.draft.commit(self.row.text[past:], past)
         return logits
 
     def _verify_forward(self, tree: TokenTree) -> torch.Tensor:
@@ -235,23 +199,23 @@ class _Row(Row):
             past_key_values=self.cache,
             use_cache=True,
         )
-        self.decoder.stats.target_forwards += 1
+        self.stats.target_forwards += 1
         return output.logits[0, :, : self.vocab].float()
 
     # -- growing ---------------------------------------------------------------------------------------------------------
     def _grow(self, budget: int, room: int) -> TokenTree:
         """The tree for this round; ``room`` bounds its depth."""
         tree = TokenTree()
-        tree.add(self.text[-1], -1, 1.0)
+        tree.add(self.row.text[-1], -1, 1.0)
         if budget == 0:
             return tree
         depth = min(self.decoder.max_depth, room)
-        return self.decoder.grow(tree, lambda nodes: self._expand(tree, nodes), budget, depth, self.do_sample)
+        return self.decoder.grow(tree, lambda nodes: self._expand(tree, nodes), budget, depth, self.row.do_sample)
 
     def _expand(self, tree: TokenTree, nodes: list[int]) -> Candidates:
         """Draft candidates after each of ``nodes`` (one draft forward): tokens and probabilities, in drawing order."""
-        self.decoder.stats.draft_forwards += 1
-        reduced = not self.do_sample and self.path_free and self.matcher is None
+        self.stats.draft_forwards += 1
+        reduced = not self.row.do_sample and self.path_free and self.row.matcher is None
         logits = self.draft.forward(tree, nodes, reduced)
         width = min(self.decoder.max_children, self.decoder.budget)
         if reduced:  # greedy: the ranking needs no full-size distribution
@@ -259,9 +223,9 @@ class _Row(Row):
             tokens = self.draft.token_ids[top.indices] if self.draft.token_ids is not None else top.indices
             return list(zip(tokens.tolist(), top.values.tolist(), strict=True))
         paths = [tree.path(node) for node in nodes]
-        scores = self._process(self._masked(logits, paths), [self.text + path for path in paths])
+        scores = self._process(self._masked(logits, paths), [self.row.text + path for path in paths])
         dists = torch.softmax(scores, -1)
-        if not self.do_sample:
+        if not self.row.do_sample:
             top = dists.topk(min(width, dists.shape[-1]), -1)
             kept = (top.values > 0).sum(-1).tolist()  # a matcher may leave fewer tokens than that
             rows = zip(top.indices.tolist(), top.values.tolist(), kept, strict=True)
@@ -281,34 +245,34 @@ class _Row(Row):
 
     def _masked(self, logits: torch.Tensor, paths: list[list[int]]) -> torch.Tensor:
         """Logits ``[n, V]`` without what the matcher forbids after each path below the text; the matcher ends where it began."""
-        if self.matcher is None:
+        if self.row.matcher is None:
             return logits
         logits = logits.clone()
         for row, path in enumerate(paths):
             taken = 0
             for token in path:
-                if self.matcher.is_terminated() or not self.matcher.accept_token(token):
+                if self.row.matcher.is_terminated() or not self.row.matcher.accept_token(token):
                     break
                 taken += 1
             if taken == len(path):
-                fill_mask(self.matcher, logits[row])
+                fill_mask(self.row.matcher, logits[row])
             if taken:
-                self.matcher.rollback(taken)
+                self.row.matcher.rollback(taken)
         return logits
 
     def _process(self, logits: torch.Tensor, texts: list[list[int]]) -> torch.Tensor:
         """Logits processors on ``[n, V]`` rows, each with its own text (rows of equal length share a call)."""
-        if not self.processors:
+        if not self.row.processors:
             return logits
         if self.path_free:
-            return self.processors(torch.tensor([texts[0]], device=self.device).expand(len(texts), -1), logits)
+            return self.row.processors(torch.tensor([texts[0]], device=self.device).expand(len(texts), -1), logits)
         scores = torch.empty_like(logits)
         by_length: dict[int, list[int]] = {}
         for row, text in enumerate(texts):
             by_length.setdefault(len(text), []).append(row)
         for rows in by_length.values():
-            ids = torch.tensor([self.padding + texts[row] for row in rows], device=self.device)
-            scores[rows] = self.processors(ids, logits[rows])
+            ids = torch.tensor([self.row.padding + texts[row] for row in rows], device=self.device)
+            scores[rows] = self.row.processors(ids, logits[rows])
         return scores
 
     # -- verification ----------------------------------------------------------------------------------------------------
@@ -317,11 +281,15 @@ class _Row(Row):
         past = self.cache.get_seq_length() - len(tree)
         path, node, stop = [0], 0, False
         greedy = None
-        if not self.do_sample and self.path_free and self.matcher is None:
-            greedy = (self._process(logits, [self.text] * len(tree)) if self.processors else logits).argmax(-1).tolist()
+        if not self.row.do_sample and self.path_free and self.row.matcher is None:
+            greedy = (
+                (self._process(logits, [self.row.text] * len(tree)) if self.row.processors else logits)
+                .argmax(-1)
+                .tolist()
+            )
         while not stop:
-            scores = self.processed(logits[node]) if greedy is None or self.scores is not None else logits[node]
-            if greedy is None and self.do_sample:
+            scores = self.row.processed(logits[node]) if greedy is None or self.row.scores is not None else logits[node]
+            if greedy is None and self.row.do_sample:
                 child, chosen = self._accept(tree, node, torch.softmax(scores, -1))
             else:
                 chosen = int(scores.argmax()) if greedy is None else greedy[node]
@@ -329,18 +297,18 @@ class _Row(Row):
             source = "target" if child is None else "draft"
             prob = tree.probs[child] if child is not None else None
             value = tree.values[child] if child is not None else None
-            stop = self.append(
+            stop = self.row.append(
                 chosen, scores, logits[node], round=turn, depth=len(path), draft_prob=prob, source=source, value=value
             )
             if child is None:
                 break
-            self.decoder.stats.accepted += 1
+            self.stats.accepted += 1
             if not stop:
                 path.append(child)
             node = child
         # the last token of the text is the next root: it has no cache row yet
         self._keep_rows(past, path)
-        committed = self.text[past + 1 :]
+        committed = self.row.text[past + 1 :]
         if not stop:
             self.draft.commit(committed, past + 1, path)
         return stop
@@ -367,11 +335,11 @@ class _Row(Row):
 
     def _commit_first(self, logits: torch.Tensor) -> bool:
         """The first token after the prompt, straight from the target."""
-        scores = self.processed(logits)
-        token = self.choose(scores)
-        stop = self.append(token, scores, logits, round=0, depth=0, source="target")
+        scores = self.row.processed(logits)
+        token = self.row.choose(scores)
+        stop = self.row.append(token, scores, logits, round=0, depth=0, source="target")
         if not stop:
-            self.draft.commit([token], len(self.text) - 1)
+            self.draft.commit([token], len(self.row.text) - 1)
         return stop
 
     def _keep_rows(self, past: int, path: list[int]) -> None:

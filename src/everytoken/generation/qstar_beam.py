@@ -12,27 +12,27 @@ each token's log-probability and, with a reference, its implicit reward.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import BadInputError
 from ..core.implicit_reward import ImplicitReward
 from ..core.loading import load_model, resolve
 from ..core.trace import TokenTrace
-from ..decoding.base import BY_NAME, check_empty_cache
+from ..decoding.base import BY_NAME, Example
+from ..decoding.call import DecodingCall
+from ..decoding.checks import check_empty_cache, refuse_inputs
 from ..decoding.loop import LoopDecoder
 
 
 class ValueSearch(LogitsProcessor):
     """Turns a policy's log-probabilities into implicit rewards by taking the reference's away; follows reordered beams."""
 
-    def __init__(self, reference: Any, beta: float, attention_mask: torch.Tensor | None):
+    def __init__(self, reference: PreTrainedModel, beta: float, attention_mask: torch.Tensor | None):
         self.reference, self.beta, self.mask = reference, beta, attention_mask
         self.cache = DynamicCache()
         self.rows: dict[tuple[int, ...], int] = {}
@@ -62,16 +62,19 @@ class QStarBeam(LoopDecoder):
 
     Args:
         width: beams; 1 is greedy decoding.
-        reference: the model that training started from (or its hub id or folder); needed for ``score="value"`` and for implicit rewards in the trace.
+        reference: the model that training started from (or its hub id or folder); needed for ``score="value"`` and for
+            implicit rewards in the trace.
         beta: the strength that the policy was trained with.
         score: ``"likelihood"`` or ``"value"``.
         length_penalty: exponent of the length by which sums are divided; 0 as in the paper.
 
-    ``num_beams`` of a call, where given, goes before ``width``. Beams start from an empty cache and take no streamer.
+    ``num_beams`` of a call, where given, goes before ``width``. Beams start from an empty cache and take no streamer. The
+    trace has ``logp``, each token's log-probability, and with a reference ``implicit_reward``.
     """
 
     lossless: ClassVar[bool] = False
-    streams: ClassVar[bool] = False
+    changes_model: ClassVar[bool] = False
+    trace_columns: ClassVar[tuple[str, ...]] = ("logp", "implicit_reward")
     colour: ClassVar[str] = "logp"
     width: int = 5
     reference: Any = field(default=None, metadata=BY_NAME)
@@ -91,64 +94,47 @@ class QStarBeam(LoopDecoder):
                 "Value search compares with a reference.", "Pass reference=..., or search by likelihood."
             )
 
-    def load_helpers(self, model: Any) -> None:
+    @property
+    def streams(self) -> bool:
+        return self.width == 1
+
+    def load_helpers(self, model: PreTrainedModel) -> None:
         if isinstance(self.reference, str):
             self.reference = load_model(self.reference, dtype=model.dtype, device=model.device)
 
-    def __call__(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
-        generation_config: Any = None,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Decodes as ``generate`` with ``num_beams=width`` would; see ``Decoder``.
+    def check_call(self, call: DecodingCall[Any]) -> None:
+        """Turns the call into a beam search of ``width`` beams.
 
         Raises:
-            BadInputError: a streamer with several beams, a filled cache, or several returned sequences without beams.
+            BadInputError: a filled cache, several returned sequences without beams, or inputs that neither the reference nor
+                the trace would get.
         """
-        config = copy.copy(generation_config if generation_config is not None else model.generation_config)
-        self.mode(config)
-        self.load_helpers(model)
+        config = call.config
         given = (config.num_beams or 1) > 1
         width = int(config.num_beams) if given else self.width
         if not given and (config.num_return_sequences or 1) > 1:
             raise BadInputError("Several returned sequences need num_beams.", f"Pass num_beams={width} to generate.")
+        if self.score == "value" or self.trace_enabled:
+            refuse_inputs("QStarBeam, for its reference or trace,", call.model_kwargs, ())
         if width > 1:
-            check_empty_cache("QStarBeam", model_kwargs.get("past_key_values"))
+            check_empty_cache("QStarBeam", call.model_kwargs.get("past_key_values"))
             config.num_beams, config.length_penalty = width, self.length_penalty
             config.num_return_sequences = config.num_return_sequences or 1
             config.early_stopping = False if config.early_stopping is None else config.early_stopping
         if width > 1 and not given:
-            input_ids, model_kwargs = model._expand_inputs_for_generation(
-                expand_size=width, is_encoder_decoder=False, input_ids=input_ids, **model_kwargs
+            call.input_ids, call.model_kwargs = call.model._expand_inputs_for_generation(
+                expand_size=width, is_encoder_decoder=False, input_ids=call.input_ids, **call.model_kwargs
             )
-        processors = LogitsProcessorList(logits_processor or [])
         if self.score == "value":
-            processors.append(ValueSearch(self.reference, self.beta, model_kwargs.get("attention_mask")))
-        return super().__call__(
-            model, input_ids, processors, stopping_criteria, config, synced_gpus, streamer, **model_kwargs
-        )
+            call.processors.append(ValueSearch(self.reference, self.beta, call.attention_mask))
 
-    @contextmanager
-    def applied(self, model: Any, input_ids: torch.Tensor, config: Any, model_kwargs: dict[str, Any]) -> Iterator[None]:
-        yield  # the model computes as it always does
+    def applied(self, call: DecodingCall[Any]) -> AbstractContextManager[None]:
+        return nullcontext()  # the model computes as it always does
 
-    def finished(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        model_kwargs: dict[str, Any],
-        sequences: torch.Tensor,
-        new: list[list[int]],
-    ) -> None:
+    def finished(self, call: DecodingCall[Any], sequences: torch.Tensor, new: list[list[int]]) -> None:
         if not self.trace_enabled:
             return
-        start, padding = input_ids.shape[1], model_kwargs.get("attention_mask")
+        start, padding = call.input_ids.shape[1], call.attention_mask
         mask = torch.zeros_like(sequences, dtype=torch.bool)
         attention = torch.ones_like(sequences)
         for row, tokens in enumerate(new):
@@ -156,16 +142,26 @@ class QStarBeam(LoopDecoder):
             attention[row, start + len(tokens) :] = 0
         if padding is not None:  # a row a beam; sequences are fewer
             attention[:, :start] = padding[:: len(padding) // len(sequences)]
-        reward = ImplicitReward(model, self.reference if self.reference is not None else model, self.beta)
+        reward = ImplicitReward(call.model, self.reference if self.reference is not None else call.model, self.beta)
         stats = reward.statistics(sequences, mask, attention)
         credit = self.beta * (stats["logps"] - stats["ref_logps"])
         for row, tokens in enumerate(new):
             part = slice(start, start + len(tokens))
-            trace = TokenTrace(tokens, columns={"logp": stats["logps"][row, part].tolist()}, station="generation")
+            trace = TokenTrace(tokens, columns={"logp": stats["logps"][row, part].tolist()}, station=self.station)
             if self.reference is not None:
                 trace.add("implicit_reward", credit[row, part])
-            self.trace.append(trace)
+            call.trace.append(trace)
+
+    @classmethod
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
+        refuses = frozenset({"num_return_sequences"})
+        return {
+            "one beam": Example(lambda **settings: cls(1, **settings), exact=True, refuses=refuses),
+            "three beams": Example(
+                lambda **settings: cls(3, **settings), prefix_stable=False, refuses=refuses | {"past_key_values"}
+            ),
+        }
 
     def figures(self) -> dict[str, float]:
-        sums = [sum(trace.columns["logp"]) for trace in self.trace]  # type: ignore[arg-type]
+        sums = [sum(value for value in trace.columns["logp"] if isinstance(value, float)) for trace in self.trace]
         return super().figures() | ({"log-probability": sum(sums) / len(sums)} if sums else {})

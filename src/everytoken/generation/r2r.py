@@ -11,39 +11,31 @@ The large model reads all tokens since its last turn in one forward. Both caches
 
     large.generate(**inputs, custom_generate=R2R(small, router="folder"))
 
-``everytoken train r2r`` makes the labels and trains the router (``r2r_training``); ``EntropyRouter`` and ``AleatoricRouter`` are the
-baselines that need no training. A ``FeatureDraftForCausalLM`` can be the small model too: it reads the large one's hidden states
-where there are any and its own elsewhere (the large model then writes the first token).
+``everytoken train r2r`` makes the labels and trains the router (``routing.training``); ``EntropyRouter`` and
+``AleatoricRouter`` are the baselines that need no training. A ``FeatureDraftForCausalLM`` can be the small model too: it reads
+the large one's hidden states where there are any and its own elsewhere (the large model then writes the first token).
 """
 
 from __future__ import annotations
 
-import time
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
-from transformers import DynamicCache
+from torch import nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import BadInputError, TokenizerMismatchError
 from ..core.loading import load_model, resolve
-from ..core.trace import TokenTrace
-from ..decoding.base import (
-    BY_NAME,
-    Decoder,
-    DecodingStats,
-    check_croppable,
-    check_one_row,
-    check_prompt,
-    check_same_vocabulary,
-    check_unread,
-    refuse_unsupported,
-    split_rows,
-)
-from ..decoding.row import DecodingOutput, Row, collect, read_on
-from .drafting import DraftSession
-from .trees import TokenTree
+from ..decoding.base import BY_NAME, Decoder, Example
+from ..decoding.call import DecodingCall, DecodingStats
+from ..decoding.checks import check_croppable, check_same_vocabulary, check_unread
+from ..decoding.matcher import Matcher
+from ..decoding.row import DecodingRow, read_on
+from .speculative.drafting import DraftSession
+from .speculative.trees import TokenTree
 
 
 # -- routers -------------------------------------------------------------------------------------------------------------
@@ -94,13 +86,13 @@ class LearnedRouter:
         self.threshold = float(network.config.threshold)
 
     def __call__(self, hidden: torch.Tensor, embedding: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        from .routers.modeling_token_router import top_logits
+        from .routing.modeling_token_router import top_logits
 
         config = self.network.config
         if hidden.shape[-1] != config.state_size or embedding.shape[-1] != config.embedding_size:
             raise BadInputError(
-                f"The router reads states of size {config.state_size} and embeddings of size {config.embedding_size}; this small model "
-                f"has {hidden.shape[-1]} and {embedding.shape[-1]}.",
+                f"The router reads states of size {config.state_size} and embeddings of size {config.embedding_size}; this "
+                f"small model has {hidden.shape[-1]} and {embedding.shape[-1]}.",
                 "It was trained for another small model.",
             )
         with torch.inference_mode():
@@ -113,8 +105,8 @@ def as_router(value: Any) -> Router:
     Raises:
         BadInputError: nothing of the kind.
     """
-    from .routers import load_router
-    from .routers.modeling_token_router import TokenRouter
+    from .routing import load_router
+    from .routing.modeling_token_router import TokenRouter
 
     if value is None or value == "entropy":
         return EntropyRouter()
@@ -137,14 +129,16 @@ class Writer:
 
     needs_target = False
 
-    def __init__(self, small: Any, vocab: int):
+    def __init__(self, small: PreTrainedModel, vocab: int):
         self.model, self.vocab, self.cache = small, vocab, DynamicCache()
         self.embed = small.get_input_embeddings()
         self._seen: torch.Tensor | None = None
+        self._thread = threading.get_ident()
         self._hook = small.get_output_embeddings().register_forward_pre_hook(self._see)
 
-    def _see(self, _module: Any, args: Any) -> None:
-        self._seen = args[0]
+    def _see(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if threading.get_ident() == self._thread:  # the small model may serve another thread meanwhile
+            self._seen = args[0]
 
     def step(self, text: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads what is new of ``text``: the last hidden state ``[D]`` and logits ``[V]`` after it."""
@@ -164,7 +158,7 @@ class DraftWriter(Writer):
 
     needs_target = True
 
-    def __init__(self, small: Any, target: Any, vocab: int):
+    def __init__(self, small: PreTrainedModel, target: PreTrainedModel, vocab: int):
         self.vocab, self.session = vocab, DraftSession(small, target, vocab)
         self.embed = target.get_input_embeddings()
         self.verified = 0  # tokens of the text that the large model has read
@@ -188,37 +182,54 @@ class DraftWriter(Writer):
         self.session.close()
 
 
-def writer_for(small: Any, large: Any, vocab: int) -> Writer:
-    from .drafts.modeling_feature_draft import FeatureDraftForCausalLM
+def is_feature_draft(small: PreTrainedModel) -> bool:
+    from .speculative.modeling_feature_draft import FeatureDraftForCausalLM
 
-    return DraftWriter(small, large, vocab) if isinstance(small, FeatureDraftForCausalLM) else Writer(small, vocab)
+    return isinstance(small, FeatureDraftForCausalLM)
+
+
+def writer_for(small: PreTrainedModel, large: PreTrainedModel, vocab: int) -> Writer:
+    return DraftWriter(small, large, vocab) if is_feature_draft(small) else Writer(small, vocab)
 
 
 # -- decoding ------------------------------------------------------------------------------------------------------------
+@dataclass
+class R2RStats(DecodingStats):
+    """Counters of a call, and the sizes of the models that took part.
+
+    Attributes:
+        parameters: of the small model, the large one and the router.
+    """
+
+    parameters: tuple[int, int, int] = (0, 0, 0)
+
+
 @dataclass
 class R2R(Decoder):
     """Decoding by a small model, with a router that calls the large one (the model it is given to).
 
     Args:
-        small_model: a causal language model with the same tokenizer (or its hub id or folder), or a ``FeatureDraftForCausalLM``. None is only allowed for the
-            embedded model, whose draft ships with the package.
+        small_model: a causal language model with the same tokenizer (or its hub id or folder), or a
+            ``FeatureDraftForCausalLM``. None is only allowed for the embedded model, whose draft ships with the package.
         router: a folder, a ``TokenRouter``, ``"entropy"``, ``"aleatoric"``, or any ``Router``; None routes by entropy.
-        threshold: value from which the large model writes the token; None is the router's own. 0 gives the large model's own text,
-            anything above 1 (for probabilities) the small model's.
+        threshold: value from which the large model writes the token; None is the router's own. 0 gives the large model's own
+            text, anything above 1 (for probabilities) the small model's.
         matcher: a ``Matcher`` in its initial state: the text stays inside what it allows.
 
-    Rows of a batch are decoded one after the other: the two models would lag in each row by another number of tokens. The trace has
-    ``source`` ("small" or "large") and ``divergence``, the router's value.
+    Rows of a batch are decoded one after the other: the two models would lag in each row by another number of tokens. The
+    trace has ``source`` ("small" or "large") and ``divergence``, the router's value.
 
     ``stats``: ``target_forwards`` and ``draft_forwards`` of the large and the small model, ``proposed`` tokens of the small one and
     how many were ``accepted``.
     """
 
+    stats_type: ClassVar[type[DecodingStats]] = R2RStats
+    trace_columns: ClassVar[tuple[str, ...]] = ("source", "divergence")
     lossless: ClassVar[bool] = False
     small_model: Any = field(default=None, metadata=BY_NAME)
     router: Any = field(default=None, metadata=BY_NAME)
     threshold: float | None = None
-    matcher: Any = field(default=None, kw_only=True, repr=False)
+    matcher: Matcher | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         if self.threshold is not None and self.threshold < 0:
@@ -227,11 +238,26 @@ class R2R(Decoder):
             self.router = as_router(self.router)  # a wrong folder is refused now, not after the models have loaded
         if isinstance(self.small_model, str):
             resolve(self.small_model)
-        self._parameters: list[int] = [0, 0, 0]
 
-    def load_helpers(self, model: Any) -> None:
+    @property
+    def stats(self) -> R2RStats:
+        return cast(R2RStats, super().stats)
+
+    def check_model(self, config: PreTrainedConfig) -> None:
+        """Without a small model of the user's, a draft must ship for the large one.
+
+        Raises:
+            UnsupportedModelError: no small model is given and no draft ships for this model.
+        """
+        super().check_model(config)
         if self.small_model is None:
-            from .drafts import load_draft
+            from .speculative import check_draft_ships
+
+            check_draft_ships(config)
+
+    def load_helpers(self, model: PreTrainedModel) -> None:
+        if self.small_model is None:
+            from .speculative import load_draft
 
             self.small_model = load_draft(model)
         elif isinstance(self.small_model, str):
@@ -243,7 +269,7 @@ class R2R(Decoder):
         return 1 - self.stats.accepted / self.stats.new_tokens if self.stats.new_tokens else 0.0
 
     def figures(self) -> dict[str, float]:
-        small, large, router = self._parameters
+        small, large, router = self.stats.parameters
         share = self.large_share
         return {
             "large model's share": share,
@@ -251,92 +277,74 @@ class R2R(Decoder):
             "large model's forwards": float(self.stats.target_forwards),
         }
 
-    @torch.inference_mode()
-    def __call__(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
-        generation_config: Any = None,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> DecodingOutput | torch.Tensor:
-        """Decodes as ``generate`` would; see ``Decoder``.
-
-        Raises:
-            BadInputError: an empty or too long prompt, or a generation mode that a routed path cannot honour.
-            TokenizerMismatchError: the models have different vocabularies.
-        """
-        began = time.perf_counter()
-        config = generation_config if generation_config is not None else model.generation_config
-        refuse_unsupported("R2R", config, synced_gpus)
-        check_prompt(model, input_ids.shape[1])
-        with torch.inference_mode(False):  # its weights outlive this call
-            self.load_helpers(model)
+    def check_call(self, call: DecodingCall[R2RStats]) -> None:
+        """Raises TokenizerMismatchError where the models have different vocabularies, BadInputError for a filled cache that a
+        feature draft has not seen, UnsupportedModelError for a cache without crop."""
         try:
-            vocab = check_same_vocabulary(model, self.small_model)
+            check_same_vocabulary(call.model, self.small_model)
         except TokenizerMismatchError as error:
             raise TokenizerMismatchError(
                 error.message.replace("The draft", "The small model").replace("the target", "the large model"),
                 "R2R needs two models with one tokenizer.",
             ) from error
         router = as_router(self.router)
-        threshold = router.threshold if self.threshold is None else self.threshold
-        cache = model_kwargs.get("past_key_values")
-        rows = split_rows(input_ids, model_kwargs.get("attention_mask"))
-        check_one_row("R2R", len(rows), streamer, cache)
-        self.stats, self.trace = DecodingStats(), []
-        network = getattr(router, "network", None)
-        self._parameters = [
-            sum(item.numel() for item in part.parameters()) if part is not None else 0
-            for part in (self.small_model, model, network)
-        ]
-        columns = ("source", "divergence") if self.trace_enabled else None
-        results, mine = [], cache
-        for ids, padding in rows:
-            row = Row(ids, padding, logits_processor, stopping_criteria, config, streamer, self.matcher, columns)
-            mine = cache if len(rows) == 1 and cache is not None else DynamicCache()
-            check_croppable("R2R", mine)
-            self._decode(row, model, mine, vocab, router, threshold)
-            results.append(row)
-            if row.columns is not None:
-                self.trace.append(TokenTrace(row.new, columns=row.columns, station="generation"))
-        if streamer is not None:
-            streamer.end()
-        self.stats.seconds = time.perf_counter() - began
-        return collect(self, results, input_ids, config, mine)
-
-    def _decode(self, row: Row, large: Any, cache: Any, vocab: int, router: Router, threshold: float) -> None:
-        """One row: the small model proposes, the router decides, the large model catches up and writes."""
-        check_unread(cache, len(row.text))
-        writer = writer_for(self.small_model, large, vocab)
-        if writer.needs_target and cache.get_seq_length() > 0:
+        cache = call.model_kwargs.get("past_key_values")
+        check_croppable("R2R", self.new_row_cache(call) if cache is None else cache)
+        if cache is not None and cache.get_seq_length() > 0 and is_feature_draft(self.small_model):
             raise BadInputError(
                 "A feature draft as the small model starts from an empty cache.", "Leave past_key_values out."
             )
+        sizes = [
+            sum(item.numel() for item in part.parameters()) if part is not None else 0
+            for part in (self.small_model, call.model, getattr(router, "network", None))
+        ]
+        call.stats.parameters = (sizes[0], sizes[1], sizes[2])
+
+    def matcher_for(self, call: DecodingCall[R2RStats], row: int) -> Matcher | None:
+        return self.matcher
+
+    def decode_row(self, call: DecodingCall[R2RStats], row: DecodingRow) -> None:
+        """The small model proposes, the router decides, the large model catches up and writes."""
+        assert row.cache is not None
+        check_unread(row.cache, len(row.text))
+        router = as_router(self.router)
+        threshold = router.threshold if self.threshold is None else self.threshold
+        vocab = check_same_vocabulary(call.model, self.small_model)
+        large, stats, cache = call.model, call.stats, row.cache
+        writer = writer_for(self.small_model, large, vocab)
         try:
             done = False
             while not done:
                 value = None
                 if not writer.needs_target or row.new:
                     hidden, logits = writer.step(row.text)
-                    self.stats.draft_forwards += 1
-                    self.stats.proposed += 1
+                    stats.draft_forwards += 1
+                    stats.proposed += 1
                     scores = row.processed(logits)
                     token = row.choose(scores)
                     embedding = writer.embed(torch.tensor([token], device=hidden.device))
                     value = float(router(hidden[None], embedding, logits[None])[0])
                 if value is None or value >= threshold:
                     logits = read_on(large, cache, row.text, vocab)  # all since its last turn, in one forward
-                    self.stats.target_forwards += 1
+                    stats.target_forwards += 1
                     scores = row.processed(logits)
                     token = row.choose(scores)
                     writer.caught_up(row.text, token)
                     done = row.append(token, scores, logits, source="large", divergence=value)
                 else:
-                    self.stats.accepted += 1
+                    stats.accepted += 1
                     done = row.append(token, scores, logits, source="small", divergence=value)
         finally:
             writer.close()
+
+    @classmethod
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
+        from ..testing.models import tiny_llama
+
+        small = tiny_llama(model.config.vocab_size, seed=9)
+        return {
+            "large only": Example(
+                lambda **settings: cls(small, EntropyRouter(), threshold=0.0, **settings), exact=True
+            ),
+            "routed": Example(lambda **settings: cls(small, EntropyRouter(), threshold=0.9, **settings)),
+        }

@@ -26,14 +26,16 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..core.errors import BadInputError, UnsupportedModelError
 from ..core.trace import TokenTrace
+from ..decoding.base import Example
+from ..decoding.call import DecodingCall, DecodingStats
 from ..decoding.loop import LoopDecoder, by_row
 
 
@@ -110,7 +112,7 @@ def speedup(schedule: DepthSchedule, num_layers: int, tokens: int) -> float:
     return num_layers * tokens / sum(schedule.depth(t) for t in range(tokens))
 
 
-def find_layers(model: Any) -> nn.ModuleList:
+def find_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers of a Llama-like model.
 
     Raises:
@@ -122,13 +124,18 @@ def find_layers(model: Any) -> nn.ModuleList:
             f"{type(model).__name__} does not keep its decoder layers in base_model.layers.",
             "SkipDecode works with Llama-like models.",
         )
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    check_layer_kinds(model.config)
+    return layers
+
+
+def check_layer_kinds(config: PreTrainedConfig) -> None:
+    """Raises UnsupportedModelError for a model that mixes layers of several kinds."""
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
     if len(kinds) > 1:
         raise UnsupportedModelError(
-            f"{type(model).__name__} mixes layers of the kinds {', '.join(sorted(kinds))}.",
+            f"A {config.model_type} model mixes layers of the kinds {', '.join(sorted(kinds))}.",
             "SkipDecode needs layers of one kind: what is cached is counted at the first of them.",
         )
-    return layers
 
 
 def check_schedule(schedule: DepthSchedule, num_layers: int) -> None:
@@ -181,6 +188,17 @@ def _forward_of(module: nn.Module, forward: Callable) -> Iterator[None]:
 
 
 @dataclass
+class SkipDecodeStats(DecodingStats):
+    """Counters of a call.
+
+    Attributes:
+        layers_run: layers run by each forward.
+    """
+
+    layers_run: list[int] = field(default_factory=list)
+
+
+@dataclass
 class SkipDecode(LoopDecoder):
     """Decoding with fewer layers the later the token.
 
@@ -195,13 +213,13 @@ class SkipDecode(LoopDecoder):
     The trace has ``layers``: how many ran when the token was predicted.
     """
 
+    stats_type: ClassVar[type[DecodingStats]] = SkipDecodeStats
+    trace_columns: ClassVar[tuple[str, ...]] = ("layers",)
     lossless: ClassVar[bool] = False
     colour: ClassVar[str] = "layers"
-    schedule: Any = None
+    schedule: DepthSchedule | None = None
     speedup: float = 2.0
     warmup: int = 1
-    layers_run: list[int] = field(default_factory=list, init=False, repr=False)
-    """Layers run by each forward of the last call."""
 
     def __post_init__(self) -> None:
         if self.schedule is not None and not isinstance(self.schedule, DepthSchedule):
@@ -212,27 +230,48 @@ class SkipDecode(LoopDecoder):
         if self.speedup < 1 or self.warmup < 1:
             raise BadInputError(f"SkipDecode needs speedup >= 1 and warmup >= 1; got {self.speedup}, {self.warmup}.")
 
+    @property
+    def stats(self) -> SkipDecodeStats:
+        return cast(SkipDecodeStats, super().stats)
+
+    @property
+    def layers_run(self) -> list[int]:
+        """Layers run by each forward of the last call."""
+        return self.stats.layers_run
+
     def figures(self) -> dict[str, float]:
         return super().figures() | {"layers a forward": sum(self.layers_run) / max(len(self.layers_run), 1)}
 
+    def check_model(self, config: PreTrainedConfig) -> None:
+        """Layers of one kind, and a schedule that they can follow.
+
+        Raises:
+            UnsupportedModelError: layers of several kinds.
+            BadInputError: a schedule with more layers than the model has, or one that rises.
+        """
+        super().check_model(config)
+        check_layer_kinds(config)
+        if self.schedule is not None:
+            check_schedule(self.schedule, config.get_text_config().num_hidden_layers)
+
     @contextmanager
-    def applied(self, model: Any, input_ids: torch.Tensor, config: Any, model_kwargs: dict[str, Any]) -> Iterator[None]:
+    def applied(self, call: DecodingCall[SkipDecodeStats]) -> Iterator[None]:
+        model, stats, model_kwargs = call.model, call.stats, call.model_kwargs
         layers = find_layers(model)
         total = len(layers)
-        mask: Any = model_kwargs.get("attention_mask")
+        mask = call.attention_mask
         # a cache may hold the beginning of the text, and input_ids only the rest; the mask covers both
-        whole = input_ids.shape[1] if mask is None else mask.shape[1]
-        prompt = int(getattr(config, "_mask_length", whole)) if mask is None else whole
+        whole = call.input_ids.shape[1] if mask is None else mask.shape[1]
+        prompt = int(getattr(call.config, "_mask_length", whole)) if mask is None else whole
         schedule = self.schedule
         if schedule is None:
-            room = max((config.max_length or prompt + 128) - prompt, 1)
+            room = max((call.config.max_length or prompt + 128) - prompt, 1)
             schedule = LinearDepth.for_speedup(total, self.speedup, room, self.warmup)
         check_schedule(schedule, total)
         cache = model_kwargs.get("past_key_values")
         if cache is None or getattr(cache, "is_compileable", False):
             raise BadInputError("SkipDecode needs a cache that grows.", "Leave cache_implementation out.")
         self._check_cache(cache, active_layers(schedule, 0, total))
-        self.layers_run = []
         now = {"depth": schedule.depth(0)}
 
         def see_position(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -240,12 +279,12 @@ class SkipDecode(LoopDecoder):
             tokens = kwargs["inputs_embeds"] if tokens is None else tokens
             length = kwargs["past_key_values"].get_seq_length() + tokens.shape[1]
             now["depth"] = schedule.depth(length - prompt)
-            self.layers_run.append(0)
+            stats.layers_run.append(0)
 
         def route(index: int, hidden: torch.Tensor, run: Callable) -> torch.Tensor:
             if not runs(schedule, index, now["depth"], total):
                 return hidden
-            self.layers_run[-1] += 1
+            stats.layers_run[-1] += 1
             return run()
 
         hook = model.base_model.register_forward_pre_hook(see_position, with_kwargs=True)
@@ -266,20 +305,23 @@ class SkipDecode(LoopDecoder):
                 "Go on with at most as many layers as the earlier call ended with, or start from an empty cache.",
             )
 
-    def finished(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        model_kwargs: dict[str, Any],
-        sequences: torch.Tensor,
-        new: list[list[int]],
-    ) -> None:
-        self.stats.rounds = len(self.layers_run)
+    def finished(self, call: DecodingCall[SkipDecodeStats], sequences: torch.Tensor, new: list[list[int]]) -> None:
+        run = call.stats.layers_run
+        call.stats.rounds = len(run)
         if self.trace_enabled:
             longest = max(map(len, new))
-            steps: list[Any] = list(self.layers_run[len(self.layers_run) - longest :])
+            steps: list[Any] = list(run[len(run) - longest :])
             for tokens, column in zip(new, by_row(new, steps), strict=True):
-                self.trace.append(TokenTrace(tokens, columns={"layers": column}, station="generation"))
+                call.trace.append(TokenTrace(tokens, columns={"layers": column}, station=self.station))
+
+    @classmethod
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
+        layers = model.config.get_text_config().num_hidden_layers
+        every, fewer = LinearDepth(layers, layers, 1, 8), LinearDepth(layers, max(layers // 2, 1), 1, 8)
+        return {
+            "all layers": Example(lambda **settings: cls(every, **settings), exact=True),
+            "fewer layers": Example(lambda **settings: cls(fewer, **settings), refuses=frozenset({"past_key_values"})),
+        }
 
 
 # -- training ------------------------------------------------------------------------------------------------------------

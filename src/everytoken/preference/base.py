@@ -4,23 +4,47 @@ A loss maps per-token statistics of policy and reference over pairs to one loss 
 
     loss(policy, reference) -> PreferenceOutput(losses [B], chosen_rewards [B], rejected_rewards [B])
 
-It is a dataclass of its settings, sees no model and no trainer, and says in ``needs`` what must be computed besides the
-log-probabilities (``"forward_kl"``: KL(reference || policy) per position; ``"reverse_kl"``; ``"entropy"``), and in ``columns`` which constant per-token
-values of the pairs it takes (a guide's log-probabilities, a criticality): dataset columns ``chosen_NAME`` and ``rejected_NAME``,
-which ``columns.precompute`` makes from a ``TokenAnnotator``. ``PreferenceTrainer`` computes everything once, in one chunked pass,
-whatever the loss.
+It is a dataclass of its settings and sees no model and no trainer. What it takes besides the log-probabilities it
+declares, each where it has any (``declared`` reads them):
+
+- ``needs``: statistics that the trainer computes with the log-probabilities (``"forward_kl"``: KL(reference || policy)
+  per position; ``"reverse_kl"``; ``"entropy"``);
+- ``data_columns``: constant per-token values of the pairs (a guide's log-probabilities, a criticality), name -> the
+  class of their maker. They are the dataset columns ``chosen_NAME`` and ``rejected_NAME``; ``training.column_makers``
+  says what a maker is, and None stands for a column that only the dataset can bring;
+- ``trace_columns(policy, reference)``: what traces show of every token besides the implicit reward, name -> (chosen,
+  rejected), ``[B, T]``.
+
+``PreferenceTrainer`` computes everything once, in one chunked pass, whatever the loss.
+``everytoken.testing.preference_loss`` checks a loss against all of this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from ..core.errors import BadInputError
+from ..core.logprobs import STATISTICS, masked_sum
+from ..training.column_makers import ColumnMaker, Example, TokenAnnotator
 
 if TYPE_CHECKING:
     import torch
 
-NEEDS = ("entropy", "forward_kl", "reverse_kl")
+__all__ = [
+    "ColumnMaker",
+    "DeclaredInputs",
+    "Example",
+    "PairScores",
+    "PreferenceLoss",
+    "PreferenceOutput",
+    "TokenAnnotator",
+    "declared",
+    "log_ratios",
+    "trace_columns",
+    "weighted_log_ratios",
+]
 
 
 @dataclass
@@ -30,7 +54,7 @@ class PairScores:
     Attributes:
         chosen_logps, rejected_logps: log-probabilities of the response tokens.
         chosen_mask, rejected_mask: bool, True on response tokens (the prompt and padding are False).
-        chosen, rejected: further statistics by name (``"forward_kl"``, ...), as the loss's ``needs`` and ``columns`` asked.
+        chosen, rejected: further values by name, as the loss's ``needs`` and ``data_columns`` asked.
     """
 
     chosen_logps: torch.Tensor
@@ -61,47 +85,66 @@ class PreferenceOutput:
 class PreferenceLoss(Protocol):
     """``(policy, reference) -> PreferenceOutput``; see the module's docstring."""
 
-    needs: ClassVar[frozenset[str]]
-    columns: ClassVar[frozenset[str]]
-
     def __call__(self, policy: PairScores, reference: PairScores) -> PreferenceOutput: ...
 
 
-@dataclass
-class Example:
-    """One response to annotate.
+@dataclass(frozen=True)
+class DeclaredInputs:
+    """What a loss takes besides log-probabilities.
 
     Attributes:
-        prompt: as the dataset has it: text, or a list of messages.
-        prompt_ids, response_ids: as the policy reads them.
+        needs: names of statistics.
+        data_columns: column -> the class of its maker, or None.
     """
 
-    prompt: Any
-    prompt_ids: Sequence[int]
-    response_ids: Sequence[int]
+    needs: frozenset[str]
+    data_columns: Mapping[str, type[ColumnMaker] | None]
 
 
-@runtime_checkable
-class TokenAnnotator(Protocol):
-    """A constant value for every response token: ``annotate(examples) -> one [len(response_ids)] tensor each``.
+def declared(loss: PreferenceLoss | type[PreferenceLoss]) -> DeclaredInputs:
+    """What a loss, or its class, declares; nothing where it says nothing.
 
-    ``column`` is the name that losses know the values by; ``fingerprint()`` identifies the annotator's models and settings, so that
-    values can be kept and used again.
+    Raises:
+        BadInputError: a statistic that nobody computes, a column named as a statistic, or columns under the name that
+            0.1 read (``columns``).
     """
+    name = loss.__name__ if isinstance(loss, type) else type(loss).__name__
+    needs = frozenset(getattr(loss, "needs", ()))
+    columns: Any = getattr(loss, "data_columns", {})
+    if unknown := sorted(needs - set(STATISTICS)):
+        raise BadInputError(f"{name} needs {unknown[0]!r}, which is not computed.", f"Known: {', '.join(STATISTICS)}.")
+    if not isinstance(columns, Mapping):
+        raise BadInputError(
+            f"data_columns of {name} must map each column to the class of its maker.",
+            "None stands for a column without one.",
+        )
+    old: Any = getattr(loss, "columns", None)
+    if not columns and isinstance(old, (set, frozenset)) and old:
+        raise BadInputError(
+            f"{name} declares columns, which is called data_columns now.",
+            'For example: data_columns = {"guide_logps": None}, with the class of its maker where it has one.',
+        )
+    if taken := sorted(set(columns) & {*STATISTICS, "ref_logps"}):
+        raise BadInputError(f"{name} takes a data column {taken[0]!r}, which names a statistic.", "Rename it.")
+    return DeclaredInputs(needs, columns)
 
-    column: str
 
-    def annotate(self, examples: Sequence[Example], report: Callable[[int, int], None] = ...) -> list[torch.Tensor]: ...
-
-    def fingerprint(self) -> str: ...
+def trace_columns(
+    loss: PreferenceLoss, policy: PairScores, reference: PairScores
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What a loss shows of every token, name -> (chosen, rejected), each ``[B, T]``; nothing where it has no
+    ``trace_columns``.
+    """
+    shown = getattr(loss, "trace_columns", None)
+    return {} if shown is None else dict(shown(policy, reference))
 
 
 def weighted_log_ratios(
     policy: PairScores, reference: PairScores, chosen_weight: torch.Tensor, rejected_weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``sum_t m_t w_t (log pi - log ref)`` of chosen and rejected: two ``[B]`` tensors; the weights are ``[B, T]`` constants."""
-    from ..core.logprobs import masked_sum
-
+    """``sum_t m_t w_t (log pi - log ref)`` of chosen and rejected: two ``[B]`` tensors; the weights are ``[B, T]``
+    constants.
+    """
     chosen = chosen_weight.detach() * (policy.chosen_logps - reference.chosen_logps)
     rejected = rejected_weight.detach() * (policy.rejected_logps - reference.rejected_logps)
     return masked_sum(chosen, policy.chosen_mask), masked_sum(rejected, policy.rejected_mask)
@@ -109,8 +152,6 @@ def weighted_log_ratios(
 
 def log_ratios(policy: PairScores, reference: PairScores) -> tuple[torch.Tensor, torch.Tensor]:
     """``u(y) = sum_t m_t (log pi - log ref)`` of chosen and rejected: two ``[B]`` tensors; 0 for an empty response."""
-    from ..core.logprobs import masked_sum
-
     return (
         masked_sum(policy.chosen_logps - reference.chosen_logps, policy.chosen_mask),
         masked_sum(policy.rejected_logps - reference.rejected_logps, policy.rejected_mask),

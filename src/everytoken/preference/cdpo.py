@@ -1,24 +1,24 @@
 """cDPO: critical tokens by contrastive estimation, and DPO weighted by them (arXiv 2411.19943).
 
-In a wrong line of reasoning a few tokens decide the failure. Rolling out from every prefix finds them (``RolloutOracle``); contrastive
-estimation finds them in two forwards, by comparing p+ (the base model tuned on its own correct traces) with p- (tuned on incorrect
-ones), over the whole vocabulary::
+In a wrong line of reasoning a few tokens decide the failure. Rolling out from every prefix finds them
+(``RolloutOracle``); contrastive estimation finds them in two forwards, by comparing p+ (the base model tuned on its own
+correct traces) with p- (tuned on incorrect ones), over the whole vocabulary::
 
     s_t = softmax( (1 + a) l+_t - a l-_t )[y_t]          in (0, 1); a low s_t marks a critical token
 
-cDPO weights the rejected side of DPO by how critical each token is, ``w_t = 1 - s_t``; the chosen side keeps ``c_t = 1``, or takes
-``s_t`` (``weight_chosen``)::
+cDPO weights the rejected side of DPO by how critical each token is, ``w_t = 1 - s_t``; the chosen side keeps
+``c_t = 1``, or takes ``s_t`` (``weight_chosen``)::
 
     u_t(y) = log pi(y_t|x,y_<t) - log ref(y_t|x,y_<t)
     z = sum_t c_t u_t(y_w) - sum_t w_t u_t(y_l)          loss = -log sigmoid(beta z)
 
-The authors' code leaves the per-token difference unsummed, pairing token t of one response with token t of the other inside the
-sigmoid; the paper's equation sums, and so does this (``per_position=True`` is their code's form).
+The authors' code leaves the per-token difference unsummed, pairing token t of one response with token t of the other
+inside the sigmoid; the paper's equation sums, and so does this (``per_position=True`` is their code's form).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,8 +27,70 @@ from torch.nn import functional as F
 
 from ..core.errors import BadInputError
 from ..core.logprobs import CHUNK_BYTES, masked_mean
-from ..core.scoring import check_guide, head_weights, model_fingerprint, response_hidden, score_rows
-from .base import Example, PairScores, PreferenceOutput, log_ratios, weighted_log_ratios
+from ..core.progress import Report, silent
+from ..core.scoring import PromptResponse, check_guide, head_weights, model_fingerprint, response_hidden, score_rows
+from ..training.column_makers import ColumnMaker, ColumnSources, Example, TokenAnnotator
+from .base import PairScores, PreferenceOutput, log_ratios, weighted_log_ratios
+
+
+@dataclass
+class Contrast:
+    """Makes the column ``contrast``: finds p+ and p-, or tunes copies on the chosen and on the rejected responses.
+
+    Args:
+        positive, negative: hub ids or folders of p+ and p-; None tunes them first.
+        contrast: a, how strongly p- is subtracted.
+        guide_steps, tune_lr: optimiser steps and learning rate of that tuning.
+        guide_lora_r: rank of its adapters; 0 tunes all weights.
+
+    Raises:
+        BadInputError: a value out of range.
+    """
+
+    positive: str | None = None
+    negative: str | None = None
+    contrast: float = 1.0
+    guide_steps: int = 50
+    tune_lr: float = 3e-4
+    guide_lora_r: int = 8
+
+    def __post_init__(self) -> None:
+        if self.guide_steps < 1 or self.tune_lr <= 0 or self.guide_lora_r < 0:
+            raise BadInputError("guide_steps and tune_lr must be positive, and guide_lora_r not negative.")
+
+    def __call__(self, sources: ColumnSources) -> TokenAnnotator:
+        from ..training.distributed import frozen, load_unplaced
+
+        positive, negative = (
+            self.tuned(sources, side) if path is None else frozen(load_unplaced(path))
+            for side, path in (("chosen", self.positive), ("rejected", self.negative))
+        )
+        return ContrastiveEstimator(positive, negative, self.contrast)
+
+    def tuned(self, sources: ColumnSources, side: str) -> Any:
+        """A copy tuned on the responses of one side; prompts are read, not learnt."""
+        from ..training.supervised import tune_copy
+
+        rows = [
+            {
+                "input_ids": [*row["prompt_ids"], *row[f"{side}_ids"]],
+                "labels": [-100] * len(row["prompt_ids"]) + list(row[f"{side}_ids"]),
+            }
+            for row in sources.rows.select_columns(["prompt_ids", f"{side}_ids"])
+        ]
+        return tune_copy(
+            sources.load(),
+            sources.tokenizer,
+            rows,
+            steps=sources.steps(self.guide_steps),
+            lr=self.tune_lr,
+            lora_r=self.guide_lora_r,
+            batch_size=sources.batch_size,
+            seed=sources.seed,
+            bf16=sources.bf16,
+            report=sources.report,
+            stage=f"tuning on {side} responses",
+        )
 
 
 @dataclass
@@ -49,8 +111,7 @@ class CDPOLoss:
     weight_chosen: bool = False
     label_smoothing: float = 0.0
     per_position: bool = False
-    needs: ClassVar[frozenset[str]] = frozenset()
-    columns: ClassVar[frozenset[str]] = frozenset({"contrast"})
+    data_columns: ClassVar[Mapping[str, type[ColumnMaker]]] = {"contrast": Contrast}
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
@@ -59,7 +120,9 @@ class CDPOLoss:
             raise BadInputError(f"label_smoothing lies in [0, 0.5); got {self.label_smoothing}.")
 
     def __call__(self, policy: PairScores, reference: PairScores) -> PreferenceOutput:
-        """See the module's docstring; ``policy.chosen["contrast"]`` and ``policy.rejected["contrast"]`` are s, ``[B, T]``."""
+        """See the module's docstring; ``policy.chosen["contrast"]`` and ``policy.rejected["contrast"]`` are s,
+        ``[B, T]``.
+        """
         criticality = 1 - policy.rejected["contrast"].detach()
         kept = policy.chosen["contrast"].detach() if self.weight_chosen else torch.ones_like(policy.chosen_logps)
         if self.per_position:
@@ -78,6 +141,10 @@ class CDPOLoss:
             rejected_rewards=self.beta * plain_rejected.detach(),
             metrics={"criticality": masked_mean(criticality, policy.rejected_mask, dim=None)},
         )
+
+    def trace_columns(self, policy: PairScores, reference: PairScores) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """How critical each token is, ``1 - s_t``."""
+        return {"criticality": (1 - policy.chosen["contrast"], 1 - policy.rejected["contrast"])}
 
     def _loss(self, z: torch.Tensor) -> torch.Tensor:
         smoothing = self.label_smoothing
@@ -108,7 +175,8 @@ class ContrastiveEstimator:
 
     @torch.no_grad()
     def score(self, ids: torch.Tensor, mask: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """``s_t`` of every token where ``mask``: ``[B, T]`` float32, at the token's own position (logits at t predict t + 1); 0 elsewhere.
+        """``s_t`` of every token where ``mask``: ``[B, T]`` float32, at the token's own position (logits at t predict t
+        + 1); 0 elsewhere.
 
         The ``[N, V]`` logits exist in chunks only.
         """
@@ -129,10 +197,8 @@ class ContrastiveEstimator:
             values[part] = (mixed.gather(1, labels[part, None])[:, 0] - mixed.logsumexp(-1)).exp()
         return torch.zeros(ids.shape, device=ids.device).masked_scatter(kept, values)
 
-    def annotate(
-        self, examples: Sequence[Example], report: Callable[[int, int], None] = lambda _done, _total: None
-    ) -> list[torch.Tensor]:
-        rows = [(item.prompt_ids, item.response_ids) for item in examples]
+    def annotate(self, examples: Sequence[Example], report: Report = silent) -> list[torch.Tensor]:
+        rows = [PromptResponse(item.prompt_ids, item.response_ids) for item in examples]
         return score_rows(rows, self.score, self.batch_size, self.positive_model.device, report)
 
     def fingerprint(self) -> str:
@@ -167,7 +233,7 @@ class RolloutOracle:
         self,
         prompt_ids: Sequence[int],
         response_ids: Sequence[int],
-        report: Callable[[int, int], None] = lambda _done, _total: None,
+        report: Report = silent,
     ) -> torch.Tensor:
         """``[len(response_ids)]``: value t is the share of correct endings after ``response_ids[: t + 1]``.
 
@@ -210,14 +276,15 @@ class RolloutOracle:
                     [[*response_ids[: t + 1], *row] for row in rows], skip_special_tokens=True
                 )
                 scores[t] = sum(self.correct(prompt, text) for text in texts) / self.rollouts
-            report(min(first + group, len(open_prefixes)), len(open_prefixes))
+            report("rolling out", min(first + group, len(open_prefixes)), len(open_prefixes))
         return scores
 
 
 def critical_tokens(scores: torch.Tensor, low: float = 0.05, before: float = 0.05) -> list[int]:
     """Positions where a rollout score drops to ``low`` or less and stays there, having been above ``before``.
 
-    The first token is critical if the score is low from the start: nothing before it is known, so ``before`` is not asked there.
+    The first token is critical if the score is low from the start: nothing before it is known, so ``before`` is not
+    asked there.
     """
     values = scores.tolist()
     for t in range(len(values)):

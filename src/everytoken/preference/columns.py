@@ -1,29 +1,33 @@
-"""Per-token dataset columns: constants that a frozen model says about every response token, computed once and used again.
+"""Data columns: constants that a frozen model says about every response token, computed once and used again::
 
-    dataset = precompute(dataset, [ModelLogps(guide, column="guide_logps")])       # adds chosen_guide_logps, rejected_guide_logps
+    # adds the columns chosen_guide_logps and rejected_guide_logps
+    dataset = precompute(dataset, [ModelLogps(guide, column="guide_logps")])
 
-Values are kept in the user's cache under the rows' tokens and the annotator's fingerprint, so a second run (another loss, another
-seed, a resumed training) reads them. Under ``accelerate launch`` every process annotates its share.
+Values are kept in the user's cache under the rows' tokens and the annotator's fingerprint, so a second run (another
+loss, another seed, a resumed training) reads them. Under ``accelerate launch`` every process annotates its share.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..core.errors import BadInputError
-from ..core.scoring import model_fingerprint, plain_head, response_logps, score_rows
+from ..core.progress import Report, silent, within
+from ..core.scoring import PromptResponse, model_fingerprint, plain_head, response_logps, score_rows
+from ..training.column_makers import Example, TokenAnnotator
 from ..training.distributed import process_state
-from .base import Example, TokenAnnotator
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SIDES = ("chosen", "rejected")
-Report = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -47,21 +51,26 @@ class ModelLogps:
         """``[B, T]`` log-probabilities at the tokens where ``mask``, 0 elsewhere."""
         return response_logps(self.model, ids, mask, attention_mask)
 
-    def annotate(
-        self, examples: Sequence[Example], report: Callable[[int, int], None] = lambda _done, _total: None
-    ) -> list[torch.Tensor]:
-        rows = [(item.prompt_ids, item.response_ids) for item in examples]
+    def annotate(self, examples: Sequence[Example], report: Report = silent) -> list[torch.Tensor]:
+        rows = [PromptResponse(item.prompt_ids, item.response_ids) for item in examples]
         return score_rows(rows, self.score, self.batch_size, self.model.device, report)
 
     def fingerprint(self) -> str:
         return f"logps {model_fingerprint(self.model)}"
 
 
-def check_columns(dataset: Any, names: Sequence[str]) -> None:
+def missing_columns(dataset: Dataset, names: Collection[str]) -> list[str]:
+    """Those of the columns ``names`` that the dataset lacks on a side."""
+    present = set(getattr(dataset, "column_names", None) or ())
+    return [name for name in names if not {f"{side}_{name}" for side in SIDES} <= present]
+
+
+def check_columns(dataset: Dataset, names: Collection[str]) -> None:
     """Refuses columns that do not fit their tokens.
 
     Raises:
-        BadInputError: a missing column, or a row with as many values as tokens nowhere; names row and column.
+        BadInputError: a missing column, a row whose values are not as many as its tokens, or a value that is not
+            finite; names row and column.
     """
     for name in names:
         for side in SIDES:
@@ -69,7 +78,7 @@ def check_columns(dataset: Any, names: Sequence[str]) -> None:
             if column not in dataset.column_names:
                 raise BadInputError(
                     f"The loss needs the dataset columns chosen_{name} and rejected_{name}.",
-                    "Compute them with everytoken.preference.columns.precompute, or pass annotators=[...] to the trainer.",
+                    "Pass annotators=[...] to the trainer, or call everytoken.preference.columns.precompute first.",
                 )
             for index, (ids, values) in enumerate(zip(dataset[f"{side}_ids"], dataset[column], strict=True)):
                 if len(ids) != len(values):
@@ -82,24 +91,22 @@ def check_columns(dataset: Any, names: Sequence[str]) -> None:
 
 
 def precompute(
-    dataset: Any,
+    dataset: Dataset,
     annotators: Sequence[TokenAnnotator],
-    report: Report = lambda _stage, _done, _total: None,
-) -> Any:
+    report: Report = silent,
+) -> Dataset:
     """A tokenized preference dataset with the annotators' columns.
 
     Args:
-        dataset: rows with ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (as ``PreferenceTrainer`` prepares them) and, for
-            annotators that read it, ``prompt``.
+        dataset: rows with ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (as ``PreferenceTrainer`` prepares them)
+            and, for annotators that read it, ``prompt``.
         annotators: each adds ``chosen_COLUMN`` and ``rejected_COLUMN``; columns that exist are kept as they are.
         report: called with ``(stage, done, total)``.
 
     Raises:
         BadInputError: a dataset without length or without token columns.
     """
-    wanted = [
-        item for item in annotators if f"chosen_{item.column}" not in (getattr(dataset, "column_names", None) or [])
-    ]
+    wanted = [item for item in annotators if missing_columns(dataset, [item.column])]
     if not wanted:
         return dataset
     if not hasattr(dataset, "__len__"):
@@ -119,7 +126,8 @@ def precompute(
         values = _kept(item, examples, report)
         for number, side in enumerate(SIDES):
             part = values[number * len(dataset) : (number + 1) * len(dataset)]
-            dataset = dataset.add_column(f"{side}_{item.column}", [value.tolist() for value in part])
+            if f"{side}_{item.column}" not in dataset.column_names:
+                dataset = dataset.add_column(f"{side}_{item.column}", [value.tolist() for value in part])
     return dataset
 
 
@@ -152,9 +160,7 @@ def _kept(annotator: TokenAnnotator, examples: Sequence[Example], report: Report
     share = -(-len(examples) // state.num_processes)
     mine = [min(state.process_index * share + place, len(examples) - 1) for place in range(share)]
     name = annotator.column
-    local = annotator.annotate(
-        [examples[index] for index in mine], lambda done, total: report(f"annotating {name}", done, total)
-    )
+    local = annotator.annotate([examples[index] for index in mine], within(report, f"annotating {name}"))
     values = dict(gather_object(list(zip(mine, local, strict=True))))
     ordered = [values[index] for index in range(len(examples))]
     if state.is_local_main_process:

@@ -10,7 +10,6 @@ Implicit rewards are ``beta u(y)``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch.nn import functional as F
 
@@ -27,8 +26,6 @@ class DPOLoss:
     """
 
     beta: float = 0.1
-    needs: ClassVar[frozenset[str]] = frozenset()
-    columns: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         if self.beta <= 0:

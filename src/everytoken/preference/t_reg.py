@@ -1,24 +1,25 @@
 """T-REG: token-level reward regularization (arXiv 2412.02685).
 
-DPO learns a reward for every token, ``h_t = beta [log pi(y_t|x,y_<t) - log ref(y_t|x,y_<t)]``, but only their sum is supervised. T-REG
-asks the initial model pi_0 under two opposite instructions (answer better: x+, answer worse: x-) how likely each token is; the
-contrast is a noisy token reward that says how the sum should be spread::
+DPO learns a reward for every token, ``h_t = beta [log pi(y_t|x,y_<t) - log ref(y_t|x,y_<t)]``, but only their sum is
+supervised. T-REG asks the initial model pi_0 under two opposite instructions (answer better: x+, answer worse: x-) how
+likely each token is; the contrast is a noisy token reward that says how the sum should be spread::
 
-    q_t(y) = sigmoid( log pi_0(y_t|x+,y_<t) - log pi_0(y_t|x-,y_<t) ) - 1/2                          in (-1/2, 1/2), constant
-    v      = sg( sigmoid( sum_t h_t(y_l) - sum_t h_t(y_w) ) )                                        DPO's own gradient weight
+    q_t(y) = sigmoid( log pi_0(y_t|x+,y_<t) - log pi_0(y_t|x-,y_<t) ) - 1/2                    in (-1/2, 1/2), constant
+    v      = sg( sigmoid( sum_t h_t(y_l) - sum_t h_t(y_w) ) )                                  DPO's own gradient weight
     L_reg  = - v [ sum_t q_t(y_w) h_t(y_w) + sum_t q_t(y_l) h_t(y_l) ]
     loss   = L_DPO + alpha L_reg
 
-With ``base="simpo"`` (arXiv 2405.14734), h_t is ``beta log pi(y_t|...) / |y|``, without a reference, and a margin gamma is asked for.
+With ``base="simpo"`` (arXiv 2405.14734), h_t is ``beta log pi(y_t|...) / |y|``, without a reference, and a margin gamma
+is asked for.
 
-The idea and q are the paper's; where v stands, sums against means, and alpha are reconstructed, so ``pair_weight``, ``reduction`` and
-``alpha`` can be set.
+The idea and q are the paper's; where v stands, sums against means, and alpha are reconstructed, so ``pair_weight``,
+``reduction`` and ``alpha`` can be set.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,12 +28,32 @@ from torch.nn import functional as F
 
 from ..core.errors import BadInputError
 from ..core.logprobs import masked_mean, masked_sum
-from ..core.scoring import model_fingerprint, plain_head, response_logps, score_rows
+from ..core.progress import Report, silent, within
+from ..core.scoring import PromptResponse, model_fingerprint, plain_head, response_logps, score_rows
 from ..core.scoring import prompt_ids as wrapped_ids
-from .base import Example, PairScores, PreferenceOutput
+from ..training.column_makers import ColumnMaker, ColumnSources, Example, TokenAnnotator
+from .base import PairScores, PreferenceOutput
 
 BETTER = "Answer as well as you can: helpful, correct, clear and kind.\n\n"
 WORSE = "Answer as badly as you can: unhelpful, wrong, confusing and unkind.\n\n"
+
+
+@dataclass
+class TokenRewards:
+    """Makes the column ``token_reward``: asks the initial model under two instructions.
+
+    Args:
+        better, worse: the two instructions; None for the module's own.
+    """
+
+    better: str | None = None
+    worse: str | None = None
+
+    def __call__(self, sources: ColumnSources) -> TokenAnnotator:
+        from ..training.distributed import frozen
+
+        texts = (self.better or BETTER, self.worse or WORSE)
+        return ContrastivePromptRewards(frozen(sources.initial_model()), sources.tokenizer, *texts)
 
 
 @dataclass
@@ -57,8 +78,7 @@ class TREGLoss:
     gamma: float = 0.5
     pair_weight: str = "dpo"
     reduction: str = "sum"
-    needs: ClassVar[frozenset[str]] = frozenset()
-    columns: ClassVar[frozenset[str]] = frozenset({"token_reward"})
+    data_columns: ClassVar[Mapping[str, type[ColumnMaker]]] = {"token_reward": TokenRewards}
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -85,7 +105,9 @@ class TREGLoss:
         )
 
     def __call__(self, policy: PairScores, reference: PairScores) -> PreferenceOutput:
-        """See the module's docstring; ``policy.chosen["token_reward"]`` and ``policy.rejected["token_reward"]`` are q, ``[B, T]``."""
+        """See the module's docstring; ``policy.chosen["token_reward"]`` and ``policy.rejected["token_reward"]`` are q,
+        ``[B, T]``.
+        """
         h_chosen, h_rejected = self.implicit_rewards(policy, reference)
         chosen, rejected = masked_sum(h_chosen, policy.chosen_mask), masked_sum(h_rejected, policy.rejected_mask)
         margin = chosen - rejected - (self.gamma if self.base == "simpo" else 0.0)
@@ -101,12 +123,18 @@ class TREGLoss:
             metrics={"regulariser": regulariser.detach().mean(), "pair_weight": v.mean()},
         )
 
+    def trace_columns(self, policy: PairScores, reference: PairScores) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """q, the contrast of the two prompts."""
+        return {"contrast_of_prompts": (policy.chosen["token_reward"], policy.rejected["token_reward"])}
+
 
 @dataclass
 class ContrastivePromptRewards:
-    """q_t of every response token from one frozen model under two opposite instructions; makes the column ``token_reward``.
+    """q_t of every response token from one frozen model under two opposite instructions; makes the column
+    ``token_reward``.
 
-    The response's own token ids follow either prompt: they are never tokenized again, so q belongs to the very tokens that are trained.
+    The response's own token ids follow either prompt: they are never tokenized again, so q belongs to the very tokens
+    that are trained.
 
     Args:
         model: the initial model pi_0.
@@ -148,24 +176,18 @@ class ContrastivePromptRewards:
             body = body[len(body) - max(limit - len(head), 1) :]
         return [*head, *body]
 
-    def annotate(
-        self, examples: Sequence[Example], report: Callable[[int, int], None] = lambda _done, _total: None
-    ) -> list[torch.Tensor]:
+    def annotate(self, examples: Sequence[Example], report: Report = silent) -> list[torch.Tensor]:
         def score(ids: torch.Tensor, mask: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
             return response_logps(self.model, ids, mask, attention)
 
         sides = []
-        for part, instruction in enumerate((self.better, self.worse)):
-            rows = [(self.wrap(item.prompt, item.prompt_ids, instruction), item.response_ids) for item in examples]
-            sides.append(
-                score_rows(
-                    rows,
-                    score,
-                    self.batch_size,
-                    self.model.device,
-                    lambda done, total, part=part: report(part * total + done, 2 * total),  # type: ignore[misc]
-                )
-            )
+        for number, instruction in enumerate((self.better, self.worse)):
+            rows = [
+                PromptResponse(self.wrap(item.prompt, item.prompt_ids, instruction), item.response_ids)
+                for item in examples
+            ]
+            part = within(report, "asking with two prompts", number * len(rows), 2 * len(rows))
+            sides.append(score_rows(rows, score, self.batch_size, self.model.device, part))
         return [torch.sigmoid(up - down) - 0.5 for up, down in zip(*sides, strict=True)]
 
     def fingerprint(self) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..core.errors import BadInputError
 from ..core.implicit_reward import ImplicitReward
-from ..core.scoring import base_model, prompt_ids, response_logps
+from ..core.logprobs import STATISTICS
 from ..core.trace import TokenTrace
+from .base import PairScores, PreferenceLoss, declared, trace_columns
+
+Statistics = dict[str, torch.Tensor]
+"""Name -> ``[len(response)]``, on the CPU."""
 
 
 @torch.no_grad()
@@ -17,7 +22,7 @@ def credit_trace(
     model: Any, reference: Any, tokenizer: Any, prompt: str, response: str, beta: float = 0.1, title: str = ""
 ) -> TokenTrace:
     """A trace of ``response`` after ``prompt``: per token, the implicit reward ``beta (log pi - log ref)``, both
-    log-probabilities, and the forward KL that TDPO charges.
+    log-probabilities, and the forward KL, KL(reference || policy).
 
     Raises:
         BadInputError: an empty response.
@@ -26,89 +31,66 @@ def credit_trace(
     after = tokenizer(response, add_special_tokens=False)["input_ids"]
     if not after:
         raise BadInputError("The response is empty.")
-    return _credit(model, reference, tokenizer, before, after, beta, title)
+    return _trace(_statistics(model, reference, before, after), tokenizer, after, beta, title)
 
 
-def _credit(
-    model: Any, reference: Any, tokenizer: Any, prompt: list[int], response: list[int], beta: float, title: str
-) -> TokenTrace:
-    ids = torch.tensor([prompt + response], device=model.device)
+def _statistics(
+    model: Any, reference: Any, prompt: Sequence[int], response: Sequence[int], needs: frozenset[str] = frozenset()
+) -> Statistics:
+    ids = torch.tensor([[*prompt, *response]], device=model.device)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[:, len(prompt) :] = True
-    stats = ImplicitReward(model, reference, beta).statistics(ids, mask, forward_kl=True)
-    logps, ref_logps, forward_kl = (
-        stats[name][0, len(prompt) :].cpu() for name in ("logps", "ref_logps", "forward_kl")
-    )
-    trace = TokenTrace(response, title=title, station="preference")
-    trace.add("implicit_reward", beta * (logps - ref_logps))
-    trace.add("forward_kl", forward_kl)
-    return trace.add("logp", logps).add("ref_logp", ref_logps).with_text(tokenizer)
+    wanted = {name: name in needs | {"forward_kl"} for name in STATISTICS}
+    found = ImplicitReward(model, reference).statistics(ids, mask, None, **wanted)
+    return {name: values[0, len(prompt) :].cpu() for name, values in found.items()}
+
+
+def _trace(found: Statistics, tokenizer: Any, response: Sequence[int], beta: float, title: str) -> TokenTrace:
+    trace = TokenTrace(list(response), title=title, station="preference")
+    trace.add("implicit_reward", beta * (found["logps"] - found["ref_logps"]))
+    trace.add("forward_kl", found["forward_kl"])
+    return trace.add("logp", found["logps"]).add("ref_logp", found["ref_logps"]).with_text(tokenizer)
 
 
 @torch.no_grad()
-def pair_traces(policy: Any, reference: Any, tokenizer: Any, row: dict[str, Any], loss: Any) -> list[TokenTrace]:
-    """Traces of a tokenized pair, chosen and rejected: the implicit reward, the forward KL, and what the loss sees besides.
-
-    For TGDPO that is each token's weight, for cDPO its criticality ``1 - s_t``, for T-REG the contrast q of the two prompts.
+def pair_traces(
+    policy: Any, reference: Any, tokenizer: Any, row: Mapping[str, Any], loss: PreferenceLoss
+) -> list[TokenTrace]:
+    """Traces of a tokenized pair, chosen and rejected: the implicit reward, the forward KL, and what the loss shows
+    (``trace_columns``).
 
     Args:
         reference: None takes a PEFT policy without its adapter.
-        row: ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` and the columns of the loss.
+        row: ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` and the data columns of the loss.
     """
+    inputs, beta = declared(loss), getattr(loss, "beta", 0.1)
+    prompt, sides = list(row["prompt_ids"]), ("chosen", "rejected")
+    responses = [list(row[f"{side}_ids"]) for side in sides]
+    found = [_statistics(policy, reference, prompt, response, inputs.needs) for response in responses]
+    shown: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    if all(f"{side}_{name}" in row for side in sides for name in inputs.data_columns):
+        for side, values in zip(sides, found, strict=True):
+            values |= {name: torch.tensor(row[f"{side}_{name}"]) for name in inputs.data_columns}
+        shown = trace_columns(loss, *_pair_scores(found, inputs.needs | set(inputs.data_columns)))
     traces = []
-    beta = getattr(loss, "beta", 0.1)
-    for side in ("chosen", "rejected"):
-        prompt, response = list(row["prompt_ids"]), list(row[f"{side}_ids"])
+    for number, (side, response) in enumerate(zip(sides, responses, strict=True)):
         title = f"{side}: {tokenizer.decode(prompt, skip_special_tokens=True)}"
-        trace = _credit(policy, reference, tokenizer, prompt, response, beta, title)
-        if f"{side}_guide_logps" in row:
-            reward = beta * (torch.tensor(row[f"{side}_guide_logps"]) - torch.tensor(trace.columns["ref_logp"]))
-            trace.add("guide_reward", reward)
-            trace.add("weight", 1 + getattr(loss, "alpha", 0.0) * reward * (1 if side == "chosen" else -1))
-        if f"{side}_contrast" in row:
-            trace.add("criticality", 1 - torch.tensor(row[f"{side}_contrast"]))
-        if f"{side}_token_reward" in row:
-            trace.add("contrast_of_prompts", torch.tensor(row[f"{side}_token_reward"]))
+        trace = _trace(found[number], tokenizer, response, beta, title)
+        for name, both in shown.items():
+            trace.add(name, both[number][0, : len(response)])
         traces.append(trace)
     return traces
 
 
-@torch.no_grad()
-def demonstration_trace(trainer: Any, tokenizer: Any, row: dict[str, Any], title: str) -> TokenTrace:
-    """IFT's view of one tokenized demonstration (``input_ids``, ``labels``): loss, relation weight and prediction of every target."""
-    model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    base = base_model(model)
-    ids = torch.tensor([list(row["input_ids"])], device=base.device)
-    labels = torch.tensor([list(row["labels"])], device=base.device)
-    losses, weights, mask, predicted = trainer.token_losses(
-        base, {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
-    )
-    kept = mask[0]
-    trace = TokenTrace(ids[0, 1:][kept].tolist(), title=title, station="preference")
-    trace.add("weight", weights[0][kept]).add("loss", losses[0][kept])
-    trace.add("prediction", tokenizer.batch_decode(predicted[0, 1:][kept][:, None]))
-    return trace.with_text(tokenizer)
+def _pair_scores(found: Sequence[Statistics], names: frozenset[str]) -> tuple[PairScores, PairScores]:
+    """One pair as a loss reads it, policy and reference: ``[1, T]``, the shorter side padded with 0."""
+    width = max(len(side["logps"]) for side in found)
 
+    def row(values: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(values, (0, width - len(values)))[None]
 
-@torch.no_grad()
-def rollout_trace(
-    policy: Any, reference: Any, dpo_model: Any, tokenizer: Any, prompt: Any, response: str, settings: Any
-) -> TokenTrace:
-    """RTO's token rewards of a response (without the sequence's own): the DPO reward, the KL charge, and their sum."""
-    before = prompt_ids(tokenizer, prompt)
-    after = tokenizer(response, add_special_tokens=False)["input_ids"]
-    ids = torch.tensor([[*before, *after]], device=policy.device)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    mask[:, len(before) :] = True
-    stats = ImplicitReward(policy, reference, 1.0).statistics(ids, mask)
-    logps, ref_logps = (stats[name][0, len(before) :].cpu() for name in ("logps", "ref_logps"))
-    charge = -settings.init_kl_coef * (logps - ref_logps)
-    shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    trace = TokenTrace(after, title=f"after training: {shown}", station="preference")
-    shaped = torch.zeros_like(charge)
-    if dpo_model is not None:
-        shaped = settings.dpo_reward_scale * (response_logps(dpo_model, ids, mask)[0, len(before) :].cpu() - ref_logps)
-        if settings.dpo_reward_clip is not None:
-            shaped = shaped.clamp(-settings.dpo_reward_clip, settings.dpo_reward_clip)
-    trace.add("token_reward", shaped + charge).add("dpo_reward", shaped).add("kl_charge", charge)
-    return trace.add("logp", logps).add("ref_logp", ref_logps).with_text(tokenizer)
+    masks = [row(torch.ones_like(side["logps"], dtype=torch.bool)) for side in found]
+    logps, ref_logps = ([row(side[name]) for side in found] for name in ("logps", "ref_logps"))
+    chosen, rejected = ({name: row(side[name]) for name in names} for side in found)
+    policy = PairScores(logps[0], logps[1], masks[0], masks[1], chosen, rejected)
+    return policy, PairScores(ref_logps[0], ref_logps[1], masks[0], masks[1])

@@ -1,15 +1,17 @@
 """One trainer for every preference loss: a subclass of TRL's DPOTrainer.
 
-TRL keeps what it does well: data preparation, padding, distribution, PEFT, checkpoints. This subclass replaces the loss: it
-takes the last hidden states of policy and reference at the response positions only, computes per-token log-probabilities and
-whatever else the loss ``needs`` in one chunked pass (``core.logprobs.token_stats``), and hands them to a ``PreferenceLoss``.
-The ``[B, T, V]`` logits never exist, neither the policy's nor the reference's.
+TRL keeps what it does well: data preparation, padding, distribution, PEFT, checkpoints. This subclass replaces the
+loss: it takes the last hidden states of policy and reference at the response positions only, computes per-token
+log-probabilities and whatever else the loss ``needs`` in one chunked pass (``core.logprobs.token_stats``), and hands
+them to a ``PreferenceLoss``. The ``[B, T, V]`` logits never exist, neither the policy's nor the reference's::
 
-    trainer = PreferenceTrainer(model, loss=TDPOLoss(alpha=0.5), args=DPOConfig(...), train_dataset=..., processing_class=...)
-    trainer = PreferenceTrainer(model, loss=TGDPOLoss(), annotators=[ModelLogps(guide)], args=..., ...)
+    rows = dict(train_dataset=pairs, processing_class=tokenizer)
+    trainer = PreferenceTrainer(model, loss=TDPOLoss(alpha=0.5), args=DPOConfig(...), **rows)
+    trainer = PreferenceTrainer(model, loss=TGDPOLoss(), annotators=[ModelLogps(guide)], args=DPOConfig(...), **rows)
 
-A loss that takes per-token columns (a guide's log-probabilities, a criticality) finds them in the dataset, or an annotator makes them
-once, before training. With ``precompute_ref_log_probs=True`` the reference becomes such a column too, and is not held in memory.
+A loss that takes data columns (a guide's log-probabilities, a criticality) finds them in the dataset, or an annotator
+computes them once, before training. With ``precompute_ref_log_probs=True`` the reference becomes such a column too, and
+is not held in memory.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -27,13 +29,18 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from ..core.errors import BadInputError
 from ..core.logprobs import TokenStats
+from ..core.progress import Report, silent
 from ..core.scoring import check_guide, head_weights
+from ..training.datasets.pairs import check_rows
 from ..training.distributed import LaunchedMixin, frozen, in_shards
 from ..training.finite_check import NonFiniteLossError, stopped
 from ..training.scored_forward import add_scored_forward, reference_adapter
-from .base import PairScores, PreferenceLoss, PreferenceOutput, TokenAnnotator
-from .columns import SIDES, ModelLogps, check_columns, precompute
-from .data import check_rows
+from .base import PairScores, PreferenceLoss, PreferenceOutput, TokenAnnotator, declared
+from .columns import SIDES, ModelLogps, check_columns, missing_columns, precompute
+from .dpo import DPOLoss
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 UNUSED_SETTINGS = {
     "padding_free": (False, "TRL's preference trainer has none at present, and pairs are scored as padded rows"),
@@ -46,7 +53,7 @@ UNUSED_SETTINGS = {
 
 @dataclass
 class PairCollator(DataCollatorForPreference):
-    """TRL's collator, which carries per-token columns along: ``column/NAME`` is ``[2B, T]``, 0 outside the responses."""
+    """TRL's collator, which carries data columns along: ``column/NAME`` is ``[2B, T]``, 0 outside the responses."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
@@ -82,15 +89,16 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
 
     Args:
         loss: a PreferenceLoss; default DPO with ``args.beta``.
-        annotators: make the per-token columns that the loss takes where the dataset lacks them. A function of the tokenized training rows
-            that returns annotators is asked for them once, and only if columns are missing: guides that must be trained first.
-        monitor_kl: also log ``kl/chosen`` and ``kl/rejected`` (forward KL a response, nats) for losses that do not need it.
+        annotators: compute the loss's data columns where the dataset lacks them. A function of the tokenized training
+            rows that returns annotators is called once, and only if columns are missing: it may train guides first.
+        monitor_kl: also log ``kl/chosen`` and ``kl/rejected`` (forward KL a response, nats) for losses that do not need
+            it.
         report: called with ``(stage, done, total)`` while columns are computed.
         kwargs: as for ``trl.DPOTrainer`` (``model``, ``ref_model``, ``args``, ``train_dataset``, ``peft_config``, ...).
 
     Raises:
-        BadInputError: a DPOConfig setting that has no meaning here, a missing column, or a bad row (identical or empty responses), which
-            it names.
+        BadInputError: a DPOConfig setting that has no meaning here, a missing column, or a bad row (identical or empty
+            responses), which it names.
         TokenizerMismatchError: reference or guide read another vocabulary.
         NonFiniteLossError: while training; the offending batch is in ``output_dir/bad_batch.json``.
     """
@@ -104,9 +112,9 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
         self,
         *positional: Any,
         loss: PreferenceLoss | None = None,
-        annotators: Sequence[TokenAnnotator] | Callable[[Any], Sequence[TokenAnnotator]] = (),
+        annotators: Sequence[TokenAnnotator] | Callable[[Dataset], Sequence[TokenAnnotator]] = (),
         monitor_kl: bool = False,
-        report: Any = None,
+        report: Report | None = None,
         **kwargs: Any,
     ):
         args: DPOConfig | None = kwargs.get("args")
@@ -116,20 +124,20 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
             if args is not None and getattr(args, name, default) not in (default, None):
                 raise BadInputError(f"PreferenceTrainer does not support {name}={getattr(args, name)}: {why}.")
         if loss is None:
-            from .dpo import DPOLoss
-
             loss = DPOLoss(beta=args.beta if args is not None else 0.1)
         self.preference_loss = loss
-        self.columns = tuple(sorted(getattr(loss, "columns", ())))
+        inputs = declared(loss)
+        self.data_columns = tuple(sorted(inputs.data_columns))
         self.annotators: list[TokenAnnotator] = []
         self._make_annotators = annotators if callable(annotators) else None
-        self._report = report or (lambda _stage, _done, _total: None)
+        self._report = report or silent
         self.monitor_kl = monitor_kl
-        self.needs = frozenset(loss.needs) | ({"forward_kl"} if monitor_kl else set())
+        self.needs = inputs.needs | ({"forward_kl"} if monitor_kl else set())
         if args is not None and args.precompute_ref_log_probs:
             if self.needs:
                 raise BadInputError(
-                    f"precompute_ref_log_probs keeps one number a token, but this training needs {', '.join(sorted(self.needs))}.",
+                    "precompute_ref_log_probs keeps one number a token, but this training needs "
+                    f"{', '.join(sorted(self.needs))}.",
                     "Leave it off, so that the reference's distributions are there.",
                 )
             if args.max_length is not None and args.truncation_mode == "keep_end":
@@ -160,14 +168,16 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
         """Keeps them; a guide with another vocabulary is refused."""
         self.annotators = list(annotators)
         for item in self.annotators:
-            for name in ("model", "positive_model", "negative_model"):
-                model = getattr(item, name, None)
+            for model in getattr(item, "__dict__", {}).values():
                 if self._policy is not None and hasattr(model, "get_output_embeddings"):
                     check_guide(self._policy, model, f"guide for {item.column}")
 
-    # -- data ------------------------------------------------------------------------------------------------------------
+    # -- data
+    # ------------------------------------------------------------------------------------------------------------
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        """TRL's preparation (skipped for rows that are tokenized), checks of every row, and the columns that the loss takes."""
+        """TRL's preparation (skipped for rows that are tokenized), checks of every row, and the columns that the loss
+        takes.
+        """
         sized = hasattr(dataset, "__len__")
         names = set(getattr(dataset, "column_names", None) or [])
         if "chosen_ids" not in names:
@@ -176,16 +186,14 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if sized:
             self._check(dataset, ("prompt_ids", "chosen_ids", "rejected_ids"), dataset_name)
-        if self.columns:
-            if self._make_annotators is not None and not {f"chosen_{name}" for name in self.columns} <= set(
-                dataset.column_names
-            ):
+        if self.data_columns:
+            if self._make_annotators is not None and missing_columns(dataset, self.data_columns):
                 make, self._make_annotators = self._make_annotators, None
                 self._take_annotators(make(dataset))
             dataset = precompute(
-                dataset, [item for item in self.annotators if item.column in self.columns], self._report
+                dataset, [item for item in self.annotators if item.column in self.data_columns], self._report
             )
-            check_columns(dataset, self.columns)
+            check_columns(dataset, self.data_columns)
         return dataset
 
     @staticmethod
@@ -195,7 +203,7 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        extra = [f"{side}_{name}" for name in (*self.columns, "ref_logps") for side in SIDES]
+        extra = [f"{side}_{name}" for name in (*self.data_columns, "ref_logps") for side in SIDES]
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *extra]))
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
@@ -213,7 +221,8 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
         check_columns(dataset, ["ref_logps"])
         return dataset
 
-    # -- scoring ---------------------------------------------------------------------------------------------------------
+    # -- scoring
+    # ---------------------------------------------------------------------------------------------------------
     def score_pairs(self, model: Any, inputs: dict[str, Any]) -> tuple[PairScores, PairScores]:
         """Per-token statistics of a collated batch (chosen rows, then rejected): ``(policy, reference)``."""
         mask = inputs["completion_mask"][:, 1:].bool()
@@ -227,8 +236,10 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
             hidden, reference = self._reference(kept, mask)
             weight, bias = head_weights(reference)
             score |= {
-                "ref_hidden": hidden, "ref_weight": weight.detach(), "ref_bias": None if bias is None else bias.detach(),
-            }  # fmt: skip
+                "ref_hidden": hidden,
+                "ref_weight": weight.detach(),
+                "ref_bias": None if bias is None else bias.detach(),
+            }
         stats: TokenStats = model(**kept, score=score)
 
         def spread(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -244,7 +255,7 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
             ref = PairScores(*spread(columns["ref_logps"][mask]), *masks)
         for name in self.needs:
             policy.chosen[name], policy.rejected[name] = spread(getattr(stats, name))
-        for name in self.columns:
+        for name in self.data_columns:
             policy.chosen[name], policy.rejected[name] = (
                 part * side for part, side in zip(columns[name].chunk(2), masks, strict=True)
             )

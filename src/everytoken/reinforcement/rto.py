@@ -1,7 +1,8 @@
 """RTO: Reinforced Token Optimization, DPO meets PPO (arXiv 2404.18922).
 
-PPO for language models usually gets one reward, at the last token. A model trained with DPO carries a reward for every token, its
-log-ratio to the reference. RTO adds it to the sparse reward and the KL penalty, and runs PPO on the sum. Per response token t::
+PPO for language models usually gets one reward, at the last token. A model trained with DPO carries a reward for every
+token, its log-ratio to the reference. RTO adds it to the sparse reward and the KL penalty, and runs PPO on the sum. Per
+response token t::
 
     r_dpo,t = beta_1 [log pi_dpo(y_t|.) - log ref(y_t|.)],  clamped to [-c, c]
     r_kl,t  = -beta_2 [log pi_old(y_t|.) - log ref(y_t|.)]
@@ -9,15 +10,17 @@ log-ratio to the reference. RTO adds it to the sparse reward and the KL penalty,
 
 Two estimators make advantages of them:
 
-- ``"gae"`` (the paper's): a critic, and ``A_t = sum_{i >= t} (gamma lambda)^(i-t) [r_i + gamma V_{i+1} - V_i]``, whitened over the batch;
-- ``"group"``: no critic. The sequence reward is compared with its group's mean, as in GRPO; the token rewards' return-to-go at t with the
-  group's mean return-to-go at t (an answer that has ended has none left). Both are divided by the spread of the group's whole returns.
-  Without token rewards this is GRPO (arXiv 2402.03300).
+- ``"gae"`` (the paper's): a critic, and ``A_t = sum_{i >= t} (gamma lambda)^(i-t) [r_i + gamma V_{i+1} - V_i]``,
+  whitened over the batch;
+- ``"group"``: no critic. The sequence reward is compared with its group's mean, as in GRPO; the token rewards'
+  return-to-go at t with the group's mean return-to-go at t (an answer that has ended has none left). Both are divided
+  by the spread of the group's whole returns. Without token rewards this is GRPO (arXiv 2402.03300).
 
-TRL no longer has a PPO trainer, so both run on its GRPOTrainer, which brings rollouts, reward functions, the clipped surrogate,
-distribution, PEFT and vLLM; with ``dpo_reward_scale=0`` they are PPO and GRPO, the baselines.
+TRL no longer has a PPO trainer, so both run on its GRPOTrainer, which brings rollouts, reward functions, the clipped
+surrogate, distribution, PEFT and vLLM; with ``dpo_reward_scale=0`` they are PPO and GRPO, the baselines::
 
-    trainer = RTOTrainer(model, reward_funcs=score, dpo_model=dpo, args=RTOConfig(...), train_dataset=prompts, processing_class=tokenizer)
+    rows = dict(train_dataset=prompts, processing_class=tokenizer)
+    trainer = RTOTrainer(model, reward_funcs=score, dpo_model=dpo, args=RTOConfig(...), **rows)
 """
 
 from __future__ import annotations
@@ -32,19 +35,18 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from trl import GRPOConfig, GRPOTrainer
 
-from ..core.credit import discounted_sums
 from ..core.errors import BadInputError
 from ..core.logprobs import masked_mean, masked_sum
 from ..core.scoring import check_guide, response_logps
 from ..training.distributed import LaunchedMixin, frozen, in_shards, shard
 from ..training.finite_check import stopped
 from ..training.scored_forward import reference_adapter
+from .advantages import gae, group_advantages, last_token, whiten
 from .critic import Critic, value_loss
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-# -- rewards and advantages ----------------------------------------------------------------------------------------------
 def token_rewards(
     old_logps: torch.Tensor,
     ref_logps: torch.Tensor,
@@ -61,7 +63,8 @@ def token_rewards(
     """``r_t``, ``[B, T]``, exactly 0 outside ``mask``.
 
     Args:
-        old_logps, ref_logps, dpo_logps: ``[B, T]`` of the response tokens; ``dpo_logps`` None leaves the DPO reward out.
+        old_logps, ref_logps, dpo_logps: ``[B, T]`` of the response tokens; ``dpo_logps`` None leaves the DPO reward
+            out.
         sequence_reward: ``[B]``; it goes to the last token of the mask (nowhere in an empty row).
         mask: ``[B, T]`` response tokens.
     """
@@ -77,69 +80,6 @@ def token_rewards(
     return rewards + end[:, None] * last_token(mask)
 
 
-def last_token(mask: torch.Tensor) -> torch.Tensor:
-    """1 at every row's last masked position, ``[B, T]`` float."""
-    mask = mask.bool()
-    after = mask.flip(-1).long().cumsum(-1).flip(-1)  # masked tokens from here on
-    return (mask & (after == 1)).float()
-
-
-def gae(
-    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float = 1.0, lam: float = 0.95
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438): ``(advantages, returns)``, ``[B, T]``, 0 outside ``mask``.
-
-    The masked tokens of a row are contiguous; the state behind the last has value 0.
-    """
-    kept = mask.to(values.dtype)
-    values = values * kept
-    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
-    errors = (rewards + gamma * following - values) * kept
-    advantages = discounted_sums(errors, gamma * lam) * kept
-    return advantages, (advantages + values) * kept
-
-
-def whiten(values: torch.Tensor, mask: torch.Tensor, reduce: Any = lambda moments: moments) -> torch.Tensor:
-    """Mean 0 and standard deviation 1 over the masked entries, 0 elsewhere; ``reduce`` sums the moments over processes."""
-    kept = mask.to(values.dtype)
-    moments = torch.stack([kept.sum(), (values * kept).sum(), (values.square() * kept).sum()])
-    count, total, squares = reduce(moments)
-    mean = total / count.clamp(min=1)
-    variance = (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
-    return torch.where(mask.bool(), (values - mean) * torch.rsqrt(variance + 1e-8), 0.0)
-
-
-def group_advantages(
-    shaping: torch.Tensor,
-    sequence_reward: torch.Tensor,
-    mask: torch.Tensor,
-    num_generations: int,
-    gamma: float = 1.0,
-    scale: bool = True,
-) -> torch.Tensor:
-    """The critic-free advantages ``[B, T]``; see the module's docstring.
-
-    Args:
-        shaping: ``[B, T]`` token rewards without the sequence reward, 0 outside ``mask``.
-        sequence_reward: ``[B]``, as it would stand on the last token.
-        num_generations: G; rows are groups of G in order.
-        scale: divide by the group's standard deviation of whole returns (plus 1e-4, as GRPO).
-    """
-    kept = mask.to(shaping.dtype)
-
-    def centred(values: torch.Tensor) -> torch.Tensor:
-        groups = values.unflatten(0, (-1, num_generations))
-        return (groups - groups.mean(1, keepdim=True)).flatten(0, 1)
-
-    to_go = discounted_sums(shaping, gamma) * kept
-    advantages = centred(sequence_reward)[:, None] + centred(to_go)
-    if scale and num_generations > 1:
-        whole = (sequence_reward + shaping.sum(-1)).view(-1, num_generations)
-        advantages = advantages / (whole.std(1) + 1e-4).repeat_interleave(num_generations)[:, None]
-    return advantages * kept
-
-
-# -- the trainer ---------------------------------------------------------------------------------------------------------
 @dataclass
 class RTOSettings:
     """RTO's own settings, without those of the trainer.
@@ -151,7 +91,8 @@ class RTOSettings:
         init_kl_coef: beta_2 (0.01).
         reward_scale: beta_3 (1).
         reward_clip: of the sequence reward (10).
-        normalize_rewards: subtract the running mean of the sequence rewards and divide by their running standard deviation.
+        normalize_rewards: subtract the running mean of the sequence rewards and divide by their running standard
+            deviation.
         gamma, gae_lambda: discount and GAE's trace (1, 0.95).
         critic_lr, critic_epochs: AdamW on the critic (9e-6), passes over a batch of rollouts (1).
         value_clip: PPO's clip of value changes (0.2); None for no clip.
@@ -185,9 +126,11 @@ class RTOSettings:
 
 @dataclass
 class RTOConfig(RTOSettings, GRPOConfig):
-    """GRPOConfig and RTOSettings in one; ``epsilon`` is PPO's clip, ``num_iterations`` its epochs over a batch of rollouts.
+    """GRPOConfig and RTOSettings in one; ``epsilon`` is PPO's clip, ``num_iterations`` its epochs over a batch of
+    rollouts.
 
-    ``loss_type`` is ``"bnpo"`` (a mean over the batch's tokens, as in PPO), and ``beta`` stays 0: the KL penalty is part of the reward.
+    ``loss_type`` is ``"bnpo"`` (a mean over the batch's tokens, as in PPO), and ``beta`` stays 0: the KL penalty is
+    part of the reward.
     """
 
     loss_type: str = field(default="bnpo", metadata={"help": "mean over the batch's tokens, as PPO"})
@@ -205,8 +148,9 @@ class RTOTrainer(LaunchedMixin, GRPOTrainer):
 
     Args:
         dpo_model: pi_dpo, a frozen model trained with DPO; may be None if ``dpo_reward_scale`` is 0.
-        ref_model: the reference of that training; default a copy of the policy as it starts (for PEFT, the policy without its adapter).
-            Where only ``dpo_model`` is a ``PeftModel``, it is that model without its adapter: one model in memory for both.
+        ref_model: the reference of that training; default a copy of the policy as it starts (for PEFT, the policy
+            without its adapter). Where only ``dpo_model`` is a ``PeftModel``, it is that model without its adapter: one
+            model in memory for both.
         critic: for ``estimator="gae"``; default a copy of the policy's body with a new head.
         kwargs: as for ``trl.GRPOTrainer``.
 
@@ -255,8 +199,8 @@ class RTOTrainer(LaunchedMixin, GRPOTrainer):
             ]
             if changed:
                 warnings.warn(
-                    f"The DPO model and the reference differ in {', '.join(changed)}: unless the reference is what DPO training started "
-                    "from, their log-ratio is no reward.",
+                    f"The DPO model and the reference differ in {', '.join(changed)}: "
+                    "unless the reference is what DPO training started from, their log-ratio is no reward.",
                     stacklevel=2,
                 )
         made: Any = None
@@ -279,7 +223,8 @@ class RTOTrainer(LaunchedMixin, GRPOTrainer):
             self.critic = made.to(device)
             self.critic_optimizer = torch.optim.AdamW(made.parameters(), lr=args.critic_lr, weight_decay=0.0)
 
-    # -- rollouts --------------------------------------------------------------------------------------------------------
+    # -- rollouts
+    # --------------------------------------------------------------------------------------------------------
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._rewards = super()._calculate_rewards(*args, **kwargs)
         return self._rewards
@@ -371,7 +316,8 @@ class RTOTrainer(LaunchedMixin, GRPOTrainer):
         first = self.accelerator.process_index * rows
         return found[first : first + rows, :length]
 
-    # -- the critic ------------------------------------------------------------------------------------------------------
+    # -- the critic
+    # ------------------------------------------------------------------------------------------------------
     def _with_critic(
         self, rewards: torch.Tensor, ids: torch.Tensor, attention: torch.Tensor, mask: torch.Tensor, mode: str
     ) -> torch.Tensor:
@@ -404,7 +350,8 @@ class RTOTrainer(LaunchedMixin, GRPOTrainer):
             raise stopped(self, loss.item(), [{"prompt": p, "completion": c, "advantages": a} for p, c, a in rows])
         return loss
 
-    # -- logs and checkpoints --------------------------------------------------------------------------------------------
+    # -- logs and checkpoints
+    # --------------------------------------------------------------------------------------------
     def _log(self, name: str, values: torch.Tensor, mode: str) -> None:
         self._metrics[mode][name].append(self.accelerator.gather(values.float()).mean().item())
 

@@ -1,24 +1,39 @@
-"""The station's contracts: methods that rewrite token sequences (same bytes, other tokens), batches that merge, models over bytes.
+"""The station's contracts: what a method of tokenization may be.
 
-The bytes of tokens are in ``core.vocabulary``; ``byte_view`` encodes bytes and tells which token sequences can begin an encoding.
+- ``Retokenizer`` rewrites token sequences: the same bytes in other tokens.
+- ``BatchMerger`` makes longer tokens of a batch.
+- ``ByteMethod`` turns a model of tokens into a ``ByteModel``.
+- ``Transplanter`` puts another tokenizer under a model.
+
+A class keeps a contract if it has the contract's methods; ``trial`` runs it by the contract that it keeps. The bytes of
+tokens are in ``core.vocabulary``; ``byte_view`` encodes bytes and tells which token sequences can begin an encoding.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ..core.errors import BadInputError
 from ..core.vocabulary import byte_stand_ins, spell, token_bytes
 
 if TYPE_CHECKING:
     import numpy as np
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..core.trace import TokenTrace
 
 __all__ = [
     "BatchMerger",
+    "ByteMethod",
     "ByteModel",
+    "MergedBatch",
     "Retokenized",
     "Retokenizer",
+    "Transplanter",
+    "bits_a_byte",
     "byte_stand_ins",
     "spell",
     "start_token",
@@ -26,8 +41,8 @@ __all__ = [
 ]
 
 
-def start_token(tokenizer: Any) -> int:
-    """What a text starts from: BOS, or EOS where there is none.
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that a text starts from: BOS, or EOS where there is none.
 
     Raises:
         BadInputError: the tokenizer has neither.
@@ -36,6 +51,30 @@ def start_token(tokenizer: Any) -> int:
     if start is None:
         raise BadInputError("The tokenizer has neither BOS nor EOS.", "Pass context=[token ids].")
     return int(start)
+
+
+def bits_a_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, window: int = 512) -> float:
+    """Bits per byte of a text; comparable over tokenizers.
+
+    Args:
+        window: tokens that are read together; each window starts from nothing.
+
+    Raises:
+        BadInputError: the tokenizer makes no tokens of the text.
+    """
+    import torch
+
+    from ..core.logprobs import token_stats
+
+    ids, start, total = tokenizer(text, add_special_tokens=False)["input_ids"], start_token(tokenizer), 0.0
+    if not ids:
+        raise BadInputError("The tokenizer makes no tokens of this text.", "Give a text that is not empty.")
+    with torch.inference_mode():
+        for begin in range(0, len(ids), window):
+            row = torch.tensor([[start, *ids[begin : begin + window]]], device=model.device)
+            hidden = model.base_model(input_ids=row).last_hidden_state[0, :-1]
+            total -= float(token_stats(hidden, model.get_output_embeddings().weight, row[0, 1:]).logps.sum())
+    return total / math.log(2) / len(text.encode())
 
 
 @dataclass
@@ -51,22 +90,47 @@ class Retokenized:
     source: np.ndarray
 
 
+@runtime_checkable
 class Retokenizer(Protocol):
-    """The station's contract for methods that rewrite token sequences: same bytes, other tokens."""
+    """Rewrites token sequences: the same bytes, other tokens. Built as ``factory(tokenizer, seed=..., **settings)``."""
 
-    def expand(self, ids: Any, seed: int | None = None) -> Retokenized: ...
+    def expand(self, ids: Sequence[int], seed: int | None = None) -> Retokenized:
+        """Rewrites one sequence; with a ``seed`` the result depends on nothing else."""
+        ...
 
 
+class MergedBatch(Protocol):
+    """What a ``BatchMerger`` gives.
+
+    Attributes:
+        tokens: for each text its tokens: ids of the vocabulary, or ``-1 - n`` for the new token number n.
+        pieces: base tokens of every new token.
+        spans: for each text and token ``(first, end)`` in the base tokens.
+    """
+
+    tokens: list[list[int]]
+    pieces: list[tuple[int, ...]]
+    spans: list[list[tuple[int, int]]]
+
+
+@runtime_checkable
 class BatchMerger(Protocol):
-    """Methods that make longer tokens of a batch; what they give has ``tokens``, ``pieces``, ``spans`` and ``inputs_embeds``."""
+    """Makes longer tokens of a batch. Such a method brings a trial of its own (``trial`` on its card)."""
 
-    def merges_for(self, reduction: float) -> int: ...
+    def merges_for(self, reduction: float) -> int:
+        """The fewest merges that reach a share of the possible reduction."""
+        ...
 
-    def __call__(self, texts: Any) -> Any: ...
+    def __call__(self, texts: Sequence[str]) -> MergedBatch: ...
 
 
+@runtime_checkable
 class ByteModel(Protocol):
-    """A model of text by bytes, whatever its tokens; what ``factory(**settings).on(model, tokenizer)`` gives."""
+    """A model of text by bytes, whatever its tokens.
+
+    Attributes:
+        forwards: forward passes so far.
+    """
 
     forwards: int
 
@@ -74,4 +138,56 @@ class ByteModel(Protocol):
         """``[257]`` natural log-probabilities; the last is the end of the text."""
         ...
 
-    def generate(self, prefix: str | bytes, max_new_bytes: int = 64, **options: Any) -> bytes: ...
+    def generate(
+        self,
+        prefix: str | bytes,
+        max_new_bytes: int = 64,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        seed: int | None = None,
+        unit: str | None = None,
+    ) -> bytes:
+        """New bytes after a prefix; ``unit`` is ``"token"``, ``"byte"`` or None for the model's own setting."""
+        ...
+
+    def trace(self, prefix: str | bytes) -> TokenTrace:
+        """The tokens that the model weighs after a prefix."""
+        ...
+
+
+@runtime_checkable
+class ByteMethod(Protocol):
+    """Turns a model of tokens into a model of bytes. Built as ``factory(**settings)``."""
+
+    def on(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] | None = None
+    ) -> ByteModel:
+        """The model of bytes, with token ids before every text (default: BOS)."""
+        ...
+
+
+@runtime_checkable
+class Transplanter(Protocol):
+    """Puts another tokenizer under a trained model. Built as ``factory(**settings)``."""
+
+    def transplant(
+        self,
+        model: PreTrainedModel,
+        old_tokenizer: PreTrainedTokenizerBase,
+        new_tokenizer: PreTrainedTokenizerBase,
+    ) -> PreTrainedModel:
+        """A copy of the model for the new tokenizer."""
+        ...
+
+    def trace(
+        self,
+        old_tokenizer: PreTrainedTokenizerBase,
+        new_tokenizer: PreTrainedTokenizerBase,
+        ids: Sequence[int],
+    ) -> TokenTrace:
+        """What the new tokens of a text are made of."""
+        ...
+
+    def summary(self) -> str:
+        """One sentence on the last transplant."""
+        ...

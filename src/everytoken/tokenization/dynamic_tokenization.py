@@ -1,21 +1,25 @@
 """Dynamic tokenization: token boundaries that follow the batch (arXiv 2411.18553).
 
-The base tokenizer's tokens of a batch are merged as BPE merges characters: the most frequent valid adjacent pair over the whole batch
-becomes one token, everywhere, m times (or until no valid pair is left: then tokens are whole pre-tokens)::
+The base tokenizer's tokens of a batch are merged as BPE merges characters. The most frequent valid adjacent pair over
+the whole batch becomes one token everywhere. This is repeated m times, or until no valid pair is left and tokens are
+whole pre-tokens::
 
     repeat m times:
         (a, b) = argmax over valid pairs of count(a, b)          # ties: the first in the batch
         replace a b by ab, left to right, in every sequence
 
-A pair is valid if the joined text is still one pre-token of the base tokenizer (``boundary="pretoken"``), holds no white space
-(``"word"``), or anything without a special token (``"sentence"``); never with white space behind its first character unless it is all
-white space, and never two newlines alone (pre-tokenizers cut those apart). Joined bytes that are no UTF-8 yet may merge. A joined text
-that the vocabulary has is that token; any other gets its embedding from an ``Embedder``: a trained hypernetwork, or the mean of its
-pieces. The model sees fewer positions; nothing of it is changed.
+Which pairs are valid depends on ``boundary``. The joined text must be one pre-token of the base tokenizer
+(``"pretoken"``), or hold no white space (``"word"``), or only be free of special tokens (``"sentence"``). It never has
+white space behind its first character unless it is all white space, and it is never two newlines alone, because
+pre-tokenizers cut those apart. Joined bytes that are no UTF-8 yet may merge.
+
+A joined text that the vocabulary has is that token. Any other gets its embedding from an ``Embedder``: a trained
+hypernetwork, or the mean of its pieces. The model sees fewer positions and is not changed.
 
 ::
 
-    dynamic = DynamicTokenizer(tokenizer, reduction=0.5, embedder=HyperEmbedding.from_pretrained("smollm2-135m").attach(model))
+    hyper = HyperEmbedding.from_pretrained("smollm2-135m").attach(model)
+    dynamic = DynamicTokenizer(tokenizer, reduction=0.5, embedder=hyper)
     batch = dynamic(["a first text", "a second one"])
     model(inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask)
     model.generate(**inputs, max_new_tokens=32, custom_generate=DynamicPrefill(dynamic))
@@ -24,9 +28,9 @@ pieces. The model sees fewer positions; nothing of it is changed.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -35,9 +39,15 @@ from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
 from ..core.vocabulary import backend_of, first_ids
 from .base import token_bytes
-from .hyper import Embedder, EmbeddingCache
+from .embedding import Embedder, EmbeddingCache
 from .merging import PairMerger
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Carried = TypeVar("Carried")
+Texts = Sequence[str] | Sequence[Sequence[int]]
+"""Strings, or rows of base token ids."""
 BOUNDARIES = ("pretoken", "word", "sentence")
 WHITE = b" \t\n"
 JOINED = 1 << 16
@@ -72,7 +82,7 @@ class DynamicBatch:
         base = sum(map(len, self.base_ids))
         return 1 - sum(map(len, self.tokens)) / base if base else 0.0
 
-    def carry(self, values: Sequence[Any], row: int) -> list[Any]:
+    def carry(self, values: Sequence[Carried], row: int) -> list[Carried]:
         """Values of a text's base tokens (word numbers, labels) for its merged tokens: the first piece's."""
         if len(values) != len(self.base_ids[row]):
             raise BadInputError(
@@ -80,7 +90,27 @@ class DynamicBatch:
             )
         return [values[first] for first, _ in self.spans[row]]
 
-    def trace(self, row: int, tokenizer: Any) -> TokenTrace:
+    def place(self, base: Callable[[torch.Tensor], torch.Tensor], made: torch.Tensor | None = None) -> torch.Tensor:
+        """Puts every token's vector where the token is; gradients pass.
+
+        Args:
+            base: gives the model's own vectors ``[N, d]`` for ids ``[N]``.
+            made: ``[len(pieces), d]``, the vectors of the new tokens; None if there are none.
+
+        Returns:
+            ``[B, T, d]``, zeros where ``attention_mask`` is 0.
+        """
+        flat = torch.tensor([item for row in self.tokens for item in row])
+        vectors = base(flat.clamp(min=0))
+        if self.pieces:
+            assert made is not None and len(made) == len(self.pieces)
+            fresh = (flat < 0).nonzero()[:, 0]
+            places, numbers = fresh.to(vectors.device), (-1 - flat[fresh]).to(made.device)
+            vectors = vectors.index_put((places,), made[numbers].to(vectors))
+        mask = self.attention_mask.bool().to(vectors.device)
+        return vectors.new_zeros(*mask.shape, vectors.shape[-1]).masked_scatter(mask[..., None], vectors)
+
+    def trace(self, row: int, tokenizer: PreTrainedTokenizerBase) -> TokenTrace:
         """A text's base tokens, coloured by the merged token that they are in."""
         trace = TokenTrace(self.base_ids[row], title="dynamic tokenization", station="tokenization")
         size, part, number = [], [], []
@@ -98,8 +128,8 @@ class DynamicTokenizer:
     Args:
         tokenizer: the model's own, fast.
         merges: how many; overrides ``reduction``.
-        reduction: share of the possible reduction, 0 (nothing) to 1 (whole pre-tokens). Until ``fit`` has made a table, the merges
-            that reach it are found in each batch.
+        reduction: share of the possible reduction, 0 (nothing) to 1 (whole pre-tokens). Until ``fit`` has made a table,
+            the merges that reach it are found in each batch.
         boundary: what tokens may not cross: ``"pretoken"``, ``"word"`` or ``"sentence"``.
         embedder: gives new tokens their vectors; without one, batches have no ``inputs_embeds``.
         cache_size: embeddings kept (the least recently used goes).
@@ -109,7 +139,7 @@ class DynamicTokenizer:
         BadInputError: a setting out of its range, or a tokenizer that cannot be spelt.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     merges: int | None = None
     reduction: float = 0.3
     boundary: str = "pretoken"
@@ -134,7 +164,7 @@ class DynamicTokenizer:
         self.table: np.ndarray | None = None
         """After ``fit``: mean tokens of a text after 0, 1, 2... merges."""
 
-    # -- which pairs -----------------------------------------------------------------------------------------------------
+    # -- which pairs ---------------------------------------------------------------------------------------------------
     def valid(self, left: bytes, right: bytes) -> bool:
         """Whether two tokens, by their bytes, may become one."""
         joined = left + right
@@ -158,14 +188,15 @@ class DynamicTokenizer:
             return len(self._cut.pre_tokenize_str(text)) == 1
         return len(text.split()) == 1 and not text[-1].isspace()
 
-    # -- merging ---------------------------------------------------------------------------------------------------------
+    # -- merging -------------------------------------------------------------------------------------------------------
     def _run(
         self, rows: list[list[int]], merges: int | None, most: int | None = None
     ) -> tuple[PairMerger, dict[bytes, tuple[bytes, bytes]], list[int]]:
         """Merges, up to a number of merges or of new tokens.
 
-        Returns the merger, the new tokens with their two parts (in the order of their numbers, from the vocabulary's size on), and the
-        batch's length after 0, 1, 2... merges.
+        Returns:
+            The merger; the new tokens with their two parts, in the order of their numbers (which go on from the
+            vocabulary's size); and the batch's length after 0, 1, 2... merges.
         """
         merger, size = PairMerger(rows), len(self._bytes)
         names: list[bytes] = []
@@ -192,9 +223,13 @@ class DynamicTokenizer:
             lengths.append(merger.length)
         return merger, new, lengths
 
-    def vocabulary(self, texts: Sequence[Any], size: int, max_pieces: int = 8) -> list[tuple[int, ...]]:
-        """The base tokens of up to ``size`` new tokens: the merges of a whole corpus, the most frequent first; tokens of more than
-        ``max_pieces`` (rulers, tables) are left out."""
+    def vocabulary(self, texts: Texts, size: int, max_pieces: int = 8) -> list[tuple[int, ...]]:
+        """New tokens from the merges of a whole corpus, the most frequent first, each as its base tokens.
+
+        Args:
+            size: at most so many tokens.
+            max_pieces: tokens of more pieces (rulers, tables) are left out.
+        """
         rows = self._base(texts, False)
         new = self._run(rows, None, size)[1]
         made: dict[bytes, tuple[int, ...]] = {}
@@ -205,8 +240,12 @@ class DynamicTokenizer:
     def _parts(self, data: bytes, made: dict[bytes, tuple[int, ...]]) -> tuple[int, ...]:
         return made[data] if data in made else (self._ids[data],)
 
-    def fit(self, texts: Sequence[Any], batch_size: int = 32) -> DynamicTokenizer:
-        """Measures mean lengths by merges on a sample, so that one number of merges serves all later batches; returns itself."""
+    def fit(self, texts: Texts, batch_size: int = 32) -> DynamicTokenizer:
+        """Measures mean lengths by merges on a sample, so that one number of merges serves all later batches.
+
+        Returns:
+            Itself.
+        """
         rows = self._base(texts, True)
         totals: list[np.ndarray] = []
         for begin in range(0, len(rows), batch_size):
@@ -216,7 +255,7 @@ class DynamicTokenizer:
         self.table = np.asarray(whole) / len(rows)
         return self
 
-    def merges_for(self, reduction: float, lengths: Any = None) -> int:
+    def merges_for(self, reduction: float, lengths: Sequence[float] | None = None) -> int:
         """The fewest merges that reach a share of the possible reduction, by the fitted table (or by ``lengths``)."""
         table = np.asarray(self.table if lengths is None else lengths, np.float64)
         if table.ndim != 1:
@@ -224,7 +263,7 @@ class DynamicTokenizer:
         target = table[0] - reduction * (table[0] - table[-1])
         return int(np.argmax(table <= target + 1e-9))
 
-    def _base(self, texts: Sequence[Any], add_special_tokens: bool) -> list[list[int]]:
+    def _base(self, texts: Texts, add_special_tokens: bool) -> list[list[int]]:
         if isinstance(texts, str) or not len(texts):
             raise BadInputError("Give a list of texts, or of token ids.", 'dynamic(["a text", "another"])')
         if isinstance(texts[0], str):
@@ -236,11 +275,12 @@ class DynamicTokenizer:
                 raise BadInputError(f"Text {number} has no tokens.", "Leave empty texts out.")
             if min(row) < 0 or max(row) >= len(self._bytes):
                 raise BadInputError(
-                    f"Text {number} has token ids outside 0..{len(self._bytes) - 1}.", "Were they made by another tokenizer?"
-                )  # fmt: skip
+                    f"Text {number} has token ids outside 0..{len(self._bytes) - 1}.",
+                    "Were they made by another tokenizer?",
+                )
         return rows
 
-    def __call__(self, texts: Sequence[Any], add_special_tokens: bool = True) -> DynamicBatch:
+    def __call__(self, texts: Texts, add_special_tokens: bool = True) -> DynamicBatch:
         """Merges over a batch.
 
         Args:
@@ -287,18 +327,9 @@ class DynamicTokenizer:
         return batch
 
     def _embed(self, batch: DynamicBatch, embedder: Embedder) -> torch.Tensor:
-        flat = torch.tensor([item for row in batch.tokens for item in row])
         with torch.no_grad():
-            vectors = embedder.base(flat.clamp(min=0))
-            fresh = flat < 0
-            if fresh.any():
-                made = self.cache.rows(batch.pieces, embedder).to(vectors)
-                vectors = vectors.clone()
-                vectors[fresh.to(vectors.device)] = made[(-1 - flat[fresh]).to(vectors.device)]
-        mask = batch.attention_mask.bool().to(vectors.device)
-        result = vectors.new_zeros(*mask.shape, vectors.shape[-1])
-        result[mask] = vectors
-        return result
+            made = self.cache.rows(batch.pieces, embedder) if batch.pieces else None
+            return batch.place(embedder.base, made)
 
     def spell(self, batch: DynamicBatch, row: int) -> list[bytes]:
         """The bytes of a text's merged tokens."""
@@ -306,112 +337,3 @@ class DynamicTokenizer:
         return [
             b"".join(self._bytes[item] or b"" for item in base[first:end]) for first, end in batch.spans[row]
         ]  # fmt: skip
-
-
-@dataclass
-class DynamicPrefill:
-    """Reads a prompt in fewer positions, then decodes as usual; a ``custom_generate`` for transformers.
-
-    Args:
-        dynamic: with an embedder.
-        keep_last: base tokens at the prompt's end that stay as they are (the next token depends on them most).
-
-    Raises:
-        BadInputError: a tokenizer without an embedder.
-    """
-
-    dynamic: DynamicTokenizer
-    keep_last: int = 1
-
-    def __post_init__(self) -> None:
-        if self.dynamic.embedder is None:
-            raise BadInputError("The dynamic tokenizer has no embedder.", "Pass embedder=MeanEmbedding(model), say.")
-        if self.keep_last < 0:
-            raise BadInputError(f"keep_last must not be negative; got {self.keep_last}.")
-        self.positions = 0
-        """Positions of the last call's prompts, padding left out."""
-
-    @torch.inference_mode()
-    def __call__(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
-        generation_config: Any = None,
-        **model_kwargs: Any,
-    ) -> torch.Tensor:
-        """As ``generate``: ``[B, T + new]``; the prompt's tokens are the base tokenizer's.
-
-        Raises:
-            BadInputError: padding on the right, a filled cache, or a generation mode that is not plain decoding.
-        """
-        from transformers import DynamicCache
-
-        from ..decoding.base import check_empty_cache, check_prompt, join_rows, refuse_unsupported, split_rows
-
-        refuse_unsupported("DynamicPrefill", generation_config, bool(model_kwargs.get("synced_gpus")))
-        check_empty_cache("DynamicPrefill", model_kwargs.get("past_key_values"))
-        rows = [ids.tolist() for ids, _ in split_rows(input_ids, model_kwargs.get("attention_mask"))]
-        cuts = [max(0, len(row) - self.keep_last) for row in rows]
-        heads = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
-        tails = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
-        parts: list[torch.Tensor] = []
-        some = [row for row in heads if row]
-        batch = self.dynamic(some) if some else None
-        embedder, place = self.dynamic.embedder, 0
-        assert embedder is not None
-        for head, tail in zip(heads, tails, strict=True):
-            vectors = []
-            if head:
-                assert batch is not None and batch.inputs_embeds is not None
-                vectors.append(batch.inputs_embeds[place][batch.attention_mask[place].bool()])
-                place += 1
-            if tail:
-                vectors.append(embedder.base(torch.tensor(tail)))
-            parts.append(torch.cat(vectors))
-        self.positions = sum(map(len, parts))
-        width = max(map(len, parts))
-        check_prompt(model, width)
-        embeds = parts[0].new_zeros(len(parts), width, parts[0].shape[-1])
-        mask = torch.zeros(len(parts), width, dtype=torch.long, device=embeds.device)
-        for number, part in enumerate(parts):
-            embeds[number, width - len(part) :] = part
-            mask[number, width - len(part) :] = 1
-        cache = DynamicCache(config=model.config)
-        logits = self._step(model, cache, mask, inputs_embeds=embeds)
-        texts, new = input_ids, [[] for _ in rows]  # type: ignore[var-annotated]
-        alive = torch.ones(len(rows), dtype=torch.bool, device=input_ids.device)
-        pad = generation_config.pad_token_id or 0
-        while True:
-            scores = logits.float()
-            if logits_processor is not None:
-                scores = logits_processor(texts, scores)
-            if generation_config.do_sample:
-                chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0]
-            else:
-                chosen = scores.argmax(-1)
-            chosen = torch.where(alive, chosen, pad)
-            for number in alive.nonzero()[:, 0].tolist():
-                new[number].append(int(chosen[number]))
-            texts = torch.cat([texts, chosen[:, None]], 1)
-            if stopping_criteria is not None:
-                alive = alive & ~stopping_criteria(texts, None)
-            if not alive.any():
-                return join_rows(input_ids, new, generation_config)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            logits = self._step(model, cache, mask, input_ids=chosen[:, None])
-
-    @staticmethod
-    def _step(model: Any, cache: Any, mask: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        size = next(iter(inputs.values())).shape[1]
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -size:]
-        output = model(
-            **inputs,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1]

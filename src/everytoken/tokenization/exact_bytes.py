@@ -1,363 +1,41 @@
 """Exact byte probabilities of a tokenised model (arXiv 2410.09303).
 
-A prompt that ends inside what would be a longer token biases the model: after "hel" tokenised alone, "lo" gets next to no mass,
-because in training "hello" was another token. The probability that the text starts with the bytes x is a sum over its *covers*,
-the token sequences whose last token reaches x's end and may stick out::
+A prompt that ends inside what would be a longer token biases the model. After "hel" tokenised alone, "lo" gets next to
+no mass, because "hello" was one token in training. The probability that the text starts with the bytes x is a sum over
+the *covers* of x: the token sequences whose last token reaches the end of x and may stick out::
 
     P(x_1..x_n) = sum over t in cover(x) of P(t_1..t_k)
-    cover(x) = { t : t can begin an encoding,  bytes(t_1..t_k-1) is a proper prefix of x,  x is a prefix of bytes(t_1..t_k) }
+    cover(x) = { t : t can begin an encoding,
+                     bytes(t_1..t_k-1) is a proper prefix of x,  x is a prefix of bytes(t_1..t_k) }
 
     P(x_n+1 | x_1..x_n) = P(x_1..x_n+1) / P(x_1..x_n)
 
-Before the last settled word the encoding is fixed, so only splits inside the window after it count: for each split i, the ways to
-encode the left part, and the vocabulary's tokens that start with the right part. All left parts form a small tree that runs through
-the model in one forward pass per byte, on a cache that is kept from byte to byte.
+Up to the last settled word the encoding is fixed, so only splits inside the window after it count. For each split these
+are the ways to encode the left part, and the vocabulary's tokens that start with the right part. All left parts form a
+small tree that runs through the model in one forward pass a byte, on a cache that is kept from byte to byte.
 
 ::
 
     lm = ExactBytes().on(model, tokenizer)
-    lm.generate("The capital of France is Par", 16)              # b"is, ..."
-    lm.next_byte_logprobs("hel")                                 # [257]: 256 bytes and the end of the text
-    ByteEnsemble([lm, other_lm]).generate("def fib", 32)         # models with different vocabularies
+    lm.generate("The capital of France is Par", 16)          # b"is, ..."
+    lm.next_byte_logprobs("hel")                             # [257]: 256 bytes and the end of the text
+    ByteEnsemble([lm, other_lm]).generate("def fib", 32)     # models with different vocabularies
 
-``exact`` drops covers that no text is encoded as (in principle the model gives them no mass; in practice it leaks a little), and
-what is left is normalised.
+``exact`` drops covers that are no beginning of any text's encoding, and normalises what is left. A perfect model would
+give such covers no mass; a trained one leaks a little.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import torch
-from transformers import LogitsProcessor
+from typing import TYPE_CHECKING
 
 from ..core.errors import BadInputError
-from ..core.trace import TokenTrace
-from ..decoding.base import attention_mask_for, check_croppable
-from .base import start_token
-from .byte_view import ByteView, split_character
+from .byte_lm import ByteLM
 
-CHUNK = 256
-"""Tokens of a prompt in one forward pass."""
-EOS = 256
-"""The 257th symbol: the end of the text, which has no bytes."""
-
-
-@dataclass
-class Cover:
-    """A token sequence that covers a prefix.
-
-    Attributes:
-        tokens: after the settled part.
-        logp: of the whole text up to its end, nats.
-        beyond: its bytes behind the prefix.
-    """
-
-    tokens: tuple[int, ...]
-    logp: float
-    beyond: bytes
-
-
-@dataclass
-class _Node:
-    slot: int
-    logp: float
-    logps: np.ndarray
-
-
-class ByteLM:
-    """A causal model of tokens as a model of bytes.
-
-    Args:
-        model: a transformers causal model (with a cache that can be cropped).
-        tokenizer: its fast, lossless tokenizer.
-        context: token ids before the text (a chat template, for example); default the tokenizer's BOS, or EOS if it has none.
-        exact: drop covers that no text is encoded as.
-        tolerance: share of the mass below which a cover's validity is not looked at.
-
-    After use ``forwards`` counts forward passes. One object is for one thread.
-
-    Raises:
-        BadInputError: a tokenizer that changes texts, or that has neither BOS nor EOS while no context is given.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        context: Sequence[int] | None = None,
-        exact: bool = True,
-        tolerance: float = 1e-6,
-    ):
-        self.model, self.tokenizer, self.exact, self.tolerance = model, tokenizer, exact, tolerance
-        self.view = ByteView.of(tokenizer)
-        if context is None:
-            context = [start_token(tokenizer)]
-        self.context = [int(item) for item in context]
-        if not self.context:
-            raise BadInputError("The context is empty.", "A model needs at least one token, for example BOS.")
-        ends = getattr(model.generation_config, "eos_token_id", None)
-        ends = tokenizer.eos_token_id if ends is None else ends
-        self.eos = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        self.vocab = min(len(self.view.bytes), model.config.get_text_config().vocab_size)
-        self._longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-        self.forwards = 0
-        self._reset()
-
-    # -- the tree of left parts, on a cache ------------------------------------------------------------------------------
-    def _reset(self) -> None:
-        from transformers import DynamicCache
-
-        self._cache = DynamicCache(config=self.model.config)
-        self._settled, self._base_logp = b"", 0.0
-        self._base: list[int] = []
-        self._nodes: dict[tuple[int, ...], _Node] = {}
-
-    def _advance(self, text: bytes) -> list[tuple[int, tuple[int, ...]]]:
-        """Makes all left parts of a spelled text known; returns ``(where they end, tokens after the settled part)``."""
-        if not text.startswith(self._settled) or self.view.settled(text) < len(self._settled):
-            self._reset()
-        chain: list[int] = [] if self._base else list(self.context)
-        cut = self.view.settled(text)
-        if cut > len(self._settled):
-            settled = self.view.encode(text[len(self._settled) : cut])
-            if settled is None:
-                raise BadInputError("The tokenizer changes this text.", "Normalise it first.")
-            chain += settled
-        lefts = []
-        for place in range(cut, len(text) + 1):
-            rest = text[place:]
-            if not rest or len(self.view.starting_with(rest)[0]):
-                lefts += [(place, left) for left in self.view.beginnings(text[cut:place])]
-        self._check_length(len(self._base) + len(chain))
-        if chain:
-            self._commit(chain)
-            self._settled = text[:cut]
-        missing: dict[tuple[int, ...], None] = {}
-        for _, left in lefts:
-            for size in range(1, len(left) + 1):
-                if left[:size] not in self._nodes:
-                    missing[left[:size]] = None
-        self._grow(sorted(missing, key=len))
-        return lefts
-
-    @torch.inference_mode()
-    def _commit(self, chain: list[int]) -> None:
-        """Settled tokens: the tree goes, they stay."""
-        surplus = self._cache.get_seq_length() - len(self._base)
-        if surplus > 0:
-            self._cache.crop(-surplus)
-        before = self._nodes[()].logps if self._base else None
-        self._nodes = {}
-        for begin in range(0, len(chain), CHUNK):  # all logits of a long prompt at once would take gigabytes
-            part = chain[begin : begin + CHUNK]
-            logps = self._forward(part, list(range(len(self._base), len(self._base) + len(part))), None)
-            check_croppable("ByteLM", self._cache)
-            for place, token in enumerate(part):
-                if len(self._base) >= len(self.context) and before is not None:
-                    self._base_logp += float(before[token])
-                before = logps[place]
-                self._base.append(token)
-        assert before is not None
-        self._nodes[()] = _Node(-1, self._base_logp, before)
-
-    @torch.inference_mode()
-    def _grow(self, paths: list[tuple[int, ...]]) -> None:
-        """Adds tree nodes, parents first, in one forward pass."""
-        if not paths:
-            return
-        base, past = len(self._base), self._cache.get_seq_length()
-        total = past + len(paths)
-        seen = np.zeros((len(paths), total), bool)
-        seen[:, :base] = True
-        slots = {path: past + place for place, path in enumerate(paths)}
-        for place, path in enumerate(paths):
-            for size in range(1, len(path) + 1):
-                part = path[:size]
-                seen[place, slots[part] if part in slots else self._nodes[part].slot] = True
-        mask = attention_mask_for(self.model, torch.from_numpy(seen)[None, None].to(self.model.device))
-        logps = self._forward([path[-1] for path in paths], [base + len(path) - 1 for path in paths], mask)
-        for place, path in enumerate(paths):
-            above = self._nodes[path[:-1]]
-            self._nodes[path] = _Node(slots[path], above.logp + float(above.logps[path[-1]]), logps[place])
-
-    def _forward(self, tokens: list[int], positions: list[int], mask: Any) -> np.ndarray:
-        """``[k, V]`` log-probabilities after each token."""
-        self._check_length(max(positions) + 1)
-        device = self.model.device
-        output = self.model(
-            input_ids=torch.tensor([tokens], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            attention_mask=mask,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        self.forwards += 1
-        return torch.log_softmax(output.logits[0, :, : self.vocab].float(), -1).cpu().numpy()
-
-    def _check_length(self, count: int) -> None:
-        if count > self._longest:
-            raise BadInputError(
-                f"The text is longer than the model's context of {self._longest:,} tokens.", "Shorten it."
-            )
-
-    # -- probabilities ---------------------------------------------------------------------------------------------------
-    def _masses(
-        self, text: bytes, strictly: bool
-    ) -> list[tuple[tuple[int, ...], np.ndarray, np.ndarray, np.ndarray, int]]:
-        """For every left part: tokens that start with the rest (``strictly``: and go on), the next byte, and log-mass."""
-        found = []
-        for place, left in self._advance(text):
-            if place == len(text) and not strictly:
-                continue
-            ids, after = self.view.starting_with(text[place:])
-            kept = ids < self.vocab
-            if strictly:
-                kept &= after >= 0
-            ids, after = ids[kept], after[kept]
-            node = self._nodes[left]
-            found.append((left, ids, after, node.logp + node.logps[ids].astype(np.float64), place))
-        if not self.exact:
-            return found
-        highest = [float(masses.max()) for *_, masses, _ in found if len(masses)]
-        top = max(highest, default=-math.inf)
-        if top == -math.inf:
-            return found
-        total = top + math.log(sum(float(np.exp(masses - top).sum()) for *_, masses, _ in found))
-        least = total + math.log(self.tolerance) if self.tolerance > 0 else -math.inf
-        for left, ids, _, masses, _ in found:
-            for which in np.flatnonzero(masses > least).tolist():
-                if not self.view.begins((*left, int(ids[which]))):
-                    masses[which] = -math.inf
-        return found
-
-    def _end_masses(self, text: bytes) -> list[float]:
-        """Log-mass of the text ending here, for each encoding of it (after ``_advance``)."""
-        window = text[len(self._settled) :]
-        lefts = self.view.beginnings(window)
-        if self.exact and window:  # what ends is encoded in one way only
-            whole = split_character(window)
-            own = self.view.encode(window) if whole is not None and not whole[1] else None
-            lefts = [left for left in lefts if own is not None and left == tuple(own)]
-        if text == self.view.lead:  # no text: no token, not even one for the space
-            lefts = [()]
-        nodes = [self._nodes[left] for left in lefts]
-        return [node.logp + float(node.logps[item]) for node in nodes for item in self.eos if item < self.vocab]
-
-    def next_byte_logprobs(self, prefix: str | bytes) -> np.ndarray:
-        """``[257]`` natural log-probabilities of the next byte; the last is the end of the text.
-
-        Raises:
-            BadInputError: bytes that are no UTF-8, or a prefix that has no cover at all.
-        """
-        text = self.view.spelled(prefix)
-        found = self._masses(text, True)
-        ends = self._end_masses(text)
-        top = max([float(logs.max()) for *_, logs, _ in found if len(logs)] + ends, default=-math.inf)
-        if top == -math.inf:
-            raise BadInputError("No token sequence covers this prefix.", "Does the tokenizer lack some bytes?")
-        masses = np.zeros(257)
-        for _, _, after, logs, _ in found:
-            masses[:256] += np.bincount(after, np.exp(logs - top), 256)
-        masses[EOS] = sum(math.exp(logp - top) for logp in ends)
-        _, tail = split_character(text) or (b"", b"")
-        for byte in range(256):  # what leaks below the tolerance must not end in bytes that are no text
-            if split_character(tail + bytes([byte])) is None:
-                masses[byte] = 0.0
-        with np.errstate(divide="ignore"):
-            return np.log(masses / masses.sum())
-
-    def covers(self, prefix: str | bytes) -> list[Cover]:
-        """All covers of a prefix with mass, the likeliest first."""
-        text = self.view.spelled(prefix)
-        result = []
-        for left, ids, _, logs, place in self._masses(text, False):
-            for which in np.flatnonzero(np.isfinite(logs)):
-                token = int(ids[which])
-                beyond = (self.view.bytes[token] or b"")[len(text) - place :]
-                result.append(Cover((*left, token), float(logs[which]), beyond))
-        return sorted(result, key=lambda cover: -cover.logp)
-
-    def logprob(self, text: str | bytes, ended: bool = False) -> float:
-        """Log-probability (nats) that the model's text starts with ``text``, or (``ended``) that it is just that."""
-        data = self.view.spelled(text)
-        if ended:
-            self._advance(data)
-            return float(np.logaddexp.reduce(self._end_masses(data) or [-math.inf]))
-        if data == self.view.lead:
-            return 0.0
-        return float(np.logaddexp.reduce(np.concatenate([logs for *_, logs, _ in self._masses(data, False)])))
-
-    # -- generation ------------------------------------------------------------------------------------------------------
-    def generate(
-        self,
-        prefix: str | bytes,
-        max_new_bytes: int = 64,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        seed: int | None = None,
-        unit: str = "token",
-    ) -> bytes:
-        """New bytes after a prefix.
-
-        Args:
-            unit: ``"byte"`` chooses byte by byte, one forward pass each; ``"token"`` chooses a cover of the prefix and goes on with
-                plain tokens, one forward pass each. At temperature 1 both sample the same distribution of texts.
-            temperature: of the unit's distribution.
-        """
-        if unit not in ("byte", "token"):
-            raise BadInputError(f"unit is 'byte' or 'token'; got {unit!r}.")
-        if not temperature > 0:
-            raise BadInputError(f"temperature must be above 0; got {temperature}.", "do_sample=False is greedy.")
-        rng = np.random.default_rng(seed)
-        start = self.view.spelled(prefix)[len(self.view.lead) :]
-        if unit == "byte":
-            return generate_bytes(self, start, max_new_bytes, do_sample, temperature, rng)
-        covers = self.covers(start) if start else []
-        tokens, new = list(self.context), b""
-        if covers:
-            logs = np.array([cover.logp for cover in covers])
-            cover = covers[choose(logs, do_sample, temperature, rng)]
-            tokens, new = [*self._base, *cover.tokens], cover.beyond
-        return self._plain(tokens, new, max_new_bytes, do_sample, temperature, rng)
-
-    @torch.inference_mode()
-    def _plain(
-        self, tokens: list[int], new: bytes, size: int, do_sample: bool, temperature: float, rng: np.random.Generator
-    ) -> bytes:
-        from transformers import DynamicCache
-
-        keep = self._cache
-        self._cache = DynamicCache(config=self.model.config)
-        try:
-            fresh, position, ends = tokens, 0, set(self.eos)
-            while len(new) < size and position + len(fresh) <= self._longest:
-                logps = self._forward(fresh, list(range(position, position + len(fresh))), None)[-1]
-                position += len(fresh)
-                token = choose(logps.astype(np.float64), do_sample, temperature, rng)
-                if token in ends:
-                    break
-                piece = self.view.bytes[token] or b""
-                new += piece if new or position > len(self.context) else piece.removeprefix(self.view.lead)
-                fresh = [token]
-        finally:
-            self._cache = keep
-        return new[:size]
-
-    def trace(self, prefix: str | bytes, top: int = 12) -> TokenTrace:
-        """The likeliest covers of a prefix: their last tokens, with probabilities given the prefix."""
-        covers = self.covers(prefix)
-        total = np.logaddexp.reduce([cover.logp for cover in covers])
-        shown = covers[:top]
-        trace = TokenTrace([cover.tokens[-1] for cover in shown], title="covers", station="tokenization")
-        trace.add("probability", [math.exp(cover.logp - total) for cover in shown])
-        trace.add("beyond", [cover.beyond.decode("utf-8", "replace") for cover in shown])
-        trace.add("tokens in the window", [len(cover.tokens) for cover in shown])
-        return trace.with_text(self.tokenizer)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -379,147 +57,12 @@ class ExactBytes:
         if not 0 <= self.tolerance < 1:
             raise BadInputError(f"tolerance is a share of the mass, 0 to 1; got {self.tolerance}.")
 
-    def on(self, model: Any, tokenizer: Any, context: Sequence[int] | None = None) -> ByteLM:
-        """The model as a model of bytes."""
-        return ByteLM(model, tokenizer, context, self.exact, self.tolerance)
+    def on(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] | None = None
+    ) -> ByteLM:
+        """The model as a model of bytes.
 
-
-def choose(logps: np.ndarray, do_sample: bool, temperature: float, rng: np.random.Generator) -> int:
-    if not do_sample:
-        return int(np.argmax(logps))
-    scaled = logps / temperature
-    probs = np.exp(scaled - scaled.max())
-    return int(rng.choice(len(probs), p=probs / probs.sum()))
-
-
-def generate_bytes(
-    source: Any, start: bytes, size: int, do_sample: bool, temperature: float, rng: np.random.Generator
-) -> bytes:
-    """Byte by byte from anything with ``next_byte_logprobs``."""
-    new = b""
-    while len(new) < size:
-        byte = choose(source.next_byte_logprobs(start + new), do_sample, temperature, rng)
-        if byte == EOS:
-            break
-        new += bytes([byte])
-    return new
-
-
-class ByteEnsemble:
-    """Several models as one, whatever their vocabularies: the mixture of their next-byte distributions.
-
-    Args:
-        models: ``ByteLM`` objects.
-        weights: of the mixture; default equal.
-
-    Raises:
-        BadInputError: no model, or weights that are not as many positive numbers.
-    """
-
-    def __init__(self, models: Sequence[ByteLM], weights: Sequence[float] | None = None):
-        weights = [1.0] * len(models) if weights is None else list(weights)
-        if not models or len(weights) != len(models) or min(weights) <= 0:
-            raise BadInputError(
-                f"An ensemble needs models and as many positive weights; got {len(models)} and {weights}."
-            )
-        self.models = list(models)
-        self.weights = np.array(weights) / sum(weights)
-
-    def next_byte_logprobs(self, prefix: str | bytes) -> np.ndarray:
-        """``[257]``, as for ``ByteLM``."""
-        parts = [
-            model.next_byte_logprobs(prefix) + math.log(w) for model, w in zip(self.models, self.weights, strict=True)
-        ]
-        return np.logaddexp.reduce(parts)
-
-    def logprob(self, text: str | bytes) -> float:
-        """Log-probability (nats) that a text starts with ``text``, by the chain rule: one step a byte."""
-        data = text.encode("utf-8") if isinstance(text, str) else bytes(text)
-        return float(sum(self.next_byte_logprobs(data[:place])[data[place]] for place in range(len(data))))
-
-    def generate(
-        self,
-        prefix: str | bytes,
-        max_new_bytes: int = 64,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        seed: int | None = None,
-    ) -> bytes:
-        """New bytes after a prefix, byte by byte."""
-        start = prefix.encode("utf-8") if isinstance(prefix, str) else bytes(prefix)
-        return generate_bytes(self, start, max_new_bytes, do_sample, temperature, np.random.default_rng(seed))
-
-
-@dataclass
-class TokenHealing:
-    """The cheap baseline, as ``custom_generate``: drop the prompt's last token and choose again among tokens that start with it.
-
-    Args:
-        tokenizer: the model's.
-        back: how many tokens to drop.
-
-    Where a prompt's end is split into more tokens than are dropped, the bias stays.
-    """
-
-    tokenizer: Any
-    back: int = 1
-
-    def __post_init__(self) -> None:
-        if self.back < 1:
-            raise BadInputError(f"back is at least 1; got {self.back}.")
-        self.view = ByteView.of(self.tokenizer)
-
-    def __call__(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
-        generation_config: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """As ``generate``; the row returned starts with the prompt's bytes, not always with its tokens.
-
-        Raises:
-            BadInputError: more than one row, or a prompt that is not longer than what is dropped.
+        Args:
+            context: token ids before every text; default BOS.
         """
-        from transformers import LogitsProcessorList
-
-        if input_ids.shape[0] != 1 or input_ids.shape[1] <= self.back:
-            raise BadInputError(
-                f"TokenHealing takes one row of more than {self.back} tokens; got {tuple(input_ids.shape)}."
-            )
-        dropped = input_ids[0, -self.back :].tolist()
-        healer = _Healer(self.view, self.view.spell(dropped), input_ids.shape[1] - self.back)
-        if model_kwargs.get("attention_mask") is not None:
-            model_kwargs["attention_mask"] = model_kwargs["attention_mask"][:, : -self.back]
-        return model._sample(
-            input_ids[:, : -self.back],
-            logits_processor=LogitsProcessorList([healer, *(logits_processor or [])]),
-            stopping_criteria=stopping_criteria,
-            generation_config=generation_config,
-            **model_kwargs,
-        )
-
-
-class _Healer(LogitsProcessor):
-    """Allows only tokens that agree with bytes still to be spelled."""
-
-    def __init__(self, view: ByteView, data: bytes, length: int):
-        self.view, self.data, self.length = view, data, length
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        done = self.view.spell(input_ids[0, self.length :].tolist())
-        rest = self.data[len(done) :]
-        if not rest:
-            return scores
-        ids = self.view.starting_with(rest)[0].tolist()
-        ids += [
-            i
-            for size in range(1, len(rest))
-            for i in self.view.starting_with(rest[:size])[0].tolist()
-            if self.view.bytes[i] == rest[:size]
-        ]
-        kept = torch.full_like(scores, -torch.inf)
-        kept[:, ids] = scores[:, ids]
-        return kept
+        return ByteLM(model, tokenizer, context, self.exact, self.tolerance, self.unit)

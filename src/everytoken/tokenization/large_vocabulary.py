@@ -1,15 +1,15 @@
-"""Generation over a vocabulary far larger than the model's own, through a nearest-neighbour index (arXiv 2411.18553, section 5).
+"""Generation over a vocabulary far larger than the model's own, by nearest neighbours (arXiv 2411.18553, section 5).
 
-The model's tokens are joined by any number of new ones, whose input and output embeddings an ``Embedder`` makes from their pieces. A
-softmax over all of them would cost what the vocabulary costs; instead an HNSW index over the output embeddings finds the ``top_k``
-tokens of largest inner product with the last hidden state::
+Any number of new tokens join the model's own. An ``Embedder`` makes their input and output embeddings from their
+pieces. A softmax over all tokens would cost as much as the vocabulary is large. Instead an HNSW index over the output
+embeddings finds the ``top_k`` tokens whose inner product with the last hidden state is largest::
 
     logits(t) = h . E_out(t)  for t in top_k(h),      next ~ softmax over those,      next input = E_in(next)
 
-Largest inner products are nearest neighbours once one more coordinate makes all keys equally long: (q, 0) and
-(e, sqrt(max|e|^2 - |e|^2)). Hidden states lie in a narrow cone far from all keys, where graphs search badly, so both sides are first
-turned by the states' second moment C (of a sample): q = C^(-1/2) h, e = C^(1/2) E_out. Inner products stay, and two tokens are now
-near each other if their logits are alike.
+Largest inner products are nearest neighbours once one more coordinate makes all keys equally long: ``(q, 0)`` and ``(e,
+sqrt(max|e|^2 - |e|^2))``. Hidden states lie in a narrow cone far from all keys, where graphs search badly. So both
+sides are first turned by the second moment C of a sample of states: ``q = C^(-1/2) h``, ``e = C^(1/2) E_out``. Inner
+products stay as they are, and two tokens are now near each other if their logits are alike.
 
 ::
 
@@ -22,13 +22,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import BadInputError, UnsupportedModelError, require
-from .hyper import Embedder
+from ..decoding.base import Decoder, Example
+from ..decoding.call import DecodingCall, DecodingStats
+from ..decoding.row import DecodingRow
+from .embedding import Embedder
 
 CHUNK = 4096
 SAMPLE = 2048
@@ -49,7 +53,18 @@ WARPERS = {
 
 
 @dataclass
-class LargeVocabulary:
+class LargeVocabularyStats(DecodingStats):
+    """Counters of a call.
+
+    Attributes:
+        chosen: each row's tokens, as pieces.
+    """
+
+    chosen: list[list[tuple[int, ...]]] = field(default_factory=list)
+
+
+@dataclass
+class LargeVocabulary(Decoder):
     """A decoder over the model's tokens and many more; a ``custom_generate`` for transformers.
 
     Args:
@@ -57,9 +72,11 @@ class LargeVocabulary:
         embedder: makes their embeddings.
         top_k: tokens looked up in each step.
         index: ``"hnsw"``, or ``"exact"`` (every inner product).
-        connectivity, expansion_add, expansion_search: of the HNSW graph: links a node, and candidates while building and searching.
+        connectivity, expansion_add, expansion_search: of the HNSW graph: links a node, and candidates while building
+            and searching.
 
-    After a call ``steps`` counts forward passes and ``chosen`` holds each row's tokens (as pieces).
+    Text is returned in the model's own tokens; rows are decoded one after the other. After a call ``steps`` counts
+    forward passes and ``chosen`` holds each row's tokens (as pieces). The trace has ``pieces in the token``.
 
     Raises:
         BadInputError: a new token without pieces, or a setting out of its range.
@@ -72,6 +89,12 @@ class LargeVocabulary:
     connectivity: int = 16
     expansion_add: int = 128
     expansion_search: int = 320
+    stats_type: ClassVar[type[DecodingStats]] = LargeVocabularyStats
+    trace_columns: ClassVar[tuple[str, ...]] = ("pieces in the token",)
+    colour: ClassVar[str] = "pieces in the token"
+    station: ClassVar[str] = "tokenization"
+    continues: ClassVar[bool] = False
+    lossless: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.index not in ("hnsw", "exact"):
@@ -80,19 +103,31 @@ class LargeVocabulary:
             raise BadInputError(f"top_k is at least 1; got {self.top_k}.")
         if any(not item for item in self.tokens):
             raise BadInputError("A new token has no pieces.", "DynamicTokenizer.vocabulary makes tokens with pieces.")
-        self.steps = 0
-        self.chosen: list[list[tuple[int, ...]]] = []
-        self._model: Any = None
+        self._model: PreTrainedModel | None = None
+
+    @property
+    def stats(self) -> LargeVocabularyStats:
+        return cast(LargeVocabularyStats, super().stats)
+
+    @property
+    def steps(self) -> int:
+        """Forward passes of the last call."""
+        return self.stats.target_forwards
+
+    @property
+    def chosen(self) -> list[list[tuple[int, ...]]]:
+        """Each row's tokens of the last call, as pieces."""
+        return self.stats.chosen
 
     @torch.no_grad()
     def build(
-        self, model: Any, sample: Sequence[Sequence[int]] | None = None, progress: bool = False
+        self, model: PreTrainedModel, sample: Sequence[Sequence[int]] | None = None, progress: bool = False
     ) -> LargeVocabulary:
         """Makes all embeddings and the index; returns itself.
 
         Args:
-            sample: texts in the model's tokens, for the hidden states that the index is fitted to (about 2,000 tokens are enough);
-                default: the new tokens' pieces in a row, which finds less.
+            sample: texts in the model's tokens, for the hidden states that the index is fitted to (about 2,000 tokens
+                are enough); default: the new tokens' pieces in a row, which finds less.
             progress: show a bar.
 
         Raises:
@@ -121,7 +156,7 @@ class LargeVocabulary:
 
             turn, self._turn = self._turns(model, sample)
             keys = (self._outputs.double().cpu() @ turn).float().numpy()
-            # a graph each: the model's own tokens and the new ones lie in clusters of their own, between which few links lead
+            # a graph each: the model's own tokens and the new ones lie in clusters with few links between them
             self._graphs = []
             for begin, end in ((0, self._size), (self._size, len(keys))):
                 if end > begin:
@@ -140,7 +175,9 @@ class LargeVocabulary:
                     self._graphs.append(graph)
         return self
 
-    def _turns(self, model: Any, sample: Sequence[Sequence[int]] | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _turns(
+        self, model: PreTrainedModel, sample: Sequence[Sequence[int]] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """``C^(1/2)`` and ``C^(-1/2)`` of a sample's hidden states, ``[d, d]`` each."""
         if sample is None:
             flat = [piece for item in self.tokens[:SAMPLE] for piece in item][:SAMPLE] or list(
@@ -167,7 +204,15 @@ class LargeVocabulary:
 
     @torch.no_grad()
     def nearest(self, hidden: torch.Tensor, exact: bool | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens of largest logits for hidden states ``[N, d]``: ``[N, k]`` numbers and logits, the largest first."""
+        """The tokens of largest logits, the largest first.
+
+        Args:
+            hidden: hidden states ``[N, d]``.
+            exact: compare with every token; default as ``index`` says.
+
+        Returns:
+            Numbers and logits, ``[N, k]`` each.
+        """
         exact = self.index == "exact" if exact is None else exact
         k = min(self.top_k, len(self))
         if exact:
@@ -190,65 +235,63 @@ class LargeVocabulary:
         true, found = self.nearest(hidden, True)[0][:, :top], self.nearest(hidden)[0]
         return float((true[:, :, None] == found[:, None, :]).any(-1).float().mean())
 
-    @torch.inference_mode()
-    def __call__(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
-        generation_config: Any = None,
-        **model_kwargs: Any,
-    ) -> torch.Tensor:
-        """As ``generate``: ``[B, T + new]`` in the model's own tokens; rows are decoded one after the other.
+    def check_call(self, call: DecodingCall[LargeVocabularyStats]) -> None:
+        """Refuses a call that the index cannot serve.
 
         Raises:
-            BadInputError: not built for this model, a processor that looks at token ids, a filled cache, or padding on the right.
+            BadInputError: the index was built for another model; a processor looks at token ids; or scores of the
+                model's own vocabulary are asked for.
         """
-        from ..decoding.base import check_empty_cache, check_prompt, join_rows, refuse_unsupported, split_rows
-
-        if self._model is not model:
+        if self._model is not call.model:
             raise BadInputError("The index was built for another model, or not at all.", "Call build(model) first.")
-        refuse_unsupported("LargeVocabulary", generation_config, bool(model_kwargs.get("synced_gpus")))
-        odd = [type(item).__name__ for item in logits_processor or [] if type(item).__name__ not in WARPERS]
+        odd = [type(item).__name__ for item in call.processors if type(item).__name__ not in WARPERS]
         if odd:
             raise BadInputError(
                 f"{', '.join(odd)} works on the model's own token ids, not on a large vocabulary.", "Leave it out."
             )
-        check_empty_cache("LargeVocabulary", model_kwargs.get("past_key_values"))
-        self.steps, self.chosen, new = 0, [], []
-        for ids, _ in split_rows(input_ids, model_kwargs.get("attention_mask")):
-            check_prompt(model, len(ids))
-            new.append(
-                self._decode(model, ids, input_ids.shape[1], logits_processor, stopping_criteria, generation_config)
+        if call.wants:
+            raise BadInputError(
+                "LargeVocabulary scores top_k tokens of another vocabulary; "
+                f"{' and '.join(call.wants)} cannot be given.",
+                "Leave it out.",
             )
-        return join_rows(input_ids, new, generation_config)
 
-    def _decode(
-        self, model: Any, ids: torch.Tensor, width: int, processors: Any, criteria: Any, config: Any
-    ) -> list[int]:
-        from transformers import DynamicCache
-
-        cache, text, inputs = DynamicCache(config=model.config), ids[None], {"input_ids": ids[None]}
-        room = config.max_length - width
-        new: list[int] = []
-        self.chosen.append([])
+    def decode_row(self, call: DecodingCall[LargeVocabularyStats], row: DecodingRow) -> None:
+        """A forward, the nearest tokens, one of them, and its embedding as the next input."""
+        inputs = {"input_ids": row.ids[:, len(row.padding) :]}
+        chosen: list[tuple[int, ...]] = []
+        call.stats.chosen.append(chosen)
         while True:
-            hidden = model.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-            self.steps += 1
-            numbers, scores = self.nearest(hidden)
-            if processors is not None:
-                scores = processors(text, scores)
-            place = int(torch.multinomial(scores.softmax(-1), 1)) if config.do_sample else int(scores.argmax(-1))
-            number = int(numbers[0, place])
-            for piece in self.pieces(number):  # one by one, so that criteria stop inside a long token too
-                new.append(piece)
-                text = torch.cat([text, text.new_tensor([[piece]])], 1)
-                if len(new) >= room or (criteria is not None and bool(criteria(text, None)[0])):
-                    self.chosen[-1].append(self.pieces(number))
-                    return new
-            self.chosen[-1].append(self.pieces(number))
+            output = call.model.base_model(**inputs, past_key_values=row.cache, use_cache=True)
+            call.stats.target_forwards += 1
+            numbers, logits = self.nearest(output.last_hidden_state[:, -1])
+            number = int(numbers[0, row.choose(row.processed(logits[0]))])
+            pieces = self.pieces(number)
+            chosen.append(pieces)
+            for piece in pieces:  # one by one, so that criteria stop inside a long token too
+                if row.append(piece, **{"pieces in the token": len(pieces)}):
+                    return
             if number < self._size:
-                inputs = {"input_ids": torch.tensor([[number]], device=ids.device)}
+                inputs = {"input_ids": torch.tensor([[number]], device=row.device)}
             else:
-                inputs = {"inputs_embeds": self._inputs[number - self._size][None, None].to(model.dtype)}
+                inputs = {"inputs_embeds": self._inputs[number - self._size][None, None].to(call.model.dtype)}
+
+    @classmethod
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
+        from .hyper import MeanEmbedding
+
+        embedder = MeanEmbedding(model)
+        size = model.config.get_text_config().vocab_size
+        pairs = [(first, second) for first in range(2, size) for second in range(first + 1, size)]
+
+        def build(tokens: list[tuple[int, ...]], **settings: Any) -> LargeVocabulary:
+            return cls(tokens, embedder, top_k=size, index="exact", **settings).build(model)
+
+        refuses = frozenset(
+            {"past_key_values", "output_scores", "output_logits", "repetition_penalty", "no_repeat_ngram_size",
+             "min_new_tokens", "suppress_tokens"}
+        )  # fmt: skip
+        return {
+            "no new tokens": Example(lambda **settings: build([], **settings), exact=True, refuses=refuses),
+            "pairs": Example(lambda **settings: build(pairs, **settings), refuses=refuses),
+        }

@@ -1,7 +1,8 @@
 """What ``everytoken train`` asks of a method: a typed configuration and a function that trains.
 
-A card names its ``training`` as ``module:TRAINING``, a ``Training``. The configuration is a dataclass with simple fields, each
-documented; values come from a YAML file, then from ``--set key=value``, and are checked before anything is loaded.
+A card names its ``training`` as ``module:TRAINING``, a ``Training``. The configuration is a dataclass with simple
+fields, each documented; values come from a YAML file, then from ``--set key=value``, and are checked before anything is
+loaded.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import BadInputError, UnknownNameError
+from ..core.progress import Report, silent
 from ..core.settings import parse_settings, settable
 
 
@@ -30,7 +32,7 @@ class TrainingContext:
     model: str | None
     data: str | None
     out: Path
-    report: Callable[[str, int, int], None] = lambda _stage, _done, _total: None
+    report: Report = silent
 
 
 @dataclass

@@ -1,45 +1,52 @@
-"""What all trainings of this station share: models, held-out rows, progress, checkpoints, and what is written at the end."""
+"""What all trainings share: models, held-out rows, progress, checkpoints, and what is written at the end."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..core.errors import BadInputError
+from ..core.progress import Report
 from ..core.scoring import prompt_ids
-from ..preference.configs import Common
-from ..preference.guides import Progress, without_printer
 from .base import TrainingContext, TrainingResult
+from .config import TrainConfig
 from .distributed import in_shards, load_unplaced, process_state, save_whole
+from .quiet import ReportSteps, without_printer
 from .report import training_report
 
-KEPT_METRICS = (
-    "loss",
-    "rewards/margins",
-    "rewards/accuracies",
-    "kl/chosen",
-    "nll",
-    "reward",
-    "rto/kl",
-    "rto/dpo_reward",
-    "entropy",
-)
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    from ..core.trace import TokenTrace
+
+Prompt = str | list[dict[str, str]]
+"""As TRL has it: text, or a list of messages."""
 
 
-class Session:
-    """Model, reference, held-out rows, texts before, and what is written at the end."""
+class TrainingSession:
+    """Model, reference, held-out rows, texts before, and what is written at the end.
 
-    def __init__(self, config: Common, context: TrainingContext, name: str):
+    Args:
+        config: the training's settings.
+        context: model, data, folder, report.
+        name: the method's, for the progress bar and the files.
+        metrics: the logged metrics that become curves -> the label under which the progress bar shows them, or "" to
+            leave them out there.
+    """
+
+    def __init__(self, config: TrainConfig, context: TrainingContext, name: str, metrics: Mapping[str, str]):
         from ..core.loading import load_tokenizer
         from ..core.rng import seed_everything
 
-        self.config, self.context, self.name = config, context, name
+        self.config, self.context, self.name, self.metrics = config, context, name, metrics
         self.state = process_state()
         self.main = self.state.is_main_process
         # whether this process runs the model for the report: all do where it lies in shards
@@ -57,14 +64,15 @@ class Session:
         seed_everything(config.seed)
 
     @property
-    def adapter(self) -> Any:
+    def adapter(self) -> LoraConfig | None:
+        """What ``lora_r`` asks for."""
         if not self.config.lora_r:
             return None
         from peft import LoraConfig
 
         return LoraConfig(r=self.config.lora_r, lora_alpha=2 * self.config.lora_r, target_modules="all-linear")
 
-    def split(self, rows: Any) -> tuple[Any, Any]:
+    def split(self, rows: Dataset) -> tuple[Dataset, Dataset]:
         """Training and held-out rows."""
         if len(rows) < 2:
             raise BadInputError(
@@ -74,7 +82,7 @@ class Session:
         parts = rows.train_test_split(test_size=held, seed=self.config.seed)
         return parts["train"], parts["test"]
 
-    def write_texts(self, model: Any, prompts: list[Any]) -> list[str]:
+    def write_texts(self, model: Any, prompts: Sequence[Prompt]) -> list[str]:
         """Greedy continuations, by the processes that read."""
         if not self.reads:
             return []
@@ -84,17 +92,22 @@ class Session:
             ids = prompt_ids(self.tokenizer, prompt)
             with torch.no_grad():
                 output = model.generate(
-                    torch.tensor([ids], device=model.device), attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
-                    max_new_tokens=self.config.sample_tokens, do_sample=False, pad_token_id=self.tokenizer.pad_token_id,
-                )  # fmt: skip
+                    torch.tensor([ids], device=model.device),
+                    attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
+                    max_new_tokens=self.config.sample_tokens,
+                    do_sample=False,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                )
             texts.append(self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
         return texts
 
     def train(self, trainer: Any) -> None:
-        """Trains with progress, from the last checkpoint where there is one; an interruption leaves a checkpoint behind."""
+        """Trains with progress, from the last checkpoint where there is one; an interruption leaves a checkpoint
+        behind.
+        """
         from transformers.trainer_utils import get_last_checkpoint
 
-        without_printer(trainer).add_callback(Watch(self.context.report, f"training {self.name}"))
+        without_printer(trainer).add_callback(ShowMetrics(self.context.report, f"training {self.name}", self.metrics))
         last = get_last_checkpoint(str(self.checkpoints)) if self.config.resume and self.checkpoints.is_dir() else None
         if last is not None:
             self.notes.append(f"Went on from {last}.")
@@ -109,12 +122,21 @@ class Session:
         self,
         trainer: Any,
         figures: dict[str, float],
-        prompts: list[Any],
+        prompts: Sequence[Prompt],
         before: list[str],
-        traces: list[Any],
+        traces: Sequence[TokenTrace],
         column: str | None,
     ) -> TrainingResult:
-        """Saves the model, writes ``training.json`` and ``report.html``."""
+        """Saves the model, writes ``training.json`` and ``report.html``.
+
+        Args:
+            trainer: after training.
+            figures: the final evaluation.
+            prompts: whose texts were written before and are written again.
+            before: those texts.
+            traces: credit of fixed examples.
+            column: the score of the traces that the report shows first.
+        """
         out = self.context.out
         save_whole(trainer, out / "model")
         after = self.write_texts(trainer.accelerator.unwrap_model(trainer.model), prompts)
@@ -128,7 +150,7 @@ class Session:
                     for entry in history
                     if name in entry and isinstance(entry[name], (int, float))
                 ]
-                for name in KEPT_METRICS
+                for name in self.metrics
             }
             curves = {name: points for name, points in curves.items() if points}
             settings = dataclasses.asdict(self.config)
@@ -155,21 +177,31 @@ class Session:
         return TrainingResult(figures, files, [*self.notes, f"Look at {out / 'report.html'}."])
 
 
-def _shown(prompt: Any) -> str:
+def _shown(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
-class Watch(Progress):
-    """Step, loss, margin and KL on the progress bar."""
+class ShowMetrics(ReportSteps):
+    """The labelled metrics behind the stage on the progress bar."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def __init__(self, report: Report, stage: str, metrics: Mapping[str, str]):
+        super().__init__(report, stage)
+        self.metrics = metrics
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logged = logs or {}
         shown = [
-            f"{label} {logs[key]:.3g}"
-            for label, key in (
-                ("loss", "loss"), ("margin", "rewards/margins"), ("reward", "reward"), ("KL", "kl/chosen"), ("KL", "rto/kl"), ("nll", "nll"),
-            )
-            if isinstance((logs or {}).get(key), (int, float))
-        ]  # fmt: skip
+            f"{label} {logged[key]:.3g}"
+            for key, label in self.metrics.items()
+            if label and isinstance(logged.get(key), (int, float))
+        ]
         if shown:
             self.stage = ", ".join([self.stage.split(",")[0], *shown])
             self.report(self.stage, state.global_step, state.max_steps)

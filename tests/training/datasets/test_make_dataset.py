@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -12,9 +13,17 @@ pytest.importorskip("vaderSentiment")
 
 from everytoken.cli.app import app
 from everytoken.core.errors import BadInputError, UnknownNameError
-from everytoken.training.datasets.arithmetic import Trace, final_answer, is_correct, make_task, pairs_of
-from everytoken.training.datasets.make_dataset import ArithmeticData, SentimentData, build
-from everytoken.preference.data import load_pairs
+from everytoken.training.datasets.arithmetic import (
+    ArithmeticData,
+    Trace,
+    final_answer,
+    is_correct,
+    make_task,
+    pairs_of,
+)
+from everytoken.training.datasets.make_dataset import data_kinds, make_dataset
+from everytoken.training.datasets.pairs import load_pairs
+from everytoken.training.datasets.sentiment import SentimentData
 
 
 @pytest.fixture
@@ -30,9 +39,9 @@ def own_cache(tmp_path, monkeypatch):
 
 def test_sentiment_is_deterministic_kept_and_described(own_cache, embedded):
     settings = SentimentData(count=3, max_new_tokens=6, seed=4)
-    one = build("sentiment", settings, out=own_cache / "one")
+    one = make_dataset("sentiment", settings, out=own_cache / "one")
     assert not one.kept
-    again = build("sentiment", settings, out=own_cache / "again")
+    again = make_dataset("sentiment", settings, out=own_cache / "again")
     assert again.kept
     first = (own_cache / "one" / "train.jsonl").read_text()
     assert first == (own_cache / "again" / "train.jsonl").read_text()
@@ -40,7 +49,7 @@ def test_sentiment_is_deterministic_kept_and_described(own_cache, embedded):
         for file in path.iterdir():
             file.unlink()
         path.rmdir()
-    assert build("sentiment", settings).figures == one.figures
+    assert make_dataset("sentiment", settings).figures == one.figures
     assert len(load_pairs(own_cache / "one" / "train.jsonl")) == 3
     card = (own_cache / "one" / "README.md").read_text()
     assert card.startswith("---\n")
@@ -51,7 +60,7 @@ def test_sentiment_is_deterministic_kept_and_described(own_cache, embedded):
 
 def test_own_openings(own_cache, embedded):
     (own_cache / "openings.txt").write_text("Our garden party\n\nThe letter she wrote\n")
-    built = build(
+    built = make_dataset(
         "sentiment", SentimentData(count=2, max_new_tokens=6, margin=0.05, prompts=str(own_cache / "openings.txt"))
     )
     assert set(load_pairs(built.folder / "train.jsonl")["prompt"]) <= {"Our garden party", "The letter she wrote"}
@@ -107,12 +116,41 @@ def test_pairs_take_the_most_frequent_wrong_answers():
 
 def test_bad_input(own_cache):
     with pytest.raises(UnknownNameError, match="Did you mean sentiment"):
-        build("sentimant", SentimentData())
+        make_dataset("sentimant", SentimentData())
     with pytest.raises(BadInputError, match="count must be"):
-        build("sentiment", SentimentData(count=0))
+        make_dataset("sentiment", SentimentData(count=0))
     (own_cache / "empty.txt").write_text("\n")
     with pytest.raises(BadInputError, match="no prompts"):
-        build("sentiment", SentimentData(prompts=str(own_cache / "empty.txt")))
+        make_dataset("sentiment", SentimentData(prompts=str(own_cache / "empty.txt")))
     with pytest.raises(BadInputError, match=r"absent\.txt"):
-        build("sentiment", SentimentData(prompts=str(own_cache / "absent.txt")))
+        make_dataset("sentiment", SentimentData(prompts=str(own_cache / "absent.txt")))
     assert ArithmeticData().task == "chain_sum"
+
+
+def test_the_kinds_are_the_modules_that_declare_one():
+    assert set(data_kinds()) == {"arithmetic", "sentiment"}
+    for name, kind in data_kinds().items():
+        assert kind.name == name
+        help_text = CliRunner().invoke(app, ["data", name, "--help"]).output
+        assert kind.summary.split()[0] in help_text
+        assert "seed" in help_text  # its settings are listed
+
+
+def test_data_made_from_another_file_are_other_data(own_cache, monkeypatch):
+    """The same settings, but the file that they name has changed: it is part of the key in the cache."""
+    from everytoken.training.datasets import make_dataset as module
+    from everytoken.training.datasets.base import MadeRows
+
+    made = []
+
+    def rows(settings, model, report):
+        made.append(settings.own_openings())
+        return MadeRows([{"prompt": "a", "chosen": " b", "rejected": " c"}], {"pairs": 1.0})
+
+    kind = dataclasses.replace(data_kinds()["sentiment"], make=rows)
+    monkeypatch.setattr(module, "data_kinds", lambda: {"sentiment": kind})
+    path = own_cache / "openings.txt"
+    for text in ("Our garden\n", "Our garden\n", "The letter\n"):
+        path.write_text(text)
+        make_dataset("sentiment", SentimentData(prompts=str(path)))
+    assert made == [["Our garden"], ["The letter"]]

@@ -1,18 +1,21 @@
 """Reasoning pairs: a model's own correct and incorrect traces of verifiable tasks (reasoning_gym), as cDPO asks for.
 
-Tasks are made, not stored: an item is a function of ``(seed, index)``, so training and test never meet if their seeds differ. A trace
-is correct only if the task's own scorer gives exactly 1 (its partial credit would call any text that contains the answer half right).
+Tasks are made, not stored: an item is a function of ``(seed, index)``, so training and test never meet if their seeds
+differ. A trace is correct only if the task's own scorer gives exactly 1 (its partial credit would call any text that
+contains the answer half right).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ...core.errors import BadInputError, require
+from ...core.progress import Report, silent
 from ...core.scoring import prompt_ids
+from .base import DataKind, MadeRows, load_seeded
 
 TASKS: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
@@ -80,7 +83,7 @@ def sample_traces(
     samples: int,
     max_new_tokens: int = 48,
     temperature: float = 1.0,
-    report: Callable[[str, int, int], None] = lambda _stage, _done, _total: None,
+    report: Report = silent,
     batch: int = 32,
 ) -> list[list[Trace]]:
     """``samples`` answers to every question; uses torch's global generator: seed it first."""
@@ -98,9 +101,15 @@ def sample_traces(
         mask = torch.tensor([[0] * (width - len(prompts[index])) + [1] * len(prompts[index]) for index in picked])
         with torch.no_grad():
             output = model.generate(
-                ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, do_sample=True, top_k=0,
-                top_p=1.0, temperature=temperature, pad_token_id=pad,
-            )  # fmt: skip
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=temperature,
+                pad_token_id=pad,
+            )
         texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         for index, text in zip(picked, texts, strict=True):
             item = items[index]
@@ -152,3 +161,57 @@ def pairs_of(
             else:
                 rows.append({"prompt": right[0].question + "\n", "chosen": right[0].response, "rejected": text})
     return rows
+
+
+@dataclass
+class ArithmeticData:
+    """A model's own correct and incorrect answers to tasks that can be checked.
+
+    Args:
+        task: of reasoning_gym (``chain_sum``, ``gcd``, ``letter_counting``, ...).
+        count: questions; pairs come from those with both correct and incorrect answers.
+        seed: of the tasks and of sampling.
+        samples: answers a question.
+        temperature: of sampling.
+        max_new_tokens: of an answer.
+        per_question: pairs a question at most.
+
+    Raises:
+        BadInputError: a count below 1.
+    """
+
+    task: str = "chain_sum"
+    count: int = 64
+    seed: int = 0
+    samples: int = 8
+    temperature: float = 1.0
+    max_new_tokens: int = 48
+    per_question: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("count", "samples", "max_new_tokens", "per_question"):
+            if getattr(self, name) < 1:
+                raise BadInputError(f"{name} must be at least 1; got {getattr(self, name)}.")
+
+
+def make_rows(settings: ArithmeticData, model: str | None, report: Report) -> MadeRows:
+    """Asks, checks and pairs; the traces go into a file of their own."""
+    dataset = make_task(settings.task, settings.count, settings.seed)
+    loaded, tokenizer = load_seeded(model, settings.seed)
+    groups = sample_traces(
+        loaded, tokenizer, dataset, settings.samples, settings.max_new_tokens, settings.temperature, report
+    )
+    rows = pairs_of(groups, bool(tokenizer.chat_template), settings.per_question)
+    every = [trace for group in groups for trace in group]
+    share = sum(trace.correct for trace in every) / len(every)
+    if not rows:
+        raise BadInputError(
+            f"No question of {settings.task} got both a correct and an incorrect answer "
+            f"({share:.0%} of {len(every)} are correct).",
+            "Use more questions or samples, an easier or harder task, or another model.",
+        )
+    figures = {"pairs": float(len(rows)), "traces": float(len(every)), "correct": share}
+    return MadeRows(rows, figures, {"traces": [dataclasses.asdict(trace) for trace in every]})
+
+
+DATA_KIND = DataKind("arithmetic", ArithmeticData, make_rows)

@@ -1,0 +1,1 @@
+"""The trials of the station's contracts, one module each."""

@@ -1,0 +1,34 @@
+"""A change calls for the experiments of the methods that it touches, and a change to a floor for all of them in turn."""
+
+from __future__ import annotations
+
+from .selection import ROTATION, changed_since, commits, files_of, reproducible, select
+
+
+def test_a_room_calls_for_its_own_method_only():
+    assert select(["src/everytoken/generation/dyspec.py"], 0) == {"dyspec"}
+    assert select(["src/everytoken/catalog/cards/tdpo.toml", "README.md"], 0) == {"tdpo"}
+    assert select(["src/everytoken/reproduce/dyspec.py"], 3) == {"dyspec"}
+    assert select(["README.md", "docs/concepts.md"], 0) == set()
+
+
+def test_what_methods_share_calls_for_all_of_them():
+    chosen = select(["src/everytoken/preference/trainer.py"], 0)
+    assert {"tdpo", "tgdpo", "t-reg", "cdpo"} <= chosen
+    assert "dyspec" not in chosen
+
+
+def test_a_floor_calls_for_eight_and_later_turns_for_the_others():
+    names = reproducible()
+    turns = [select(["src/everytoken/core/logprobs.py"], turn) for turn in range(len(names))]
+    assert {len(chosen) for chosen in turns} == {ROTATION}
+    assert set().union(*turns[: -(-len(names) // ROTATION)]) == set(names)
+    assert select(None, 2) == turns[2]
+
+
+def test_files_are_those_of_the_tree():
+    for slug in reproducible():
+        assert any("/reproduce/" in path for path in files_of(slug))
+    assert changed_since("HEAD") is not None
+    assert changed_since("no-such-revision") is None
+    assert commits() > 0
