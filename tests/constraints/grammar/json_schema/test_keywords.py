@@ -29,8 +29,8 @@ DOCS = Path(__file__).parents[4] / "docs" / "constraints.md"
 
 
 def standard_keywords():
-    """Every keyword that a draft's own schemas define."""
-    found, pending = set(), [REGISTRY[uri].contents for uri in REGISTRY]
+    """Every keyword that the own schemas of draft 4 and later define."""
+    found, pending = set(), [REGISTRY[uri].contents for uri in REGISTRY if "draft-03" not in uri]
     for schema in pending:
         found |= set(schema.get("properties", {}))
     return found
@@ -51,7 +51,7 @@ def test_every_keyword_of_the_standard_has_one_place():
     lists = [COMBINATION, STRINGS_AND_NUMBERS, OBJECTS, ARRAYS, REFERENCES, ANNOTATIONS, set(REFUSED)]
     assert sum(map(len, lists)) == len(set().union(*lists))
     known = standard_keywords()
-    assert len(known) > 50 and known <= set().union(*lists) | {"format"}, known - set().union(*lists)
+    assert len(known) > 50 and known <= set().union(*lists), known - set().union(*lists)
 
 
 def test_what_the_code_mentions_is_what_is_listed():
@@ -77,7 +77,7 @@ CASES = {
     "anyOf": ({"anyOf": [{"type": "null"}]}, "null", "1"),
     "oneOf": ({"oneOf": [{"type": "null"}, {"type": "boolean"}]}, "null", "1"),
     "allOf": ({"allOf": [{"type": "null"}]}, "null", "1"),
-    "not": ({"enum": [1, 2], "not": {"const": 2}}, "1", "2"),
+    "not": ({"anyOf": [{"type": "null"}, {"not": {}}]}, "null", "1"),
     "pattern": ({"type": "string", "pattern": "^a$"}, '"a"', '"b"'),
     "format": ({"type": "string", "format": "date"}, '"2024-02-29"', '"b"'),
     "minLength": ({"type": "string", "minLength": 1}, '"a"', '""'),
