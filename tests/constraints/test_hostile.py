@@ -18,7 +18,7 @@ from everytoken.core.errors import BadInputError
 
 from .common import accepts, compile_
 
-MAX_MADE = 4_000_000
+MAX_MADE = 2_000_000
 """States that may be made on the way, those thrown away again and those of refused grammars included."""
 MAX_ENTRIES = 4_000_000
 """Nodes, edges and calls that the tables may have."""
