@@ -174,6 +174,15 @@ def test_enumerations_are_filtered_by_the_rest_of_the_schema():
         compile_(Grammar.from_json_schema({"const": 1, "type": "string"}))
 
 
+def test_enumerated_objects_and_arrays_obey_every_keyword():
+    named = {"enum": [{"a": 1}, {"ab": 1}], "propertyNames": {"maxLength": 1}}
+    assert in_schema(named, {"a": 1}) and not in_schema(named, {"ab": 1})
+    distinct = {"enum": [[1, 2], [1, 1.0]], "uniqueItems": True}
+    assert in_schema(distinct, [1, 2]) and not in_schema(distinct, [1, 1.0])
+    further = {"enum": [{"a": 1}, {"b": 1}], "properties": {"a": {}}, "unevaluatedProperties": False}
+    assert in_schema(further, {"a": 1}) and not in_schema(further, {"b": 1})
+
+
 def test_combinations():
     schema = {"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 3}], "maxLength": 2}
     assert (

@@ -54,8 +54,8 @@ def holds(schemas: SchemaRules, value: Json, schema: Schema, pointer: str, top: 
                 return False
             if any(name not in value for name in part.get("required", ())):
                 return False
-            naming, place = part.get("propertyNames", True), at(where, "propertyNames")
-            if not all(holds(schemas, name, naming, place) for name in value):
+            naming, named = part.get("propertyNames", True), at(where, "propertyNames")
+            if not all(holds(schemas, name, naming, named) for name in value):
                 return False
             relaxed = [(part, where)]
             mode, schemas.options = schemas.options, replace(schemas.options, strict_mode=False)
