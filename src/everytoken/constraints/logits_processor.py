@@ -103,9 +103,9 @@ def check_vocabulary(grammar: CompiledGrammar, config: PreTrainedConfig) -> None
 
 
 def letters(vocab_size: int, regex: str) -> CompiledGrammar:
-    """A small grammar for the decoders' examples: token i spells letter i of the alphabet, and none ends a text."""
-    info = TokenizerInfo([bytes([ord("a") + index]) for index in range(vocab_size)])
-    return GrammarCompiler(info, warm_seconds=0).compile_regex(regex)
+    """A small grammar for the decoders' examples: token 0 ends a text, and token i spells letter i of the alphabet (1 is b)."""
+    spelled = [bytes([ord("a") + index]) for index in range(vocab_size)]
+    return GrammarCompiler(TokenizerInfo(spelled, [0]), warm_seconds=0).compile_regex(regex)
 
 
 def read_source(value: str) -> str:

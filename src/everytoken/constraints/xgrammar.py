@@ -210,8 +210,8 @@ class XGrammar(Decoder):
     @classmethod
     def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
         size = model.config.get_text_config().vocab_size
-        free, narrow = letters(size, "[^]*"), letters(size, "([ac-z]b)*")
+        free, narrow = letters(size, "[^]*"), letters(size, "[b-h]*")
         return {
             "anything": Example(lambda **settings: cls(free, **settings), exact=True),
-            "every other token fixed": Example(lambda **settings: cls(narrow, **settings)),
+            "some letters": Example(lambda **settings: cls(narrow, **settings)),
         }

@@ -68,7 +68,7 @@ class TokenHealing(LoopDecoder):
         """Drops the prompts' last tokens and lets the loop spell them anew.
 
         Raises:
-            BadInputError: a prompt that is not longer than what is dropped, or an end token among what is dropped.
+            BadInputError: a prompt that is not longer than what is dropped, or a special token among what is dropped.
         """
         for number, (ids, _) in enumerate(split_rows(call.input_ids, call.attention_mask)):
             if len(ids) <= self.back:
@@ -78,8 +78,12 @@ class TokenHealing(LoopDecoder):
         dropped = call.input_ids[:, -self.back :].tolist()
         ends = getattr(call.config, "_eos_token_tensor", None)
         stops = set() if ends is None else set(ends.flatten().tolist())
-        if any(token in stops for row in dropped for token in row):
-            raise BadInputError("The prompt's dropped end holds an end token.", "Leave it out of the prompt.")
+        for token in {token for row in dropped for token in row}:
+            if token in stops or not self.view.spell([token]):
+                raise BadInputError(
+                    f"The prompt's end holds token {token}, which cannot be spelled anew.",
+                    "Leave special tokens out of the prompt's end.",
+                )
         length = call.input_ids.shape[1] - self.back
         call.processors.insert(0, Healer(self.view, [self.view.spell(row) for row in dropped], length))
         call.input_ids = call.input_ids[:, :length]

@@ -121,7 +121,11 @@ def answer(
 
 @torch.inference_mode()
 def _continue(
-    large: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[list[int]], max_new_tokens: int, stops: Sequence[str] | None
+    large: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[list[int]],
+    max_new_tokens: int,
+    stops: Sequence[str] | None,
 ) -> list[list[int]]:
     """Greedy continuations of a ragged batch, each up to its end token, or to the first of ``stops``."""
     from transformers import StoppingCriteriaList, StopStringCriteria
