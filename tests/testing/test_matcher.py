@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from everytoken.constraints.logits_processor import letters
 from everytoken.constraints.engine.matcher import GrammarMatcher
+from everytoken.constraints.logits_processor import letters
 from everytoken.testing.matcher import MatcherConformance, ToyMatcher
 
 
@@ -31,6 +31,7 @@ class TestABrokenMatcherFails:
     def test_it(self, law, broken):
         kind = type("Broken", (ToyMatcher,), broken)
         if "fork" not in broken:
+
             def fork(self):
                 other = kind(self.vocab, self.length, self.end)
                 other.text = list(self.text)

@@ -59,8 +59,8 @@ def kary_decoder(draft: Any, branching: tuple[int, ...]) -> Any:
 
 def run(context: Context) -> Arms:
     from ..core.loading import load_model, load_tokenizer
-    from ..generation.speculative import load_draft
     from ..generation.dyspec import DySpec
+    from ..generation.speculative import load_draft
 
     tokenizer = load_tokenizer(context.model)
     model, untouched = load_model(context.model, packed=True), load_model(context.model)
