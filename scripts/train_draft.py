@@ -4,10 +4,10 @@
     python scripts/train_draft.py train --data work/draft --out src/everytoken/weights/dyspec-smollm2-135m --minutes 30
 
 ``generate`` lets the target answer the prompts of ``draft_prompts.py`` at several temperatures and keeps its tokens and
-hidden states; run it with several seeds in parallel. ``train`` distils: every position is predicted once from the target's
-features and then ``--unroll`` times more from the draft's own outputs, as happens inside a drafted tree (EAGLE-3's training,
-arXiv 2503.01840). A fifth epoch costs what the first did: stop whenever the held-out acceptance no longer moves; the best
-weights so far are always on disk. Both work with any Llama-like model through ``--model``.
+hidden states; run it with several seeds in parallel. ``train`` distils: every position is predicted once from the
+target's features and then ``--unroll`` times more from the draft's own outputs, as happens inside a drafted tree
+(EAGLE-3's training, arXiv 2503.01840). A fifth epoch costs what the first did: stop whenever the held-out acceptance no
+longer moves; the best weights so far are always on disk. Both work with any Llama-like model through ``--model``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def feature_layers(config) -> list[int]:
     return [round(depth / 3), round(2 * depth / 3), depth]
 
 
-# -- sampling from the target --------------------------------------------------------------------------------------------
+# -- sampling from the target ------------------------------------------------------------------------------------------
 @torch.inference_mode()
 def answer(model, tokenizer, batch, layers, max_new_tokens, generator):
     """Continues a batch of ``(text, chat)``; returns one dict(ids, h, prompt) a row, ``h`` one shorter than ``ids``."""
@@ -128,7 +128,7 @@ def generate(args):
         print(f"shard {shard}: {total} tokens, {total / (time.time() - start):.0f} tokens/s", flush=True)
 
 
-# -- distillation --------------------------------------------------------------------------------------------------------
+# -- distillation ------------------------------------------------------------------------------------------------------
 def load_rows(folder: Path, layers: list[int]):
     rows = []
     for path in sorted(folder.glob("*.pt")):
@@ -162,8 +162,9 @@ def collate(rows, length):
 def unrolled(draft, ids, features, steps):
     """States of the draft after 1, 2, ... ``steps`` own predictions: a list of ``[B, T, D]``.
 
-    At step s the query at position i sees the first pass up to i - s and, of each later pass j, only the entry on its own
-    chain (position i - (s - j)): exactly what it would see inside a drafted chain that left the verified text at i - s.
+    At step s the query at position i sees the first pass up to i - s and, of each later pass j, only the entry on its
+    own chain (position i - (s - j)). That is exactly what it would see inside a drafted chain that left the verified
+    text at i - s.
     """
     batch, length = ids.shape
     embeds = draft.get_input_embeddings()(ids)
@@ -183,7 +184,7 @@ def unrolled(draft, ids, features, steps):
 
 
 def step_loss(draft, teacher_head, ids, features, states, mask, steps, decay):
-    """Cross-entropy to the target's distribution at every unrolled step, and the share of agreeing arg-maxes by step."""
+    """Cross-entropy to the target's distribution at every unrolled step, and each step's share of equal arg-maxes."""
     last = states[..., -draft.config.hidden_size :]
     outputs = unrolled(draft, ids, features, steps)
     total, agreement = 0.0, []

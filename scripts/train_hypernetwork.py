@@ -5,15 +5,17 @@
 Four stages, each with its minutes; nothing of the language model is trained.
 
 1. *pieces*: tokens of the vocabulary, written as two or more shorter tokens, get their own embeddings back.
-2. *states*: text with merged tokens leads to the same hidden states, at the last pieces, as the text without merges, after
-   ``--depth`` layers (cheap, and there the words of a text are already put together).
-3. *predictions*: the same for the whole model's next-token distributions (Kullback-Leibler divergence), and the output embeddings
-   by the likelihood of the next merged token among all tokens of the batch.
-4. *outputs*: the output half of the last layer alone, on states kept from merged text: the likelihood of the
-   next merged token among the vocabulary and a large sample of new tokens, so that tokens that are not in a batch learn to be unlikely.
+2. *states*: text with merged tokens leads to the same hidden states, at the last pieces, as the text without merges.
+   They are compared after ``--depth`` layers: that is cheap, and the words of a text are already put together there.
+3. *predictions*: the same for the whole model's next-token distributions (Kullback-Leibler divergence). The output
+   embeddings learn from the likelihood of the next merged token among all tokens of the batch.
+4. *outputs*: the output half of the last layer alone, on states kept from merged text. It learns from the likelihood of
+   the next merged token among the vocabulary and a large sample of new tokens, so that tokens that are not in a batch
+   become unlikely.
 
-Texts: the standard library's English prose, the packaged declarations (of the languages that experiments measure only the first
-half), and the text files of ``--texts``, if given. The best weights on held-out text so far are always on disk.
+Texts: the standard library's English prose, the packaged declarations, and the text files of ``--texts``, if given. Of
+the languages that experiments measure only the first half is read. The best weights on held-out text so far are always
+on disk.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ import torch
 from torch.nn import functional as F
 
 from everytoken.core.loading import load_model, load_tokenizer
+from everytoken.reproduce.beds.texts import declarations
 from everytoken.reproduce.dynamic_tokenization import MEASURED, halves
 from everytoken.reproduce.stochastok import prose
-from everytoken.reproduce.texts import declarations
 from everytoken.tokenization.base import token_bytes
 from everytoken.tokenization.dynamic_tokenization import DynamicBatch, DynamicTokenizer
 from everytoken.tokenization.hyper import HyperConfig, HyperEmbedding, MeanEmbedding
@@ -80,7 +82,7 @@ def splits(table, index, count, rng, more=0.35):
 
 
 def student_inputs(batch: DynamicBatch, made, weight):
-    """``[B, T, d]`` with gradients into the new tokens' vectors, and for each place its last base token (-1 for padding)."""
+    """Inputs ``[B, T, d]`` with gradients into the new tokens' vectors, and each place's last base token (or -1)."""
     embeds = batch.place(weight.__getitem__, made)
     mask = batch.attention_mask.bool()
     last = torch.full(mask.shape, -1)
@@ -117,7 +119,8 @@ def hidden_states(base, batch, made, weight):
 
 
 def divergence(teacher, student, weight):
-    return F.kl_div(F.log_softmax(student @ weight.T, -1), F.log_softmax(teacher @ weight.T, -1), log_target=True, reduction="batchmean")  # fmt: skip
+    student_logps, teacher_logps = (F.log_softmax(states @ weight.T, -1) for states in (student, teacher))
+    return F.kl_div(student_logps, teacher_logps, log_target=True, reduction="batchmean")
 
 
 @torch.no_grad()
@@ -259,7 +262,7 @@ def kept_states(hyper, model, dynamic, texts, minutes, rng):
 
 
 def train_outputs(hyper, model, dynamic, texts, tokenizer, minutes, lr, rng, size=160, others=8000):
-    """Stage 4; returns the losses, averaged over 25 steps each. Only the output half of the last layer learns, on features kept."""
+    """Stage 4: only the output half of the last layer learns. Returns the losses, averaged over 25 steps each."""
     head, d = model.get_output_embeddings().weight, hyper.config.size
     tokens = dynamic.vocabulary([*texts.streams.values(), texts.english], 80_000)
     states, targets = kept_states(hyper.eval(), model, dynamic, texts, minutes * 0.3, rng)

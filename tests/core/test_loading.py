@@ -215,7 +215,7 @@ def test_disk_fills_while_writing(quick_conversion, monkeypatch):
     assert not (cache_dir() / "models" / loading.EMBEDDED).exists()
 
 
-# -- a folder for several ------------------------------------------------------------------------------------------------
+# -- a folder for several ----------------------------------------------------------------------------------------------
 def refuse(*_):
     pytest.fail("converted again")
 

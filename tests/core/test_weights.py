@@ -77,7 +77,7 @@ def test_the_wheel_holds_them_and_stays_small(tmp_path):
     assert "everytoken/core/trace.html" in names
 
 
-# -- no pickles ----------------------------------------------------------------------------------------------------------
+# -- no pickles --------------------------------------------------------------------------------------------------------
 class Bomb:
     """Writes a file when it is unpickled."""
 
@@ -141,7 +141,7 @@ SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "scripts").rglob("*.py
 
 
 def test_no_source_reads_a_pickle():
-    """Every ``torch.load`` says ``weights_only=True``; every ``from_pretrained`` of a model says ``use_safetensors=True``."""
+    """Every ``torch.load`` says ``weights_only=True``, every model's ``from_pretrained`` ``use_safetensors=True``."""
     wrong, seen = [], 0
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -222,7 +222,7 @@ def test_the_callback_works_in_trls_trainer(tmp_path):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from everytoken.reproduce.small import character_tokenizer
+    from everytoken.reproduce.beds.small_models import character_tokenizer
 
     tokenizer = character_tokenizer("abcdefghijk")
     model = tiny_llama(len(tokenizer), seed=2, layers=6)

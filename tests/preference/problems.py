@@ -10,7 +10,7 @@ VOCAB = 5
 
 
 def pairs(batch=3, length=6, seed=0, same=False):
-    """Logits of policy (with gradient) and reference over a tiny vocabulary, labels and masks: chosen, then rejected."""
+    """Logits of policy (with gradient) and reference over a tiny vocabulary, labels, masks: chosen, then rejected."""
     generator = torch.Generator().manual_seed(seed)
     policy = torch.randn(2, batch, length, VOCAB, generator=generator, dtype=torch.float64)
     reference = policy.clone() if same else torch.randn(policy.shape, generator=generator, dtype=torch.float64)
@@ -20,7 +20,9 @@ def pairs(batch=3, length=6, seed=0, same=False):
 
 
 def scores(logits, other, labels, mask, columns=None):
-    """PairScores by the plain formulas (KL by explicit sums over the vocabulary); ``columns`` are ``[2, B, T]``, masked here."""
+    """PairScores by the plain formulas (KL by explicit sums over the vocabulary); ``columns`` are ``[2, B, T]``, masked
+    here.
+    """
     logp = torch.log_softmax(logits, -1)
     ref = torch.log_softmax(other, -1)
     picked = logp.gather(-1, labels[..., None])[..., 0] * mask

@@ -15,7 +15,7 @@ from everytoken.core.errors import BadInputError, TokenizerMismatchError
 from everytoken.preference.base import Example, PreferenceLoss, TokenAnnotator
 from everytoken.preference.cdpo import CDPOLoss, ContrastiveEstimator, RolloutOracle, critical_tokens
 from everytoken.preference.dpo import DPOLoss
-from everytoken.reproduce.small import character_tokenizer
+from everytoken.reproduce.beds.small_models import character_tokenizer
 
 from ..conftest import tiny_llama
 from .problems import evaluate, log_ratio, pairs
@@ -78,7 +78,8 @@ def test_bad_settings():
             CDPOLoss(**setting)
 
 
-# -- contrastive estimation ----------------------------------------------------------------------------------------------
+# -- contrastive estimation
+# ----------------------------------------------------------------------------------------------
 def batch(vocab=11):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, vocab, (3, 8), generator=generator)
@@ -141,7 +142,8 @@ def test_a_head_of_another_precision_than_the_layers():
     assert torch.allclose(ContrastiveEstimator(*models).score(ids, mask), expected, atol=0.1)
 
 
-# -- the rollout oracle --------------------------------------------------------------------------------------------------
+# -- the rollout oracle
+# --------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def oracle_world():
     """A model over four characters and a grader: a response is correct if it ends in an even number of a's."""

@@ -1,4 +1,6 @@
-"""IFT: weights by brute force and limits, reductions to supervised tuning in value and gradient, the two passes by hand."""
+"""IFT: weights by brute force and limits, reductions to supervised tuning in value and gradient, the two passes by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ def losses_and_mask(seed, batch=4, length=8):
     return torch.rand(batch, length, generator=generator, dtype=torch.float64) + 0.01, mask
 
 
-# -- relation weights ----------------------------------------------------------------------------------------------------
+# -- relation weights
+# ----------------------------------------------------------------------------------------------------
 @given(seed=SEEDS, gamma=st.sampled_from([0.3, 0.95, 1.0]))
 @settings(max_examples=50, deadline=None)
 def test_weights_by_a_double_loop(seed, gamma):
@@ -89,7 +92,8 @@ def test_gamma_zero_switches_weights_off():
     assert torch.equal(zeros, torch.ones(1, 3))  # nothing to propagate
 
 
-# -- the trainer ---------------------------------------------------------------------------------------------------------
+# -- the trainer
+# ---------------------------------------------------------------------------------------------------------
 ROWS = [
     {"prompt": "The film was", "completion": " a joy from the first scene on."},
     {"prompt": "Our hotel", "completion": " was quiet, clean and kind to us all."},
@@ -100,18 +104,31 @@ ROWS = [
 
 def config(folder, **changes):
     settings_ = dict(
-        output_dir=str(folder), per_device_train_batch_size=4, max_steps=3, learning_rate=1e-2, report_to=[], logging_steps=1,
-        save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True, seed=0, gradient_checkpointing=False,
-    )  # fmt: skip
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        max_steps=3,
+        learning_rate=1e-2,
+        report_to=[],
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        seed=0,
+        gradient_checkpointing=False,
+    )
     return trl.SFTConfig(**settings_ | changes)
 
 
 def make(folder, tokenizer, settings_=None, rows=ROWS, **changes):
     extra = {} if settings_ is None else {"ift": settings_}
     return (trl.SFTTrainer if settings_ is None else IFTTrainer)(
-        tiny_llama(49152, seed=1, eos=2), args=config(folder, **changes), train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=copy.deepcopy(tokenizer), **extra,
-    )  # fmt: skip
+        tiny_llama(49152, seed=1, eos=2),
+        args=config(folder, **changes),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=copy.deepcopy(tokenizer),
+        **extra,
+    )
 
 
 def loss_and_gradient(trainer, num_items=None):
@@ -180,11 +197,19 @@ def test_without_residual_the_second_pass_is_the_first(tmp_path, embedded_tokeni
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(propagation="logps"), dict(propagation="mask"), dict(side="right"), dict(norm="softmax"), dict(norm="l2"),
-        dict(top_k=None, temperature=0.7), dict(top_k=5), dict(residual_warmup=0.5, noise=0.1), dict(detach_weights=True), dict(reduction="token"),
+        dict(propagation="logps"),
+        dict(propagation="mask"),
+        dict(side="right"),
+        dict(norm="softmax"),
+        dict(norm="l2"),
+        dict(top_k=None, temperature=0.7),
+        dict(top_k=5),
+        dict(residual_warmup=0.5, noise=0.1),
+        dict(detach_weights=True),
+        dict(reduction="token"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_variant_trains(tmp_path, embedded_tokenizer, changes):
     trainer = make(tmp_path, embedded_tokenizer, IFTSettings(**changes), max_steps=6)
     trainer.train()
@@ -216,11 +241,17 @@ def test_lora_accumulation_checkpointing_and_resume(tmp_path, embedded_tokenizer
         return IFTTrainer(
             tiny_llama(49152, seed=1, eos=2),
             args=config(
-                folder, per_device_train_batch_size=2, gradient_accumulation_steps=2, gradient_checkpointing=True, max_steps=4, **changes
+                folder,
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=2,
+                gradient_checkpointing=True,
+                max_steps=4,
+                **changes,
             ),
-            train_dataset=datasets.Dataset.from_list(ROWS), processing_class=copy.deepcopy(embedded_tokenizer),
+            train_dataset=datasets.Dataset.from_list(ROWS),
+            processing_class=copy.deepcopy(embedded_tokenizer),
             peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
-        )  # fmt: skip
+        )
 
     whole = trainer(tmp_path, save_strategy="steps", save_steps=2)
     whole.train()

@@ -1,4 +1,4 @@
-"""``everytoken train`` for every method of the station, on a tiny model: configuration, checkpoints, report, refusals."""
+"""``everytoken train`` for every method on a tiny model: configuration, checkpoints, report, refusals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def place(tmp_path_factory):
 
 def letters(folder):
     """A tiny model with a tokenizer of letters, and data, in a folder."""
-    from everytoken.reproduce.small import character_tokenizer
+    from everytoken.reproduce.beds.small_models import character_tokenizer
 
     tokenizer = character_tokenizer(LETTERS)
     for name, seed in (("model", 1), ("guide", 2)):
@@ -94,7 +94,7 @@ def test_every_method_trains_and_reports(place, tmp_path, name):
     assert record["settings"]["lr"] == 0.001
     assert record["curves"]
     page = (tmp_path / "out" / "report.html").read_text()
-    for piece in ("Final evaluation", "Curves", "Before and after", "Credit of every token", "<svg"):
+    for piece in ("Final evaluation", "Curves", "Before and after", "Credit of every token", "data:image/svg+xml"):
         assert piece in page, piece
     assert not re.search(r'(src|href)="http', page)  # self-contained
     column = {
@@ -245,12 +245,12 @@ FIELDS_OF_0_1 = {
     "t-reg": "alpha base gamma pair_weight reduction better worse",
     "cdpo": "weight_chosen label_smoothing positive negative contrast guide_steps tune_lr guide_lora_r",
     "ift": "residual gamma propagation side norm top_k temperature residual_warmup noise detach_weights reduction",
-    "rto": "estimator dpo_reward_scale dpo_reward_clip init_kl_coef reward_scale reward_clip normalize_rewards gamma gae_lambda critic_lr "
-    "critic_epochs value_clip reward dpo guide_steps guide_lr num_generations num_iterations",
+    "rto": "estimator dpo_reward_scale dpo_reward_clip init_kl_coef reward_scale reward_clip normalize_rewards gamma "
+    "gae_lambda critic_lr critic_epochs value_clip reward dpo guide_steps guide_lr num_generations num_iterations",
 }
 SHARED_OF_0_1 = (
-    "steps epochs batch_size accumulation lr warmup lora_r dtype bf16 gradient_checkpointing max_length eval_share save_steps log_steps "
-    "samples sample_tokens seed resume"
+    "steps epochs batch_size accumulation lr warmup lora_r dtype bf16 gradient_checkpointing max_length eval_share "
+    "save_steps log_steps samples sample_tokens seed resume"
 )
 
 

@@ -13,7 +13,9 @@ SEEDS = st.integers(0, 300)
 
 
 def problem(seed, batch=4, length=7):
-    """Token rewards ``[B, T]``, 0 outside the mask, sequence rewards ``[B]``, and the mask: contiguous tokens, some rows empty."""
+    """Token rewards ``[B, T]``, 0 outside the mask, sequence rewards ``[B]``, and the mask: contiguous tokens, some
+    rows empty.
+    """
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, length + 1, (batch,), generator=generator)
     mask = torch.arange(length) < lengths[:, None]

@@ -77,7 +77,8 @@ def test_value_loss_takes_the_larger_error():
     assert value_loss(values, old, returns, mask, None).item() == pytest.approx(0.5 * (1 + 1) / 2)
 
 
-# -- the trainer ---------------------------------------------------------------------------------------------------------
+# -- the trainer
+# ---------------------------------------------------------------------------------------------------------
 PROMPTS = [{"prompt": text} for text in ("The film was", "Our hotel", "My day", "In short,")]
 
 
@@ -87,10 +88,22 @@ def score(completions, **_):
 
 def config(folder, cls=RTOConfig, **changes):
     settings_ = dict(
-        output_dir=str(folder), per_device_train_batch_size=8, num_generations=4, max_completion_length=6, max_steps=2,
-        learning_rate=1e-3, report_to=[], logging_steps=1, save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True, seed=0,
-        num_iterations=2, gradient_checkpointing=False,
-    )  # fmt: skip
+        output_dir=str(folder),
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=6,
+        max_steps=2,
+        learning_rate=1e-3,
+        report_to=[],
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        seed=0,
+        num_iterations=2,
+        gradient_checkpointing=False,
+    )
     return cls(**settings_ | changes)
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers of other families: rank files against the tokenizer they came from, packaged ones against their own library."""
+"""Tokenizers of other families: rank files against their tokenizer, packaged ones against their own library."""
 
 from __future__ import annotations
 
@@ -19,9 +19,15 @@ from .common import byte_level
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 TEXTS = [
-    "Hello wörld, it's 2024!  Two  spaces\n\n\tand tabs", "漢字かな交じり文 😀👩‍👩‍👧 e\u0301", "def f(x):\n    return x ** 2  # 12345",
-    "", " ", "\n", "ǅ ſ ﬁ \u00a0\u3000", "I'LL they've WE'D",
-]  # fmt: skip
+    "Hello wörld, it's 2024!  Two  spaces\n\n\tand tabs",
+    "漢字かな交じり文 😀👩‍👩‍👧 e\u0301",
+    "def f(x):\n    return x ** 2  # 12345",
+    "",
+    " ",
+    "\n",
+    "ǅ ſ ﬁ \u00a0\u3000",
+    "I'LL they've WE'D",
+]
 
 
 def ranks_of(tokenizer):
@@ -55,7 +61,8 @@ def test_packaged_tokenizers_encode_as_their_own_library(name):
     for text in TEXTS:
         ids = ours(text, add_special_tokens=False)["input_ids"]
         if name == "mistral" and "  " in " " + text:
-            continue  # transformers' conversion cuts runs of spaces in its own way, and takes a first space for the one it adds
+            # transformers' conversion cuts runs of spaces in its own way, and takes a first space for the one it adds
+            continue
         assert ids == theirs.encode(text, bos=False, eos=False), text
         assert spell(ours, ids) == (view.lead + text.encode() if text else b"")
 
@@ -70,10 +77,11 @@ def test_files(tmp_path):
         tokenizer.eos_token == "<|endoftext|>"
         and spell(tokenizer, tokenizer("hello é")["input_ids"]) == "hello é".encode()
     )
+    in_order = sorted((rank, data) for data, rank in ranks.items())
     tekken = {
         "config": {"pattern": GPT2, "default_vocab_size": len(ranks) + 5, "default_num_special_tokens": 5},
-        "vocab": [{"rank": rank, "token_bytes": base64.b64encode(data).decode()} for data, rank in sorted(ranks.items(), key=lambda i: i[1])],
-    }  # fmt: skip
+        "vocab": [{"rank": rank, "token_bytes": base64.b64encode(data).decode()} for rank, data in in_order],
+    }
     path = tmp_path / "tekken.json"
     path.write_text(json.dumps(tekken))
     loaded = load_any_tokenizer(str(path))

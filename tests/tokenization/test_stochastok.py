@@ -53,7 +53,7 @@ def test_contract(embedded_tokenizer):
     """StochasTok keeps the contract, so the contract's trial runs it; what keeps none is refused."""
     method = StochasTok(embedded_tokenizer, expand_prop=1.0)
     assert isinstance(method, Retokenizer)
-    assert trial_of(StochasTok) == "everytoken.tokenization.trials.retokenizer:trial"
+    assert trial_of(StochasTok) == "everytoken.tokenization.trials.retokenizer"
     ids = embedded_tokenizer("strawberries")["input_ids"]
     new = method.expand(ids, seed=0)
     assert isinstance(new, Retokenized) and new.ids.dtype == np.int64 and len(new.ids) == len(new.source) > len(ids)
@@ -62,7 +62,7 @@ def test_contract(embedded_tokenizer):
         trial_of(dict)
 
 
-# -- bytes ---------------------------------------------------------------------------------------------------------------
+# -- bytes -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("text", TEXTS)
 def test_token_bytes_spell_the_text(text, embedded_tokenizer):
     for tokenizer in (embedded_tokenizer, byte_bpe()):
@@ -103,7 +103,7 @@ def test_unknown_decoder_is_refused():
         token_bytes(object())
 
 
-# -- the table -----------------------------------------------------------------------------------------------------------
+# -- the table ---------------------------------------------------------------------------------------------------------
 @given(st.lists(st.one_of(st.none(), st.binary(max_size=4)), max_size=25))
 @settings(deadline=None)
 def test_table_equals_brute_force(vocabulary):
@@ -130,7 +130,7 @@ def test_single_bytes_and_specials_never_split(embedded_tokenizer):
         assert special not in stochastok.table.right
 
 
-# -- the algorithm -------------------------------------------------------------------------------------------------------
+# -- the algorithm -----------------------------------------------------------------------------------------------------
 @given(st.text(max_size=80), st.floats(0, 3), st.integers(0, 2**31))
 @settings(max_examples=80, deadline=None)
 def test_text_unchanged_and_length_grows_by_the_splits(text, prop, seed):
@@ -175,8 +175,10 @@ def test_same_seed_same_output(embedded_tokenizer):
 
 @pytest.mark.parametrize(("n", "prop"), [(5, 0.8), (12, 0.5), (30, 0.1)])
 def test_marginal_probability_of_a_split_matches_the_closed_form(n, prop):
-    """One splittable token (into single bytes) among n - 1 unsplittable ones: every attempt hits it with chance 1/n until
-    it splits, so P(split) = 1 - (1 - 1/n)^floor(p n)."""
+    """One splittable token (into single bytes) among n - 1 unsplittable ones.
+
+    Every attempt hits it with chance 1/n until it splits, so P(split) = 1 - (1 - 1/n)^floor(p n).
+    """
     vocabulary = [b"a", b"b", b"ab"]
     stochastok = StochasTok.__new__(StochasTok)
     stochastok.expand_prop, stochastok.max_expansions, stochastok.table = prop, None, split_table(vocabulary)
@@ -218,7 +220,7 @@ def test_distribution_equals_a_literal_implementation():
     assert chisquare([counts[k] for k in keys], [exact[k] * draws for k in keys]).pvalue > 1e-4
 
 
-# -- annotations ---------------------------------------------------------------------------------------------------------
+# -- annotations -------------------------------------------------------------------------------------------------------
 def test_annotations_follow_both_parts(embedded_tokenizer):
     encoded = embedded_tokenizer(TEXTS[0], return_offsets_mapping=True)
     ids = encoded["input_ids"]

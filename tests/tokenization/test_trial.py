@@ -35,8 +35,11 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("card", METHODS, ids=lambda card: card.slug)
 def test_every_card_has_a_trial(card):
-    module, _, function = trial_of(card.load()).partition(":")
-    assert callable(getattr(importlib.import_module(module), function))
+    """Of its own, or of its contract."""
+    run = card.load_trial()
+    assert callable(run)
+    if run is trial:
+        assert callable(importlib.import_module(trial_of(card.load())).trial)
 
 
 def test_methods_keep_their_contracts():
@@ -60,29 +63,12 @@ def test_trials_run(factory, settings, data, arms, folder):
     data = None if data is None else str(folder / data)
     options = {"max_new_tokens": 4, "seed": 1}
     text = "the helpers say hello to the oth"
-    result = trial(TrialRequest([Trial("it", factory, settings)], str(folder / "old"), text, data, options))
+    run = next(card for card in METHODS if card.load() is factory).load_trial()
+    result = run(TrialRequest([Trial("it", factory, settings)], str(folder / "old"), text, data, options))
     assert list(result.rows) == arms
     assert all(result.headline in row for row in result.rows.values())
     assert len(result.traces) == 1 and result.column in result.traces[0].columns
     assert any(note.startswith("it:") for note in result.notes)
-
-
-def test_the_unit_of_exact_bytes_is_honoured():
-    """One forward pass a byte, or one a token: what the settings say holds without saying it again."""
-    tokenizer = byte_level()
-    model = tiny_llama(len(tokenizer), eos=None, scale=0.3)
-    for unit in ("byte", "token"):
-        lm = ExactBytes(unit=unit).on(model, tokenizer)
-        assert lm.generate("hel", 12) == lm.generate("hel", 12, unit=unit)
-        other = "token" if unit == "byte" else "byte"
-        assert lm.generate("hel", 12, do_sample=True, seed=3) == lm.generate(
-            "hel", 12, do_sample=True, seed=3, unit=unit
-        )
-        assert lm.generate("hel", 12, do_sample=True, seed=3) != lm.generate(
-            "hel", 12, do_sample=True, seed=3, unit=other
-        )
-    with pytest.raises(BadInputError, match="unit is"):
-        lm.generate("a", unit="word")
 
 
 def test_methods_of_two_kinds_are_refused(folder):

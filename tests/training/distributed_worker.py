@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path[0] = str(Path(__file__).parents[2])  # not this folder: its datasets/ would hide the library of that name
 
 import datasets
 import torch
@@ -22,8 +23,6 @@ from everytoken.preference.tdpo import TDPOLoss
 from everytoken.preference.tgdpo import TGDPOLoss
 from everytoken.preference.trainer import PreferenceTrainer
 from everytoken.reinforcement.rto import RTOConfig, RTOTrainer
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.conftest import tiny_llama
 from tests.preference.test_ift import ROWS as DEMONSTRATIONS
 from tests.preference.test_trainer import ROWS
@@ -36,17 +35,32 @@ def main(kind: str, out: Path, size: int) -> None:
     tokenizer = load_tokenizer()
     model, reference, guide = (tiny_llama(49152, seed=seed, eos=2) for seed in (1, 2, 3))
     settings = dict(
-        output_dir=str(out / "run"), per_device_train_batch_size=size, max_steps=2, learning_rate=1e-3, report_to=[], logging_steps=1,
-        save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True, seed=0, gradient_checkpointing=False,
-    )  # fmt: skip
+        output_dir=str(out / "run"),
+        per_device_train_batch_size=size,
+        max_steps=2,
+        learning_rate=1e-3,
+        report_to=[],
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        seed=0,
+        gradient_checkpointing=False,
+    )
     common = dict(processing_class=tokenizer)
     if kind in ("tdpo", "tgdpo"):
         loss = TDPOLoss() if kind == "tdpo" else TGDPOLoss()
         annotators = [] if kind == "tdpo" else [ModelLogps(guide)]
         trainer = PreferenceTrainer(
-            model, ref_model=reference, loss=loss, annotators=annotators, args=DPOConfig(**settings),
-            train_dataset=datasets.Dataset.from_list(ROWS), **common,
-        )  # fmt: skip
+            model,
+            ref_model=reference,
+            loss=loss,
+            annotators=annotators,
+            args=DPOConfig(**settings),
+            train_dataset=datasets.Dataset.from_list(ROWS),
+            **common,
+        )
     elif kind == "ift":
         trainer = IFTTrainer(
             model, args=SFTConfig(**settings), train_dataset=datasets.Dataset.from_list(DEMONSTRATIONS), **common

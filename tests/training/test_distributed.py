@@ -1,4 +1,4 @@
-"""``accelerate launch`` with two real processes (gloo): the same weights as one process with batches of twice the size."""
+"""``accelerate launch`` with two real processes (gloo): the weights of one process with batches of twice the size."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def start(command, place):
 def run(command, place):
     """Runs a command that writes to the new folder ``place``; what it printed.
 
-    gloo (torch 2.13) very rarely corrupts the heap of its own thread in a gather: ``full_tensor()`` of a sharded tensor in a long loop
-    shows it without any of our code. A launch that dies of that signal is started again, from nothing, and the warning says so; every
-    other failure is ours.
+    gloo (torch 2.13) very rarely corrupts the heap of its own thread in a gather: ``full_tensor()`` of a sharded tensor
+    in a long loop shows it without any of our code. A launch that dies of that signal is started again, from nothing,
+    and the warning says so; every other failure is ours.
     """
     done = start(command, place)
     if CRASH in done.stderr:
@@ -88,7 +88,9 @@ def test_two_processes_train_as_one(tmp_path, kind, options):
 
 @pytest.mark.parametrize("estimator", ["gae", "group"])
 def test_rollouts_on_two_processes(tmp_path, estimator):
-    """Shards change nothing: policy, reference, DPO model (or the two in one, with an adapter) and critic whole in both processes, or in halves."""
+    """Shards change nothing: policy, reference, DPO model (or the two in one, with an adapter) and critic whole in both
+    processes, or in halves.
+    """
     copies = launch(estimator, tmp_path / "copies", 4, *DDP)
     shards = launch(estimator, tmp_path / "shards", 4, *FSDP)
     assert distance(copies, shards) < 2e-5
@@ -101,8 +103,15 @@ def test_rollouts_on_two_processes(tmp_path, estimator):
 
 
 SMALL = [
-    "steps=2", "eval_share=0.33", "samples=1", "sample_tokens=4", "lr=0.001", "guide_steps=1", "guide_lr=0.001", "tune_lr=0.001",
-]  # fmt: skip
+    "steps=2",
+    "eval_share=0.33",
+    "samples=1",
+    "sample_tokens=4",
+    "lr=0.001",
+    "guide_steps=1",
+    "guide_lr=0.001",
+    "tune_lr=0.001",
+]
 CASES = {
     "a guide trained first": ("tgdpo", []),
     "a given guide": ("tgdpo", ["guide=PLACE/guide"]),
@@ -119,16 +128,32 @@ def train(place, case, own, size, *options):
     settings = [value for value in SMALL if value.partition("=")[0] in known]
     settings += [f"batch_size={size}", *(change.replace("PLACE", str(place)) for change in changes)]
     arguments = [item for setting in settings for item in ("--set", setting)]
-    printed = run([
-        *command_of(*options), "-m", "everytoken", "train", name, "--model", str(place / "model"), "--data", str(place / "pairs.jsonl"),
-        "--out", str(own / "out"), "--json", *arguments,
-    ], own)  # fmt: skip
+    printed = run(
+        [
+            *command_of(*options),
+            "-m",
+            "everytoken",
+            "train",
+            name,
+            "--model",
+            str(place / "model"),
+            "--data",
+            str(place / "pairs.jsonl"),
+            "--out",
+            str(own / "out"),
+            "--json",
+            *arguments,
+        ],
+        own,
+    )
     return json.loads(printed[printed.index("{") :])["figures"]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_command_in_shards(tmp_path, case):
-    """``accelerate launch ... -m everytoken train``: guides, columns, training, evaluation, report; as one process does it."""
+    """``accelerate launch ... -m everytoken train``: guides, columns, training, evaluation, report; as one process does
+    it.
+    """
     as_one_process(tmp_path, case, FSDP)
 
 

@@ -16,6 +16,7 @@ from .common import (
     cards_of,
     check_outputs,
     emit_json,
+    lines,
     method_names,
     options_from,
     results_table,
@@ -68,8 +69,9 @@ def compare(
     check_outputs(plot, trace)
     status = Console(stderr=True)
     options = options_from(max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, steps=steps, seed=seed)
-    request = TrialRequest(trials, model, prompt, str(data) if data is not None else None, options)
-    request.report = lambda line: status.print(f"{line} ...", style="dim", highlight=False)
+    request = TrialRequest(
+        trials, model, prompt, str(data) if data is not None else None, options, report=lines(status)
+    )
     result = trial(request)
     if plot is not None:
         plot.write_text(svg_bars(result), encoding="utf-8")

@@ -18,7 +18,8 @@ from .common import check_outputs, print_outcome, stages
 app = typer.Typer(
     no_args_is_help=True,
     help="Make preference data offline: a model's own texts, ranked by a program.",
-    epilog="Examples:  everytoken data sentiment --out pairs  ·  everytoken data arithmetic --set task=gcd --set samples=16",
+    epilog="Examples:  everytoken data sentiment --out pairs  ·  "
+    "everytoken data arithmetic --set task=gcd --set samples=16",
 )
 
 Model = Annotated[str | None, typer.Option(help="Hub id, folder or .gguf file; default: the embedded model.")]

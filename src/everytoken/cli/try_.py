@@ -14,6 +14,7 @@ from .common import (
     build_trial,
     check_outputs,
     emit_json,
+    lines,
     method_names,
     options_from,
     results_table,
@@ -67,11 +68,10 @@ def try_method(
         if not as_json:
             print(text, end="", flush=True)
 
-    def report(line: str) -> None:
-        status.print(f"{line} ...", style="dim", highlight=False)
-
     options = options_from(max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, steps=steps, seed=seed)
-    request = TrialRequest([item], model, prompt, str(data) if data is not None else None, options, stream, report)
+    request = TrialRequest(
+        [item], model, prompt, str(data) if data is not None else None, options, stream, lines(status)
+    )
     result = card.load_trial()(request)
     if trace is not None:
         if trace.suffix in (".jsonl", ".parquet"):

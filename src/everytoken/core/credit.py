@@ -14,8 +14,8 @@ BLOCK = 256
 def discounted_sums(values: torch.Tensor, gamma: float) -> torch.Tensor:
     """``c_t = sum_{i >= t} gamma^(i - t) values_i`` over the last dimension, differentiable: ``[..., T] -> [..., T]``.
 
-    Positions with value 0 add nothing but still count as a step. Works block by block: no loop over tokens, and no powers that
-    underflow for long sequences.
+    Positions with value 0 add nothing but still count as a step. Works block by block: no loop over tokens, and no
+    powers that underflow for long sequences.
     """
     import torch
 

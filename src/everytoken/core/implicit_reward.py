@@ -1,12 +1,13 @@
 """Implicit rewards: what a preference-trained model thinks each token is worth (arXiv 2305.18290, 2404.12358).
 
-In the token-level decision process (state: the text so far; action: the next token) a model pi trained with DPO against a reference
-is the optimal policy of some reward, so its log-ratio is a credit for every token, up to a potential of the state::
+In the token-level decision process (state: the text so far; action: the next token) a model pi trained with DPO against
+a reference is the optimal policy of some reward, so its log-ratio is a credit for every token, up to a potential of the
+state::
 
     r_t = beta [log pi(y_t | s_t) - log ref(y_t | s_t)] = Q*(s_t, y_t) - V*(s_t) - beta log ref(y_t | s_t)
 
-Sums telescope: over a whole answer they are ``sum_t r(s_t, y_t) - V*(s_0)``, so differences between answers to one prompt are
-differences of their true rewards.
+Sums telescope: over a whole answer they are ``sum_t r(s_t, y_t) - V*(s_0)``, so differences between answers to one
+prompt are differences of their true rewards.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ class ImplicitReward:
         reverse_kl: bool = False,
         entropy: bool = False,
     ) -> dict[str, torch.Tensor]:
-        """``logps``, ``ref_logps`` (``forward_kl``, ``reverse_kl``, ``entropy``) per token, ``[B, T]``, aligned to the scored tokens; see ``score``."""
+        """``logps``, ``ref_logps`` (``forward_kl``, ``reverse_kl``, ``entropy``) per token, ``[B, T]``, aligned to the
+        scored tokens; see ``score``.
+        """
         import torch
 
         from .logprobs import token_stats

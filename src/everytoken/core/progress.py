@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 Report = Callable[[str, int, int], None]
-"""``report(stage, done, total)``: what is being done, how much of it is done, and of how much; total 0 where it is not known."""
+"""``report(stage, done, total)``: what is being done, how much of it is done, and of how much; total 0 where it is not
+known.
+"""
 
 
 def silent(stage: str, done: int, total: int) -> None:

@@ -1,6 +1,7 @@
 """Scoring given tokens with frozen models: padding rows, hidden states at the scored positions, log-probabilities.
 
-Everything here is without gradient; training computes the same quantities inside its own forward (``training.scored_forward``).
+Everything here is without gradient; training computes the same quantities inside its own forward
+(``training.scored_forward``).
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ def plain_head(model: Any) -> Any:
     """The output head of a causal model whose logits are ``head(hidden)`` and nothing else.
 
     Raises:
-        UnsupportedModelError: the model caps or scales its logits, which fused statistics would not follow, or has no head.
+        UnsupportedModelError: the model caps or scales its logits, which fused statistics would not follow, or has no
+            head.
     """
     config = model.config.get_text_config()
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
         value = getattr(config, name, None)
         if value not in (None, 1, 1.0):
             raise UnsupportedModelError(
-                f"{type(model).__name__} transforms its logits ({name}={value}), which the fused statistics do not follow."
+                f"{type(model).__name__} transforms its logits ({name}={value}), "
+                "which the fused statistics do not follow."
             )
     head = model.get_output_embeddings()
     if head is None:
@@ -68,12 +71,14 @@ def check_guide(
     """Refuses a guide that reads other tokens than the policy.
 
     Raises:
-        TokenizerMismatchError: vocabularies of different size, or (where both tokenizers are given) of different content.
+        TokenizerMismatchError: vocabularies of different size, or (where both tokenizers are given) of different
+            content.
     """
     sizes = [plain_head(model).weight.shape[0] for model in (policy, guide)]
     if sizes[0] != sizes[1]:
         raise TokenizerMismatchError(
-            f"The {what} has a vocabulary of {sizes[1]} tokens and the policy of {sizes[0]}: they use different tokenizers.",
+            f"The {what} has a vocabulary of {sizes[1]} tokens and the policy of {sizes[0]}: "
+            "they use different tokenizers.",
             f"Token-level credit needs a {what} with the policy's own tokenizer.",
         )
     if tokenizer is None or guide_tokenizer is None:
@@ -88,7 +93,7 @@ def check_guide(
 
 
 def prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
-    """Ids of a prompt: of a text as it is, of a list of messages by the chat template, up to where the answer begins."""
+    """Ids of a prompt: of a text as it is, of messages by the chat template, up to where the answer begins."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
@@ -125,7 +130,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
 def pad_rows(
     rows: Sequence[PromptResponse], pad: int = 0, device: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows as right-padded tensors: ``ids [B, T]``, ``attention_mask [B, T]``, and ``mask [B, T]``, True on response tokens."""
+    """Rows as right-padded tensors: ``ids``, ``attention_mask`` and ``mask`` (True on responses), all ``[B, T]``."""
     import torch
 
     width = max(len(prompt) + len(response) for prompt, response in rows)
@@ -142,7 +147,7 @@ def pad_rows(
 def response_hidden(
     model: Any, ids: torch.Tensor, mask: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The ``[N, D]`` last hidden states that predict the N tokens where ``mask``; a row's first token cannot be scored."""
+    """The ``[N, D]`` last hidden states that predict the N tokens where ``mask``; never a row's first token."""
     kwargs: dict[str, Any] = {}
     if attention_mask is not None:
         positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
@@ -160,7 +165,10 @@ def response_hidden(
 def response_logps(
     model: Any, ids: torch.Tensor, mask: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Log-probabilities ``[B, T]`` float32 of the tokens where ``mask``, at their own positions; 0 elsewhere. No gradient."""
+    """Log-probabilities ``[B, T]`` float32 of the tokens where ``mask``, at their own positions; 0 elsewhere.
+
+    No gradient.
+    """
     import torch
 
     from .logprobs import token_stats

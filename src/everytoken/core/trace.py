@@ -15,20 +15,20 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
+from .colours import category, ink, shade
 from .errors import BadInputError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
     from rich.console import Console
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
-RAMP = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
-"""Viridis: perceptually even, safe for colour-blind readers, legible in print."""
-CATEGORIES = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d755d", "#bab0ac")
-
 Value = float | int | str | bool | None
+Column: TypeAlias = "Iterable[Value] | np.ndarray | torch.Tensor"
 
 
 @dataclass
@@ -38,8 +38,8 @@ class TokenTrace:
     Attributes:
         ids: token ids.
         columns: name -> one value a token: numbers, strings, booleans, or None where a column does not apply.
-        texts: the tokens as text, filled by ``with_text`` or by the producer. Pieces of a character that spans tokens read
-            as the replacement character; ``spans`` are exact.
+        texts: the tokens as text, filled by ``with_text`` or by the producer. Pieces of a character that spans tokens
+            read as the replacement character; ``spans`` are exact.
         spans: ``(start, end)`` byte offsets of each token in the UTF-8 text.
         title, station: shown in the header.
     """
@@ -61,7 +61,7 @@ class TokenTrace:
         if self.spans is not None:
             self.spans = [(int(start), int(end)) for start, end in self.spans]
 
-    def _checked(self, name: str, column: Iterable[Any]) -> list[Value]:
+    def _checked(self, name: str, column: Column) -> list[Value]:
         values = column.tolist() if hasattr(column, "tolist") else list(column)
         if len(values) != len(self.ids):
             raise BadInputError(
@@ -73,7 +73,7 @@ class TokenTrace:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def add(self, name: str, column: Iterable[Any]) -> TokenTrace:
+    def add(self, name: str, column: Column) -> TokenTrace:
         """Adds (or replaces) a column of one value a token (list, numpy or torch); returns the trace."""
         self.columns[name] = self._checked(name, column)
         return self
@@ -128,13 +128,13 @@ class TokenTrace:
             low, high = self.limits(name)
             return [shade(value, low, high) for value in self.columns[name]]
         names = self.categories(name)
-        return [None if v is None else CATEGORIES[names.index(str(v)) % len(CATEGORIES)] for v in self.columns[name]]
+        return [None if value is None else category(names.index(str(value))) for value in self.columns[name]]
 
     def categories(self, name: str) -> list[str]:
         """The distinct values of a categorical column in order of appearance."""
         return list(dict.fromkeys(str(value) for value in self.columns[name] if value is not None))
 
-    # -- terminal --------------------------------------------------------------------------------------------------------
+    # -- terminal ------------------------------------------------------------------------------------------------------
     def render(self, column: str | None = None, width: int = 8) -> Text:
         """The text with each token on the colour of its value, and a legend below (rich Text).
 
@@ -150,7 +150,7 @@ class TokenTrace:
         colours = self.colours(column) if column is not None else [None] * len(self)
         for label, colour in zip(self.labels, colours, strict=True):
             shown = label.replace("\r", "").replace("\t", "    ")
-            style = f"{_ink(colour)} on {colour}" if colour else ""
+            style = f"{ink(colour)} on {colour}" if colour else ""
             head, *rest = shown.split("\n")  # a coloured newline would paint the rest of the terminal's line
             output.append(head or ("" if rest else "·"), style)
             for line in rest:
@@ -174,8 +174,8 @@ class TokenTrace:
             legend.append(f" {high:.3g}", style="not bold")
         else:
             for index, name in enumerate(self.categories(column)):
-                colour = CATEGORIES[index % len(CATEGORIES)]
-                legend.append(f" {name} ", style=f"not bold {_ink(colour)} on {colour}")
+                colour = category(index)
+                legend.append(f" {name} ", style=f"not bold {ink(colour)} on {colour}")
                 legend.append(" ")
         if any(value is None for value in self.columns[column]):
             legend.append("  uncoloured: no value", style="not bold dim")
@@ -190,25 +190,25 @@ class TokenTrace:
             console.print(f"[bold]{self.title}[/]  [dim]{len(self)} tokens[/]", highlight=False)
         console.print(self.render(column))
 
-    # -- HTML ------------------------------------------------------------------------------------------------------------
+    # -- HTML ----------------------------------------------------------------------------------------------------------
     def to_html(self, path: str | os.PathLike[str] | None = None, column: str | None = None) -> str:
         """One self-contained page: selector for the score, hover for all values, light and dark; optionally written."""
         from .trace_html import render_html
 
         return render_html([self], path, column)
 
-    # -- storage ---------------------------------------------------------------------------------------------------------
-    def rows(self) -> list[dict[str, Any]]:
+    # -- storage -------------------------------------------------------------------------------------------------------
+    def rows(self) -> list[dict[str, Value]]:
         """One dict a token: ``id``, ``text``, ``start``, ``end`` and the columns."""
         starts: Sequence[tuple[int | None, int | None]] = self.spans or [(None, None)] * len(self)
         texts: Sequence[str | None] = self.texts or [None] * len(self)
         return [
-            {"id": item, "text": text, "start": span[0], "end": span[1]}
+            dict[str, Value](id=item, text=text, start=span[0], end=span[1])
             | {name: column[index] for name, column in self.columns.items()}
             for index, (item, text, span) in enumerate(zip(self.ids, texts, starts, strict=True))
         ]
 
-    def _meta(self) -> dict[str, Any]:
+    def _meta(self) -> dict[str, int | str | list[str]]:
         return {"everytoken_trace": 1, "title": self.title, "station": self.station, "columns": list(self.columns)}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -271,10 +271,10 @@ class TokenTrace:
 _SPECIAL = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
+def _finite(row: dict[str, Value]) -> dict[str, Value | dict[str, str]]:
     """Non-finite floats as ``{"float": "NaN"}``, since JSON has no name for them."""
 
-    def encode(value: Any) -> Any:
+    def encode(value: Value) -> Value | dict[str, str]:
         if isinstance(value, float) and not math.isfinite(value):
             return {"float": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
         return value
@@ -282,25 +282,5 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
     return {name: encode(value) for name, value in row.items()}
 
 
-def _infinite(row: dict[str, Any]) -> dict[str, Any]:
+def _infinite(row: dict[str, Value | dict[str, str]]) -> dict[str, Value]:
     return {name: _SPECIAL[value["float"]] if isinstance(value, dict) else value for name, value in row.items()}
-
-
-def shade(value: Value, low: float, high: float) -> str | None:
-    """The colour ``#rrggbb`` of a number between ``low`` and ``high``; None for None, texts and what is not finite."""
-    if value is None or isinstance(value, str) or not math.isfinite(value):
-        return None
-    share = 0.5 if high <= low else (float(value) - low) / (high - low)
-    position = share * (len(RAMP) - 1)
-    index = min(int(position), len(RAMP) - 2)
-    mix = position - index
-    pairs = [(int(RAMP[index][i : i + 2], 16), int(RAMP[index + 1][i : i + 2], 16)) for i in (1, 3, 5)]
-    return "#" + "".join(f"{round(a + (b - a) * mix):02x}" for a, b in pairs)
-
-
-def _ink(colour: str | None) -> str:
-    """Black or white, whichever reads better on ``colour``."""
-    if colour is None:
-        return ""
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#ffffff"

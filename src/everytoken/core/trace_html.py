@@ -13,9 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
-from .trace import CATEGORIES, RAMP, TokenTrace, Value, shade
+from .colours import CATEGORIES, RAMP, category, shade
+
+if TYPE_CHECKING:
+    from .trace import TokenTrace, Value
 
 TEMPLATE = Path(__file__).with_name("trace.html")
 _NAME = re.compile(r"\{\{(\w+)\}\}")
@@ -130,7 +133,7 @@ def _column_data(trace: TokenTrace, name: str, scale: Scale) -> ColumnData:
     if numeric:
         colours = [shade(value, scale.low, scale.high) for value in values]
     else:
-        places = {item: CATEGORIES[index % len(CATEGORIES)] for index, item in enumerate(scale.categories)}
+        places = {item: category(index) for index, item in enumerate(scale.categories)}
         colours = [None if value is None else places[str(value)] for value in values]
     return ColumnData(
         numeric=numeric,

@@ -1,22 +1,38 @@
 """The bytes of every token.
 
-A token's text is not enough: byte-level BPE writes bytes as printable stand-ins, SentencePiece writes spaces as a marker and
-unknown bytes as ``<0xNN>``, WordPiece marks continuations. ``token_bytes`` undoes all of that, so that methods can cut, join
-and constrain tokens by what they spell.
+A token's text is not enough: byte-level BPE writes bytes as printable stand-ins, SentencePiece writes spaces as a
+marker and unknown bytes as ``<0xNN>``, WordPiece marks continuations. ``token_bytes`` undoes all of that, so that
+methods can cut, join and constrain tokens by what they spell.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
 from weakref import WeakKeyDictionary
 
 from .errors import BadInputError
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+    TokenizerLike: TypeAlias = PreTrainedTokenizerBase | Tokenizer
+
+
+class Component(TypedDict, total=False):
+    """A part of a tokenizer's JSON: its type and, in sequences, further parts."""
+
+    type: str
+    decoders: list[Component]
+    pretokenizers: list[Component]
+
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_TABLES: WeakKeyDictionary[Any, tuple[int, list[bytes | None]]] = WeakKeyDictionary()
+_TABLES: WeakKeyDictionary[TokenizerLike, tuple[int, list[bytes | None]]] = WeakKeyDictionary()
 
 
 @lru_cache(maxsize=1)
@@ -31,15 +47,16 @@ def byte_stand_ins() -> dict[str, int]:
     return table | {chr(0x100 + index): byte for index, byte in enumerate(others)}
 
 
-def backend_of(tokenizer: Any) -> Any:
+def backend_of(tokenizer: TokenizerLike) -> Tokenizer:
     """The ``tokenizers`` object behind a transformers tokenizer, or the object itself."""
     return getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None) or tokenizer
 
 
-def token_bytes(tokenizer: Any) -> list[bytes | None]:
-    """The bytes of every token id of a transformers (fast) or ``tokenizers`` tokenizer; None for special and unused ids.
+def token_bytes(tokenizer: TokenizerLike) -> list[bytes | None]:
+    """The bytes of every token id of a fast transformers tokenizer or a ``tokenizers`` one.
 
-    Knows byte-level BPE, SentencePiece (with byte fallback) and WordPiece, by the tokenizer's own decoder.
+    Special and unused ids have None. Knows byte-level BPE, SentencePiece (with byte fallback) and WordPiece, by the
+    tokenizer's own decoder.
 
     Raises:
         BadInputError: the tokenizer has no fast backend, or decodes in a way that is not known here.
@@ -100,15 +117,14 @@ def first_ids(table: list[bytes | None]) -> dict[bytes, int]:
     return found
 
 
-def _kinds(part: Any) -> set[str]:
+def _kinds(part: Component | None) -> set[str]:
     """The types of a component and, in sequences, of its parts."""
-    if not isinstance(part, dict):
+    if part is None:
         return set()
-    nested = [item for key in ("decoders", "pretokenizers") for item in part.get(key, [])]
-    return {part["type"]}.union(*map(_kinds, nested))
+    return {part["type"]}.union(*map(_kinds, [*part.get("decoders", []), *part.get("pretokenizers", [])]))
 
 
-def spell(tokenizer: Any, ids: Any) -> bytes:
+def spell(tokenizer: TokenizerLike, ids: Iterable[int]) -> bytes:
     """The bytes that a sequence of ids spells; special tokens spell nothing."""
     table = token_bytes(tokenizer)
     return b"".join(table[int(item)] or b"" for item in ids)

@@ -4,7 +4,7 @@ A shipped model is a folder of ``everytoken/weights`` with
 
 - ``model.safetensors`` and ``config.json``,
 - ``training.json``: the arguments and the curve of its training,
-- ``card.toml``: what it is, its licence, where it comes from, the script that trains it, and the model that it belongs to.
+- ``card.toml``: what it is, its licence and origin, the script that trains it, and the model that it belongs to.
 
 All folders together stay within ``BUDGET`` (a test adds them up), so that the wheel stays small.
 """
@@ -136,8 +136,8 @@ def check_no_pickle(folder: Path) -> None:
     if pickles:
         raise BadInputError(
             f"{folder} holds its weights as a pickle ({pickles[0]}), which may run any code when it is read.",
-            "If you trust the file, convert it once: load it with transformers elsewhere and save_pretrained(), which writes "
-            "safetensors.",
+            "If you trust the file, convert it once: load it with transformers elsewhere and save_pretrained(), which "
+            "writes safetensors.",
         )
 
 

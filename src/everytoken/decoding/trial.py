@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import BadInputError
+from ..core.progress import Report, silent
 from ..core.scoring import check_prompt, encode_prompt
 from ..core.trace import TokenTrace
 
@@ -50,7 +51,7 @@ class TrialRequest:
         data: a file of the user's, or None.
         options: further options by name (``max_new_tokens``, ``temperature``, ``dtype``, ``seed``).
         stream: called with pieces of text as they appear.
-        report: called with a line on what is being done.
+        report: called with ``(stage, done, total)``.
     """
 
     trials: list[Trial]
@@ -59,7 +60,7 @@ class TrialRequest:
     data: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     stream: Callable[[str], None] = lambda _text: None
-    report: Callable[[str], None] = lambda _line: None
+    report: Report = silent
 
 
 @dataclass
@@ -121,7 +122,7 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
     config = load_config(request.model)
     for decoder in decoders.values():
         decoder.check_model(config)
-    request.report("loading the model")
+    request.report("loading the model", 0, 0)
     tokenizer = load_tokenizer(request.model)
     inputs = encode_prompt(tokenizer, prompt)
     new_tokens = int(options.get("max_new_tokens", 128))
@@ -136,13 +137,13 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
         arguments |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     result = TrialResult({}, "tokens per second", notes=[beyond] if beyond else [])
     work = _Work(request, result, model, tokenizer, inputs, arguments)
-    request.report("warming up")
+    request.report("warming up", 0, 0)
     model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    request.report("plain decoding")
+    request.report("plain decoding", 0, 0)
     output, seconds = work.timed(lambda: model.generate(**inputs, **arguments))
     work.record("plain generate", output, seconds, {"target forwards": float(output.shape[1] - length)})
     for name, decoder in decoders.items():
-        request.report(f"decoding with {name}")
+        request.report(f"decoding with {name}", 0, 0)
         work.run(name, decoder, prompt)
         if temperature == 0 and decoder.lossless:
             same = result.texts[name] == result.texts["plain generate"]

@@ -4,18 +4,19 @@ A loss maps per-token statistics of policy and reference over pairs to one loss 
 
     loss(policy, reference) -> PreferenceOutput(losses [B], chosen_rewards [B], rejected_rewards [B])
 
-It is a dataclass of its settings and sees no model and no trainer. What it takes besides the log-probabilities it declares, each where it has
-any (``declared`` reads them):
+It is a dataclass of its settings and sees no model and no trainer. What it takes besides the log-probabilities it
+declares, each where it has any (``declared`` reads them):
 
-- ``needs``: statistics that the trainer computes with the log-probabilities (``"forward_kl"``: KL(reference || policy) per position;
-  ``"reverse_kl"``; ``"entropy"``);
-- ``data_columns``: constant per-token values of the pairs (a guide's log-probabilities, a criticality), name -> the class of their maker.
-  They are the dataset columns ``chosen_NAME`` and ``rejected_NAME``; ``training.column_makers`` says what a maker is, and None stands for
-  a column that only the dataset can bring;
-- ``trace_columns(policy, reference)``: what traces show of every token besides the implicit reward, name -> (chosen, rejected), ``[B, T]``.
+- ``needs``: statistics that the trainer computes with the log-probabilities (``"forward_kl"``: KL(reference || policy)
+  per position; ``"reverse_kl"``; ``"entropy"``);
+- ``data_columns``: constant per-token values of the pairs (a guide's log-probabilities, a criticality), name -> the
+  class of their maker. They are the dataset columns ``chosen_NAME`` and ``rejected_NAME``; ``training.column_makers``
+  says what a maker is, and None stands for a column that only the dataset can bring;
+- ``trace_columns(policy, reference)``: what traces show of every token besides the implicit reward, name -> (chosen,
+  rejected), ``[B, T]``.
 
-``PreferenceTrainer`` computes everything once, in one chunked pass, whatever the loss. ``everytoken.testing.preference_loss`` checks a loss
-against all of this.
+``PreferenceTrainer`` computes everything once, in one chunked pass, whatever the loss.
+``everytoken.testing.preference_loss`` checks a loss against all of this.
 """
 
 from __future__ import annotations
@@ -104,8 +105,8 @@ def declared(loss: PreferenceLoss | type[PreferenceLoss]) -> DeclaredInputs:
     """What a loss, or its class, declares; nothing where it says nothing.
 
     Raises:
-        BadInputError: a statistic that nobody computes, a column named as a statistic, or columns under the name that 0.1 read
-            (``columns``).
+        BadInputError: a statistic that nobody computes, a column named as a statistic, or columns under the name that
+            0.1 read (``columns``).
     """
     name = loss.__name__ if isinstance(loss, type) else type(loss).__name__
     needs = frozenset(getattr(loss, "needs", ()))
@@ -131,7 +132,9 @@ def declared(loss: PreferenceLoss | type[PreferenceLoss]) -> DeclaredInputs:
 def trace_columns(
     loss: PreferenceLoss, policy: PairScores, reference: PairScores
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """What a loss shows of every token, name -> (chosen, rejected), each ``[B, T]``; nothing where it has no ``trace_columns``."""
+    """What a loss shows of every token, name -> (chosen, rejected), each ``[B, T]``; nothing where it has no
+    ``trace_columns``.
+    """
     shown = getattr(loss, "trace_columns", None)
     return {} if shown is None else dict(shown(policy, reference))
 
@@ -139,7 +142,9 @@ def trace_columns(
 def weighted_log_ratios(
     policy: PairScores, reference: PairScores, chosen_weight: torch.Tensor, rejected_weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``sum_t m_t w_t (log pi - log ref)`` of chosen and rejected: two ``[B]`` tensors; the weights are ``[B, T]`` constants."""
+    """``sum_t m_t w_t (log pi - log ref)`` of chosen and rejected: two ``[B]`` tensors; the weights are ``[B, T]``
+    constants.
+    """
     chosen = chosen_weight.detach() * (policy.chosen_logps - reference.chosen_logps)
     rejected = rejected_weight.detach() * (policy.rejected_logps - reference.rejected_logps)
     return masked_sum(chosen, policy.chosen_mask), masked_sum(rejected, policy.rejected_mask)

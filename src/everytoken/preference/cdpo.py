@@ -1,19 +1,19 @@
 """cDPO: critical tokens by contrastive estimation, and DPO weighted by them (arXiv 2411.19943).
 
-In a wrong line of reasoning a few tokens decide the failure. Rolling out from every prefix finds them (``RolloutOracle``); contrastive
-estimation finds them in two forwards, by comparing p+ (the base model tuned on its own correct traces) with p- (tuned on incorrect
-ones), over the whole vocabulary::
+In a wrong line of reasoning a few tokens decide the failure. Rolling out from every prefix finds them
+(``RolloutOracle``); contrastive estimation finds them in two forwards, by comparing p+ (the base model tuned on its own
+correct traces) with p- (tuned on incorrect ones), over the whole vocabulary::
 
     s_t = softmax( (1 + a) l+_t - a l-_t )[y_t]          in (0, 1); a low s_t marks a critical token
 
-cDPO weights the rejected side of DPO by how critical each token is, ``w_t = 1 - s_t``; the chosen side keeps ``c_t = 1``, or takes
-``s_t`` (``weight_chosen``)::
+cDPO weights the rejected side of DPO by how critical each token is, ``w_t = 1 - s_t``; the chosen side keeps
+``c_t = 1``, or takes ``s_t`` (``weight_chosen``)::
 
     u_t(y) = log pi(y_t|x,y_<t) - log ref(y_t|x,y_<t)
     z = sum_t c_t u_t(y_w) - sum_t w_t u_t(y_l)          loss = -log sigmoid(beta z)
 
-The authors' code leaves the per-token difference unsummed, pairing token t of one response with token t of the other inside the
-sigmoid; the paper's equation sums, and so does this (``per_position=True`` is their code's form).
+The authors' code leaves the per-token difference unsummed, pairing token t of one response with token t of the other
+inside the sigmoid; the paper's equation sums, and so does this (``per_position=True`` is their code's form).
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ class Contrast:
     def __call__(self, sources: ColumnSources) -> TokenAnnotator:
         from ..training.distributed import frozen, load_unplaced
 
-        models = [
+        positive, negative = (
             self.tuned(sources, side) if path is None else frozen(load_unplaced(path))
             for side, path in (("chosen", self.positive), ("rejected", self.negative))
-        ]
-        return ContrastiveEstimator(*models, alpha=self.contrast)
+        )
+        return ContrastiveEstimator(positive, negative, self.contrast)
 
     def tuned(self, sources: ColumnSources, side: str) -> Any:
         """A copy tuned on the responses of one side; prompts are read, not learnt."""
@@ -79,10 +79,18 @@ class Contrast:
             for row in sources.rows.select_columns(["prompt_ids", f"{side}_ids"])
         ]
         return tune_copy(
-            sources.load(), sources.tokenizer, rows, steps=sources.steps(self.guide_steps), lr=self.tune_lr, lora_r=self.guide_lora_r,
-            batch_size=sources.batch_size, seed=sources.seed, bf16=sources.bf16, report=sources.report,
+            sources.load(),
+            sources.tokenizer,
+            rows,
+            steps=sources.steps(self.guide_steps),
+            lr=self.tune_lr,
+            lora_r=self.guide_lora_r,
+            batch_size=sources.batch_size,
+            seed=sources.seed,
+            bf16=sources.bf16,
+            report=sources.report,
             stage=f"tuning on {side} responses",
-        )  # fmt: skip
+        )
 
 
 @dataclass
@@ -112,7 +120,9 @@ class CDPOLoss:
             raise BadInputError(f"label_smoothing lies in [0, 0.5); got {self.label_smoothing}.")
 
     def __call__(self, policy: PairScores, reference: PairScores) -> PreferenceOutput:
-        """See the module's docstring; ``policy.chosen["contrast"]`` and ``policy.rejected["contrast"]`` are s, ``[B, T]``."""
+        """See the module's docstring; ``policy.chosen["contrast"]`` and ``policy.rejected["contrast"]`` are s,
+        ``[B, T]``.
+        """
         criticality = 1 - policy.rejected["contrast"].detach()
         kept = policy.chosen["contrast"].detach() if self.weight_chosen else torch.ones_like(policy.chosen_logps)
         if self.per_position:
@@ -165,7 +175,8 @@ class ContrastiveEstimator:
 
     @torch.no_grad()
     def score(self, ids: torch.Tensor, mask: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """``s_t`` of every token where ``mask``: ``[B, T]`` float32, at the token's own position (logits at t predict t + 1); 0 elsewhere.
+        """``s_t`` of every token where ``mask``: ``[B, T]`` float32, at the token's own position (logits at t predict t
+        + 1); 0 elsewhere.
 
         The ``[N, V]`` logits exist in chunks only.
         """
@@ -272,7 +283,8 @@ class RolloutOracle:
 def critical_tokens(scores: torch.Tensor, low: float = 0.05, before: float = 0.05) -> list[int]:
     """Positions where a rollout score drops to ``low`` or less and stays there, having been above ``before``.
 
-    The first token is critical if the score is low from the start: nothing before it is known, so ``before`` is not asked there.
+    The first token is critical if the score is low from the start: nothing before it is known, so ``before`` is not
+    asked there.
     """
     values = scores.tolist()
     for t in range(len(values)):

@@ -1,9 +1,10 @@
-"""Per-token dataset columns: constants that a frozen model says about every response token, computed once and used again.
+"""Data columns: constants that a frozen model says about every response token, computed once and used again::
 
-    dataset = precompute(dataset, [ModelLogps(guide, column="guide_logps")])       # adds chosen_guide_logps, rejected_guide_logps
+    # adds the columns chosen_guide_logps and rejected_guide_logps
+    dataset = precompute(dataset, [ModelLogps(guide, column="guide_logps")])
 
-Values are kept in the user's cache under the rows' tokens and the annotator's fingerprint, so a second run (another loss, another
-seed, a resumed training) reads them. Under ``accelerate launch`` every process annotates its share.
+Values are kept in the user's cache under the rows' tokens and the annotator's fingerprint, so a second run (another
+loss, another seed, a resumed training) reads them. Under ``accelerate launch`` every process annotates its share.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def check_columns(dataset: Dataset, names: Collection[str]) -> None:
     """Refuses columns that do not fit their tokens.
 
     Raises:
-        BadInputError: a missing column, a row whose values are not as many as its tokens, or a value that is not finite; names row and
-            column.
+        BadInputError: a missing column, a row whose values are not as many as its tokens, or a value that is not
+            finite; names row and column.
     """
     for name in names:
         for side in SIDES:
@@ -77,7 +78,7 @@ def check_columns(dataset: Dataset, names: Collection[str]) -> None:
             if column not in dataset.column_names:
                 raise BadInputError(
                     f"The loss needs the dataset columns chosen_{name} and rejected_{name}.",
-                    "Compute them with everytoken.preference.columns.precompute, or pass annotators=[...] to the trainer.",
+                    "Pass annotators=[...] to the trainer, or call everytoken.preference.columns.precompute first.",
                 )
             for index, (ids, values) in enumerate(zip(dataset[f"{side}_ids"], dataset[column], strict=True)):
                 if len(ids) != len(values):
@@ -97,8 +98,8 @@ def precompute(
     """A tokenized preference dataset with the annotators' columns.
 
     Args:
-        dataset: rows with ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (as ``PreferenceTrainer`` prepares them) and, for
-            annotators that read it, ``prompt``.
+        dataset: rows with ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (as ``PreferenceTrainer`` prepares them)
+            and, for annotators that read it, ``prompt``.
         annotators: each adds ``chosen_COLUMN`` and ``rejected_COLUMN``; columns that exist are kept as they are.
         report: called with ``(stage, done, total)``.
 

@@ -1,22 +1,25 @@
 """IFT: Intuitive Fine-Tuning (arXiv 2405.11870).
 
-Supervised tuning scores each target token behind the ground-truth prefix, though at inference the model continues its own. IFT trains on
-the same demonstrations, without pairs and without a reference, and changes two things.
+Supervised tuning scores each target token behind the ground-truth prefix, though at inference the model continues its
+own. IFT trains on the same demonstrations, without pairs and without a reference, and changes two things.
 
-*Temporal residual connection*: a first pass without gradient predicts every target token (g_t, from the logits at t - 1); the second
-pass reads a mixture of the true and the predicted token, with x'_t = g_t on targets and x_t elsewhere::
+*Temporal residual connection*: a first pass without gradient predicts every target token (g_t, from the logits
+at t - 1); the second pass reads a mixture of the true and the predicted token, with x'_t = g_t on targets and x_t
+elsewhere::
 
     inputs_embeds = (1 - lambda) E[x] + lambda E[x']            l_t = -log pi(x_t | mixed prefix)
 
 *Relation propagation*: early tokens answer for what follows. Over the n target tokens of a row::
 
-    c_t = sum_{i >= t} gamma^(i - t) l_i / n        w_t = n c_t / sum_i c_i        loss = mean over rows of sum_t w_t l_t / n
+    c_t = sum_{i >= t} gamma^(i - t) l_i / n        w_t = n c_t / sum_i c_i
+    loss = mean over rows of sum_t w_t l_t / n
 
-Weights average 1; gradient flows through them, as in the authors' code (``detach_weights`` stops it); gamma = 0 switches them off.
-With lambda = 0 and gamma = 0 this is supervised tuning. The exact form of the propagations "logps" and "mask", of side "right" and of
-the norms other than L1 is reconstructed; the default is the authors'.
+Weights average 1; gradient flows through them, as in the authors' code (``detach_weights`` stops it); gamma = 0
+switches them off. With lambda = 0 and gamma = 0 this is supervised tuning. The exact form of the propagations "logps"
+and "mask", of side "right" and of the norms other than L1 is reconstructed; the default is the authors'::
 
-    trainer = IFTTrainer(model, ift=IFTSettings(residual=0.2, gamma=0.95), args=SFTConfig(...), train_dataset=..., processing_class=...)
+    settings = IFTSettings(residual=0.2, gamma=0.95)
+    trainer = IFTTrainer(model, ift=settings, args=SFTConfig(...), train_dataset=rows, processing_class=tokenizer)
 """
 
 from __future__ import annotations
@@ -42,16 +45,19 @@ class IFTSettings:
     Args:
         residual: lambda, the share of the predicted token's embedding (0.2).
         gamma: discount of the losses that follow (0.95); 0 weights all tokens alike.
-        propagation: what is summed: ``"loss"`` (l_i of the mixed pass, with gradient), ``"logps"`` (-log pi of the first, unmixed pass:
-            constants), ``"mask"`` (1 for every target: weights by what remains).
-        side: ``"left"`` sums what follows a token; ``"right"`` the total less the discounted sum of what came before (the same at gamma 1).
-        norm: ``"l1"`` (weights average 1), ``"l2"`` (their mean square is 1), ``"softmax"`` (n softmax(c)), ``"log"`` (of 1 + c, then L1).
+        propagation: what is summed: ``"loss"`` (l_i of the mixed pass, with gradient), ``"logps"`` (-log pi of the
+            first, unmixed pass: constants), ``"mask"`` (1 for every target: weights by what remains).
+        side: ``"left"`` sums what follows a token; ``"right"`` the total less the discounted sum of what came before
+            (the same at gamma 1).
+        norm: ``"l1"`` (weights average 1), ``"l2"`` (their mean square is 1), ``"softmax"`` (n softmax(c)), ``"log"``
+            (of 1 + c, then L1).
         top_k: the predicted token is the arg-max (1), sampled among the top k, or among all (None).
         temperature: of that sampling.
         residual_warmup: share of the steps over which lambda rises linearly from 0.
         noise: standard deviation of Gaussian noise on lambda (one draw a step; lambda stays in [0, 1]).
         detach_weights: no gradient through the weights.
-        reduction: ``"sequence"`` averages every row's mean; ``"token"`` averages all target tokens, as TRL's SFTTrainer does.
+        reduction: ``"sequence"`` averages every row's mean; ``"token"`` averages all target tokens, as TRL's SFTTrainer
+            does.
 
     Raises:
         BadInputError: a setting out of range.
@@ -96,7 +102,8 @@ class IFTSettings:
 
 
 def relation_weights(losses: torch.Tensor, mask: torch.Tensor, settings: IFTSettings) -> torch.Tensor:
-    """``w_t``, ``[B, T]``: the relation weights of ``losses`` ``[B, T]`` (what ``propagation`` sums), 0 where not ``mask``.
+    """``w_t``, ``[B, T]``: the relation weights of ``losses`` ``[B, T]`` (what ``propagation`` sums), 0 where not
+    ``mask``.
 
     Rows without targets get zeros; a single target gets 1. Differentiable in ``losses``.
     """
@@ -130,7 +137,8 @@ class IFTTrainer(SupervisedTrainer):
         kwargs: as for ``trl.SFTTrainer``.
 
     Raises:
-        BadInputError: packing or padding-free batches (a row's weights would mix with its neighbour's), or another loss.
+        BadInputError: packing or padding-free batches (a row's weights would mix with its neighbour's), or another
+            loss.
         UnsupportedModelError: no input embeddings to mix.
         NonFiniteLossError: while training; the offending batch is in ``output_dir/bad_batch.json``.
     """

@@ -1,4 +1,6 @@
-"""IFT from the command line: ``everytoken train ift`` on demonstrations, and ``everytoken try ift`` beside supervised tuning."""
+"""IFT from the command line: ``everytoken train ift`` on demonstrations, and ``everytoken try ift`` beside supervised
+tuning.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ def train_ift(config: TrainConfig, context: TrainingContext) -> TrainingResult:
 
 @torch.no_grad()
 def demonstration_trace(trainer: IFTTrainer, tokenizer: Any, row: Mapping[str, Any], title: str) -> TokenTrace:
-    """IFT's view of a tokenized demonstration (``input_ids``, ``labels``): loss, relation weight and prediction of every target."""
+    """IFT's view of a tokenized demonstration (``input_ids``, ``labels``): loss, relation weight and prediction of
+    every target.
+    """
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     base = base_model(model)
     ids = torch.tensor([list(row["input_ids"])], device=base.device)
@@ -104,7 +108,9 @@ def demonstration_trace(trainer: IFTTrainer, tokenizer: Any, row: Mapping[str, A
 
 @quiet_training()
 def trial(request: TrialRequest) -> TrialResult:
-    """IFT and supervised tuning on the chosen sides: losses of the demonstrations afterwards, and of the model's own continuations of them."""
+    """IFT and supervised tuning on the chosen sides: losses of the demonstrations afterwards, and of the model's own
+    continuations of them.
+    """
     from datasets import Dataset
     from trl import SFTConfig
 
@@ -114,7 +120,7 @@ def trial(request: TrialRequest) -> TrialResult:
     rows = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in work.pairs])
     result = TrialResult({}, "loss on own predictions", column="weight")
     for name, settings in work.arms("SFT", IFTSettings, {"residual": 0.0, "gamma": 0.0}).items():
-        work.report(f"{name}: {work.steps} steps on {len(rows)} demonstrations")
+        work.report(f"{name}: {work.steps} steps on {len(rows)} demonstrations", 0, work.steps)
         seed_everything(work.seed)
         with tempfile.TemporaryDirectory() as folder:
             args = SFTConfig(**quiet_arguments(

@@ -58,9 +58,16 @@ def train_quietly(
 def train_guide(sources: ColumnSources, steps: int, lr: float) -> Any:
     """A frozen copy of the initial model, trained with DPO on ``sources.rows``."""
     trainer = train_quietly(
-        sources.load(), sources.initial_model(), None, sources.tokenizer, sources.rows,
+        sources.load(),
+        sources.initial_model(),
+        None,
+        sources.tokenizer,
+        sources.rows,
         callbacks=[ReportSteps(sources.report, "training a guide with DPO")],
-        per_device_train_batch_size=min(sources.batch_size, len(sources.rows)), max_steps=sources.steps(steps), learning_rate=lr,
-        seed=sources.seed, bf16=sources.bf16,
-    )  # fmt: skip
+        per_device_train_batch_size=min(sources.batch_size, len(sources.rows)),
+        max_steps=sources.steps(steps),
+        learning_rate=lr,
+        seed=sources.seed,
+        bf16=sources.bf16,
+    )
     return trainer.model.requires_grad_(False)

@@ -1,18 +1,19 @@
 """T-REG: token-level reward regularization (arXiv 2412.02685).
 
-DPO learns a reward for every token, ``h_t = beta [log pi(y_t|x,y_<t) - log ref(y_t|x,y_<t)]``, but only their sum is supervised. T-REG
-asks the initial model pi_0 under two opposite instructions (answer better: x+, answer worse: x-) how likely each token is; the
-contrast is a noisy token reward that says how the sum should be spread::
+DPO learns a reward for every token, ``h_t = beta [log pi(y_t|x,y_<t) - log ref(y_t|x,y_<t)]``, but only their sum is
+supervised. T-REG asks the initial model pi_0 under two opposite instructions (answer better: x+, answer worse: x-) how
+likely each token is; the contrast is a noisy token reward that says how the sum should be spread::
 
-    q_t(y) = sigmoid( log pi_0(y_t|x+,y_<t) - log pi_0(y_t|x-,y_<t) ) - 1/2                          in (-1/2, 1/2), constant
-    v      = sg( sigmoid( sum_t h_t(y_l) - sum_t h_t(y_w) ) )                                        DPO's own gradient weight
+    q_t(y) = sigmoid( log pi_0(y_t|x+,y_<t) - log pi_0(y_t|x-,y_<t) ) - 1/2                    in (-1/2, 1/2), constant
+    v      = sg( sigmoid( sum_t h_t(y_l) - sum_t h_t(y_w) ) )                                  DPO's own gradient weight
     L_reg  = - v [ sum_t q_t(y_w) h_t(y_w) + sum_t q_t(y_l) h_t(y_l) ]
     loss   = L_DPO + alpha L_reg
 
-With ``base="simpo"`` (arXiv 2405.14734), h_t is ``beta log pi(y_t|...) / |y|``, without a reference, and a margin gamma is asked for.
+With ``base="simpo"`` (arXiv 2405.14734), h_t is ``beta log pi(y_t|...) / |y|``, without a reference, and a margin gamma
+is asked for.
 
-The idea and q are the paper's; where v stands, sums against means, and alpha are reconstructed, so ``pair_weight``, ``reduction`` and
-``alpha`` can be set.
+The idea and q are the paper's; where v stands, sums against means, and alpha are reconstructed, so ``pair_weight``,
+``reduction`` and ``alpha`` can be set.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ class TREGLoss:
         )
 
     def __call__(self, policy: PairScores, reference: PairScores) -> PreferenceOutput:
-        """See the module's docstring; ``policy.chosen["token_reward"]`` and ``policy.rejected["token_reward"]`` are q, ``[B, T]``."""
+        """See the module's docstring; ``policy.chosen["token_reward"]`` and ``policy.rejected["token_reward"]`` are q,
+        ``[B, T]``.
+        """
         h_chosen, h_rejected = self.implicit_rewards(policy, reference)
         chosen, rejected = masked_sum(h_chosen, policy.chosen_mask), masked_sum(h_rejected, policy.rejected_mask)
         margin = chosen - rejected - (self.gamma if self.base == "simpo" else 0.0)
@@ -127,9 +130,11 @@ class TREGLoss:
 
 @dataclass
 class ContrastivePromptRewards:
-    """q_t of every response token from one frozen model under two opposite instructions; makes the column ``token_reward``.
+    """q_t of every response token from one frozen model under two opposite instructions; makes the column
+    ``token_reward``.
 
-    The response's own token ids follow either prompt: they are never tokenized again, so q belongs to the very tokens that are trained.
+    The response's own token ids follow either prompt: they are never tokenized again, so q belongs to the very tokens
+    that are trained.
 
     Args:
         model: the initial model pi_0.

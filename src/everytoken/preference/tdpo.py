@@ -1,8 +1,8 @@
 """TDPO: Token-level Direct Preference Optimization (arXiv 2404.11999).
 
-DPO controls the divergence from the reference only through whole-sequence log-ratios. TDPO also charges each response for how
-far it drags the policy away at every position, by the forward KL between the two next-token distributions. With the mask m
-over response tokens::
+DPO controls the divergence from the reference only through whole-sequence log-ratios. TDPO also charges each response
+for how far it drags the policy away at every position, by the forward KL between the two next-token distributions. With
+the mask m over response tokens::
 
     u(y) = sum_t m_t [log pi(y_t|x,y_<t) - log ref(y_t|x,y_<t)]
     d(y) = sum_t m_t KL( ref(.|x,y_<t) || pi(.|x,y_<t) )
@@ -51,7 +51,9 @@ class TDPOLoss:
             raise BadInputError(f"TDPO needs beta > 0 and alpha >= 0; got {self.beta} and {self.alpha}.")
 
     def __call__(self, policy: PairScores, reference: PairScores) -> PreferenceOutput:
-        """See the module's docstring; ``policy.chosen["forward_kl"]`` and ``policy.rejected["forward_kl"]`` are ``[B, T]``."""
+        """See the module's docstring; ``policy.chosen["forward_kl"]`` and ``policy.rejected["forward_kl"]`` are
+        ``[B, T]``.
+        """
         u_chosen, u_rejected = log_ratios(policy, reference)
         d_chosen = masked_sum(policy.chosen["forward_kl"], policy.chosen_mask)
         d_rejected = masked_sum(policy.rejected["forward_kl"], policy.rejected_mask)

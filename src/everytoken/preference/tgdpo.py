@@ -1,17 +1,18 @@
 """TGDPO: Token-level reward Guidance for DPO (arXiv 2506.14574).
 
-PPO can use a reward for every token, DPO cannot. TGDPO gives each token of DPO a KL strength that depends on a given token reward, and
-finds a loss in which the log-ratios of the tokens are scaled. The reward is the implicit one of a guide pi_r that was trained on
-preferences before (with DPO, SimPO, ...)::
+PPO can use a reward for every token, DPO cannot. TGDPO gives each token of DPO a KL strength that depends on a given
+token reward, and finds a loss in which the log-ratios of the tokens are scaled. The reward is the implicit one of a
+guide pi_r that was trained on preferences before (with DPO, SimPO, ...)::
 
-    r_t(y) = beta [log pi_r(y_t|x,y_<t) - log ref(y_t|x,y_<t)]                u_t(y) = log pi(y_t|x,y_<t) - log ref(y_t|x,y_<t)
+    r_t(y) = beta [log pi_r(y_t|x,y_<t) - log ref(y_t|x,y_<t)]
+    u_t(y) = log pi(y_t|x,y_<t) - log ref(y_t|x,y_<t)
 
     z = sum_t beta f_w(r_t(y_w)) u_t(y_w) - sum_t beta f_l(r_t(y_l)) u_t(y_l)
     f_w(r) = 1 + alpha r        f_l(r) = 1 - alpha r        (constants: no gradient flows through them)
     loss = -log sigmoid(z)
 
-A token that the guide likes is pushed harder where it was chosen, and pushed down less where it was rejected. Weights can be negative
-where ``|alpha r| > 1``, as in the authors' code; their share is logged.
+A token that the guide likes is pushed harder where it was chosen, and pushed down less where it was rejected. Weights
+can be negative where ``|alpha r| > 1``, as in the authors' code; their share is logged.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class TGDPOLoss:
         beta: strength of the pull towards the reference (paper's example: 0.1).
         alpha: how much the guide's reward changes a token's weight (0.5).
         clamp: keeps every weight in ``[1 - clamp, 1 + clamp]``; None, as in the authors' code, lets them be anything.
-        shape: replaces ``alpha * r``: ``rewards [B, T] -> [B, T]``; weights are ``1 + shape(r)`` chosen, ``1 - shape(r)`` rejected.
+        shape: replaces ``alpha * r``: ``rewards [B, T] -> [B, T]``; weights are ``1 + shape(r)`` chosen,
+            ``1 - shape(r)`` rejected.
 
     Raises:
         BadInputError: a strength out of range.
@@ -111,7 +113,9 @@ class TGDPOLoss:
         return {"guide_reward": self.guide_rewards(policy, reference), "weight": self.weights(policy, reference)}
 
     def __call__(self, policy: PairScores, reference: PairScores) -> PreferenceOutput:
-        """See the module's docstring; ``policy.chosen["guide_logps"]`` and ``policy.rejected["guide_logps"]`` are ``[B, T]``."""
+        """See the module's docstring; ``policy.chosen["guide_logps"]`` and ``policy.rejected["guide_logps"]`` are
+        ``[B, T]``.
+        """
         chosen_weight, rejected_weight = self.weights(policy, reference)
         chosen, rejected = weighted_log_ratios(policy, reference, chosen_weight, rejected_weight)
         plain_chosen, plain_rejected = log_ratios(policy, reference)

@@ -21,8 +21,8 @@ Statistics = dict[str, torch.Tensor]
 def credit_trace(
     model: Any, reference: Any, tokenizer: Any, prompt: str, response: str, beta: float = 0.1, title: str = ""
 ) -> TokenTrace:
-    """A trace of ``response`` after ``prompt``: per token, the implicit reward ``beta (log pi - log ref)``, both log-probabilities,
-    and the forward KL, KL(reference || policy).
+    """A trace of ``response`` after ``prompt``: per token, the implicit reward ``beta (log pi - log ref)``, both
+    log-probabilities, and the forward KL, KL(reference || policy).
 
     Raises:
         BadInputError: an empty response.
@@ -41,12 +41,12 @@ def _statistics(
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[:, len(prompt) :] = True
     wanted = {name: name in needs | {"forward_kl"} for name in STATISTICS}
-    found = ImplicitReward(model, reference).statistics(ids, mask, **wanted)
+    found = ImplicitReward(model, reference).statistics(ids, mask, None, **wanted)
     return {name: values[0, len(prompt) :].cpu() for name, values in found.items()}
 
 
 def _trace(found: Statistics, tokenizer: Any, response: Sequence[int], beta: float, title: str) -> TokenTrace:
-    trace = TokenTrace(response, title=title, station="preference")
+    trace = TokenTrace(list(response), title=title, station="preference")
     trace.add("implicit_reward", beta * (found["logps"] - found["ref_logps"]))
     trace.add("forward_kl", found["forward_kl"])
     return trace.add("logp", found["logps"]).add("ref_logp", found["ref_logps"]).with_text(tokenizer)
@@ -56,7 +56,8 @@ def _trace(found: Statistics, tokenizer: Any, response: Sequence[int], beta: flo
 def pair_traces(
     policy: Any, reference: Any, tokenizer: Any, row: Mapping[str, Any], loss: PreferenceLoss
 ) -> list[TokenTrace]:
-    """Traces of a tokenized pair, chosen and rejected: the implicit reward, the forward KL, and what the loss shows (``trace_columns``).
+    """Traces of a tokenized pair, chosen and rejected: the implicit reward, the forward KL, and what the loss shows
+    (``trace_columns``).
 
     Args:
         reference: None takes a PEFT policy without its adapter.
@@ -66,7 +67,7 @@ def pair_traces(
     prompt, sides = list(row["prompt_ids"]), ("chosen", "rejected")
     responses = [list(row[f"{side}_ids"]) for side in sides]
     found = [_statistics(policy, reference, prompt, response, inputs.needs) for response in responses]
-    shown = {}
+    shown: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     if all(f"{side}_{name}" in row for side in sides for name in inputs.data_columns):
         for side, values in zip(sides, found, strict=True):
             values |= {name: torch.tensor(row[f"{side}_{name}"]) for name in inputs.data_columns}
@@ -75,8 +76,8 @@ def pair_traces(
     for number, (side, response) in enumerate(zip(sides, responses, strict=True)):
         title = f"{side}: {tokenizer.decode(prompt, skip_special_tokens=True)}"
         trace = _trace(found[number], tokenizer, response, beta, title)
-        for name, values in shown.items():
-            trace.add(name, values[number][0, : len(response)])
+        for name, both in shown.items():
+            trace.add(name, both[number][0, : len(response)])
         traces.append(trace)
     return traces
 
@@ -89,6 +90,7 @@ def _pair_scores(found: Sequence[Statistics], names: frozenset[str]) -> tuple[Pa
         return torch.nn.functional.pad(values, (0, width - len(values)))[None]
 
     masks = [row(torch.ones_like(side["logps"], dtype=torch.bool)) for side in found]
+    logps, ref_logps = ([row(side[name]) for side in found] for name in ("logps", "ref_logps"))
     chosen, rejected = ({name: row(side[name]) for name in names} for side in found)
-    policy = PairScores(*(row(side["logps"]) for side in found), *masks, chosen, rejected)
-    return policy, PairScores(*(row(side["ref_logps"]) for side in found), *masks)
+    policy = PairScores(logps[0], logps[1], masks[0], masks[1], chosen, rejected)
+    return policy, PairScores(ref_logps[0], ref_logps[1], masks[0], masks[1])

@@ -1,15 +1,17 @@
 """One trainer for every preference loss: a subclass of TRL's DPOTrainer.
 
-TRL keeps what it does well: data preparation, padding, distribution, PEFT, checkpoints. This subclass replaces the loss: it
-takes the last hidden states of policy and reference at the response positions only, computes per-token log-probabilities and
-whatever else the loss ``needs`` in one chunked pass (``core.logprobs.token_stats``), and hands them to a ``PreferenceLoss``.
-The ``[B, T, V]`` logits never exist, neither the policy's nor the reference's.
+TRL keeps what it does well: data preparation, padding, distribution, PEFT, checkpoints. This subclass replaces the
+loss: it takes the last hidden states of policy and reference at the response positions only, computes per-token
+log-probabilities and whatever else the loss ``needs`` in one chunked pass (``core.logprobs.token_stats``), and hands
+them to a ``PreferenceLoss``. The ``[B, T, V]`` logits never exist, neither the policy's nor the reference's::
 
-    trainer = PreferenceTrainer(model, loss=TDPOLoss(alpha=0.5), args=DPOConfig(...), train_dataset=..., processing_class=...)
-    trainer = PreferenceTrainer(model, loss=TGDPOLoss(), annotators=[ModelLogps(guide)], args=..., ...)
+    rows = dict(train_dataset=pairs, processing_class=tokenizer)
+    trainer = PreferenceTrainer(model, loss=TDPOLoss(alpha=0.5), args=DPOConfig(...), **rows)
+    trainer = PreferenceTrainer(model, loss=TGDPOLoss(), annotators=[ModelLogps(guide)], args=DPOConfig(...), **rows)
 
-A loss that takes data columns (a guide's log-probabilities, a criticality) finds them in the dataset, or an annotator computes them once,
-before training. With ``precompute_ref_log_probs=True`` the reference becomes such a column too, and is not held in memory.
+A loss that takes data columns (a guide's log-probabilities, a criticality) finds them in the dataset, or an annotator
+computes them once, before training. With ``precompute_ref_log_probs=True`` the reference becomes such a column too, and
+is not held in memory.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ UNUSED_SETTINGS = {
 
 @dataclass
 class PairCollator(DataCollatorForPreference):
-    """TRL's collator, which carries per-token columns along: ``column/NAME`` is ``[2B, T]``, 0 outside the responses."""
+    """TRL's collator, which carries data columns along: ``column/NAME`` is ``[2B, T]``, 0 outside the responses."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
@@ -87,15 +89,16 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
 
     Args:
         loss: a PreferenceLoss; default DPO with ``args.beta``.
-        annotators: compute the loss's data columns where the dataset lacks them. A function of the tokenized training rows that returns
-            annotators is called once, and only if columns are missing: it may train guides first.
-        monitor_kl: also log ``kl/chosen`` and ``kl/rejected`` (forward KL a response, nats) for losses that do not need it.
+        annotators: compute the loss's data columns where the dataset lacks them. A function of the tokenized training
+            rows that returns annotators is called once, and only if columns are missing: it may train guides first.
+        monitor_kl: also log ``kl/chosen`` and ``kl/rejected`` (forward KL a response, nats) for losses that do not need
+            it.
         report: called with ``(stage, done, total)`` while columns are computed.
         kwargs: as for ``trl.DPOTrainer`` (``model``, ``ref_model``, ``args``, ``train_dataset``, ``peft_config``, ...).
 
     Raises:
-        BadInputError: a DPOConfig setting that has no meaning here, a missing column, or a bad row (identical or empty responses), which
-            it names.
+        BadInputError: a DPOConfig setting that has no meaning here, a missing column, or a bad row (identical or empty
+            responses), which it names.
         TokenizerMismatchError: reference or guide read another vocabulary.
         NonFiniteLossError: while training; the offending batch is in ``output_dir/bad_batch.json``.
     """
@@ -133,7 +136,8 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
         if args is not None and args.precompute_ref_log_probs:
             if self.needs:
                 raise BadInputError(
-                    f"precompute_ref_log_probs keeps one number a token, but this training needs {', '.join(sorted(self.needs))}.",
+                    "precompute_ref_log_probs keeps one number a token, but this training needs "
+                    f"{', '.join(sorted(self.needs))}.",
                     "Leave it off, so that the reference's distributions are there.",
                 )
             if args.max_length is not None and args.truncation_mode == "keep_end":
@@ -168,9 +172,12 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
                 if self._policy is not None and hasattr(model, "get_output_embeddings"):
                     check_guide(self._policy, model, f"guide for {item.column}")
 
-    # -- data ------------------------------------------------------------------------------------------------------------
+    # -- data
+    # ------------------------------------------------------------------------------------------------------------
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        """TRL's preparation (skipped for rows that are tokenized), checks of every row, and the columns that the loss takes."""
+        """TRL's preparation (skipped for rows that are tokenized), checks of every row, and the columns that the loss
+        takes.
+        """
         sized = hasattr(dataset, "__len__")
         names = set(getattr(dataset, "column_names", None) or [])
         if "chosen_ids" not in names:
@@ -214,7 +221,8 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
         check_columns(dataset, ["ref_logps"])
         return dataset
 
-    # -- scoring ---------------------------------------------------------------------------------------------------------
+    # -- scoring
+    # ---------------------------------------------------------------------------------------------------------
     def score_pairs(self, model: Any, inputs: dict[str, Any]) -> tuple[PairScores, PairScores]:
         """Per-token statistics of a collated batch (chosen rows, then rejected): ``(policy, reference)``."""
         mask = inputs["completion_mask"][:, 1:].bool()
@@ -228,8 +236,10 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
             hidden, reference = self._reference(kept, mask)
             weight, bias = head_weights(reference)
             score |= {
-                "ref_hidden": hidden, "ref_weight": weight.detach(), "ref_bias": None if bias is None else bias.detach(),
-            }  # fmt: skip
+                "ref_hidden": hidden,
+                "ref_weight": weight.detach(),
+                "ref_bias": None if bias is None else bias.detach(),
+            }
         stats: TokenStats = model(**kept, score=score)
 
         def spread(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

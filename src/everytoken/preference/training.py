@@ -1,9 +1,9 @@
 """``everytoken train`` for every preference loss: one way to train, with settings derived from the loss.
 
-A loss needs nothing but its card for this (``training_for``). The configuration joins ``PairTraining``, the loss's own settings, and those
-of the makers of its data columns. A training evaluates on held-out pairs and writes ``model/``, ``training.json`` and ``report.html`` (curves,
-texts before and after, credit token by token). Run it again with the same folder and it goes on from the last checkpoint.
-Under ``accelerate launch`` the first process writes.
+A loss needs nothing but its card for this (``training_for``). The configuration joins ``PairTraining``, the loss's own
+settings, and those of the makers of its data columns. A training evaluates on held-out pairs and writes ``model/``,
+``training.json`` and ``report.html`` (curves, texts before and after, credit token by token). Run it again with the
+same folder and it goes on from the last checkpoint. Under ``accelerate launch`` the first process writes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class PairTraining(TrainConfig):
     """Training on pairs.
 
     Args:
-        precompute_reference: score the reference once, before training, and do not hold it (not with losses that need its distributions).
+        precompute_reference: score the reference once, before training, and do not hold it (not with losses that need
+            its distributions).
         monitor_kl: log the KL to the reference on the pairs.
     """
 
@@ -46,7 +47,9 @@ class PairTraining(TrainConfig):
 
 
 def is_preference_loss(factory: object) -> TypeGuard[type[PreferenceLoss]]:
-    """Whether something is the class of a loss: a dataclass whose objects are called with two arguments, ``(policy, reference)``."""
+    """Whether something is the class of a loss: a dataclass whose objects are called with two arguments,
+    ``(policy, reference)``.
+    """
     if not isinstance(factory, type) or not dataclasses.is_dataclass(factory):
         return False
     call = next((vars(kind)["__call__"] for kind in factory.__mro__ if "__call__" in vars(kind)), None)
@@ -54,7 +57,8 @@ def is_preference_loss(factory: object) -> TypeGuard[type[PreferenceLoss]]:
 
 
 def training_for(slug: str, factory: object) -> Training | None:
-    """How ``everytoken train`` trains a card of this station that names no ``training``; None where its implementation is no loss.
+    """How ``everytoken train`` trains a card of this station that names no ``training``; None where its implementation
+    is no loss.
 
     Args:
         slug: of the card.
@@ -119,10 +123,18 @@ def train_on_pairs(
         )
 
     trainer = PreferenceTrainer(
-        session.policy, ref_model=session.reference, loss=loss, annotators=annotators, args=args, train_dataset=train,
-        eval_dataset=held, processing_class=session.tokenizer, peft_config=session.adapter, monitor_kl=config.monitor_kl,
+        session.policy,
+        ref_model=session.reference,
+        loss=loss,
+        annotators=annotators,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held,
+        processing_class=session.tokenizer,
+        peft_config=session.adapter,
+        monitor_kl=config.monitor_kl,
         report=context.report,
-    )  # fmt: skip
+    )
     session.train(trainer)
     context.report("evaluating", 0, 0)
     measured = trainer.evaluate()

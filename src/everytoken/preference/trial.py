@@ -45,12 +45,22 @@ def _pairs(work: TrialWork) -> TrialResult:
     result = TrialResult({}, "reward margin", column="implicit_reward")
     baseline = "DPO"
     for name, loss in work.arms(baseline, DPOLoss, {}).items():
-        work.report(f"{name}: {work.steps} steps on {len(work.pairs)} pairs")
+        stage = f"{name}: {work.steps} steps on {len(work.pairs)} pairs"
+        work.report(stage, 0, work.steps)
         seed_everything(work.seed)
         trainer = train_quietly(
-            work.load(), work.reference, loss, work.tokenizer, work.pairs, _annotators(work, loss), [ReportSteps(work.report, name)],
-            per_device_train_batch_size=work.batch_size, max_steps=work.steps, learning_rate=work.lr, seed=work.seed,
-        )  # fmt: skip
+            work.load(),
+            work.reference,
+            loss,
+            work.tokenizer,
+            work.pairs,
+            _annotators(work, loss),
+            [ReportSteps(work.report, stage)],
+            per_device_train_batch_size=work.batch_size,
+            max_steps=work.steps,
+            learning_rate=work.lr,
+            seed=work.seed,
+        )
         policy, known = trainer.model, trainer.train_dataset
         margins, kls = [], {"chosen": 0.0, "rejected": 0.0}
         for index in range(min(8, len(known))):
@@ -80,8 +90,15 @@ def _annotators(work: TrialWork, loss: PreferenceLoss) -> Callable[[Dataset], li
     def make(rows: Dataset) -> list[TokenAnnotator]:
         columns = declared(loss).data_columns
         sources = ColumnSources(
-            work.load, work.reference, work.tokenizer, rows, work.batch_size, work.seed, max_steps=work.steps, report=work.report
-        )  # fmt: skip
+            work.load,
+            work.reference,
+            work.tokenizer,
+            rows,
+            work.batch_size,
+            work.seed,
+            max_steps=work.steps,
+            report=work.report,
+        )
         missing = {name: columns[name] for name in missing_columns(rows, sorted(columns))}
         return make_annotators({name: None if maker is None else maker() for name, maker in missing.items()}, sources)
 

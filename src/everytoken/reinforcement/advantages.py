@@ -1,4 +1,4 @@
-"""Advantages of token rewards: generalised advantage estimation with a critic, and a group's returns to go without one."""
+"""Advantages of token rewards: GAE with a critic, a group's returns to go without one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,11 @@ def gae(
 def whiten(
     values: torch.Tensor, mask: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda moments: moments
 ) -> torch.Tensor:
-    """Mean 0 and standard deviation 1 over the masked entries, 0 elsewhere; ``reduce`` sums the moments over processes."""
+    """Mean 0 and standard deviation 1 over the masked entries, 0 elsewhere.
+
+    Args:
+        reduce: sums the moments over processes.
+    """
     kept = mask.to(values.dtype)
     moments = torch.stack([kept.sum(), (values * kept).sum(), (values.square() * kept).sum()])
     count, total, squares = reduce(moments)
@@ -51,8 +55,8 @@ def group_advantages(
     gamma: float = 1.0,
     scale: bool = True,
 ) -> torch.Tensor:
-    """Advantages without a critic, ``[B, T]``: the sequence reward less its group's mean, as in GRPO, plus each token's return to go less
-    the group's mean return to go at that token (an answer that has ended has none left).
+    """Advantages without a critic, ``[B, T]``: the sequence reward less its group's mean, as in GRPO, plus each token's
+    return to go less the group's mean return to go at that token (an answer that has ended has none left).
 
     Args:
         shaping: ``[B, T]`` token rewards without the sequence reward, 0 outside ``mask``.

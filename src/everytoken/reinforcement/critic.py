@@ -1,4 +1,4 @@
-"""A critic: values of the states before every response token, trained beside a policy on the returns of its rollouts."""
+"""A critic: values of the states before every response token, trained on the returns of a policy's rollouts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ class Critic(nn.Module):
         self.head.to(next(self.body.parameters()).dtype)
 
     def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor, length: int) -> torch.Tensor:
-        """Values ``[B, length]`` of the states from which the last ``length`` tokens of ``ids`` ``[B, P + length]`` were chosen."""
+        """Values ``[B, length]`` of the states from which the last ``length`` tokens of ``ids`` ``[B, P + length]``
+        were chosen.
+        """
         positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         hidden = self.body(
             input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
@@ -42,7 +44,9 @@ class Critic(nn.Module):
 def value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, clip: float | None = 0.2
 ) -> torch.Tensor:
-    """PPO's clipped value loss (arXiv 1707.06347): half the mean over ``mask`` of the larger of two squared errors; all ``[B, T]``."""
+    """PPO's clipped value loss (arXiv 1707.06347): half the mean over ``mask`` of the larger of two squared errors; all
+    ``[B, T]``.
+    """
     errors = (values - returns).square()
     if clip is not None:
         near = old_values + (values - old_values).clamp(-clip, clip)

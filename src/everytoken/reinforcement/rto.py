@@ -1,7 +1,8 @@
 """RTO: Reinforced Token Optimization, DPO meets PPO (arXiv 2404.18922).
 
-PPO for language models usually gets one reward, at the last token. A model trained with DPO carries a reward for every token, its
-log-ratio to the reference. RTO adds it to the sparse reward and the KL penalty, and runs PPO on the sum. Per response token t::
+PPO for language models usually gets one reward, at the last token. A model trained with DPO carries a reward for every
+token, its log-ratio to the reference. RTO adds it to the sparse reward and the KL penalty, and runs PPO on the sum. Per
+response token t::
 
     r_dpo,t = beta_1 [log pi_dpo(y_t|.) - log ref(y_t|.)],  clamped to [-c, c]
     r_kl,t  = -beta_2 [log pi_old(y_t|.) - log ref(y_t|.)]
@@ -9,15 +10,17 @@ log-ratio to the reference. RTO adds it to the sparse reward and the KL penalty,
 
 Two estimators make advantages of them:
 
-- ``"gae"`` (the paper's): a critic, and ``A_t = sum_{i >= t} (gamma lambda)^(i-t) [r_i + gamma V_{i+1} - V_i]``, whitened over the batch;
-- ``"group"``: no critic. The sequence reward is compared with its group's mean, as in GRPO; the token rewards' return-to-go at t with the
-  group's mean return-to-go at t (an answer that has ended has none left). Both are divided by the spread of the group's whole returns.
-  Without token rewards this is GRPO (arXiv 2402.03300).
+- ``"gae"`` (the paper's): a critic, and ``A_t = sum_{i >= t} (gamma lambda)^(i-t) [r_i + gamma V_{i+1} - V_i]``,
+  whitened over the batch;
+- ``"group"``: no critic. The sequence reward is compared with its group's mean, as in GRPO; the token rewards'
+  return-to-go at t with the group's mean return-to-go at t (an answer that has ended has none left). Both are divided
+  by the spread of the group's whole returns. Without token rewards this is GRPO (arXiv 2402.03300).
 
-TRL no longer has a PPO trainer, so both run on its GRPOTrainer, which brings rollouts, reward functions, the clipped surrogate,
-distribution, PEFT and vLLM; with ``dpo_reward_scale=0`` they are PPO and GRPO, the baselines.
+TRL no longer has a PPO trainer, so both run on its GRPOTrainer, which brings rollouts, reward functions, the clipped
+surrogate, distribution, PEFT and vLLM; with ``dpo_reward_scale=0`` they are PPO and GRPO, the baselines::
 
-    trainer = RTOTrainer(model, reward_funcs=score, dpo_model=dpo, args=RTOConfig(...), train_dataset=prompts, processing_class=tokenizer)
+    rows = dict(train_dataset=prompts, processing_class=tokenizer)
+    trainer = RTOTrainer(model, reward_funcs=score, dpo_model=dpo, args=RTOConfig(...), **rows)
 """
 
 from __future__ import annotations
@@ -60,7 +63,8 @@ def token_rewards(
     """``r_t``, ``[B, T]``, exactly 0 outside ``mask``.
 
     Args:
-        old_logps, ref_logps, dpo_logps: ``[B, T]`` of the response tokens; ``dpo_logps`` None leaves the DPO reward out.
+        old_logps, ref_logps, dpo_logps: ``[B, T]`` of the response tokens; ``dpo_logps`` None leaves the DPO reward
+            out.
         sequence_reward: ``[B]``; it goes to the last token of the mask (nowhere in an empty row).
         mask: ``[B, T]`` response tokens.
     """
@@ -87,7 +91,8 @@ class RTOSettings:
         init_kl_coef: beta_2 (0.01).
         reward_scale: beta_3 (1).
         reward_clip: of the sequence reward (10).
-        normalize_rewards: subtract the running mean of the sequence rewards and divide by their running standard deviation.
+        normalize_rewards: subtract the running mean of the sequence rewards and divide by their running standard
+            deviation.
         gamma, gae_lambda: discount and GAE's trace (1, 0.95).
         critic_lr, critic_epochs: AdamW on the critic (9e-6), passes over a batch of rollouts (1).
         value_clip: PPO's clip of value changes (0.2); None for no clip.
@@ -121,9 +126,11 @@ class RTOSettings:
 
 @dataclass
 class RTOConfig(RTOSettings, GRPOConfig):
-    """GRPOConfig and RTOSettings in one; ``epsilon`` is PPO's clip, ``num_iterations`` its epochs over a batch of rollouts.
+    """GRPOConfig and RTOSettings in one; ``epsilon`` is PPO's clip, ``num_iterations`` its epochs over a batch of
+    rollouts.
 
-    ``loss_type`` is ``"bnpo"`` (a mean over the batch's tokens, as in PPO), and ``beta`` stays 0: the KL penalty is part of the reward.
+    ``loss_type`` is ``"bnpo"`` (a mean over the batch's tokens, as in PPO), and ``beta`` stays 0: the KL penalty is
+    part of the reward.
     """
 
     loss_type: str = field(default="bnpo", metadata={"help": "mean over the batch's tokens, as PPO"})
@@ -141,8 +148,9 @@ class RTOTrainer(LaunchedMixin, GRPOTrainer):
 
     Args:
         dpo_model: pi_dpo, a frozen model trained with DPO; may be None if ``dpo_reward_scale`` is 0.
-        ref_model: the reference of that training; default a copy of the policy as it starts (for PEFT, the policy without its adapter).
-            Where only ``dpo_model`` is a ``PeftModel``, it is that model without its adapter: one model in memory for both.
+        ref_model: the reference of that training; default a copy of the policy as it starts (for PEFT, the policy
+            without its adapter). Where only ``dpo_model`` is a ``PeftModel``, it is that model without its adapter: one
+            model in memory for both.
         critic: for ``estimator="gae"``; default a copy of the policy's body with a new head.
         kwargs: as for ``trl.GRPOTrainer``.
 
@@ -191,8 +199,8 @@ class RTOTrainer(LaunchedMixin, GRPOTrainer):
             ]
             if changed:
                 warnings.warn(
-                    f"The DPO model and the reference differ in {', '.join(changed)}: unless the reference is what DPO training started "
-                    "from, their log-ratio is no reward.",
+                    f"The DPO model and the reference differ in {', '.join(changed)}: "
+                    "unless the reference is what DPO training started from, their log-ratio is no reward.",
                     stacklevel=2,
                 )
         made: Any = None
@@ -215,7 +223,8 @@ class RTOTrainer(LaunchedMixin, GRPOTrainer):
             self.critic = made.to(device)
             self.critic_optimizer = torch.optim.AdamW(made.parameters(), lr=args.critic_lr, weight_decay=0.0)
 
-    # -- rollouts --------------------------------------------------------------------------------------------------------
+    # -- rollouts
+    # --------------------------------------------------------------------------------------------------------
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._rewards = super()._calculate_rewards(*args, **kwargs)
         return self._rewards
@@ -307,7 +316,8 @@ class RTOTrainer(LaunchedMixin, GRPOTrainer):
         first = self.accelerator.process_index * rows
         return found[first : first + rows, :length]
 
-    # -- the critic ------------------------------------------------------------------------------------------------------
+    # -- the critic
+    # ------------------------------------------------------------------------------------------------------
     def _with_critic(
         self, rewards: torch.Tensor, ids: torch.Tensor, attention: torch.Tensor, mask: torch.Tensor, mode: str
     ) -> torch.Tensor:
@@ -340,7 +350,8 @@ class RTOTrainer(LaunchedMixin, GRPOTrainer):
             raise stopped(self, loss.item(), [{"prompt": p, "completion": c, "advantages": a} for p, c, a in rows])
         return loss
 
-    # -- logs and checkpoints --------------------------------------------------------------------------------------------
+    # -- logs and checkpoints
+    # --------------------------------------------------------------------------------------------
     def _log(self, name: str, values: torch.Tensor, mode: str) -> None:
         self._metrics[mode][name].append(self.accelerator.gather(values.float()).mean().item())
 

@@ -1,7 +1,7 @@
 """RTO from the command line: ``everytoken train rto`` on prompts, and ``everytoken try rto`` beside PPO or GRPO.
 
-RTO needs a model trained with DPO. Where the user brings none, one is trained first on the data's pairs by ``DPO_TRAINING``: a function that is
-named here and looked up when it is needed, since no station imports another.
+RTO needs a model trained with DPO. Where the user brings none, one is trained first on the data's pairs by
+``DPO_TRAINING``: a function that is named here and looked up when it is needed, since no station imports another.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ class RTOTraining(TrainConfig, RTOSettings):
     """RTO on prompts; see ``RTOSettings``.
 
     Args:
-        reward: ``sentiment`` (VADER), or ``module:function`` of TRL's form ``(prompts, completions, **columns) -> list of numbers``.
-        dpo: hub id or folder of the DPO-trained model; None trains one first on the data's pairs, for ``guide_steps`` at ``guide_lr``.
+        reward: ``sentiment`` (VADER), or ``module:function`` of TRL's form
+            ``(prompts, completions, **columns) -> list of numbers``.
+        dpo: hub id or folder of the DPO-trained model; None trains one first on the data's pairs, for ``guide_steps``
+            at ``guide_lr``.
         num_generations: rollouts a prompt; ``batch_size`` counts rollouts.
         num_iterations: PPO's passes over a batch of rollouts.
 
@@ -126,17 +128,32 @@ def train_rto(config: RTOTraining, context: TrainingContext) -> TrainingResult:
     elif settings.dpo_reward_scale:
         assert pairs is not None
         sources = ColumnSources(
-            session.load, session.reference, session.tokenizer, pairs, seed=config.seed, bf16=config.bf16, report=context.report
-        )  # fmt: skip
+            session.load,
+            session.reference,
+            session.tokenizer,
+            pairs,
+            seed=config.seed,
+            bf16=config.bf16,
+            report=context.report,
+        )
         dpo = train_dpo_model(sources, config.guide_steps, config.guide_lr)
     args = RTOConfig(
-        **config.arguments(session.checkpoints), **dataclasses.asdict(settings), num_generations=config.num_generations,
-        num_iterations=config.num_iterations, max_completion_length=config.sample_tokens,
-    )  # fmt: skip
+        **config.arguments(session.checkpoints),
+        **dataclasses.asdict(settings),
+        num_generations=config.num_generations,
+        num_iterations=config.num_iterations,
+        max_completion_length=config.sample_tokens,
+    )
     trainer = RTOTrainer(
-        session.load(), reward_funcs=reward, dpo_model=dpo, ref_model=session.reference, args=args, train_dataset=train,
-        processing_class=session.tokenizer, peft_config=session.adapter,
-    )  # fmt: skip
+        session.load(),
+        reward_funcs=reward,
+        dpo_model=dpo,
+        ref_model=session.reference,
+        args=args,
+        train_dataset=train,
+        processing_class=session.tokenizer,
+        peft_config=session.adapter,
+    )
     session.train(trainer)
     logs = trainer.state.log_history
     rewards = [entry["reward"] for entry in logs if "reward" in entry]
@@ -158,7 +175,9 @@ def train_rto(config: RTOTraining, context: TrainingContext) -> TrainingResult:
 
 
 def sentiment(prompts: list[Prompt], completions: list[Prompt], **_: Any) -> list[float]:
-    """A reward: VADER's score of prompt and response, from -1 to 1 (of the response alone where the prompt is a conversation)."""
+    """A reward: VADER's score of prompt and response, from -1 to 1 (of the response alone where the prompt is a
+    conversation).
+    """
     from ..training.datasets.sentiment import positivity
 
     texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
@@ -192,7 +211,9 @@ def rollout_trace(
 
 @quiet_training()
 def trial(request: TrialRequest) -> TrialResult:
-    """RTO against PPO (or GRPO) on a few batches of rollouts, rewarded by a sentiment lexicon; the DPO model is trained first."""
+    """RTO against PPO (or GRPO) on a few batches of rollouts, rewarded by a sentiment lexicon; the DPO model is trained
+    first.
+    """
     from datasets import Dataset
 
     from ..core.rng import seed_everything
@@ -203,24 +224,45 @@ def trial(request: TrialRequest) -> TrialResult:
     baseline, estimator = ("PPO", "gae") if "gae" in wanted else ("GRPO", "group")
     arms = work.arms(baseline, RTOSettings, {"dpo_reward_scale": 0.0, "estimator": estimator})
     sources = ColumnSources(
-        work.load, work.reference, work.tokenizer, Dataset.from_list(work.pairs), work.batch_size, work.seed, report=work.report
-    )  # fmt: skip
+        work.load,
+        work.reference,
+        work.tokenizer,
+        Dataset.from_list(work.pairs),
+        work.batch_size,
+        work.seed,
+        report=work.report,
+    )
     dpo = train_dpo_model(sources, work.steps, work.lr)
     prompts = list(dict.fromkeys(row["prompt"] for row in work.pairs))
     result = TrialResult({}, "mean reward", column="token_reward")
     for name, chosen in arms.items():
-        work.report(f"{name}: {work.steps} batches of rollouts")
+        work.report(f"{name}: {work.steps} batches of rollouts", 0, work.steps)
         seed_everything(work.seed)
         with tempfile.TemporaryDirectory() as folder:
-            args = RTOConfig(**quiet_arguments(
-                folder, logging_strategy="steps", logging_steps=1, per_device_train_batch_size=8, num_generations=4, max_completion_length=16,
-                max_steps=work.steps, learning_rate=work.lr, lr_scheduler_type="constant", **dataclasses.asdict(chosen),
-            ))  # fmt: skip
+            args = RTOConfig(
+                **quiet_arguments(
+                    folder,
+                    logging_strategy="steps",
+                    logging_steps=1,
+                    per_device_train_batch_size=8,
+                    num_generations=4,
+                    max_completion_length=16,
+                    max_steps=work.steps,
+                    learning_rate=work.lr,
+                    lr_scheduler_type="constant",
+                    **dataclasses.asdict(chosen),
+                )
+            )
             policy = work.load()
             trainer = RTOTrainer(
-                policy, reward_funcs=sentiment, dpo_model=dpo if chosen.dpo_reward_scale else None, ref_model=work.reference, args=args,
-                train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]), processing_class=work.tokenizer,
-            )  # fmt: skip
+                policy,
+                reward_funcs=sentiment,
+                dpo_model=dpo if chosen.dpo_reward_scale else None,
+                ref_model=work.reference,
+                args=args,
+                train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+                processing_class=work.tokenizer,
+            )
             without_printer(trainer)
             began = time.perf_counter()
             trainer.train()

@@ -5,8 +5,8 @@
 - ``ByteMethod`` turns a model of tokens into a ``ByteModel``.
 - ``Transplanter`` puts another tokenizer under a model.
 
-A class keeps a contract if it has the contract's methods; ``trial`` runs it by the contract that it keeps. The bytes of tokens are in
-``core.vocabulary``; ``byte_view`` encodes bytes and tells which token sequences can begin an encoding.
+A class keeps a contract if it has the contract's methods; ``trial`` runs it by the contract that it keeps. The bytes of
+tokens are in ``core.vocabulary``; ``byte_view`` encodes bytes and tells which token sequences can begin an encoding.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class MergedBatch(Protocol):
 
 @runtime_checkable
 class BatchMerger(Protocol):
-    """Makes longer tokens of a batch. Such a method brings a trial of its own (``own_trial``)."""
+    """Makes longer tokens of a batch. Such a method brings a trial of its own (``trial`` on its card)."""
 
     def merges_for(self, reduction: float) -> int:
         """The fewest merges that reach a share of the possible reduction."""

@@ -1,6 +1,7 @@
-"""A causal model of tokens as a model of bytes: what ``exact_bytes`` computes, on a cache that is kept from byte to byte.
+"""A causal model of tokens as a model of bytes: it computes what ``exact_bytes`` defines.
 
-All left parts of the covers form a small tree behind the settled tokens. It runs through the model in one forward pass per byte.
+The key-value cache is kept from byte to byte. It holds the settled tokens; behind them all left parts of the covers
+form a small tree, which runs through the model in one forward pass a byte.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from ..decoding.checks import check_croppable
 from ..decoding.row import attention_mask_for
 from .base import start_token
 from .byte_view import ByteView, split_character
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHUNK = 256
 """Tokens of a prompt in one forward pass."""
@@ -54,7 +58,7 @@ class ByteLM:
     Args:
         model: a transformers causal model (with a cache that can be cropped).
         tokenizer: its fast, lossless tokenizer.
-        context: token ids before the text (a chat template, for example); default the tokenizer's BOS, or EOS if it has none.
+        context: token ids before the text, for example a chat template. Default: BOS, or EOS if there is no BOS.
         exact: drop covers that no text is encoded as.
         tolerance: share of the mass below which a cover's validity is not looked at.
         unit: how ``generate`` goes on unless it is told otherwise: ``"token"`` or ``"byte"``.
@@ -67,8 +71,8 @@ class ByteLM:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         context: Sequence[int] | None = None,
         exact: bool = True,
         tolerance: float = 1e-6,
@@ -90,7 +94,7 @@ class ByteLM:
         self.forwards = 0
         self._reset()
 
-    # -- the tree of left parts, on a cache ------------------------------------------------------------------------------
+    # -- the tree of left parts, on a cache ----------------------------------------------------------------------------
     def _reset(self) -> None:
         from transformers import DynamicCache
 
@@ -167,7 +171,7 @@ class ByteLM:
             above = self._nodes[path[:-1]]
             self._nodes[path] = _Node(slots[path], above.logp + float(above.logps[path[-1]]), logps[place])
 
-    def _forward(self, tokens: list[int], positions: list[int], mask: Any) -> np.ndarray:
+    def _forward(self, tokens: list[int], positions: list[int], mask: torch.Tensor | None) -> np.ndarray:
         """``[k, V]`` log-probabilities after each token."""
         self._check_length(max(positions) + 1)
         device = self.model.device
@@ -187,11 +191,15 @@ class ByteLM:
                 f"The text is longer than the model's context of {self._longest:,} tokens.", "Shorten it."
             )
 
-    # -- probabilities ---------------------------------------------------------------------------------------------------
+    # -- probabilities -------------------------------------------------------------------------------------------------
     def _masses(
         self, text: bytes, strictly: bool
     ) -> list[tuple[tuple[int, ...], np.ndarray, np.ndarray, np.ndarray, int]]:
-        """For every left part: tokens that start with the rest (``strictly``: and go on), the next byte, and log-mass."""
+        """For every left part: the tokens that start with the rest, their next bytes and log-masses, and its end.
+
+        Args:
+            strictly: only tokens that go on behind the text.
+        """
         found = []
         for place, left in self._advance(text):
             if place == len(text) and not strictly:
@@ -274,7 +282,7 @@ class ByteLM:
             return 0.0
         return float(np.logaddexp.reduce(np.concatenate([logs for *_, logs, _ in self._masses(data, False)])))
 
-    # -- generation ------------------------------------------------------------------------------------------------------
+    # -- generation ----------------------------------------------------------------------------------------------------
     def generate(
         self,
         prefix: str | bytes,
@@ -287,9 +295,9 @@ class ByteLM:
         """New bytes after a prefix.
 
         Args:
-            unit: ``"byte"`` chooses byte by byte, one forward pass each. ``"token"`` chooses a cover of the prefix and goes on
-                with plain tokens, one forward pass each. Default: the unit of this object. At temperature 1 both sample the
-                same distribution of texts.
+            unit: ``"byte"`` chooses byte by byte, one forward pass each. ``"token"`` chooses a cover of the prefix and
+                goes on with plain tokens, one forward pass each. Default: the unit of this object. At temperature 1
+                both sample the same distribution of texts.
             temperature: of the unit's distribution.
 
         Raises:
@@ -355,8 +363,14 @@ def choose(logps: np.ndarray, do_sample: bool, temperature: float, rng: np.rando
     return int(rng.choice(len(probs), p=probs / probs.sum()))
 
 
+class NextByte(Protocol):
+    """Anything that tells how the next byte is distributed."""
+
+    def next_byte_logprobs(self, prefix: str | bytes) -> np.ndarray: ...
+
+
 def generate_bytes(
-    source: Any, start: bytes, size: int, do_sample: bool, temperature: float, rng: np.random.Generator
+    source: NextByte, start: bytes, size: int, do_sample: bool, temperature: float, rng: np.random.Generator
 ) -> bytes:
     """Byte by byte from anything with ``next_byte_logprobs``."""
     new = b""

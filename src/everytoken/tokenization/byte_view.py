@@ -1,8 +1,9 @@
-"""A tokenizer seen from its bytes: encode bytes, ask which token sequences can begin an encoding, where encodings are settled.
+"""A tokenizer seen from its bytes: it encodes bytes, and tells which token sequences can begin an encoding.
 
-A sequence of tokens *can begin an encoding* if the tokenizer produces it, followed by anything or nothing, for some text. For
-most sequences the text itself decides; a pre-tokenizer that looks ahead (runs of spaces, contractions) or a text that ends
-inside a character needs a continuation, so a few are tried: ``PROBES``, or ways to finish the character.
+A sequence of tokens *can begin an encoding* if the tokenizer produces it, followed by anything or nothing, for some
+text. For most sequences the text itself decides. A pre-tokenizer that looks ahead (runs of spaces, contractions), or a
+text that ends inside a character, needs a continuation, so a few are tried: ``PROBES``, or ways to finish the
+character.
 """
 
 from __future__ import annotations
@@ -10,25 +11,29 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from ..core.errors import BadInputError
 from ..core.vocabulary import backend_of
+
+if TYPE_CHECKING:
+    from ..core.vocabulary import TokenizerLike
 from .base import token_bytes
 
 PROBES = (b"", b"a", b" a", b"1", b".", b"\n", b" ")
 MEMORY = 1 << 16
 """Answers remembered."""
-_VIEWS: WeakKeyDictionary[Any, ByteView] = WeakKeyDictionary()
+_VIEWS: WeakKeyDictionary[TokenizerLike, ByteView] = WeakKeyDictionary()
 
 
 class ByteView:
     """The lossless view of a tokenizer over bytes.
 
-    Texts are *spelled*: with the space in front that some tokenizers put there (``lead``), so that tokens' bytes add up to them.
+    Texts are *spelled*: with the space in front that some tokenizers put there (``lead``), so that tokens' bytes add up
+    to them.
 
     Args:
         tokenizer: a fast tokenizer; special tokens are never taken from text.
@@ -37,7 +42,7 @@ class ByteView:
         BadInputError: it changes texts (lower case, accents stripped), or its tokens cannot be spelt.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: TokenizerLike):
         from tokenizers import Tokenizer
 
         self.bytes = token_bytes(tokenizer)
@@ -53,7 +58,7 @@ class ByteView:
                 raise BadInputError(
                     f"This tokenizer does not keep the text: {sample!r} comes back as "
                     f"{self.spell(self._raw(sample)).decode('utf-8', 'replace')!r}.",
-                    "Byte-level methods need a lossless tokenizer (byte-level BPE, or SentencePiece with byte fallback).",
+                    "Byte-level methods need a lossless one (byte-level BPE, or SentencePiece with byte fallback).",
                 )
         order = sorted((token, index) for index, token in enumerate(self.bytes) if token)
         self._tokens = [token for token, _ in order]
@@ -67,7 +72,7 @@ class ByteView:
         self._answers: OrderedDict[tuple[int, ...], bool] = OrderedDict()
 
     @classmethod
-    def of(cls, tokenizer: Any) -> ByteView:
+    def of(cls, tokenizer: TokenizerLike) -> ByteView:
         """The tokenizer's view, made once (again if its vocabulary has grown)."""
         size = len(token_bytes(tokenizer))
         known = _VIEWS.get(tokenizer)
@@ -103,7 +108,7 @@ class ByteView:
         ids = self._raw(data[len(self.lead) :].decode("utf-8"))
         return ids if self.spell(ids) == data else None
 
-    # -- which sequences can begin an encoding ---------------------------------------------------------------------------
+    # -- which sequences can begin an encoding -------------------------------------------------------------------------
     def continuations(self, data: bytes) -> Iterator[bytes]:
         """Texts to try after a spelled text: a few characters, or ways to finish its last one."""
         parts = split_character(data)
@@ -151,7 +156,7 @@ class ByteView:
                     break
         return list(found)
 
-    # -- tokens by their bytes -------------------------------------------------------------------------------------------
+    # -- tokens by their bytes -----------------------------------------------------------------------------------------
     def starting_with(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
         """Ids of the tokens that start with ``data``, and the byte after it (-1 where the token ends there)."""
         low = bisect_left(self._tokens, data)
@@ -163,8 +168,8 @@ class ByteView:
         return self._ids[low:high], after
 
     def settled(self, data: bytes) -> int:
-        """Before which place the encoding of a spelled text stays, whatever follows: the last space between a letter or digit
-        and a letter (0 if there is none, or if tokens may span words)."""
+        """Before which place the encoding of a spelled text stays, whatever follows: the last space between a letter or
+        digit and a letter (0 if there is none, or if tokens may span words)."""
         if self.spans_words:
             return 0
         for place in range(len(data) - 2, 0, -1):

@@ -1,21 +1,25 @@
 """Dynamic tokenization: token boundaries that follow the batch (arXiv 2411.18553).
 
-The base tokenizer's tokens of a batch are merged as BPE merges characters: the most frequent valid adjacent pair over the whole batch
-becomes one token, everywhere, m times (or until no valid pair is left: then tokens are whole pre-tokens)::
+The base tokenizer's tokens of a batch are merged as BPE merges characters. The most frequent valid adjacent pair over
+the whole batch becomes one token everywhere. This is repeated m times, or until no valid pair is left and tokens are
+whole pre-tokens::
 
     repeat m times:
         (a, b) = argmax over valid pairs of count(a, b)          # ties: the first in the batch
         replace a b by ab, left to right, in every sequence
 
-A pair is valid if the joined text is still one pre-token of the base tokenizer (``boundary="pretoken"``), holds no white space
-(``"word"``), or anything without a special token (``"sentence"``); never with white space behind its first character unless it is all
-white space, and never two newlines alone (pre-tokenizers cut those apart). Joined bytes that are no UTF-8 yet may merge. A joined text
-that the vocabulary has is that token; any other gets its embedding from an ``Embedder``: a trained hypernetwork, or the mean of its
-pieces. The model sees fewer positions; nothing of it is changed.
+Which pairs are valid depends on ``boundary``. The joined text must be one pre-token of the base tokenizer
+(``"pretoken"``), or hold no white space (``"word"``), or only be free of special tokens (``"sentence"``). It never has
+white space behind its first character unless it is all white space, and it is never two newlines alone, because
+pre-tokenizers cut those apart. Joined bytes that are no UTF-8 yet may merge.
+
+A joined text that the vocabulary has is that token. Any other gets its embedding from an ``Embedder``: a trained
+hypernetwork, or the mean of its pieces. The model sees fewer positions and is not changed.
 
 ::
 
-    dynamic = DynamicTokenizer(tokenizer, reduction=0.5, embedder=HyperEmbedding.from_pretrained("smollm2-135m").attach(model))
+    hyper = HyperEmbedding.from_pretrained("smollm2-135m").attach(model)
+    dynamic = DynamicTokenizer(tokenizer, reduction=0.5, embedder=hyper)
     batch = dynamic(["a first text", "a second one"])
     model(inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask)
     model.generate(**inputs, max_new_tokens=32, custom_generate=DynamicPrefill(dynamic))
@@ -26,7 +30,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -35,9 +39,15 @@ from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
 from ..core.vocabulary import backend_of, first_ids
 from .base import token_bytes
-from .hyper import Embedder, EmbeddingCache
+from .embedding import Embedder, EmbeddingCache
 from .merging import PairMerger
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Carried = TypeVar("Carried")
+Texts = Sequence[str] | Sequence[Sequence[int]]
+"""Strings, or rows of base token ids."""
 BOUNDARIES = ("pretoken", "word", "sentence")
 WHITE = b" \t\n"
 JOINED = 1 << 16
@@ -72,7 +82,7 @@ class DynamicBatch:
         base = sum(map(len, self.base_ids))
         return 1 - sum(map(len, self.tokens)) / base if base else 0.0
 
-    def carry(self, values: Sequence[Any], row: int) -> list[Any]:
+    def carry(self, values: Sequence[Carried], row: int) -> list[Carried]:
         """Values of a text's base tokens (word numbers, labels) for its merged tokens: the first piece's."""
         if len(values) != len(self.base_ids[row]):
             raise BadInputError(
@@ -100,7 +110,7 @@ class DynamicBatch:
         mask = self.attention_mask.bool().to(vectors.device)
         return vectors.new_zeros(*mask.shape, vectors.shape[-1]).masked_scatter(mask[..., None], vectors)
 
-    def trace(self, row: int, tokenizer: Any) -> TokenTrace:
+    def trace(self, row: int, tokenizer: PreTrainedTokenizerBase) -> TokenTrace:
         """A text's base tokens, coloured by the merged token that they are in."""
         trace = TokenTrace(self.base_ids[row], title="dynamic tokenization", station="tokenization")
         size, part, number = [], [], []
@@ -118,8 +128,8 @@ class DynamicTokenizer:
     Args:
         tokenizer: the model's own, fast.
         merges: how many; overrides ``reduction``.
-        reduction: share of the possible reduction, 0 (nothing) to 1 (whole pre-tokens). Until ``fit`` has made a table, the merges
-            that reach it are found in each batch.
+        reduction: share of the possible reduction, 0 (nothing) to 1 (whole pre-tokens). Until ``fit`` has made a table,
+            the merges that reach it are found in each batch.
         boundary: what tokens may not cross: ``"pretoken"``, ``"word"`` or ``"sentence"``.
         embedder: gives new tokens their vectors; without one, batches have no ``inputs_embeds``.
         cache_size: embeddings kept (the least recently used goes).
@@ -129,14 +139,13 @@ class DynamicTokenizer:
         BadInputError: a setting out of its range, or a tokenizer that cannot be spelt.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     merges: int | None = None
     reduction: float = 0.3
     boundary: str = "pretoken"
     embedder: Embedder | None = field(default=None, repr=False)
     cache_size: int = 5000
     padding_side: str | None = None
-    own_trial: ClassVar[str] = "everytoken.tokenization.dynamic_trial:trial"
 
     def __post_init__(self) -> None:
         if self.boundary not in BOUNDARIES:
@@ -155,7 +164,7 @@ class DynamicTokenizer:
         self.table: np.ndarray | None = None
         """After ``fit``: mean tokens of a text after 0, 1, 2... merges."""
 
-    # -- which pairs -----------------------------------------------------------------------------------------------------
+    # -- which pairs ---------------------------------------------------------------------------------------------------
     def valid(self, left: bytes, right: bytes) -> bool:
         """Whether two tokens, by their bytes, may become one."""
         joined = left + right
@@ -179,14 +188,15 @@ class DynamicTokenizer:
             return len(self._cut.pre_tokenize_str(text)) == 1
         return len(text.split()) == 1 and not text[-1].isspace()
 
-    # -- merging ---------------------------------------------------------------------------------------------------------
+    # -- merging -------------------------------------------------------------------------------------------------------
     def _run(
         self, rows: list[list[int]], merges: int | None, most: int | None = None
     ) -> tuple[PairMerger, dict[bytes, tuple[bytes, bytes]], list[int]]:
         """Merges, up to a number of merges or of new tokens.
 
-        Returns the merger, the new tokens with their two parts (in the order of their numbers, from the vocabulary's size on), and the
-        batch's length after 0, 1, 2... merges.
+        Returns:
+            The merger; the new tokens with their two parts, in the order of their numbers (which go on from the
+            vocabulary's size); and the batch's length after 0, 1, 2... merges.
         """
         merger, size = PairMerger(rows), len(self._bytes)
         names: list[bytes] = []
@@ -213,9 +223,13 @@ class DynamicTokenizer:
             lengths.append(merger.length)
         return merger, new, lengths
 
-    def vocabulary(self, texts: Sequence[Any], size: int, max_pieces: int = 8) -> list[tuple[int, ...]]:
-        """The base tokens of up to ``size`` new tokens: the merges of a whole corpus, the most frequent first; tokens of more than
-        ``max_pieces`` (rulers, tables) are left out."""
+    def vocabulary(self, texts: Texts, size: int, max_pieces: int = 8) -> list[tuple[int, ...]]:
+        """New tokens from the merges of a whole corpus, the most frequent first, each as its base tokens.
+
+        Args:
+            size: at most so many tokens.
+            max_pieces: tokens of more pieces (rulers, tables) are left out.
+        """
         rows = self._base(texts, False)
         new = self._run(rows, None, size)[1]
         made: dict[bytes, tuple[int, ...]] = {}
@@ -226,8 +240,12 @@ class DynamicTokenizer:
     def _parts(self, data: bytes, made: dict[bytes, tuple[int, ...]]) -> tuple[int, ...]:
         return made[data] if data in made else (self._ids[data],)
 
-    def fit(self, texts: Sequence[Any], batch_size: int = 32) -> DynamicTokenizer:
-        """Measures mean lengths by merges on a sample, so that one number of merges serves all later batches; returns itself."""
+    def fit(self, texts: Texts, batch_size: int = 32) -> DynamicTokenizer:
+        """Measures mean lengths by merges on a sample, so that one number of merges serves all later batches.
+
+        Returns:
+            Itself.
+        """
         rows = self._base(texts, True)
         totals: list[np.ndarray] = []
         for begin in range(0, len(rows), batch_size):
@@ -237,7 +255,7 @@ class DynamicTokenizer:
         self.table = np.asarray(whole) / len(rows)
         return self
 
-    def merges_for(self, reduction: float, lengths: Any = None) -> int:
+    def merges_for(self, reduction: float, lengths: Sequence[float] | None = None) -> int:
         """The fewest merges that reach a share of the possible reduction, by the fitted table (or by ``lengths``)."""
         table = np.asarray(self.table if lengths is None else lengths, np.float64)
         if table.ndim != 1:
@@ -245,7 +263,7 @@ class DynamicTokenizer:
         target = table[0] - reduction * (table[0] - table[-1])
         return int(np.argmax(table <= target + 1e-9))
 
-    def _base(self, texts: Sequence[Any], add_special_tokens: bool) -> list[list[int]]:
+    def _base(self, texts: Texts, add_special_tokens: bool) -> list[list[int]]:
         if isinstance(texts, str) or not len(texts):
             raise BadInputError("Give a list of texts, or of token ids.", 'dynamic(["a text", "another"])')
         if isinstance(texts[0], str):
@@ -257,11 +275,12 @@ class DynamicTokenizer:
                 raise BadInputError(f"Text {number} has no tokens.", "Leave empty texts out.")
             if min(row) < 0 or max(row) >= len(self._bytes):
                 raise BadInputError(
-                    f"Text {number} has token ids outside 0..{len(self._bytes) - 1}.", "Were they made by another tokenizer?"
-                )  # fmt: skip
+                    f"Text {number} has token ids outside 0..{len(self._bytes) - 1}.",
+                    "Were they made by another tokenizer?",
+                )
         return rows
 
-    def __call__(self, texts: Sequence[Any], add_special_tokens: bool = True) -> DynamicBatch:
+    def __call__(self, texts: Texts, add_special_tokens: bool = True) -> DynamicBatch:
         """Merges over a batch.
 
         Args:

@@ -1,6 +1,6 @@
 """Dynamic tokenization's own trial: a prompt read in fewer positions, and what the model says after it.
 
-The arms are the prompt without merges, each method, and each method with the mean of the pieces in place of the hypernetwork.
+The prompt is read without merges, with each method, and with the mean of the pieces in place of the hypernetwork.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from ..core.loading import load_model, load_tokenizer
 from ..decoding.trial import TrialRequest, TrialResult
 from .dynamic_prefill import DynamicPrefill
 from .dynamic_tokenization import DynamicTokenizer
-from .hyper import Embedder, HyperEmbedding, MeanEmbedding
+from .embedding import Embedder
+from .hyper import HyperEmbedding, MeanEmbedding
 from .trials.inputs import sampling_of, seed_of, text_of
 
 EXAMPLE = (
@@ -31,7 +32,7 @@ def trial(request: TrialRequest) -> TrialResult:
     text = text_of(request, EXAMPLE)
     tokenizer = load_tokenizer(request.model)
     dynamics = {item.name: item.factory(tokenizer, **item.settings) for item in request.trials}
-    request.report("loading the model")
+    request.report("loading the model", 0, 0)
     model = load_model(request.model, dtype=request.options.get("dtype", "auto"), packed=True)
     mean = MeanEmbedding(model)
     result = TrialResult({}, "positions", column="pieces in the token")
@@ -51,7 +52,7 @@ def trial(request: TrialRequest) -> TrialResult:
     length = int(request.options.get("max_new_tokens", 32))
     one = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
     for name, (dynamic, embedder) in arms.items():
-        request.report(f"running {name}")
+        request.report(f"running {name}", 0, 0)
         dynamic.embedder = embedder
         prefill = DynamicPrefill(dynamic)
         torch.manual_seed(seed_of(request))

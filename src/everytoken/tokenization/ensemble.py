@@ -1,4 +1,4 @@
-"""Several models as one, whatever their vocabularies: they have bytes in common (arXiv 2410.09303, section on ensembles).
+"""Several models as one, whatever their vocabularies: all of them know bytes (arXiv 2410.09303).
 
 ::
 

@@ -1,27 +1,28 @@
 """Exact byte probabilities of a tokenised model (arXiv 2410.09303).
 
-A prompt that ends inside what would be a longer token biases the model: after "hel" tokenised alone, "lo" gets next to no mass,
-because in training "hello" was another token. The probability that the text starts with the bytes x is a sum over its *covers*,
-the token sequences whose last token reaches x's end and may stick out::
+A prompt that ends inside what would be a longer token biases the model. After "hel" tokenised alone, "lo" gets next to
+no mass, because "hello" was one token in training. The probability that the text starts with the bytes x is a sum over
+the *covers* of x: the token sequences whose last token reaches the end of x and may stick out::
 
     P(x_1..x_n) = sum over t in cover(x) of P(t_1..t_k)
-    cover(x) = { t : t can begin an encoding,  bytes(t_1..t_k-1) is a proper prefix of x,  x is a prefix of bytes(t_1..t_k) }
+    cover(x) = { t : t can begin an encoding,
+                     bytes(t_1..t_k-1) is a proper prefix of x,  x is a prefix of bytes(t_1..t_k) }
 
     P(x_n+1 | x_1..x_n) = P(x_1..x_n+1) / P(x_1..x_n)
 
-Before the last settled word the encoding is fixed, so only splits inside the window after it count: for each split i, the ways to
-encode the left part, and the vocabulary's tokens that start with the right part. All left parts form a small tree that runs through
-the model in one forward pass per byte, on a cache that is kept from byte to byte.
+Up to the last settled word the encoding is fixed, so only splits inside the window after it count. For each split these
+are the ways to encode the left part, and the vocabulary's tokens that start with the right part. All left parts form a
+small tree that runs through the model in one forward pass a byte, on a cache that is kept from byte to byte.
 
 ::
 
     lm = ExactBytes().on(model, tokenizer)
-    lm.generate("The capital of France is Par", 16)              # b"is, ..."
-    lm.next_byte_logprobs("hel")                                 # [257]: 256 bytes and the end of the text
-    ByteEnsemble([lm, other_lm]).generate("def fib", 32)         # models with different vocabularies
+    lm.generate("The capital of France is Par", 16)          # b"is, ..."
+    lm.next_byte_logprobs("hel")                             # [257]: 256 bytes and the end of the text
+    ByteEnsemble([lm, other_lm]).generate("def fib", 32)     # models with different vocabularies
 
-``exact`` drops covers that no text is encoded as (in principle the model gives them no mass; in practice it leaks a little), and
-what is left is normalised.
+``exact`` drops covers that are no beginning of any text's encoding, and normalises what is left. A perfect model would
+give such covers no mass; a trained one leaks a little.
 """
 
 from __future__ import annotations

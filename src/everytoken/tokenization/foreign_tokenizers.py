@@ -1,4 +1,4 @@
-"""Real tokenizers of other families as transformers tokenizers: tiktoken-like rank files, Tekken, SentencePiece, and packaged ones."""
+"""Tokenizers of other families as transformers tokenizers: tiktoken-like rank files, Tekken, SentencePiece."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..core.errors import BadInputError, require
 from ..core.vocabulary import byte_stand_ins
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -29,7 +32,7 @@ def from_ranks(
     pattern: str = QWEN_PATTERN,
     special_tokens: Mapping[str, int] | None = None,
     **roles: str,
-) -> Any:
+) -> PreTrainedTokenizerBase:
     """A tokenizer from tiktoken's mergeable ranks.
 
     Args:
@@ -91,7 +94,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         raise BadInputError(f"{path} is no file of tiktoken ranks: {error}", "A line is: BASE64 RANK.") from error
 
 
-def read_tekken(path: Path) -> Any:
+def read_tekken(path: Path) -> PreTrainedTokenizerBase:
     """Mistral's ``tekken.json``.
 
     Raises:
@@ -111,9 +114,12 @@ def read_tekken(path: Path) -> Any:
     return from_ranks(ranks, config["pattern"], special, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-def load_any_tokenizer(name: str) -> Any:
-    """A tokenizer by a packaged name (``mistral``, ``tekken``, ``qwen``), a file (``.tiktoken``, ``.model``, ``.json``), a folder or a hub
-    id.
+def load_any_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer by name or file.
+
+    Args:
+        name: a packaged one (``mistral``, ``tekken``, ``qwen``), a file (``.tiktoken``, ``.model``, ``.json``), a
+            folder, or a hub id.
 
     Raises:
         BadInputError: there is none, or a file of an unknown kind.
@@ -152,7 +158,7 @@ def load_any_tokenizer(name: str) -> Any:
     )
 
 
-def read_sentencepiece(path: Path) -> Any:
+def read_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
     """A SentencePiece ``.model`` (Llama's kind), converted by transformers (which cuts runs of spaces in its own way).
 
     Raises:

@@ -1,52 +1,30 @@
-"""Embeddings of tokens that a model does not have, from the embeddings of their pieces: a hypernetwork, and the mean as baseline.
+"""Embeddings of tokens that a model does not have, from their pieces: a hypernetwork, and the mean as the baseline.
 
 A token t with pieces p_1..p_n gets
 
     e(t) = sum_i a_i E[p_i] + W c,    a = softmax of scores,  c = what a small transformer reads out of the pieces
 
-once for the input and once for the output matrix. Scores and W start at zero: an untrained ``HyperEmbedding`` is the plain mean of
-the pieces. The hypernetworks of arXiv 2405.07883 read the pieces in the same way; theirs are larger.
+once for the input and once for the output matrix. Scores and W start at zero, so an untrained ``HyperEmbedding`` is the
+plain mean of the pieces. The hypernetworks of arXiv 2405.07883 read the pieces in the same way and are larger.
 """
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..core.errors import BadInputError, UnknownNameError, UnsupportedModelError
+from ..core.errors import BadInputError, UnknownNameError
 from ..core.weights import read_weights, weights_folder
+from .embedding import matrices, padded
 
-
-class Embedder(Protocol):
-    """Gives vectors to tokens that are described by their pieces (ids of the model's own tokens)."""
-
-    def base(self, ids: torch.Tensor) -> torch.Tensor:
-        """The model's own input embeddings."""
-        ...
-
-    def embed(self, pieces: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Input and output embeddings, ``[N, d]`` each."""
-        ...
-
-
-def matrices(model: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """A model's input embeddings (as a module, since some scale them), their weight, and the output matrix.
-
-    Raises:
-        UnsupportedModelError: it has no token embeddings.
-    """
-    source = model.get_input_embeddings()
-    if source is None or not hasattr(source, "weight"):
-        raise UnsupportedModelError(f"{type(model).__name__} has no token embeddings.", "Use a language model.")
-    head = model.get_output_embeddings()
-    return source, source.weight, source.weight if head is None else head.weight
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class MeanEmbedding:
@@ -56,11 +34,11 @@ class MeanEmbedding:
         model: whose tokens the pieces are.
     """
 
-    def __init__(self, model: Any):
-        self._source, _, self._head = matrices(model)
+    def __init__(self, model: PreTrainedModel):
+        self._source, self._weight, self._head = matrices(model)
 
     def base(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._source(ids.to(self._source.weight.device))
+        return self._source(ids.to(self._weight.device))
 
     @torch.no_grad()
     def embed(self, pieces: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,7 +104,7 @@ class HyperEmbedding(nn.Module):
             nn.init.zeros_(layer.bias)
         for table in (self.place, self.from_end):
             nn.init.normal_(table, std=0.02)
-        self._attached: Any = None
+        self._attached: tuple[nn.Module, torch.Tensor, torch.Tensor] | None = None
 
     def forward(
         self, inputs: torch.Tensor, outputs: torch.Tensor, mask: torch.Tensor
@@ -145,8 +123,8 @@ class HyperEmbedding(nn.Module):
         first, second = change.chunk(2, -1)
         return (share[..., :1] * inputs).sum(1) + first, (share[..., 1:] * outputs).sum(1) + second
 
-    # -- with a model ----------------------------------------------------------------------------------------------------
-    def attach(self, model: Any) -> HyperEmbedding:
+    # -- with a model --------------------------------------------------------------------------------------------------
+    def attach(self, model: PreTrainedModel) -> HyperEmbedding:
         """Reads pieces from this model's matrices from now on; returns itself.
 
         Raises:
@@ -155,26 +133,26 @@ class HyperEmbedding(nn.Module):
         source, weight, head = matrices(model)
         if weight.shape[1] != self.config.size or self.config.vocab_size not in (0, len(weight)):
             raise BadInputError(
-                f"This hypernetwork is for {self.config.vocab_size:,} embeddings of width {self.config.size}; the model has "
-                f"{len(weight):,} of width {weight.shape[1]}.",
+                f"This hypernetwork is for {self.config.vocab_size:,} embeddings of width {self.config.size}; the "
+                f"model has {len(weight):,} of width {weight.shape[1]}.",
                 "Train one with scripts/train_hypernetwork.py, or use MeanEmbedding(model).",
             )
-        self._attached = (source, head)
+        self._attached = (source, weight, head)
         self.to(weight.device)
         return self
 
-    def _model(self) -> Any:
+    def _model(self) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
         if self._attached is None:
             raise BadInputError("The hypernetwork is attached to no model.", "Call attach(model) first.")
         return self._attached
 
     def base(self, ids: torch.Tensor) -> torch.Tensor:
-        source, _ = self._model()
-        return source(ids.to(source.weight.device))
+        source, weight, _ = self._model()
+        return source(ids.to(weight.device))
 
     def apply_to(self, pieces: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
         """As ``embed``, with gradients."""
-        source, head = self._model()
+        source, _, head = self._model()
         ids, mask = padded(pieces, head.device)
         inputs, outputs = source(ids).float(), head[ids].float()
         first, second = self(inputs, outputs, mask)
@@ -184,7 +162,7 @@ class HyperEmbedding(nn.Module):
     def embed(self, pieces: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
         return self.apply_to(pieces)
 
-    # -- on disk ---------------------------------------------------------------------------------------------------------
+    # -- on disk -------------------------------------------------------------------------------------------------------
     def save_pretrained(self, folder: str | Path) -> None:
         """``config.json`` and half-precision ``model.safetensors``."""
         from safetensors.torch import save_file
@@ -219,58 +197,3 @@ class HyperEmbedding(nn.Module):
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise BadInputError(f"{folder} holds no readable hypernetwork: {error}", "Save it anew.") from error
         return hyper.eval()
-
-
-def padded(pieces: Sequence[tuple[int, ...]], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids ``[N, P]`` (0 where unused) and which places are used."""
-    width = max((len(item) for item in pieces), default=1)
-    if any(not item for item in pieces):
-        raise BadInputError("A token without pieces has no embedding.", "Give each at least one piece.")
-    ids = torch.zeros(len(pieces), width, dtype=torch.long)
-    mask = torch.zeros(len(pieces), width, dtype=torch.bool)
-    for row, item in enumerate(pieces):
-        ids[row, : len(item)] = torch.tensor(item)
-        mask[row, : len(item)] = True
-    return ids.to(device), mask.to(device)
-
-
-class EmbeddingCache:
-    """The most recently used vectors, by pieces.
-
-    Args:
-        size: how many are kept.
-
-    Attributes:
-        hits, misses: counted over all calls.
-    """
-
-    def __init__(self, size: int):
-        if size < 1:
-            raise BadInputError(f"A cache keeps at least one embedding; got {size}.")
-        self.size, self.hits, self.misses = size, 0, 0
-        self._rows: OrderedDict[tuple[int, ...], torch.Tensor] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __contains__(self, pieces: tuple[int, ...]) -> bool:
-        return pieces in self._rows
-
-    def rows(self, keys: Sequence[tuple[int, ...]], embedder: Embedder) -> torch.Tensor:
-        """Input embeddings ``[N, d]`` of distinct tokens; the missing ones are made in one call."""
-        missing = [key for key in keys if key not in self._rows]
-        self.misses += len(missing)
-        self.hits += len(keys) - len(missing)
-        made = dict(zip(missing, embedder.embed(missing)[0], strict=True)) if missing else {}
-        found = []
-        for key in keys:
-            row = made.get(key)
-            if row is None:
-                row = self._rows[key]
-                self._rows.move_to_end(key)
-            found.append(row)
-        for key, row in made.items():
-            self._rows[key] = row.clone()  # a view would keep the whole block alive
-            if len(self._rows) > self.size:
-                self._rows.popitem(last=False)
-        return torch.stack(found)

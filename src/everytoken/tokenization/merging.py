@@ -1,17 +1,17 @@
 """Pair merges over a batch of sequences, with counts kept up to date instead of counted anew.
 
-Every slot that has a right neighbour is an occurrence of one pair. The occurrences of a pair are a doubly linked list through the
-slots, in order, so its head is the pair's first occurrence; a heap holds ``(count, first occurrence)`` of every pair. A merge
-touches its occurrences and their neighbours only: all merges of a batch together cost O(n log n), where counting anew costs O(n) each.
+Every slot that has a right neighbour is an occurrence of one pair. The occurrences of a pair are a doubly linked list
+through the slots, in order, so the head of the list is the first occurrence. A heap holds ``(count, first occurrence)``
+of every pair. A merge touches only its occurrences and their neighbours: all merges of a batch together cost O(n log
+n), where counting anew costs O(n) each.
 
-Counting is the plain one: all adjacent pairs, overlapping ones too; the most frequent pair goes first, ties by first occurrence in
-the batch as it then is; a pair is replaced left to right everywhere.
+Counting is the plain one: all adjacent pairs, overlapping ones too; the most frequent pair goes first, ties by first
+occurrence in the batch as it then is; a pair is replaced left to right everywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numba
 import numpy as np
@@ -21,7 +21,7 @@ PAIRS, HEAP, LIVE, CHANGED, STAMP = range(5)
 
 
 @numba.njit(cache=True)
-def _pair(left: int, right: int, keys: Any, values: Any, pairs: Any, counters: Any) -> int:
+def _pair(left: int, right: int, keys: np.ndarray, values: np.ndarray, pairs: np.ndarray, counters: np.ndarray) -> int:
     """The number of a pair, new or known (open addressing)."""
     key = (np.int64(left) << 32) | np.int64(right)
     mask = len(keys) - 1
@@ -39,7 +39,7 @@ def _pair(left: int, right: int, keys: Any, values: Any, pairs: Any, counters: A
 
 
 @numba.njit(cache=True)
-def _touch(number: int, pairs: Any, changed: Any, counters: Any) -> None:
+def _touch(number: int, pairs: np.ndarray, changed: np.ndarray, counters: np.ndarray) -> None:
     if pairs[number, 6] != counters[STAMP]:
         pairs[number, 6] = counters[STAMP]
         changed[counters[CHANGED]] = number
@@ -47,7 +47,15 @@ def _touch(number: int, pairs: Any, changed: Any, counters: Any) -> None:
 
 
 @numba.njit(cache=True)
-def _attach(slot: int, slots: Any, keys: Any, values: Any, pairs: Any, changed: Any, counters: Any) -> None:
+def _attach(
+    slot: int,
+    slots: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    pairs: np.ndarray,
+    changed: np.ndarray,
+    counters: np.ndarray,
+) -> None:
     """The slot and its right neighbour become an occurrence."""
     right = slots[slot, 1]
     if right < 0:
@@ -72,7 +80,7 @@ def _attach(slot: int, slots: Any, keys: Any, values: Any, pairs: Any, changed: 
 
 
 @numba.njit(cache=True)
-def _detach(slot: int, slots: Any, pairs: Any, changed: Any, counters: Any) -> None:
+def _detach(slot: int, slots: np.ndarray, pairs: np.ndarray, changed: np.ndarray, counters: np.ndarray) -> None:
     number = slots[slot, 3]
     if number < 0:
         return
@@ -91,12 +99,12 @@ def _detach(slot: int, slots: Any, pairs: Any, changed: Any, counters: Any) -> N
 
 
 @numba.njit(cache=True)
-def _score(number: int, pairs: Any) -> int:
+def _score(number: int, pairs: np.ndarray) -> int:
     return (np.int64(pairs[number, 2]) << 32) | (np.int64(0x7FFFFFFF) - pairs[number, 3])
 
 
 @numba.njit(cache=True)
-def _push_changed(pairs: Any, changed: Any, heap: Any, counters: Any) -> None:
+def _push_changed(pairs: np.ndarray, changed: np.ndarray, heap: np.ndarray, counters: np.ndarray) -> None:
     for index in range(counters[CHANGED]):
         number = changed[index]
         if pairs[number, 2] <= 0 or pairs[number, 5] == 0:
@@ -115,7 +123,16 @@ def _push_changed(pairs: Any, changed: Any, heap: Any, counters: Any) -> None:
 
 
 @numba.njit(cache=True)
-def _begin(starts: Any, slots: Any, keys: Any, values: Any, pairs: Any, heap: Any, changed: Any, counters: Any) -> None:
+def _begin(
+    starts: np.ndarray,
+    slots: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    pairs: np.ndarray,
+    heap: np.ndarray,
+    changed: np.ndarray,
+    counters: np.ndarray,
+) -> None:
     for row in range(len(starts) - 1):
         for slot in range(starts[row], starts[row + 1]):
             slots[slot, 1] = slot + 1 if slot + 1 < starts[row + 1] else -1
@@ -126,7 +143,7 @@ def _begin(starts: Any, slots: Any, keys: Any, values: Any, pairs: Any, heap: An
 
 
 @numba.njit(cache=True)
-def _pop(pairs: Any, heap: Any, counters: Any) -> int:
+def _pop(pairs: np.ndarray, heap: np.ndarray, counters: np.ndarray) -> int:
     """The best pair whose entry is still true, or -1."""
     while counters[HEAP] > 0:
         score, number = heap[0, 0], heap[0, 1]
@@ -152,7 +169,15 @@ def _pop(pairs: Any, heap: Any, counters: Any) -> int:
 
 @numba.njit(cache=True)
 def _merge(
-    number: int, token: int, slots: Any, keys: Any, values: Any, pairs: Any, heap: Any, changed: Any, counters: Any
+    number: int,
+    token: int,
+    slots: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    pairs: np.ndarray,
+    heap: np.ndarray,
+    changed: np.ndarray,
+    counters: np.ndarray,
 ) -> None:
     while pairs[number, 3] >= 0:
         slot = pairs[number, 3]
@@ -210,7 +235,10 @@ class PairMerger:
         return int(self._counters[LIVE])
 
     def best(self) -> tuple[int, int] | None:
-        """The most frequent pair (ties: the first in the batch); answer with ``merge`` or ``discard``. None at the end."""
+        """The most frequent pair (ties: the first in the batch), or None at the end.
+
+        Answer with ``merge`` or ``discard``.
+        """
         self._current = _pop(self._pairs, self._heap, self._counters)
         if self._current < 0:
             return None

@@ -1,8 +1,8 @@
 """StochasTok: stochastic tokenisation for fine-grained subword understanding (arXiv 2506.01687).
 
-A deterministic tokenizer hides what tokens are made of. StochasTok takes an already tokenised text and, a number of times,
-replaces a token by two tokens of the same vocabulary that spell the same bytes. A model trained on such text learns the inner
-structure of its tokens; vocabulary, model and inference stay as they are.
+A deterministic tokenizer hides what tokens are made of. StochasTok takes an already tokenised text and, a number of
+times, replaces a token by two tokens of the same vocabulary that spell the same bytes. A model trained on such text
+learns the inner structure of its tokens; vocabulary, model and inference stay as they are.
 
 With ``b(v)`` the bytes of token v and ``n`` the input's length::
 
@@ -11,18 +11,18 @@ With ``b(v)`` the bytes of token v and ``n`` the input's length::
         draw a position uniformly in the current sequence (which grows)
         if its token v has splits: replace v by one pair drawn uniformly from Splits(v)
 
-Any cut counts, not only the merge that made the token; parts can be split again; an attempt on a token without splits (a
-single byte, a special token) is spent.
+Any cut counts, not only the merge that made the token; parts can be split again; an attempt on a token without splits
+(a single byte, a special token) is spent.
 
-The sequence is kept as slots in a linked list: a split keeps the left part in its slot and appends the right part as a new
-slot. A uniform slot is a uniform position, so no position has to be found and nothing has to be moved: O(n) in all.
+The sequence is kept as slots in a linked list: a split keeps the left part in its slot and appends the right part as a
+new slot. A uniform slot is a uniform position, so no position has to be found and nothing has to be moved: O(n) in all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import numba
 import numpy as np
@@ -30,12 +30,24 @@ import numpy as np
 from ..core.errors import BadInputError
 from .base import Retokenized, token_bytes
 
+if TYPE_CHECKING:
+    import torch
+
+    from ..core.vocabulary import TokenizerLike
+
+    Ids = Sequence[int] | np.ndarray | torch.Tensor
+Example = dict[str, Any]
+"""A row of a data set: its columns may hold anything."""
+Made = TypeVar("Made")
 IGNORED = -100
 
 
 @dataclass
 class SplitTable:
-    """All splits of all tokens, as compressed rows: token v has pairs ``(left[i], right[i])``, offsets[v] <= i < offsets[v+1]."""
+    """All splits of all tokens as compressed rows.
+
+    Token v has the pairs ``(left[i], right[i])`` for ``offsets[v] <= i < offsets[v + 1]``.
+    """
 
     offsets: np.ndarray
     left: np.ndarray
@@ -48,7 +60,7 @@ class SplitTable:
 
 
 def split_table(table: Sequence[bytes | None]) -> SplitTable:
-    """Splits of every token of a vocabulary, given the bytes of each id (None for ids that must never be split or made)."""
+    """Splits of every token of a vocabulary, from the bytes of each id; ids with None are never split or made."""
     ids: dict[bytes, list[int]] = {}
     for index, piece in enumerate(table):
         if piece:
@@ -69,7 +81,13 @@ def split_table(table: Sequence[bytes | None]) -> SplitTable:
 
 @numba.njit(cache=True, nogil=True)
 def _expand(
-    ids: np.ndarray, attempts: int, limit: int, offsets: np.ndarray, left: np.ndarray, right: np.ndarray, rng: Any
+    ids: np.ndarray,
+    attempts: int,
+    limit: int,
+    offsets: np.ndarray,
+    left: np.ndarray,
+    right: np.ndarray,
+    rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
     n = len(ids)
     token = np.empty(n + attempts, np.int64)
@@ -114,7 +132,7 @@ class StochasTok:
         BadInputError: expand_prop is negative or not finite, or the tokenizer cannot be spelt.
     """
 
-    tokenizer: Any
+    tokenizer: TokenizerLike
     expand_prop: float = 0.1
     seed: int = 0
     max_expansions: int | None = None
@@ -128,7 +146,7 @@ class StochasTok:
         self.table = split_table(token_bytes(self.tokenizer))
         self._rng = np.random.default_rng(self.seed)
 
-    def expand(self, ids: Any, seed: int | None = None) -> Retokenized:
+    def expand(self, ids: Ids, seed: int | None = None) -> Retokenized:
         """Splits tokens of one sequence.
 
         Args:
@@ -155,20 +173,20 @@ class StochasTok:
         out, source = _expand(array, attempts, limit, self.table.offsets, self.table.left, self.table.right, rng)
         return Retokenized(out, source)
 
-    def __call__(self, ids: Any) -> Any:
+    def __call__(self, ids: Ids | Sequence[Ids]) -> list[int] | list[list[int]]:
         """New ids for one sequence or a batch of sequences, as lists."""
         if len(ids) and hasattr(ids[0], "__len__"):
-            return [self.expand(row).ids.tolist() for row in ids]
-        return self.expand(ids).ids.tolist()
+            return [self.expand(row).ids.tolist() for row in cast("Sequence[Ids]", ids)]
+        return self.expand(cast("Ids", ids)).ids.tolist()
 
-    def annotated(self, example: Mapping[str, Any]) -> dict[str, Any]:
+    def annotated(self, example: Mapping[str, Any]) -> Example:
         """One example with ``input_ids`` split and every other token-aligned column passed on to both parts.
 
         ``labels`` that repeat the token (causal training) follow the new tokens; ignored ones stay ignored.
         """
         ids = np.asarray(example["input_ids"], dtype=np.int64)
         new = self.expand(ids)
-        out: dict[str, Any] = dict(example)
+        out: Example = dict(example)
         for name, column in example.items():
             if name == "input_ids":
                 out[name] = new.ids.tolist()
@@ -188,17 +206,17 @@ class StochasTok:
         rows = [self.annotated(dict(zip(names, row, strict=True))) for row in zip(*examples.values(), strict=True)]
         return {name: [row[name] for row in rows] for name in names}
 
-    def collator(self, inner: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    def collator(self, inner: Callable[[list[Example]], Made]) -> Callable[[list[Example]], Made]:
         """A data collator that splits each example anew before ``inner`` pads it: fresh splits in every epoch."""
         return _Collator(self, inner)
 
 
 @dataclass
-class _Collator:
+class _Collator(Generic[Made]):
     """Picklable, so that data-loader workers can carry it."""
 
     stochastok: StochasTok
-    inner: Callable[[list[Any]], Any]
+    inner: Callable[[list[Example]], Made]
 
-    def __call__(self, examples: list[Any]) -> Any:
+    def __call__(self, examples: list[Example]) -> Made:
         return self.inner([self.stochastok.annotated(example) for example in examples])

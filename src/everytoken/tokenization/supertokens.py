@@ -1,16 +1,16 @@
 """Supertokens: a BPE tokenizer whose tokens may span several words (arXiv 2505.09738).
 
-BPE never merges across the spaces that its pre-tokenizer cuts at, however frequent "of the" is. Here the training text is cut into
-chunks of a random number of words, so that merges across spaces are learned where they are frequent and never depend on one place of
-the cut::
+BPE never merges across the spaces that its pre-tokenizer cuts at, however frequent "of the" is. Here the training text
+is cut into chunks of a random number of words, so that merges across spaces are learned where they are frequent and
+never depend on one place of the cut::
 
     word    = optional space + letters
     run     = words with one space between them        (digits, punctuation and line ends are hard boundaries)
     chunks  = the run, cut after n_1, n_2, ... words,  P(n = k) = chunk_sizes[k - 1]
     merges  = BPE on the chunks
 
-In use a text is cut into runs only, and the learned merges decide which words a token joins. The paper does not give the
-distribution of chunk sizes; the default here is this project's choice. ``chunk_sizes=(1,)`` gives plain BPE.
+In use a text is cut into runs only, and the learned merges decide which words a token joins. The paper does not give
+the distribution of chunk sizes; the default here is this project's choice. ``chunk_sizes=(1,)`` gives plain BPE.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
 from .base import token_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 WORD = r"\p{L}[\p{L}\p{M}]*(?:['’]\p{L}[\p{L}\p{M}]*)*"
 RUNS = rf" ?{WORD}(?: {WORD})*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -93,7 +96,7 @@ class SupertokenTrainer:
                         first, words, size = place, 0, next(sizes)
                 yield run[first:]
 
-    def train(self, texts: Iterable[str]) -> Any:
+    def train(self, texts: Iterable[str]) -> PreTrainedTokenizerFast:
         """A lossless byte-level PreTrainedTokenizerFast.
 
         Raises:
@@ -144,7 +147,7 @@ def words_in(token: bytes | None) -> int:
     return token.strip().count(b" ") + 1
 
 
-def trace(tokenizer: Any, text: str) -> TokenTrace:
+def trace(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenTrace:
     """A text's tokens with the number of words that each touches."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     table = token_bytes(tokenizer)

@@ -27,8 +27,7 @@ from .byte_view import ByteView
 
 @dataclass
 class TokenHealing(LoopDecoder):
-    """The cheap baseline, as ``custom_generate``: drop the prompt's last token and choose again among tokens that start
-    with it.
+    """The cheap baseline, as ``custom_generate``: the prompt's last tokens are dropped and chosen again.
 
     Args:
         tokenizer: the model's.

@@ -1,21 +1,23 @@
 """TokenAdapt: another tokenizer for a trained model (arXiv 2505.09738).
 
-Tokens that both vocabularies have (by their bytes) keep their embeddings; special tokens are matched by role. Every other new token
-t gets a mix of two estimates. *Local*: its pieces p_1..p_n under the old tokenizer, weighted by meaning and length::
+Tokens that both vocabularies have (by their bytes) keep their embeddings. Special tokens are matched by role. Every
+other new token t gets a mix of two estimates. The *local* one is made of its pieces p_1..p_n under the old tokenizer,
+weighted by meaning and length::
 
     c_i = cos(ext(t), ext(p_i)),   l_i = len(p_i) / len(t)
     w = softmax(((softmax(c) + l) / 2) / temperature)
     e_local = sum_i w_i E_old[p_i]
 
-*Global*: its nearest old tokens j_1..j_k by the cosine s of an external text embedding ``ext``::
+The *global* one is made of its nearest old tokens j_1..j_k, by the cosine s of an external text embedding ``ext``::
 
     w = softmax(s / temperature), those with s < threshold dropped, renormalised
     e_global = sum_j w_j E_old[j]
 
     e_new = (1 - global_weight) e_local + global_weight e_global
 
-If one is missing the other is taken; if both are, a draw from N(mean(E_old), std(E_old)). An output matrix of its own is treated with
-the same weights. Baselines by ``strategy``: ``"retok"`` (plain average of the pieces), ``"mean"`` (the mean of E_old), ``"random"``.
+If one estimate is missing, the other is taken. If both are missing, the row is drawn from N(mean(E_old), std(E_old)). A
+separate output matrix is mixed with the same weights. The baselines by ``strategy`` are ``"retok"`` (plain average of
+the pieces), ``"mean"`` (the mean of E_old) and ``"random"``.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,7 +35,10 @@ from ..core.trace import TokenTrace
 from ..core.vocabulary import first_ids
 from .base import token_bytes
 from .byte_view import ByteView
-from .hyper import matrices
+from .embedding import matrices
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Embedder = Callable[[Sequence[str]], np.ndarray]
 ROLES = (
@@ -106,8 +111,8 @@ class TokenAdapt:
             )
         self.mixture: Mixture | None = None
 
-    # -- what each new token is made of ----------------------------------------------------------------------------------
-    def mix(self, old_tokenizer: Any, new_tokenizer: Any) -> Mixture:
+    # -- what each new token is made of --------------------------------------------------------------------------------
+    def mix(self, old_tokenizer: PreTrainedTokenizerBase, new_tokenizer: PreTrainedTokenizerBase) -> Mixture:
         """Copies and weights, from the tokenizers alone.
 
         Raises:
@@ -153,7 +158,13 @@ class TokenAdapt:
         sources = np.concatenate([local[0], np.array(named, np.int64)[near]], 1)
         return Mixture(copied, rows, sources, weights)
 
-    def _special(self, old_tokenizer: Any, new_tokenizer: Any, new: list[bytes | None], copied: np.ndarray) -> None:
+    def _special(
+        self,
+        old_tokenizer: PreTrainedTokenizerBase,
+        new_tokenizer: PreTrainedTokenizerBase,
+        new: list[bytes | None],
+        copied: np.ndarray,
+    ) -> None:
         """Special tokens by role, then by name."""
         for role in ROLES:
             theirs, ours = getattr(new_tokenizer, role, None), getattr(old_tokenizer, role, None)
@@ -189,27 +200,30 @@ class TokenAdapt:
         total = weights.sum(1, keepdims=True)
         return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
 
-    # -- into the model --------------------------------------------------------------------------------------------------
-    def transplant(self, model: Any, old_tokenizer: Any, new_tokenizer: Any) -> Any:
-        """A copy of the model for the new tokenizer; save both with ``save_pretrained`` and plain transformers loads them.
+    # -- into the model ------------------------------------------------------------------------------------------------
+    def transplant(
+        self, model: PreTrainedModel, old_tokenizer: PreTrainedTokenizerBase, new_tokenizer: PreTrainedTokenizerBase
+    ) -> PreTrainedModel:
+        """A copy of the model for the new tokenizer. Save both with ``save_pretrained``; plain transformers loads them.
 
         Raises:
             UnsupportedModelError: a model without token embeddings.
             BadInputError: the old tokenizer has more tokens than the model.
         """
-        source, _, _ = matrices(model)
-        if source.weight.shape[0] < len(token_bytes(old_tokenizer)):
+        _, weight, _ = matrices(model)
+        tokens = len(token_bytes(old_tokenizer))
+        if len(weight) < tokens:
             raise BadInputError(
-                f"The old tokenizer has {len(token_bytes(old_tokenizer))} tokens but the model {source.weight.shape[0]} embeddings.",
+                f"The old tokenizer has {tokens} tokens but the model {len(weight)} embeddings.",
                 "Pass the tokenizer that the model was trained with.",
             )
         mixture = self.mixture = self.mix(old_tokenizer, new_tokenizer)
         head = model.get_output_embeddings()
-        tied = head is not None and head.weight is source.weight
+        tied = head is not None and head.weight is weight
         fresh = copy.deepcopy(model)
         size = -(-len(mixture.copied) // self.pad_to_multiple_of) * self.pad_to_multiple_of
         with torch.no_grad():
-            rows = self._rows(source.weight, mixture, size)
+            rows = self._rows(weight, mixture, size)
             outputs = None if head is None or tied else self._rows(head.weight, mixture, size)
             bias = getattr(head, "bias", None)
             if bias is not None and outputs is not None:
@@ -257,7 +271,9 @@ class TokenAdapt:
         new[kept] = matrix.detach()[torch.from_numpy(mixture.copied)[kept]]
         return new
 
-    def trace(self, old_tokenizer: Any, new_tokenizer: Any, ids: Sequence[int]) -> TokenTrace:
+    def trace(
+        self, old_tokenizer: PreTrainedTokenizerBase, new_tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
+    ) -> TokenTrace:
         """What the tokens of a text are made of (after ``transplant`` or with ``mixture`` set)."""
         if self.mixture is None:
             self.mixture = self.mix(old_tokenizer, new_tokenizer)
@@ -285,7 +301,7 @@ class TokenAdapt:
 
 
 def pieces_of(view: ByteView, data: bytes, by_bytes: dict[bytes, int]) -> list[int]:
-    """The old tokens that spell a new one: the old tokenizer's own cut where it takes the text, else the longest that fit."""
+    """The old tokens that spell a new one: as the old tokenizer cuts it, or else the longest that fit."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:

@@ -1,7 +1,8 @@
 """What ``everytoken train`` asks of a method: a typed configuration and a function that trains.
 
-A card names its ``training`` as ``module:TRAINING``, a ``Training``. The configuration is a dataclass with simple fields, each
-documented; values come from a YAML file, then from ``--set key=value``, and are checked before anything is loaded.
+A card names its ``training`` as ``module:TRAINING``, a ``Training``. The configuration is a dataclass with simple
+fields, each documented; values come from a YAML file, then from ``--set key=value``, and are checked before anything is
+loaded.
 """
 
 from __future__ import annotations

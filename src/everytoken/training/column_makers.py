@@ -1,9 +1,9 @@
 """Data columns: constant values for every response token that a loss reads, who computes them, and how that is set up.
 
-A loss names its columns in ``data_columns``. A *token annotator* computes one: it holds frozen models and gives a value for every response
-token. A *column maker* builds the annotator where the user brings none: it is a dataclass of settings (a guide's folder, the steps that
-train one) and is called with ``ColumnSources``, the models and rows at hand. A maker stands in its loss's module; training configurations
-take over its settings by themselves.
+A loss names its columns in ``data_columns``. A *token annotator* computes one: it holds frozen models and gives a value
+for every response token. A *column maker* builds the annotator where the user brings none: it is a dataclass of
+settings (a guide's folder, the steps that train one) and is called with ``ColumnSources``, the models and rows at hand.
+A maker stands in its loss's module; training configurations take over its settings by themselves.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class Example:
 class TokenAnnotator(Protocol):
     """A constant value for every response token: ``annotate(examples) -> one [len(response_ids)] tensor each``.
 
-    ``column`` is the name that losses know the values by. ``fingerprint()`` identifies the annotator's models and settings, so that values
-    can be kept and used again. Models that it holds as attributes are checked against the policy's vocabulary.
+    ``column`` is the name that losses know the values by. ``fingerprint()`` identifies the annotator's models and
+    settings, so that values can be kept and used again. Models that it holds as attributes are checked against the
+    policy's vocabulary.
     """
 
     column: str
@@ -76,7 +77,9 @@ class ColumnSources:
     report: Report = silent
 
     def initial_model(self) -> Any:
-        """The initial model, to be read only: the reference, or a copy where there is none or where it would be sharded too early."""
+        """The initial model, to be read only: the reference, or a copy where there is none or where it would be sharded
+        too early.
+        """
         return self.load() if self.reference is None or in_shards() else self.reference
 
     def steps(self, wanted: int) -> int:

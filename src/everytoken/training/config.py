@@ -1,7 +1,8 @@
 """Typed configurations of ``everytoken train``: what every training is told, and how a method's own settings join it.
 
-``TrainConfig`` holds the common settings. ``derive_config`` adds the fields of a method's dataclasses (its loss, the makers of its data
-columns), so that a method states its settings once. YAML files and ``--set name=value`` fill the result.
+``TrainConfig`` holds the common settings. ``derive_config`` adds the fields of a method's dataclasses (its loss, the
+makers of its data columns), so that a method states its settings once. YAML files and ``--set name=value`` fill the
+result.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class TrainConfig:
             self.part(kind)  # its own checks, before anything is loaded
 
     def part(self, kind: type[Part]) -> Part:
-        """The settings of a dataclass that this configuration carries, as an object of it; fields that it lacks keep their defaults."""
+        """A dataclass, with what this configuration carries of its settings; other fields keep their defaults."""
         carried = {item.name for item in dataclasses.fields(self)}
         names = [item.name for item in dataclasses.fields(typing.cast(Any, kind)) if item.init]
         return kind(**{name: getattr(self, name) for name in names if name in carried})
@@ -112,9 +113,10 @@ Config = TypeVar("Config", bound=TrainConfig)
 
 
 def derive_config(name: str, base: type[Config], *parts: type) -> type[Config]:
-    """A configuration with the fields of ``base`` and of a method's dataclasses; building one builds (and so checks) every part.
+    """A configuration with the fields of ``base`` and of a method's dataclasses.
 
-    Settings that cannot be given as text (functions, models) keep the defaults of their part.
+    Building one builds, and so checks, every part. Settings that cannot be given as text (functions, models) keep the
+    defaults of their part.
 
     Args:
         name: of the new class.
@@ -122,9 +124,10 @@ def derive_config(name: str, base: type[Config], *parts: type) -> type[Config]:
         parts: dataclasses of settings, each named once.
 
     Raises:
-        TypeError: a part is no dataclass, needs something that cannot be given as text, or has a setting that is there already.
+        TypeError: a part is no dataclass, needs something that cannot be given as text, or has a setting that is there
+            already.
     """
-    found: dict[str, tuple[str, Any, dataclasses.Field[Any]]] = {}
+    found: dict[str, tuple[str, Any, Any]] = {}
     taken = {item.name: base.__name__ for item in dataclasses.fields(base)}
     for part in parts:
         if not dataclasses.is_dataclass(part):

@@ -1,7 +1,7 @@
 """Models over several processes: alone, under data parallel, and where FSDP holds weights in shards, by the same calls.
 
-``accelerate launch`` says which. Under FSDP (version 2) every model lies in shards, those that only score too, and every process takes
-part in every forward.
+``accelerate launch`` says which. Under FSDP (version 2) every model lies in shards, those that only score too, and
+every process takes part in every forward.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from .scored_forward import add_scored_forward
 
 
 def on_cpu() -> bool:
-    """Whether training runs on CPUs: the ``use_cpu`` of training arguments, without which processes on CPUs do not know each other."""
+    """Whether training runs on CPUs: the ``use_cpu`` of training arguments, without which processes on CPUs do not know
+    each other.
+    """
     return not torch.accelerator.is_available()
 
 
 def process_state() -> Any:
     """accelerate's state of this process, for what the launcher asked, on CPUs too.
 
-    accelerate shards on accelerators only, though torch shards on CPUs as well, over gloo. There FSDP serves to try a configuration before
-    it costs anything.
+    accelerate shards on accelerators only, though torch shards on CPUs as well, over gloo. There FSDP serves to try a
+    configuration before it costs anything.
     """
     from accelerate import PartialState
     from accelerate.utils import DistributedType
@@ -64,7 +66,7 @@ def in_shards() -> bool:
 
 
 def load_unplaced(name: str | None, **kwargs: Any) -> Any:
-    """As ``load_model``; where weights will lie in shards it stays on the CPU, since a device might not hold it whole."""
+    """As ``load_model``; where weights will lie in shards it stays on the CPU: a device might not hold it whole."""
     from ..core.loading import load_model
 
     return load_model(name, device="cpu" if in_shards() else None, **kwargs)
@@ -94,7 +96,9 @@ def shard(model: Any, accelerator: Any = None) -> Any:
 
 
 def save_whole(trainer: Any, folder: Path) -> None:
-    """Saves a trainer's model for ``from_pretrained``, gathered from its shards whatever state that checkpoints keep; all processes call it."""
+    """Saves a trainer's model for ``from_pretrained``, gathered from its shards whatever state that checkpoints keep;
+    all processes call it.
+    """
     if not in_shards():
         trainer.save_model(str(folder))
         return

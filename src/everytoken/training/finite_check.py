@@ -14,7 +14,8 @@ class NonFiniteLossError(EverytokenError, FloatingPointError):
 
 
 def stopped(trainer: Any, loss: float, rows: list[dict[str, Any]]) -> NonFiniteLossError:
-    """Writes ``output_dir/bad_batch.json`` (``bad_batch.1.json`` for the second process) and returns the error to raise.
+    """Writes ``output_dir/bad_batch.json`` (``bad_batch.1.json`` for the second process) and returns the error to
+    raise.
 
     Args:
         rows: the batch, readable: texts, ids, and what is known of each.

@@ -1,4 +1,4 @@
-"""Short trainings inside other work (guides, trials, experiments): they log, save and print nothing, and report their steps."""
+"""Short trainings inside other work (guides, trials, experiments): they log, save and print nothing."""
 
 from __future__ import annotations
 
@@ -21,11 +21,22 @@ class ReportSteps(TrainerCallback):
 
 
 def quiet_arguments(folder: str, **arguments: Any) -> dict[str, Any]:
-    """Arguments of any transformers trainer that logs, saves and prints nothing, in float32; ``arguments`` are added, and win."""
+    """Arguments of any transformers trainer that logs, saves and prints nothing, in float32.
+
+    Args:
+        folder: for what it writes all the same.
+        arguments: further ones; they win.
+    """
     quiet: dict[str, Any] = {
-        "output_dir": folder, "report_to": [], "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True, "bf16": False,
-        "gradient_checkpointing": False, "use_cpu": on_cpu(),
-    }  # fmt: skip
+        "output_dir": folder,
+        "report_to": [],
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": on_cpu(),
+    }
     return quiet | arguments
 
 

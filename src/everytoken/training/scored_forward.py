@@ -1,7 +1,7 @@
 """A causal model's forward that scores tokens instead of building logits.
 
-Being inside ``forward``, it works under DDP and FSDP, which must see every use of a parameter; only hidden states at the scored
-positions meet the head, in chunks.
+Being inside ``forward``, it works under DDP and FSDP, which must see every use of a parameter; only hidden states at
+the scored positions meet the head, in chunks.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from ..core.scoring import base_model, head_weights, plain_head
 
 
 def add_scored_forward(model: Any) -> None:
-    """Adds ``score=`` to a causal model's forward (under a PEFT adapter, to the model's own). With M = ``score["mask"]``, ``[B, T - 1]`` over tokens 1 to T - 1:
+    """Adds ``score=`` to a causal model's forward (under a PEFT adapter, to the model's own). With M =
+    ``score["mask"]``, ``[B, T - 1]`` over tokens 1 to T - 1:
 
     - ``{"mask": M}`` returns the ``[N, D]`` hidden states that predict the masked tokens;
-    - ``{"mask": M, "pick": (top_k, temperature)}`` returns ``[N]`` tokens: the model's own predictions there (its arg-max for top_k 1,
-      else sampled from the top_k, or from all for None);
+    - ``{"mask": M, "pick": (top_k, temperature)}`` returns ``[N]`` tokens: the model's own predictions there (its
+      arg-max for top_k 1, else sampled from the top_k, or from all for None);
     - ``{"mask": M, "labels": [N], "needs": ..., "ref_hidden": ...}`` returns TokenStats.
 
-    ``score["mix"] = (other_ids [B, T], share)`` reads ``(1 - share) E[input_ids] + share E[other_ids]`` instead of ``E[input_ids]``.
+    ``score["mix"] = (other_ids [B, T], share)`` reads ``(1 - share) E[input_ids] + share E[other_ids]`` instead of
+    ``E[input_ids]``.
 
     Raises:
         UnsupportedModelError: logits are not ``head(hidden)``.

@@ -38,7 +38,8 @@ class TrainingSession:
         config: the training's settings.
         context: model, data, folder, report.
         name: the method's, for the progress bar and the files.
-        metrics: the logged metrics that become curves -> the label under which the progress bar shows them, or "" to leave them out there.
+        metrics: the logged metrics that become curves -> the label under which the progress bar shows them, or "" to
+            leave them out there.
     """
 
     def __init__(self, config: TrainConfig, context: TrainingContext, name: str, metrics: Mapping[str, str]):
@@ -91,14 +92,19 @@ class TrainingSession:
             ids = prompt_ids(self.tokenizer, prompt)
             with torch.no_grad():
                 output = model.generate(
-                    torch.tensor([ids], device=model.device), attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
-                    max_new_tokens=self.config.sample_tokens, do_sample=False, pad_token_id=self.tokenizer.pad_token_id,
-                )  # fmt: skip
+                    torch.tensor([ids], device=model.device),
+                    attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
+                    max_new_tokens=self.config.sample_tokens,
+                    do_sample=False,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                )
             texts.append(self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
         return texts
 
     def train(self, trainer: Any) -> None:
-        """Trains with progress, from the last checkpoint where there is one; an interruption leaves a checkpoint behind."""
+        """Trains with progress, from the last checkpoint where there is one; an interruption leaves a checkpoint
+        behind.
+        """
         from transformers.trainer_utils import get_last_checkpoint
 
         without_printer(trainer).add_callback(ShowMetrics(self.context.report, f"training {self.name}", self.metrics))

@@ -1,8 +1,8 @@
 """Supervised tuning through the scored forward: TRL's SFTTrainer with a loss and a weight for every target token.
 
-A subclass says in ``token_losses`` what each target token costs and weighs; here that is its cross-entropy and 1. A row's loss is the mean of
-``weight * loss`` over its target tokens, and a batch's the mean over rows (``reduction="sequence"``) or over all target tokens (``"token"``,
-as TRL's own).
+A subclass says in ``token_losses`` what each target token costs and weighs; here that is its cross-entropy and 1. A
+row's loss is the mean of ``weight * loss`` over its target tokens, and a batch's the mean over rows
+(``reduction="sequence"``) or over all target tokens (``"token"``, as TRL's own).
 """
 
 from __future__ import annotations
@@ -139,14 +139,25 @@ def on_targets(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 @quiet_training()
 def tune_copy(
-    model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], *, steps: int, lr: float, lora_r: int = 0, batch_size: int = 4,
-    seed: int = 0, bf16: bool = False, report: Report = silent, stage: str = "tuning",
-) -> Any:  # fmt: skip
+    model: Any,
+    tokenizer: Any,
+    rows: list[dict[str, list[int]]],
+    *,
+    steps: int,
+    lr: float,
+    lora_r: int = 0,
+    batch_size: int = 4,
+    seed: int = 0,
+    bf16: bool = False,
+    report: Report = silent,
+    stage: str = "tuning",
+) -> Any:
     """Tunes a model on tokenized rows (``input_ids``, ``labels``) and returns it frozen.
 
     Args:
         model: a copy of one's own: it is changed.
-        lora_r: rank of an adapter on the MLP's layers, merged at the end (in shards it stays beside the weights); 0 tunes all weights.
+        lora_r: rank of an adapter on the MLP's layers, merged at the end (in shards it stays beside the weights); 0
+            tunes all weights.
     """
     from datasets import Dataset
     from trl import SFTConfig
@@ -160,13 +171,25 @@ def tune_copy(
         wanted = names if set(names) <= present else "all-linear"
         adapter = LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules=wanted)
     with tempfile.TemporaryDirectory() as folder:
-        args = SFTConfig(**quiet_arguments(
-            folder, bf16=bf16, per_device_train_batch_size=batch_size, max_steps=steps, learning_rate=lr, seed=seed, max_length=None,
-        ))  # fmt: skip
+        args = SFTConfig(
+            **quiet_arguments(
+                folder,
+                bf16=bf16,
+                per_device_train_batch_size=batch_size,
+                max_steps=steps,
+                learning_rate=lr,
+                seed=seed,
+                max_length=None,
+            )
+        )
         trainer = SupervisedTrainer(
-            model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapter,
+            model,
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            peft_config=adapter,
             callbacks=[ReportSteps(report, stage)],
-        )  # fmt: skip
+        )
         without_printer(trainer).train()
         merged = adapter is not None and not in_shards()
         made = trainer.model.merge_and_unload() if merged else trainer.model

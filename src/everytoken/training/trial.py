@@ -1,4 +1,6 @@
-"""What trials of trained methods share: each trains copies of one model for a few steps, on the same rows, beside a baseline."""
+"""What trials of trained methods share: each trains copies of one model for a few steps, on the same rows, beside a
+baseline.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +41,13 @@ class TrialWork:
         from ..core.loading import load_model, load_tokenizer
 
         require("trl", "train", "Trying a method that trains")
-        self.request, self.stage = request, ""
+        self.request, self.report = request, request.report
         self.pairs: list[dict[str, Any]] = (
             EXAMPLE if request.data is None else load_pairs(request.data).to_list()
         )  # before the model is loaded: bad rows are named at once
         self.steps, self.seed = int(request.options.get("steps", 6)), int(request.options.get("seed", 0))
         self.lr, self.batch_size = float(request.options.get("lr", 1e-5)), min(4, len(self.pairs))
-        self.report("loading the model")
+        self.report("loading the model", 0, 0)
         self.tokenizer = load_tokenizer(request.model)
         self.load: Callable[[], Any] = lambda: load_model(request.model, dtype="float32")
         self.reference = self.load()
@@ -54,9 +56,3 @@ class TrialWork:
         """Methods by name, the baseline first; settings are checked before any training."""
         items = [Trial(baseline, factory, settings), *self.request.trials]
         return {item.name: item.factory(**item.settings) for item in items}
-
-    def report(self, stage: str, _done: int = 0, _total: int = 0) -> None:
-        """Passes a stage on when it begins, not its every step."""
-        if stage != self.stage:
-            self.stage = stage
-            self.request.report(stage)

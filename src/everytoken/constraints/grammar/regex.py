@@ -11,6 +11,7 @@ import sys
 import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NoReturn
 
 from .automata import Automaton, Builder, build, strip_marks
 from .expressions import (
@@ -78,7 +79,7 @@ class _Parser:
 
     def fail(
         self, message: str, hint: str = "See docs: supported regular expressions.", place: int | None = None
-    ) -> Expression:
+    ) -> NoReturn:
         at = self.place if place is None else place
         shown = self.text if len(self.text) <= 60 else self.text[max(0, at - 25) : at + 25]
         raise GrammarError(f"Regular expression {shown!r}: {message} at position {at}.", hint)

@@ -23,10 +23,10 @@ def trial(request: TrialRequest) -> TrialResult:
     text = text_of(request, EXAMPLE)
     methods = {item.name: item.factory(**item.settings) for item in request.trials}
     tokenizer = load_tokenizer(request.model)
-    request.report("loading the model")
+    request.report("loading the model", 0, 0)
     model = load_model(request.model, dtype=request.options.get("dtype", "auto"), packed=True)
     size = int(request.options.get("max_new_tokens", 24))
-    sampling = sampling_of(request) | {"seed": seed_of(request)}
+    sampling, seed = sampling_of(request), seed_of(request)
     own = [start_token(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]]
     # the baseline has the prompt's tokens as its context and goes on token by token from there
     first = next(iter(methods.values()))
@@ -35,11 +35,10 @@ def trial(request: TrialRequest) -> TrialResult:
     rows: dict[str, dict[str, float]] = {}
     result = TrialResult(rows, "next byte, bits of entropy", column="probability")
     for name, (lm, prompt) in arms.items():
-        request.report(f"running {name}")
-        unit = {"unit": "token"} if name == BASELINE else {}
+        request.report(f"running {name}", 0, 0)
         began, before = time.perf_counter(), lm.forwards
         logps = lm.next_byte_logprobs(prompt)
-        new = lm.generate(prompt, size, **unit, **sampling)
+        new = lm.generate(prompt, size, seed=seed, unit="token" if name == BASELINE else None, **sampling)
         kept = np.isfinite(logps)
         rows[name] = {
             "next byte, bits of entropy": float(-(np.exp(logps[kept]) * logps[kept]).sum() / np.log(2)),

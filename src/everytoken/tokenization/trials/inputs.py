@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from ...core.errors import BadInputError
 from ...core.settings import read_text
@@ -31,7 +31,14 @@ def seed_of(request: TrialRequest) -> int:
     return int(request.options.get("seed", 0))
 
 
-def sampling_of(request: TrialRequest) -> dict[str, Any]:
+class Sampling(TypedDict, total=False):
+    """Arguments of ``generate``."""
+
+    do_sample: bool
+    temperature: float
+
+
+def sampling_of(request: TrialRequest) -> Sampling:
     """``do_sample`` and, above temperature 0, ``temperature``."""
     temperature = float(request.options.get("temperature", 0.0))
     return {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

@@ -19,7 +19,7 @@ TIMED_TOKENS = 200_000
 def trial(request: TrialRequest) -> TrialResult:
     """Length, bytes per token and speed of each method; see ``decoding.trial``."""
     text = text_of(request, EXAMPLE)
-    request.report("loading the tokenizer")
+    request.report("loading the tokenizer", 0, 0)
     tokenizer = load_tokenizer(request.model)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
@@ -28,7 +28,7 @@ def trial(request: TrialRequest) -> TrialResult:
     rows = {"tokenizer": {"tokens": float(len(ids)), "bytes per token": size / len(ids)}}
     result = TrialResult(rows, "tokens", column="part", texts={"tokenizer": text})
     for item in request.trials:
-        request.report(f"running {item.name}")
+        request.report(f"running {item.name}", 0, 0)
         method = item.factory(tokenizer, **{"seed": seed} | item.settings)
         method.expand(ids[:64])  # compile
         repeats = max(1, TIMED_TOKENS // len(ids))

@@ -23,13 +23,13 @@ def trial(request: TrialRequest) -> TrialResult:
     text = text_of(replace(request, data=None), EXAMPLE)
     new = load_any_tokenizer(request.data or DEFAULT_TARGET)
     old = load_tokenizer(request.model)
-    request.report("loading the model")
+    request.report("loading the model", 0, 0)
     model = load_model(request.model, dtype="float32")
     rows: dict[str, dict[str, float]] = {}
     result = TrialResult(rows, "bits per byte", column="origin")
     arms: list[tuple[str, PreTrainedModel, PreTrainedTokenizerBase]] = [("own tokenizer", model, old)]
     for item in request.trials:
-        request.report(f"running {item.name} (the text embeddings of two vocabularies take about a minute)")
+        request.report(f"running {item.name} (the text embeddings of two vocabularies take about a minute)", 0, 0)
         method = item.factory(**item.settings)
         arms.append((item.name, method.transplant(model, old, new), new))
         result.traces.append(method.trace(old, new, new(text, add_special_tokens=False)["input_ids"]))

@@ -1,7 +1,8 @@
 """Reasoning pairs: a model's own correct and incorrect traces of verifiable tasks (reasoning_gym), as cDPO asks for.
 
-Tasks are made, not stored: an item is a function of ``(seed, index)``, so training and test never meet if their seeds differ. A trace
-is correct only if the task's own scorer gives exactly 1 (its partial credit would call any text that contains the answer half right).
+Tasks are made, not stored: an item is a function of ``(seed, index)``, so training and test never meet if their seeds
+differ. A trace is correct only if the task's own scorer gives exactly 1 (its partial credit would call any text that
+contains the answer half right).
 """
 
 from __future__ import annotations
@@ -100,9 +101,15 @@ def sample_traces(
         mask = torch.tensor([[0] * (width - len(prompts[index])) + [1] * len(prompts[index]) for index in picked])
         with torch.no_grad():
             output = model.generate(
-                ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, do_sample=True, top_k=0,
-                top_p=1.0, temperature=temperature, pad_token_id=pad,
-            )  # fmt: skip
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=temperature,
+                pad_token_id=pad,
+            )
         texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         for index, text in zip(picked, texts, strict=True):
             item = items[index]

@@ -1,4 +1,5 @@
-"""What a kind of data declares, so that ``everytoken data NAME`` makes it: a module of this package with a ``DATA_KIND``.
+"""What a kind of data declares, so that ``everytoken data NAME`` makes it: a module of this package with a
+``DATA_KIND``.
 
 Importing such a module loads no torch: the command line lists all kinds.
 """
@@ -37,7 +38,8 @@ class DataKind:
         name: on the command line, and of the default folder.
         settings: a dataclass of settings with a docstring that says what the data are; it checks its values.
         make: ``(settings, model, report) -> MadeRows``, deterministic in its settings; ``model`` as for ``load_model``.
-        reads: what the settings' files hold, as JSON has it: data made from another text are other data. Called before a model is loaded.
+        reads: what the settings' files hold, as JSON has it: data made from another text are other data. Called before
+            a model is loaded.
     """
 
     name: str

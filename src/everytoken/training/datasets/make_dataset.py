@@ -1,4 +1,5 @@
-"""``everytoken data``: preference data that a model makes of itself, offline, deterministic by seed, kept in the cache, with a card.
+"""``everytoken data``: preference data that a model makes of itself, offline, deterministic by seed, kept in the cache,
+with a card.
 
 Kinds of data are the modules of this package that declare a ``DATA_KIND``.
 """
@@ -46,7 +47,9 @@ def data_kinds() -> dict[str, DataKind]:
 
 @dataclass
 class MadeDataset:
-    """The folder (``train.jsonl``, ``README.md``, further files of the kind), figures, and whether it was kept from before."""
+    """The folder (``train.jsonl``, ``README.md``, further files of the kind), figures, and whether it was kept from
+    before.
+    """
 
     folder: Path
     figures: dict[str, float]
@@ -107,7 +110,8 @@ def make_dataset(
 
 
 def pairs_or_example(context: TrainingContext) -> Dataset:
-    """The user's preference rows, or a few of the model's own where there are none; one process makes or reads them first.
+    """The user's preference rows, or a few of the model's own where there are none; one process makes or reads them
+    first.
 
     Raises:
         BadInputError: bad rows; it names the first.

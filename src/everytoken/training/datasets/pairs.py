@@ -1,8 +1,8 @@
 """Preference data as users have it: any TRL format, from a file, a folder or the hub, checked before training starts.
 
-Rows have ``prompt``, ``chosen`` and ``rejected``, as text or as lists of messages; without ``prompt``, chosen and rejected hold it
-both, and TRL takes out what they share. Rows that are tokenized already (``prompt_ids``, ``chosen_ids``, ``rejected_ids``) pass, with
-any per-token columns they carry.
+Rows have ``prompt``, ``chosen`` and ``rejected``, as text or as lists of messages; without ``prompt``, chosen and
+rejected hold it both, and TRL takes out what they share. Rows that are tokenized already (``prompt_ids``,
+``chosen_ids``, ``rejected_ids``) pass, with any per-token columns they carry.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ def check_pairs(dataset: Any, label: str = "The data") -> None:
         needed = tuple(name for name in ("prompt", "chosen", "rejected") if name in names)
     else:
         raise BadInputError(
-            f"{label} has the columns {', '.join(sorted(names)) or 'none'}; preference data needs prompt, chosen and rejected.",
+            f"{label} has the columns {', '.join(sorted(names)) or 'none'}; "
+            "preference data needs prompt, chosen and rejected.",
             "Rename its columns.",
         )
     if not len(dataset):

@@ -1,8 +1,8 @@
 """Controlled sentiment: preference pairs from a model's own continuations, ranked by VADER's lexicon.
 
-The classic small test bed of preference optimisation (a language model should continue openings positively), with everything
-inside packages: openings are made here, the model samples the continuations, and VADER (arXiv-free: Hutto and Gilbert, 2014)
-scores them between -1 and 1.
+The classic small test bed of preference optimisation (a language model should continue openings positively), with
+everything inside packages: openings are made here, the model samples the continuations, and VADER (arXiv-free: Hutto
+and Gilbert, 2014) scores them between -1 and 1.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def positivity(texts: list[str]) -> list[float]:
 def continuation_ids(
     model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int = 20, batch: int = 64, sample: bool = True
 ) -> list[list[int]]:
-    """The new token ids of one continuation for every prompt, in order: sampled (temperature 1) or greedy; padded behind an end token."""
+    """The new token ids of one continuation for every prompt, in order: sampled (temperature 1) or greedy; padded
+    behind an end token.
+    """
     import torch
 
     choice: dict[str, Any] = {"do_sample": True, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
@@ -116,8 +118,8 @@ def sentiment_pairs(
 ) -> list[dict[str, str]]:
     """``count`` preference rows (``prompt``, ``chosen``, ``rejected``) from the model's own continuations.
 
-    Two continuations of an opening make a pair if their scores differ by ``margin`` at least. Uses torch's global generator:
-    seed it first.
+    Two continuations of an opening make a pair if their scores differ by ``margin`` at least. Uses torch's global
+    generator: seed it first.
 
     Args:
         prompts: openings; default the package's own, for training.

@@ -148,6 +148,6 @@ def enumeration(schemas: SchemaRules, parts: Parts, depth: int) -> Expression:
     others = list(parts)
     schema, pointer = parts[place]  # its own values need not be looked for among themselves
     own = "enum" if "enum" in schema else "const"
-    others[place] = ({key: value for key, value in schema.items() if key != own}, pointer)
+    others[place] = (schemas.without(schema, own), pointer)
     values = [value for value in shortest if satisfies(schemas, value, others, closed=True)]
     return alt(*(schemas.literal(value, depth) for value in values))

@@ -34,6 +34,7 @@ class SchemaSets:
         self.schemas: list[Schema] = []
         self.pointers: list[str] = []
         self.numbers: dict[int, int] = {}
+        self.copies: list[SchemaObject] = []  # kept, so that no other schema gets their identity
         self.warned: set[str] = set()
         self.flat: dict[int, tuple[int, ...]] = {}
         self._collect_resources()
@@ -207,6 +208,13 @@ class SchemaSets:
                 if part is not True and part:
                     found.add((index, False))
         return frozenset(found)
+
+    def without(self, schema: SchemaObject, keyword: str) -> SchemaObject:
+        """A copy without a keyword, which counts as the same sub-schema."""
+        copy = {key: value for key, value in schema.items() if key != keyword}
+        self.copies.append(copy)
+        self.numbers[id(copy)] = self.numbers[id(schema)]
+        return copy
 
     def part(self, index: int) -> Part:
         """A member of a set (members are never booleans)."""
