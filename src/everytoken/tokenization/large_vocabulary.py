@@ -284,7 +284,7 @@ class LargeVocabulary(Decoder):
         size = model.config.get_text_config().vocab_size
         pairs = [(first, second) for first in range(2, size) for second in range(first + 1, size)]
 
-        def build(tokens: list[tuple[int, ...]], **settings: Any) -> LargeVocabulary:
+        def build(tokens: Sequence[tuple[int, ...]], **settings: Any) -> LargeVocabulary:
             return cls(tokens, embedder, top_k=size, index="exact", **settings).build(model)
 
         refuses = frozenset(
