@@ -8,6 +8,7 @@ import pytest
 
 from everytoken.catalog.cards import load_catalog
 from everytoken.core.errors import BadInputError
+from everytoken.core.settings import parse_settings
 from everytoken.decoding.trial import Trial, TrialRequest
 from everytoken.tokenization.base import ByteMethod, ByteModel, Retokenizer, Transplanter
 from everytoken.tokenization.dynamic_tokenization import DynamicTokenizer
@@ -75,3 +76,10 @@ def test_methods_of_two_kinds_are_refused(folder):
     items = [Trial("a", StochasTok, {}), Trial("b", ExactBytes, {})]
     with pytest.raises(BadInputError, match="cannot be compared"):
         trial(TrialRequest(items, str(folder / "old")))
+
+
+@pytest.mark.parametrize("card", METHODS, ids=lambda card: card.slug)
+def test_settings_of_every_method_can_be_read(card):
+    """The command line reads the types of a method's fields."""
+    with pytest.raises(BadInputError, match="no_such_setting"):
+        parse_settings(card.slug, card.load(), ["no_such_setting=1"])

@@ -1,4 +1,5 @@
-"""What every decoder promises: ``generate``'s settings are honoured or refused by name, and nothing is left behind on the model.
+"""What every decoder promises: ``generate``'s settings are honoured or refused by name, and nothing is left behind on
+the model.
 
 Inherit the battery and name decoders; each says in ``Decoder.examples`` how it is built for a tiny model::
 
@@ -8,8 +9,8 @@ Inherit the battery and name decoders; each says in ``Decoder.examples`` how it 
     class TestMyDecoder(DecoderConformance):
         decoders = (MyDecoder,)
 
-Tests are pytest tests, one for each example. ``model``, ``tokenizer`` and ``prompt`` may be overridden for decoders that need
-another model than a random Llama.
+Tests are pytest tests, one for each example. ``model``, ``tokenizer`` and ``prompt`` may be overridden for decoders
+that need another model than a random Llama.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def chi_square_bound(freedom: int, z: float = 3.72) -> float:
 def exact_distribution(
     model: PreTrainedModel, prompt: list[int], steps: int, temperature: float = 1.0, top_k: int = 0, end: int = 0
 ) -> dict[tuple[int, ...], float]:
-    """The probability of every continuation of ``steps`` tokens, by enumeration; what follows ``end`` is padding (0)."""
+    """The probability of every continuation of ``steps`` tokens, by enumeration; what follows ``end`` is padding
+    (0)."""
     tails = list(itertools.product(range(model.config.vocab_size), repeat=steps))
     with torch.no_grad():
         logits = model(torch.tensor([prompt + list(tail) for tail in tails])).logits[:, len(prompt) - 1 : -1]
@@ -126,7 +128,7 @@ class DecoderConformance:
 
     decoders: ClassVar[tuple[type[Decoder], ...]] = ()
 
-    # -- what is tested --------------------------------------------------------------------------------------------------
+    # -- what is tested ------------------------------------------------------------------------------------------------
     def model(self, vocab: int = VOCAB, scale: float = 1.0) -> PreTrainedModel:
         """A random model whose token 0 ends a text (and is rare); ``scale`` sharpens its distributions."""
         model = tiny_llama(vocab, seed=1, layers=4, scale=scale, eos=0)
@@ -191,7 +193,7 @@ class DecoderConformance:
             hook.remove()
         assert not called, f"{what} was refused after a forward."
 
-    # -- the text --------------------------------------------------------------------------------------------------------
+    # -- the text ------------------------------------------------------------------------------------------------------
     def test_call_is_final(self, case: Case) -> None:
         assert case.decoder.__call__ is Decoder.__call__
 
@@ -288,7 +290,7 @@ class DecoderConformance:
         assert len({tuple(row) for row in samples[0]}) > 1
         assert len(samples[0]) == 3
 
-    # -- what is returned ------------------------------------------------------------------------------------------------
+    # -- what is returned ----------------------------------------------------------------------------------------------
     def test_a_dict_holds_what_was_asked_for(self, case: Case) -> None:
         model = self.model()
         example = self.example(case, model)
@@ -357,7 +359,7 @@ class DecoderConformance:
         self.run(model, plain, prompts)
         assert plain.trace == []
 
-    # -- matchers --------------------------------------------------------------------------------------------------------
+    # -- matchers ------------------------------------------------------------------------------------------------------
     def takes_matcher(self, case: Case, example: Example) -> bool:
         named = any(item.name == "matcher" and item.init for item in dataclasses.fields(case.decoder))
         if named and "matcher" in example.refuses:
@@ -389,7 +391,7 @@ class DecoderConformance:
             assert [token % 2 for token in row[:4]] == [0, 1, 0, 1]
             assert row[4] == 12
 
-    # -- what is refused -------------------------------------------------------------------------------------------------
+    # -- what is refused -----------------------------------------------------------------------------------------------
     @pytest.mark.parametrize(
         "arguments",
         [{"use_cache": False}, {"penalty_alpha": 0.5, "top_k": 4}, {"prompt_lookup_num_tokens": 2}],
@@ -434,7 +436,7 @@ class DecoderConformance:
                 self.run(model, decoder, token_type_ids=types)
             assert not seen
 
-    # -- what is left behind ---------------------------------------------------------------------------------------------
+    # -- what is left behind -------------------------------------------------------------------------------------------
     def test_cancelling_leaves_the_model_as_it_was(self, case: Case) -> None:
         model = self.model()
         example = self.example(case, model)

@@ -42,9 +42,11 @@ def tiny_llama(
 
 
 def tiny_tokenizer(characters: str = "abcdefghijk", end: str = "\n", pad: str = "_") -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of single ASCII characters: ``end`` is token 0, ``pad`` token 1, then ``characters`` in order.
+    """A byte-level tokenizer of single ASCII characters: ``end`` is token 0, ``pad`` token 1, then ``characters`` in
+    order.
 
-    All other bytes have the tokens behind those, so no text is lost; a model of ``2 + len(characters)`` tokens never writes them.
+    All other bytes have the tokens behind those, so no text is lost; a model of ``2 + len(characters)`` tokens never
+    writes them.
 
     Args:
         characters: what texts are made of.

@@ -269,7 +269,8 @@ class LargeVocabulary(Decoder):
             pieces = self.pieces(number)
             chosen.append(pieces)
             for piece in pieces:  # one by one, so that criteria stop inside a long token too
-                if row.append(piece, **{"pieces in the token": len(pieces)}):
+                entries: dict[str, Any] = {"pieces in the token": len(pieces)}
+                if row.append(piece, **entries):
                     return
             if number < self._size:
                 inputs = {"input_ids": torch.tensor([[number]], device=row.device)}
@@ -284,7 +285,7 @@ class LargeVocabulary(Decoder):
         size = model.config.get_text_config().vocab_size
         pairs = [(first, second) for first in range(2, size) for second in range(first + 1, size)]
 
-        def build(tokens: list[tuple[int, ...]], **settings: Any) -> LargeVocabulary:
+        def build(tokens: Sequence[tuple[int, ...]], **settings: Any) -> LargeVocabulary:
             return cls(tokens, embedder, top_k=size, index="exact", **settings).build(model)
 
         refuses = frozenset(
