@@ -19,6 +19,7 @@ The idea and q are the paper's; where v stands, sums against means, and alpha ar
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -90,6 +91,11 @@ class TREGLoss:
                 raise BadInputError(f"Unknown {name} {getattr(self, name)!r}.", f"Use {' or '.join(known)}.")
         if self.beta <= 0 or self.alpha < 0:
             raise BadInputError(f"T-REG needs beta > 0 and alpha >= 0; got {self.beta} and {self.alpha}.")
+
+    @property
+    def loss_at_start(self) -> float | None:
+        """Where policy and reference agree: DPO's log 2; SimPO reads no reference, so its value depends on the data."""
+        return math.log(2) if self.base == "dpo" else None
 
     def implicit_rewards(self, policy: PairScores, reference: PairScores) -> tuple[torch.Tensor, torch.Tensor]:
         """``h_t`` of chosen and rejected, two ``[B, T]`` tensors with gradient."""
