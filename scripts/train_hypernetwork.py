@@ -31,9 +31,9 @@ import torch
 from torch.nn import functional as F
 
 from everytoken.core.loading import load_model, load_tokenizer
+from everytoken.reproduce.beds.texts import declarations
 from everytoken.reproduce.dynamic_tokenization import MEASURED, halves
 from everytoken.reproduce.stochastok import prose
-from everytoken.reproduce.texts import declarations
 from everytoken.tokenization.base import token_bytes
 from everytoken.tokenization.dynamic_tokenization import DynamicBatch, DynamicTokenizer
 from everytoken.tokenization.hyper import HyperConfig, HyperEmbedding, MeanEmbedding

@@ -14,11 +14,14 @@ from pathlib import Path
 
 from everytoken.catalog.cards import Card, load_catalog
 from everytoken.catalog.house import Place, load_house
-from everytoken.reproduce.base import formatted, load_results, scoreboard
+from everytoken.core.charts import lines_svg
+from everytoken.core.results import formatted, formatted_interval
+from everytoken.reproduce.base import baseline_text, load_result, load_results, up_to_date
+from everytoken.reproduce.beds.frontier import frontier_svg
 from everytoken.reproduce.dynamic_tokenization import curve_svg as dynamic_curve
-from everytoken.reproduce.frontier import frontier_svg
 from everytoken.reproduce.r2r import curve_svg as r2r_curve
 from everytoken.reproduce.rto import curve_svg as rto_curve
+from everytoken.reproduce.scoreboard import scoreboard
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -77,13 +80,14 @@ def method_page(card: Card) -> str:
         lines += [
             "## Measured",
             "",
-            "| metric | baseline | method | measured | paper |",
-            "| --- | --- | --- | --- | --- |",
+            "| metric | baseline | method | measured | 95% interval | paper | verdict |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
         ]
-        for claim in result["claims"]:
+        for claim in up_to_date(result)["claims"]:
             lines.append(
-                f"| {claim['metric']} | {claim['baseline']}: {claim['baseline_value']:.4g} | {claim['method']}: "
-                f"{claim['method_value']:.4g} | **{formatted(claim)}** | {claim['paper']} |"
+                f"| {claim['metric']} | {baseline_text(claim, ': ')} | {claim['method']}: {claim['method_value']:.4g} | "
+                f"**{formatted(claim)}** | {formatted_interval(claim) or claim['note']} | {claim['paper']} | "
+                f"{claim['verdict']} |"
             )
         lines += [
             "",
@@ -174,6 +178,20 @@ def selection_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def draft_curve() -> str:
+    """Held-out agreement of the shipped draft over its training, from the file beside its weights; stage 2 follows stage 1."""
+    path = ROOT / "src" / "everytoken" / "weights" / "dyspec-smollm2-135m" / "training.json"
+    lines: dict[str, list[list[tuple[float, float]]]] = {}
+    before = 0.0
+    for stage in json.loads(path.read_text())["stages"]:
+        for own in range(4):
+            points = [(before + point["seconds"] / 60, point["agreement"][own]) for point in stage["curve"]]
+            lines.setdefault(f"{own} own predictions before", []).append(points)
+        before += stage["curve"][-1]["seconds"] / 60
+    label = "share of held-out positions right"
+    return lines_svg(lines, "minutes of training on 2 cores; stage 2 holds out other rows", label, markers=False)
+
+
 def bench_table(name: str) -> str:
     """A benchmark's rows as Markdown."""
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
@@ -205,14 +223,15 @@ def main() -> None:
     (DOCS / "assets" / "bench-attention.md").write_text(bench_table("attention"), encoding="utf-8")
     (DOCS / "assets" / "bench-preference.md").write_text(bench_table("preference"), encoding="utf-8")
     (DOCS / "assets" / "bench-generation.md").write_text(bench_table("generation"), encoding="utf-8")
+    (DOCS / "assets" / "draft-curve.svg").write_text(draft_curve(), encoding="utf-8")
     frontier = [ROOT / "results" / f"{name}.json" for name in ("tdpo", "tgdpo", "t-reg")]
     if all(path.is_file() for path in frontier):
-        picture = frontier_svg([json.loads(path.read_text()) for path in frontier])
+        picture = frontier_svg([load_result(path) for path in frontier])
         (DOCS / "assets" / "frontier.svg").write_text(picture, encoding="utf-8")
     for name, draw in (("dynamic-tokenization", dynamic_curve), ("r2r", r2r_curve), ("rto", rto_curve)):
         path = ROOT / "results" / f"{name}.json"
         if path.is_file():
-            picture = draw(json.loads(path.read_text()))
+            picture = draw(load_result(path))
             (DOCS / "assets" / f"{name.removesuffix('-tokenization')}-curve.svg").write_text(picture, encoding="utf-8")
     print(f"{len(catalog)} method pages, {len(house)} pages of floors and stations, the scoreboard")
 

@@ -10,7 +10,7 @@ from ..conftest import tiny_llama
 @pytest.fixture(scope="session")
 def letters_model(tmp_path_factory):
     """A folder with a random model of two layers and its tokenizer of letters."""
-    from everytoken.reproduce.small import character_tokenizer
+    from everytoken.reproduce.beds.small_models import character_tokenizer
 
     folder = tmp_path_factory.mktemp("letters")
     tokenizer = character_tokenizer("abcdefgh .,!?")

@@ -27,7 +27,7 @@ def test_papers_lists_searches_and_filters():
     assert all(
         card["year"] == 2023 for card in json.loads(RUNNER.invoke(app, ["papers", "--year", "2023", "--json"]).stdout)
     )
-    done = json.loads(RUNNER.invoke(app, ["papers", "--status", "reproduced", "--json"]).stdout)
+    done = json.loads(RUNNER.invoke(app, ["papers", "--status", "measured", "--json"]).stdout)
     assert {"stochastok", "dyspec", "tdpo"} <= {card["slug"] for card in done}
     for arguments in (
         ["papers", "speculative", "tree", "--words", "--json"],
@@ -99,6 +99,11 @@ def test_help_has_real_examples(verb):
         (["papers", "--station", "generaton"], "Did you mean generation", 2),
         (["papers", "show", "tpdo"], "Did you mean", 2),
         (["reproduce", "xar"], "no experiment yet", 2),
+        (["reproduce", "tdpo", "--scale", "huge"], "no scale 'huge'", 2),
+        (["reproduce", "tdpo", "--scale", "gpu"], "no version for the scale 'gpu'", 2),
+        (["reproduce", "tdpo", "--scale", "cpu", "--quick"], "ask for different runs", 2),
+        (["reproduce", "dyspec", "--control"], "stands on no shared test bed", 2),
+        (["reproduce", "sumz", "--control"], "Did you mean sums", 2),
         (["try", "skipdecode", "--set", "speedup=0.5"], "speedup >= 1", 2),
         (["try", "tokenselect", "--set", "chunk_size=4096"], "does not fit the local window", 2),
         (["try", "r2r", "--set", "router=absent"], "holds no router", 2),
@@ -331,6 +336,39 @@ def test_scoreboard_is_written_from_the_results(tmp_path):
     assert out.read_text() == (root / "docs" / "scoreboard.md").read_text(), "run `everytoken scoreboard`"
 
 
+def test_remeasuring_leaves_sound_files_as_they_are(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    (tmp_path / "results").mkdir()
+    text = (root / "results" / "dyspec.json").read_text()
+    old = json.loads(text)
+    for claim in old["claims"]:
+        claim["verdict"] = "holds"
+    (tmp_path / "results" / "dyspec.json").write_text(json.dumps(old))
+    result = run("scoreboard", "--results", tmp_path / "results", "--out", tmp_path / "page.md", "--remeasure")
+    assert result.returncode == 0
+    assert (tmp_path / "results" / "dyspec.json").read_text() == text
+    assert "| [dyspec](#dyspec) |" in (tmp_path / "page.md").read_text()
+
+
+def test_reproduce_says_what_a_quick_run_claims(tmp_path, monkeypatch):
+    from everytoken.catalog.cards import Card
+    from everytoken.reproduce.base import Claim, Reproduction
+
+    def measured(context):
+        assert context.quick
+        return {"ours": {"speed": 2.0}, "theirs": {"speed": 1.0}}
+
+    claims = [Claim("speed", "ours", "theirs", "2x")]
+    experiment = Reproduction("dyspec", "a toy", measured, claims)
+    monkeypatch.setattr(Card, "load_reproduction", lambda _: experiment)
+    monkeypatch.setenv("EVERYTOKEN_CACHE", str(tmp_path / "cache"))
+    for flags in (["--quick"], ["--scale", "quick", "--fresh"]):
+        result = RUNNER.invoke(app, ["reproduce", "dyspec", *flags, "--out", str(tmp_path)])
+        assert result.exit_code == 0, result.output
+        assert "only that both arms ran" in " ".join(result.stdout.split())
+    assert json.loads((tmp_path / "dyspec.quick.json").read_text())["claims"][0]["verdict"] == "ran"
+
+
 def test_shell_completion_knows_the_methods():
     words = {"_EVERYTOKEN_COMPLETE": "complete_bash", "COMP_WORDS": "everytoken try dy", "COMP_CWORD": "2"}
     result = RUNNER.invoke(app, [], env=words, prog_name="everytoken")
@@ -397,7 +435,7 @@ def test_compare_decoders_whose_traces_differ(tmp_path):
 
 def test_train_r2r_from_a_configuration(tmp_path):
     """The whole pipeline, on two small models saved to folders."""
-    from everytoken.reproduce.small import character_tokenizer
+    from everytoken.reproduce.beds.small_models import character_tokenizer
 
     from ..conftest import tiny_llama
 

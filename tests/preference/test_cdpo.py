@@ -15,7 +15,7 @@ from everytoken.core.errors import BadInputError, TokenizerMismatchError
 from everytoken.preference.base import Example, PreferenceLoss, TokenAnnotator
 from everytoken.preference.cdpo import CDPOLoss, ContrastiveEstimator, RolloutOracle, critical_tokens
 from everytoken.preference.dpo import DPOLoss
-from everytoken.reproduce.small import character_tokenizer
+from everytoken.reproduce.beds.small_models import character_tokenizer
 
 from ..conftest import tiny_llama
 from .problems import evaluate, log_ratio, pairs

@@ -1,4 +1,4 @@
-"""The experiments of the preference station: their instruments against brute force, and quick runs from end to end."""
+"""The experiments of the preference station: their instruments against brute force."""
 
 from __future__ import annotations
 
@@ -7,13 +7,8 @@ import random
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 pytest.importorskip("trl")
-
-from everytoken.reproduce.base import execute
-
-QUIET = Console(quiet=True)
 
 
 # -- instruments ---------------------------------------------------------------------------------------------------------
@@ -40,7 +35,7 @@ def test_rank_correlation_agrees_with_scipy():
 
 
 def test_worked_sums_are_graded_by_their_total():
-    from everytoken.reproduce.cdpo import correct
+    from everytoken.reproduce.beds.sums import correct
 
     assert correct("21+43=", "21+43=64#64\n")
     assert not correct("21+43=", "21+43=64#65\n")
@@ -49,11 +44,13 @@ def test_worked_sums_are_graded_by_their_total():
 
 
 def test_rewards_along_a_curve():
-    from everytoken.reproduce.frontier import reward_at
+    from everytoken.reproduce.beds.frontier import reward_at
     from everytoken.reproduce.rto import SMOOTH, rollouts_to, smoothed
 
     curve = [(0.0, 0.1), (2.0, 0.5), (4.0, 0.3)]
     assert [reward_at(curve, kl) for kl in (0.0, 1.0, 3.0, 9.0)] == pytest.approx([0.1, 0.3, 0.4, 0.3])
+    by_question = [(0.0, [0.0, 0.2]), (2.0, [1.0, 0.0])]
+    assert reward_at(by_question, 0.5) == pytest.approx([0.25, 0.15])
     steps = [(10 * (index + 1), float(index)) for index in range(12)]
     means = smoothed(steps)
     assert means[0] == (10 * SMOOTH, (SMOOTH - 1) / 2)
@@ -80,7 +77,7 @@ def test_frozen_lake_is_gymnasiums():
 
 
 def test_a_pruned_tokenizer_encodes_its_texts_as_before(embedded_tokenizer):
-    from everytoken.reproduce.small import pruned_tokenizer
+    from everytoken.reproduce.beds.small_models import pruned_tokenizer
 
     texts = ["The film was a quiet delight.", "Nobody said that the hotel was lovely, naïve ☕!"]
     small, old = pruned_tokenizer(embedded_tokenizer, texts)
@@ -97,7 +94,7 @@ def test_a_pruned_tokenizer_encodes_its_texts_as_before(embedded_tokenizer):
 
 
 def test_the_frontier_is_one_plot_of_all_experiments():
-    from everytoken.reproduce.frontier import frontier_svg
+    from everytoken.reproduce.beds.frontier import frontier_svg
 
     def result(names):
         return {
@@ -108,8 +105,8 @@ def test_the_frontier_is_one_plot_of_all_experiments():
         }
 
     picture = frontier_svg([result(["DPO", "TDPO2"]), result(["DPO", "TGDPO"])])
-    assert picture.count("<polyline") == 3  # DPO once
-    assert all(f">{name}</text>" in picture for name in ("DPO", "TDPO2", "TGDPO"))
+    assert all(picture.count(f">{name}</text>") == 1 for name in ("DPO", "TDPO2", "TGDPO"))  # DPO once
+    assert "up to 20" in picture  # the point at 50 is left out, and the axis says so
 
 
 def test_the_dpo_arm_is_the_same_in_all_shipped_experiments():
@@ -120,44 +117,3 @@ def test_the_dpo_arm_is_the_same_in_all_shipped_experiments():
         curves = [result["artifacts"][seed]["curves"]["DPO"] for result in results]
         assert np.allclose(curves[0], curves[1], atol=1e-3)
         assert np.allclose(curves[0], curves[2], atol=1e-3)
-
-
-# -- quick runs ----------------------------------------------------------------------------------------------------------
-@pytest.mark.slow
-def test_quick_t_reg_runs_end_to_end():
-    from everytoken.reproduce.t_reg import REPRODUCTION
-
-    arms = execute(REPRODUCTION, quick=True, console=QUIET)["runs"][0]
-    for arm in arms.values():
-        assert -1 <= arm["rank correlation with the lexicon"] <= 1
-        assert arm["KL at the end"] > 0
-
-
-@pytest.mark.slow
-def test_quick_tgdpo_and_rto_run_end_to_end():
-    from everytoken.reproduce.rto import ARMS
-    from everytoken.reproduce.rto import REPRODUCTION as RTO
-    from everytoken.reproduce.tgdpo import REPRODUCTION as TGDPO
-
-    assert set(execute(TGDPO, quick=True, console=QUIET)["runs"][0]) == {"DPO", "TGDPO", "TGDPO, clamped"}
-    result = execute(RTO, quick=True, console=QUIET)
-    assert set(result["runs"][0]) == set(ARMS)
-    assert all(len(curve) == 4 for curve in result["artifacts"]["0"]["curves"].values())
-
-
-@pytest.mark.slow
-def test_quick_cdpo_runs_end_to_end():
-    from everytoken.reproduce.cdpo import REPRODUCTION
-
-    arms = execute(REPRODUCTION, quick=True, console=QUIET)["runs"][0]
-    assert 0 <= arms["contrast"]["AUC for critical tokens"] <= 1
-    assert 0 < arms["start"]["accuracy"] <= 1
-
-
-@pytest.mark.slow
-def test_quick_ift_runs_end_to_end():
-    from everytoken.reproduce.ift import REPRODUCTION
-
-    arms = execute(REPRODUCTION, quick=True, console=QUIET)["runs"][0]
-    assert set(arms) == {"SFT", "IFT"}
-    assert all(0 <= value <= 1 for arm in arms.values() for value in arm.values())

@@ -11,7 +11,7 @@ from everytoken.testing.matcher import MatcherConformance, ToyMatcher
 
 class TestMatchers(MatcherConformance):
     def matchers(self):
-        grammars = {"any": "[^]*", "letters": "(ab|c)*d", "counted": "[a-f]{2,5}"}
+        grammars = {"any": "[^]*", "letters": "(bc|d)*e", "counted": "[b-f]{2,5}"}
         found = {name: (GrammarMatcher(letters(26, regex)), 26) for name, regex in grammars.items()}
         return found | {"toy": (ToyMatcher(13), 13), "toy that ends": (ToyMatcher(40, length=3, end=39), 40)}
 

@@ -1,6 +1,6 @@
 """Cards: the facts about each paper, one TOML file a paper, and how to reach its code.
 
-A card's status is not written in it but derived from what exists: ``reproduced`` if a result file carries its name,
+A card's status is not written in it but derived from what exists: ``measured`` if a result file carries its name,
 ``implemented`` if its implementation can be found, else ``planned``.
 
 Packages outside this one add methods through the entry point group ``everytoken.cards``: each entry point names a folder of
@@ -25,7 +25,7 @@ from typing import Any
 from ..core.errors import BadInputError, UnknownNameError
 from .house import CardError, stations
 
-STATUSES = ("reproduced", "implemented", "planned")
+STATUSES = ("measured", "implemented", "planned")
 ENTRY_POINTS = "everytoken.cards"
 EXPECTED: dict[str, tuple[type, str]] = {
     "year": (int, "a number"),
@@ -73,10 +73,10 @@ class Card:
 
     @property
     def status(self) -> str:
-        """``reproduced``, ``implemented`` or ``planned``, by what exists."""
+        """``measured``, ``implemented`` or ``planned``, by what exists."""
         if not self.implementation or find_spec(self.implementation.split(":")[0]) is None:
             return "planned"
-        return "reproduced" if self.result() is not None else "implemented"
+        return "measured" if self.result() is not None else "implemented"
 
     def result(self) -> dict[str, Any] | None:
         """The method's result file, if there is one (``results/`` of the current folder, else those that ship)."""
@@ -95,7 +95,7 @@ class Card:
         result = self.result()
         if not result or not result.get("claims"):
             return ""
-        from ..reproduce.base import formatted
+        from ..core.results import formatted
 
         claim = result["claims"][0]
         return f"{formatted(claim)} {claim['metric']}"
@@ -119,7 +119,7 @@ class Card:
         if not self.reproduction:
             raise BadInputError(
                 f"{self.slug} has no experiment yet.",
-                "See `everytoken papers --status reproduced` for those that have.",
+                "See `everytoken papers --status measured` for those that have.",
             )
         return _attribute(self, self.reproduction)
 

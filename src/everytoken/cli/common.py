@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -170,25 +171,15 @@ def bars(result: TrialResult, console: Console, width: int = 40) -> None:
 
 def svg_bars(result: TrialResult) -> str:
     """The headline metric as a bar chart in one self-contained SVG."""
-    from html import escape as quote
+    from ..core.charts import bars_svg
 
     values = {name: row.get(result.headline, 0.0) for name, row in result.rows.items()}
-    top = max([abs(value) for value in values.values()] or [0.0]) or 1.0
-    rows, height = [], 56 + 34 * len(values)
-    for index, (name, value) in enumerate(values.items()):
-        y, length = 48 + 34 * index, 380 * abs(value) / top
-        colour = "#9aa4b2" if name == result.baseline else "#277f8e"
-        ratio = "" if name == result.baseline else f"  ({result.ratio(name):.2f}x)"
-        rows.append(
-            f'<text x="170" y="{y + 16}" text-anchor="end">{quote(name)}</text>'
-            f'<rect x="180" y="{y}" width="{length:.1f}" height="22" rx="3" fill="{colour}"/>'
-            f'<text x="{186 + length:.1f}" y="{y + 16}">{figure(value)}{ratio}</text>'
-        )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="720" height="{height}" viewBox="0 0 720 {height}" '
-        'font-family="system-ui, sans-serif" font-size="14" fill="#1b1f24"><rect width="100%" height="100%" fill="#fff"/>'
-        f'<text x="16" y="28" font-size="16" font-weight="600">{quote(result.headline)}</text>{"".join(rows)}</svg>\n'
-    )
+    notes = {
+        name: figure(value) + ("" if name == result.baseline else f"  ({result.ratio(name):.2f}x)")
+        for name, value in values.items()
+    }
+    drawn = {name: value if isfinite(value) else 0.0 for name, value in values.items()}  # its note says what it is
+    return bars_svg(drawn, result.headline, baseline=result.baseline, notes=notes)
 
 
 def print_texts(result: TrialResult, console: Console) -> None:

@@ -46,7 +46,7 @@ app = typer.Typer(
     epilog=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COLOURS = {"reproduced": "green", "implemented": "cyan", "planned": "dim"}
+COLOURS = {"measured": "green", "implemented": "cyan", "planned": "dim"}
 
 
 @app.command("search", hidden=True, epilog=EXAMPLES)
@@ -54,7 +54,7 @@ def search_papers(
     query: Annotated[list[str] | None, typer.Argument(help="Words to search for.")] = None,
     station: Annotated[str | None, typer.Option(help="Only this station (for example generation).")] = None,
     year: Annotated[int | None, typer.Option(help="Only this year.")] = None,
-    status: Annotated[str | None, typer.Option(help="reproduced, implemented or planned.")] = None,
+    status: Annotated[str | None, typer.Option(help="measured, implemented or planned.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
     words_only: Annotated[
         bool, typer.Option("--words", help="Search by words even if search by meaning is installed.")
@@ -137,13 +137,15 @@ def show(
     grid.add_row("status", f"[{COLOURS[card.status]}]{card.status}[/]")
     result = card.result()
     if result is not None:
-        from ..reproduce.base import formatted
+        from ..reproduce.base import STYLES, baseline_text, formatted, formatted_interval, up_to_date
 
-        for claim in result["claims"]:
+        for claim in up_to_date(result)["claims"]:
+            style = STYLES[claim["verdict"]]
             grid.add_row(
                 "measured",
-                f"{claim['metric']}: [bold]{formatted(claim)}[/] ({claim['method']} {claim['method_value']:.4g} against "
-                f"{claim['baseline']} {claim['baseline_value']:.4g}; paper: {claim['paper']})",
+                f"{claim['metric']}: [bold]{formatted(claim)}[/], [{style}]{claim['verdict']}[/] "
+                f"({formatted_interval(claim) or claim['note']}; {claim['method']} {claim['method_value']:.4g} against "
+                f"{baseline_text(claim)}; paper: {claim['paper']})",
             )
     if card.implementation and card.station != "catalog":
         grid.add_row("code here", card.implementation)

@@ -1,8 +1,8 @@
 """What ``everytoken try`` and ``compare`` ask of a station: its ``trial`` module.
 
-``everytoken.STATION.trial`` holds ``trial(requests) -> TrialResult``: it runs the station's baseline and every requested method
-on the same work in one process, and returns one row of figures for each. A new method of the station needs no trial of its
-own: the contract that all methods of a station share is enough to run them.
+``everytoken.STATION.trial`` holds ``trial(requests) -> TrialResult``: it runs the station's baseline and every
+requested method on the same work in one process, and returns one row of figures for each. A new method of the station
+needs no trial of its own: the contract that all methods of a station share is enough to run them.
 """
 
 from __future__ import annotations

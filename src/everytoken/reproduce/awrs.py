@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ WHY_SMC = (
 )
 
 
-def _allowing(allowed: Any, text: Any) -> Any:
+def _allowing(allowed: Callable[[tuple[int, ...]], bool], text: tuple[int, ...]) -> Callable[[int], bool]:
     return lambda token: allowed((*text, token))
 
 
@@ -178,7 +179,13 @@ REPRODUCTION = Reproduction(
     run=run,
     claims=[
         Claim(
-            "JSON: tests a token", "AWRS", MASKING, "orders of magnitude fewer", higher_is_better=False, why=WHY_TESTS
+            "JSON: tests a token",
+            "AWRS",
+            MASKING,
+            "orders of magnitude fewer",
+            higher_is_better=False,
+            threshold=0.01,
+            why=WHY_TESTS,
         ),
         Claim(
             "JSON, not asked for: tests a token",
@@ -186,6 +193,7 @@ REPRODUCTION = Reproduction(
             MASKING,
             "orders of magnitude fewer",
             higher_is_better=False,
+            threshold=0.01,
             why=WHY_UNASKED,
         ),
         Claim(
@@ -194,6 +202,7 @@ REPRODUCTION = Reproduction(
             MASKING,
             "orders of magnitude fewer",
             higher_is_better=False,
+            threshold=0.01,
             why=WHY_TESTS,
         ),
         Claim(
@@ -202,6 +211,7 @@ REPRODUCTION = Reproduction(
             MASKING,
             "orders of magnitude fewer",
             higher_is_better=False,
+            threshold=0.01,
             why=WHY_TESTS,
         ),
         Claim("JSON: milliseconds a token", "AWRS", MASKING, "faster", higher_is_better=False, why=WHY_TIME),
@@ -216,5 +226,5 @@ REPRODUCTION = Reproduction(
             why=WHY_SMC,
         ),
     ],
-    seeds=2,
+    seeds=3,
 )

@@ -1,18 +1,22 @@
 """The harness: baseline and method in one process on the same work, several seeds, one result file.
 
 An experiment is a ``Reproduction``: what is claimed, and a function that runs one seed and returns measurements by arm. The
-harness runs the seeds, aggregates, prints a table with the paper's figure and the reason for any difference, and writes
-``results/NAME.json``; ``scoreboard`` renders ``docs/scoreboard.md`` from those files. A seed that has finished is kept at once
-in the user's cache, so an interrupted run goes on where it stopped.
+harness runs the seeds, gives every claim an interval and a verdict (``core.results``), prints a table with the paper's figure
+and the reason for any difference, and writes ``results/NAME.json``.
+
+A seed that has finished is kept at once in the user's cache, and so is every ``Context.part`` within it. An interrupted run
+goes on where it stopped, and ends with what an unbroken one would have measured.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import platform
-import statistics
+import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,17 +24,76 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
 
 from ..core.errors import BadInputError
+from ..core.results import (
+    Arms,
+    Claim,
+    Kind,
+    MeasuredClaim,
+    Values,
+    formatted,
+    formatted_interval,
+    mean,
+    measure,
+    neutral,
+)
 
 if TYPE_CHECKING:
+    import numpy as np
     from rich.console import Console
+    from rich.table import Table
+    from transformers import PreTrainedModel
 
-Arms = dict[str, dict[str, float]]
-"""One seed's measurements: arm -> metric -> value."""
+__all__ = [
+    "Arms",
+    "Claim",
+    "Context",
+    "Reproduction",
+    "Values",
+    "execute",
+    "formatted",
+    "load_results",
+    "mean",
+    "table",
+    "write",
+]
 
+Scale = Literal["quick", "cpu", "gpu"]
+SCALES: tuple[Scale, ...] = get_args(Scale)
 VERSIONED = ("everytoken", "torch", "transformers", "tokenizers", "trl", "numpy", "numba")
+T = TypeVar("T")
+
+
+class Machine(TypedDict):
+    """What the figures were measured on."""
+
+    processor: str
+    cores: int | None
+    threads: int
+    gpu: str | None
+    system: str
+    python: str
+
+
+class Result(TypedDict):
+    """A result file. Files of 0.1 have no ``scale`` and older claims; ``load_results`` brings them up to date."""
+
+    name: str
+    summary: str
+    quick: bool
+    scale: Scale
+    model: str
+    date: str
+    command: str
+    seconds: float
+    seeds: list[int]
+    versions: dict[str, str]
+    machine: Machine
+    claims: list[MeasuredClaim]
+    runs: list[Arms]
+    artifacts: dict[str, dict[str, Any]]
 
 
 @dataclass
@@ -39,39 +102,86 @@ class Context:
 
     Attributes:
         seed: this run's seed.
-        quick: a smaller version that shows the same thing in a minute or two.
+        scale: ``"quick"`` (a smaller version, in a minute or two), ``"cpu"`` (at most 40 minutes a part and four hours a
+            claim on two cores) or ``"gpu"``.
         model: as for ``load_model``; None is the embedded default.
         progress: call it with a line of text to report.
         artifacts: fill with anything worth keeping in the result file (curves, samples).
+        folder: where finished parts are kept until the experiment ends; None keeps none.
     """
 
     seed: int
-    quick: bool = False
+    scale: Scale = "cpu"
     model: str | None = None
     progress: Callable[[str], None] = lambda _line: None
     artifacts: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    _parts: set[str] = field(default_factory=set, repr=False)
 
+    @property
+    def quick(self) -> bool:
+        """Whether the small version was asked for."""
+        return self.scale == "quick"
 
-@dataclass
-class Claim:
-    """One claimed comparison.
+    def part(self, name: str, function: Callable[[], T]) -> T:
+        """What ``function`` returns, from an earlier, interrupted run where it had finished there.
 
-    Attributes:
-        metric: the metric's name in the arms.
-        method, baseline: arm names.
-        paper: the paper's figure, as it states it.
-        kind: ``"ratio"`` (method / baseline) or ``"difference"`` (method - baseline).
-        higher_is_better: direction of the metric.
-        why: why our figure differs from the paper's (scale, hardware, data).
-    """
+        The random numbers inside depend on the seed and the name only, and those after it do not depend on whether it ran.
+        What it adds to ``artifacts`` is kept too. Any other state that it changes (a ``random.Random`` of the experiment's
+        own) is not: make such generators inside.
 
-    metric: str
-    method: str
-    baseline: str
-    paper: str
-    kind: str = "ratio"
-    higher_is_better: bool = True
-    why: str = ""
+        Args:
+            name: the part's name, once a seed.
+            function: returns something that JSON can hold; tuples come back as lists.
+
+        Raises:
+            BadInputError: the name was used before in this seed, or JSON cannot hold what the function returned.
+        """
+        from ..core.rng import derive_seed, seed_everything
+
+        if name in self._parts:
+            raise BadInputError(f"This seed has two parts called {name!r}.", "Name every part once.")
+        self._parts.add(name)
+        path = None if self.folder is None else self.folder / f"{_file_name(name)}.json"
+        if path is not None and path.is_file():
+            text = path.read_text()
+        else:
+            before = {key: json.dumps(value) for key, value in self.artifacts.items()}
+            seed_everything(derive_seed(self.seed, "part", name))
+            value = function()
+            try:
+                added = {k: v for k, v in self.artifacts.items() if before.get(k) != json.dumps(v)}
+                text = json.dumps({"value": value, "artifacts": added})
+            except TypeError as error:
+                raise BadInputError(
+                    f"The part {name!r} cannot be kept: {error}.", "Return numbers, text, lists."
+                ) from error
+            if path is not None:
+                _write(path, text)
+        kept = json.loads(text)
+        self.artifacts.update(kept["artifacts"])
+        seed_everything(derive_seed(self.seed, "after", name))
+        return kept["value"]
+
+    def model_part(self, name: str, function: Callable[[], tuple[PreTrainedModel, T]]) -> tuple[PreTrainedModel, T]:
+        """As ``part``, for a function that also returns a causal language model: its weights are kept beside the rest."""
+        from transformers import AutoModelForCausalLM
+
+        place = None if self.folder is None else self.folder / _file_name(name)
+        made: list[PreTrainedModel] = []
+
+        def train() -> T:
+            model, value = function()
+            made.append(model)
+            if place is not None:
+                model.save_pretrained(place)
+            return value
+
+        value = self.part(name, train)
+        if not made and place is None:
+            raise AssertionError("a part without a folder always runs")
+        model = made[0] if made else AutoModelForCausalLM.from_pretrained(place, dtype="auto").eval()
+        return model, value
 
 
 @dataclass
@@ -81,10 +191,13 @@ class Reproduction:
     Attributes:
         name: the card's slug.
         summary: one line: what is run on what.
-        run: ``Context -> Arms``; must run every arm on the same work.
+        run: ``Context -> Arms``; must run every arm on the same work. A metric's value is a number, or one number a
+            question (the same questions in the same order for all arms), which makes for narrower intervals.
         claims: the comparisons to report; the first is the headline.
         seeds, quick_seeds: how many.
         extra: the extra that it needs (``"train"``), and a library of it, checked before anything else.
+        bed: the test bed that it stands on (``reproduce.beds.BEDS``); empty without one.
+        scales: what ``--scale`` may ask for.
     """
 
     name: str
@@ -94,9 +207,11 @@ class Reproduction:
     seeds: int = 3
     quick_seeds: int = 1
     extra: tuple[str, str] | None = None
+    bed: str = ""
+    scales: tuple[Scale, ...] = ("quick", "cpu")
 
 
-def machine() -> dict[str, Any]:
+def machine() -> Machine:
     """What the figures were measured on."""
     import torch
 
@@ -130,20 +245,22 @@ def versions() -> dict[str, str]:
 
 def execute(
     experiment: Reproduction,
-    quick: bool = False,
+    scale: Scale = "cpu",
+    *,
     model: str | None = None,
     seeds: int | None = None,
     console: Console | None = None,
     fresh: bool = False,
-) -> dict[str, Any]:
+) -> Result:
     """Runs an experiment and returns its result (see ``write`` for the file).
 
     Args:
+        scale: how large a version; see ``Context``.
         seeds: how many; default the experiment's own.
-        fresh: ignore seeds finished by an earlier, interrupted run.
+        fresh: run every seed and part anew; by default an interrupted run goes on.
 
     Raises:
-        BadInputError: fewer than one seed.
+        BadInputError: fewer than one seed, a scale that the experiment has not, or arms without what a claim names.
         MissingExtraError: the experiment needs a library that is not installed.
     """
     from rich.console import Console
@@ -152,6 +269,11 @@ def execute(
     from ..core.rng import seed_everything
 
     console = console or Console(stderr=True)
+    if scale not in experiment.scales:
+        raise BadInputError(
+            f"{experiment.name} has no version for the scale {scale!r}.", f"It has: {', '.join(experiment.scales)}."
+        )
+    quick = scale == "quick"
     count = seeds if seeds is not None else (experiment.quick_seeds if quick else experiment.seeds)
     if count < 1:
         raise BadInputError(f"An experiment needs at least one seed; got {count}.")
@@ -159,187 +281,212 @@ def execute(
         require(experiment.extra[1], experiment.extra[0], f"Reproducing {experiment.name}")
     console.print(f"[bold]{experiment.name}[/]: {experiment.summary}", highlight=False)
     began, runs, artifacts = time.time(), [], {}
+    place = _kept(experiment, scale, model)
+    if fresh:
+        shutil.rmtree(place, ignore_errors=True)
     for seed in range(count):
-        kept = _partial(experiment, seed, quick, model)
-        if kept.is_file() and not fresh:
+        kept = place / f"seed-{seed}.json"
+        if kept.is_file():
             saved = json.loads(kept.read_text())
             runs.append(saved["arms"])
             artifacts[str(seed)] = saved["artifacts"]
             console.print(f"  seed {seed}: taken from an earlier run", style="dim")
             continue
         with console.status(f"seed {seed} of {count} ...") as status:
-            context = Context(seed, quick, model)
-            context.progress = lambda line, seed=seed: status.update(f"seed {seed}: {line}")  # type: ignore[misc]
+
+            def show(line: str, seed: int = seed, update: Callable[[str], None] = status.update) -> None:
+                update(f"seed {seed}: {line}")
+
+            context = Context(seed, scale, model, show, folder=place / f"parts-{seed}")
             seed_everything(seed)
             arms = experiment.run(context)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({"arms": arms, "artifacts": context.artifacts}))
+        _write(kept, json.dumps({"arms": arms, "artifacts": context.artifacts}))
         runs.append(arms)
         artifacts[str(seed)] = context.artifacts
         console.print(f"  seed {seed}: done after {time.time() - began:.0f} s", style="dim")
-    for seed in range(count):
-        _partial(experiment, seed, quick, model).unlink(missing_ok=True)
+    claims = measured_claims(experiment, runs, quick)
+    shutil.rmtree(place, ignore_errors=True)
     return {
         "name": experiment.name,
         "summary": experiment.summary,
         "quick": quick,
-        "model": model or "embedded",
+        "scale": scale,
+        "model": public_model(model),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "command": " ".join(["everytoken", *sys.argv[1:]]) if sys.argv[1:2] == ["reproduce"] else "",
+        "command": public_command(sys.argv),
         "seconds": round(time.time() - began, 1),
         "seeds": list(range(count)),
         "versions": versions(),
         "machine": machine(),
-        # a quick run may leave out what takes long
-        "claims": [
-            _measure(claim, runs)
-            for claim in experiment.claims
-            if not quick or claim.metric in runs[0].get(claim.method, {})
-        ],
+        "claims": claims,
         "runs": runs,
         "artifacts": artifacts,
     }
 
 
-def _partial(experiment: Reproduction, seed: int, quick: bool, model: str | None) -> Path:
+def measured_claims(experiment: Reproduction, runs: Sequence[Arms], quick: bool = False) -> list[MeasuredClaim]:
+    """The experiment's claims over runs.
+
+    A quick run may leave out what takes long, and where its interval decides nothing it claims only that it *ran*.
+
+    Raises:
+        BadInputError: an arm lacks a claim's metric.
+    """
+    claims = []
+    for claim in experiment.claims:
+        arms = [claim.method, *([claim.baseline] if claim.kind != "value" else [])]
+        lacking = [arm for arm in arms if any(claim.metric not in run.get(arm, {}) for run in runs)]
+        if lacking and quick:
+            continue
+        if lacking:
+            raise BadInputError(f"{experiment.name} claims {claim.metric!r}, but {lacking[0]!r} did not measure it.")
+        found = measure(claim, runs)
+        if quick and found["verdict"] == "undecided":
+            found["verdict"] = "ran"
+        claims.append(found)
+    return claims
+
+
+def public_model(model: str | None) -> str:
+    """A model's name as a result file may show it: a hub id as it is, of a local path the last part."""
+    if not model:
+        return "embedded"
+    local = re.match(r"[/~.\\]|[A-Za-z]:[\\/]", model) or Path(model).exists() or model.endswith(".gguf")
+    return re.split(r"[\\/]", model.rstrip("\\/"))[-1] if local else model
+
+
+def public_command(argv: Sequence[str]) -> str:
+    """The command that was run, without what says nothing about the measurement: where its output went, and where files lay."""
+    if list(argv[1:2]) != ["reproduce"]:
+        return ""
+    words, skipped = ["everytoken"], False
+    for word in argv[1:]:
+        name, _, value = word.partition("=")
+        if skipped or name in ("--out", "--json", "--resume", "--no-resume", "--fresh"):
+            skipped = not skipped and word == "--out"
+            continue
+        words.append(f"{name}={public_model(value)}" if value else public_model(word))
+    return " ".join(words)
+
+
+def _kept(experiment: Reproduction, scale: Scale, model: str | None) -> Path:
+    """Where an experiment's finished seeds and parts are kept: another place for another version, model or source text."""
     from ..core.loading import cache_dir
 
-    key = hashlib.sha256(
-        json.dumps([experiment.name, experiment.summary, quick, model, versions()]).encode()
-    ).hexdigest()
-    return cache_dir() / "reproduce" / f"{experiment.name}-{key[:10]}-{seed}.json"
+    try:
+        source = Path(inspect.getfile(experiment.run)).read_text(encoding="utf-8")
+    except (OSError, TypeError):
+        source = ""
+    key = json.dumps([experiment.name, experiment.summary, scale, model, versions(), source])
+    return cache_dir() / "reproduce" / f"{experiment.name}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
 
 
-def _measure(claim: Claim, runs: list[Arms]) -> dict[str, Any]:
-    """A claim over all seeds: medians of both arms and of their comparison."""
-    method = [run[claim.method][claim.metric] for run in runs]
-    baseline = [run[claim.baseline][claim.metric] for run in runs]
-    if claim.kind == "ratio":
-        compared = [a / b if b else float("nan") for a, b in zip(method, baseline, strict=True)]
-        neutral = 1.0
-    else:
-        compared = [a - b for a, b in zip(method, baseline, strict=True)]
-        neutral = 0.0
-    value = statistics.median(compared)
-    return {
-        "metric": claim.metric,
-        "method": claim.method,
-        "baseline": claim.baseline,
-        "kind": claim.kind,
-        "method_value": statistics.median(method),
-        "baseline_value": statistics.median(baseline),
-        "value": value,
-        "by_seed": compared,
-        "paper": claim.paper,
-        "why": claim.why,
-        "holds": (value > neutral) if claim.higher_is_better else (value < neutral),
-        "every_seed": all((x > neutral) if claim.higher_is_better else (x < neutral) for x in compared),
-    }
+def _file_name(name: str) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
-def write(result: dict[str, Any], folder: Path) -> Path:
-    """``results/NAME.json`` (``NAME.quick.json`` for a quick run), written atomically."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{result['name']}{'.quick' if result['quick'] else ''}.json"
+def _write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write(result: Result, folder: Path) -> Path:
+    """``results/NAME.json`` (``NAME.quick.json`` or ``NAME.gpu.json`` for other scales), written atomically."""
+    scale = result["scale"]
+    path = folder / f"{result['name']}{'' if scale == 'cpu' else f'.{scale}'}.json"
+    text = json.dumps(result, indent=1)
+    # numbers of one list on one line: there may be one a question
+    text = re.sub(r"\[[\s\d.,eE+-]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
+    _write(path, text.replace("[ ", "[").replace(" ]", "]") + "\n")
     return path
 
 
-def formatted(claim: dict[str, Any]) -> str:
-    """A claim's measured value as text: ``1.83x``, ``1/1,200x`` or ``+0.12``."""
-    value = claim["value"]
-    if claim["kind"] != "ratio":
-        return f"{value:+.3g}"
-    return f"{value:.2f}x" if value >= 0.1 or value <= 0 else f"1/{1 / value:,.0f}x"
+STYLES = {"holds": "green", "contradicted": "red", "undecided": "yellow", "ran": "dim"}
 
 
-def table(result: dict[str, Any]) -> Any:
+def table(result: Result) -> Table:
     """The result as a rich table."""
     from rich.table import Table
 
-    note = " (quick)" if result["quick"] else ""
+    note = "" if result["scale"] == "cpu" else f" ({result['scale']})"
+    seeds = "one seed" if len(result["seeds"]) == 1 else f"{len(result['seeds'])} seeds"
     grid = Table(
-        title=f"{result['name']}{note}: {len(result['seeds'])} seed(s), {result['machine']['processor']}",
+        title=f"{result['name']}{note}: {seeds}, {result['machine']['processor']}",
         title_justify="left",
     )
-    for head in ("metric", "baseline", "method", "measured", "paper", "holds"):
-        grid.add_column(head, justify="right" if head in ("measured",) else "left")
+    for head in ("metric", "baseline", "method", "measured", "95% interval", "paper", "verdict"):
+        grid.add_column(head, justify="right" if head in ("measured", "95% interval") else "left")
     for claim in result["claims"]:
-        verdict = "every seed" if claim["every_seed"] else "in the median" if claim["holds"] else "no"
+        verdict = claim["verdict"]
         grid.add_row(
             claim["metric"],
-            f"{claim['baseline']} {claim['baseline_value']:.4g}",
+            baseline_text(claim),
             f"{claim['method']} {claim['method_value']:.4g}",
             f"[bold]{formatted(claim)}[/]",
+            formatted_interval(claim) or f"[dim]{claim['note']}[/]",
             claim["paper"],
-            f"[green]{verdict}[/]" if claim["holds"] else f"[red]{verdict}[/]",
+            f"[{STYLES[verdict]}]{verdict}[/]",
         )
     return grid
 
 
-def load_results(folder: Path) -> list[dict[str, Any]]:
-    """All full results of a folder, by name.
+def baseline_text(claim: MeasuredClaim, separator: str = " ") -> str:
+    """A claim's baseline with its value, or the bar that stands in its place."""
+    if claim["kind"] == "value":
+        return f"bar{separator}{claim['threshold']:.4g}"
+    return f"{claim['baseline']}{separator}{claim['baseline_value']:.4g}"
+
+
+def load_results(folder: Path) -> list[Result]:
+    """All full results of a folder, by name; claims of files from 0.1 get intervals and verdicts from their runs.
 
     Raises:
         BadInputError: a file that is not a result.
     """
-    results = []
-    for path in sorted(folder.glob("*.json")):
-        if path.name.endswith(".quick.json"):
-            continue
-        try:
-            result = json.loads(path.read_text())
-            assert result["claims"] is not None
-            results.append(result)
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
-            raise BadInputError(
-                f"{path} is not a result file: {error}", "Delete it, or run the experiment again."
-            ) from error
-    return results
+    return [load_result(path) for path in sorted(folder.glob("*.json")) if not path.name.endswith(".quick.json")]
 
 
-def scoreboard(results: Sequence[dict[str, Any]]) -> str:
-    """``docs/scoreboard.md`` from result files."""
-    lines = [
-        "# Scoreboard",
-        "",
-        "Every figure was measured in one run, baseline and method on the same work, by `everytoken reproduce NAME`; medians",
-        "over seeds. *Holds* says whether the measured direction is the claimed one in every seed, in the median, or not.",
-        "This page is written from `results/*.json` by `everytoken scoreboard`.",
-        "",
-        "| method | metric | baseline | method | measured | paper | holds |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+def load_result(path: Path) -> Result:
+    """One result file; raises as ``load_results`` does."""
+    try:
+        result = json.loads(path.read_text())
+        return up_to_date(result)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInputError(
+            f"{path} is not a result file: {error!r}", "Delete it, or run the experiment again."
+        ) from error
+
+
+def up_to_date(result: dict[str, Any]) -> Result:
+    """A result as this version writes it, from one that 0.1 wrote."""
+    claims = [
+        claim if "verdict" in claim else _claim_of_0_1(claim, result["runs"], result["quick"])
+        for claim in result["claims"]
     ]
-    for result in results:
-        for claim in result["claims"]:
-            verdict = "every seed" if claim["every_seed"] else "median" if claim["holds"] else "**no**"
-            lines.append(
-                f"| [{result['name']}](methods/{result['name']}.md) | {claim['metric']} | "
-                f"{claim['baseline']}: {claim['baseline_value']:.4g} | {claim['method']}: {claim['method_value']:.4g} | "
-                f"**{formatted(claim)}** | {claim['paper']} | {verdict} |"
-            )
-    lines += ["", "## Why they differ, and how they were run", ""]
-    for result in results:
-        lines += [f"### {result['name']}", "", result["summary"], ""]
-        lines += [
-            f"- *{claim['metric']}* ({claim['method']} against {claim['baseline']}): {claim['why']}"
-            for claim in result["claims"]
-            if claim["why"]
-        ]
-        host = result["machine"]
-        shown = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-        lines += [
-            f"- {len(result['seeds'])} seed(s), {result['seconds']:.0f} s, model: {result['model']}, {result['date']}.",
-            f"- {host['processor']}, {host['cores']} cores, {host['gpu'] or 'no GPU'}, Python {host['python']}; {shown}.",
-            "",
-        ]
-    return "\n".join(lines)
+    scale = result.get("scale", "quick" if result["quick"] else "cpu")
+    command, model = public_command(result["command"].split()), public_model(result["model"])
+    return result | {"claims": claims, "scale": scale, "command": command, "model": model}  # type: ignore[return-value]
 
 
-def mean_ranks(values: Any) -> Any:
-    """Ranks from 1 of a numpy array; equal values share the mean of their ranks."""
+def _claim_of_0_1(claim: dict[str, Any], runs: Sequence[Arms], quick: bool) -> MeasuredClaim:
+    """Interval and verdict of a claim that has neither; its direction follows from what 0.1 called *holds*."""
+    kind: Kind = claim["kind"]
+    above = claim["value"] > neutral(kind)
+    higher = bool(claim["holds"]) == above if claim["value"] != neutral(kind) else True
+    wanted = Claim(
+        claim["metric"], claim["method"], claim["baseline"], claim["paper"], kind, higher, None, claim.get("why", "")
+    )
+    measured = measure(wanted, runs)
+    if quick and measured["verdict"] == "undecided":
+        measured["verdict"] = "ran"
+    return measured
+
+
+def mean_ranks(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Ranks from 1 of an array; equal values share the mean of their ranks."""
     import numpy as np
 
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import random
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -17,39 +18,59 @@ from ..core.errors import BadInputError
 from ..core.logprobs import entropy_from_logits
 from ..core.rng import derive_seed
 from ..core.scoring import PromptResponse, response_hidden, response_logps, score_rows
-from ..training.datasets.sentiment import continuations
-from .base import Arms, Claim, Context, Reproduction, mean_ranks
-from .small import answer_batches, character_tokenizer, fit, small_model, worked_sum
+from .base import Arms, Claim, Context, Reproduction, Values, mean, mean_ranks
+from .beds.small_models import answer_batches, fit
+from .beds.sums import SumsBed, answers, correct, graded, questions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..preference.cdpo import ContrastiveEstimator
+
+    FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+    BoolArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+    Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 WHY = (
     "The paper tunes 7 B to 13 B models on GSM8K and MATH500; here a model of under a million weights adds numbers, so that 64 rollouts from "
     "every prefix can be had."
 )
-CHARACTERS = "0123456789+=;#"
 
 
-def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float:
+class Sizes(NamedTuple):
+    """Questions, samples of each, wrong traces to judge, rollouts from a prefix, steps of every training."""
+
+    questions: int
+    samples: int
+    traces: int
+    rollouts: int
+    steps: int
+
+
+class Traces(NamedTuple):
+    """The base model's own answers: questions with right and wrong ones, a right one of each, all wrong ones."""
+
+    both: list[str]
+    right: dict[str, str]
+    wrong: dict[str, list[str]]
+
+
+def area_under_curve(scores: FloatArray, labels: BoolArray) -> float:
     """The chance that a positive scores above a negative, ties counting half."""
     ranks = mean_ranks(scores)
     positives, negatives = labels.sum(), (~labels).sum()
     return float((ranks[labels].sum() - positives * (positives + 1) / 2) / max(positives * negatives, 1))
 
 
-def correct(prompt: str, response: str) -> bool:
-    """Whether a worked sum ends in the right total (numbers are written from their last digit)."""
-    total = sum(int(number[::-1]) for number in prompt.strip("=").split("+"))
-    _, mark, final = response.strip().rpartition("#")
-    return bool(mark) and final == str(total)[::-1]
-
-
-def answers(model: Any, tokenizer: Any, prompts: list[str], sample: bool) -> list[str]:
-    """One answer a prompt."""
-    return continuations(model, tokenizer, prompts, 56, 512, sample)
-
-
 def tuned(
-    model: Any, tokenizer: Any, traces: list[tuple[str, str]], steps: int, lr: float, report: Any, label: str
-) -> Any:
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    traces: list[tuple[str, str]],
+    steps: int,
+    lr: float,
+    report: Callable[[str], None],
+    label: str,
+) -> PreTrainedModel:
     """A copy of ``model`` tuned on traces."""
     model = copy.deepcopy(model)
     rng = random.Random(0)
@@ -57,58 +78,44 @@ def tuned(
     return model
 
 
-def run(context: Context) -> Arms:
-    from ..preference.cdpo import CDPOLoss, ContrastiveEstimator, RolloutOracle, critical_tokens
-    from ..preference.dpo import DPOLoss
-    from ..preference.short_training import train_quietly
+def own_traces(context: Context, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sizes: Sizes) -> Traces:
+    """Samples of the base model, graded.
 
-    tokenizer = character_tokenizer(CHARACTERS)
-    model = small_model(len(tokenizer), end=tokenizer.eos_token_id)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    rng = random.Random(context.seed)
-    questions, samples, traces, rollouts, steps = (24, 4, 4, 8, 4) if context.quick else (256, 16, 48, 64, 120)
-
-    def example(r: Any) -> tuple[str, str]:
-        return worked_sum(r, terms=3)
-
-    test = [
-        example(random.Random(derive_seed(context.seed, "test", index)))[0]
-        for index in range(64 if context.quick else 512)
-    ]
-    valid = [example(random.Random(derive_seed(context.seed, "valid", index)))[0] for index in range(256)]
-    probe = [example(random.Random(derive_seed(0, "probe", index)))[0] for index in range(64)]
-
-    def enough() -> bool:  # about half right: rollouts must be able to fail and to succeed
-        texts = answers(model, tokenizer, probe, sample=True)
-        return sum(map(correct, probe, texts)) / len(probe) >= 0.45
-
-    batches = answer_batches(rng, example, tokenizer, 48)
-    fit(model, batches, 900 if context.quick else 3000, 1e-3, context.progress, "base model", enough)
-    prompts = [example(rng)[0] for _ in range(questions)]
-    texts = answers(model, tokenizer, prompts * samples, sample=True)
-    graded = [(p, t, correct(p, t)) for p, t in zip(prompts * samples, texts, strict=True)]
-    right = {p: t for p, t, good in graded if good}
+    Raises:
+        BadInputError: no question had both a right and a wrong answer.
+    """
+    prompts = questions(context.seed, "train", sizes.questions)
+    texts = answers(model, tokenizer, prompts * sizes.samples, sample=True)
+    marked = [(p, t, correct(p, t)) for p, t in zip(prompts * sizes.samples, texts, strict=True)]
+    right = {p: t for p, t, good in marked if good}
     wrong: dict[str, list[str]] = {}
-    for p, t, good in graded:
+    for p, t, good in marked:
         if not good and t not in wrong.setdefault(p, []):
             wrong[p].append(t)
-    context.progress(f"{sum(good for *_, good in graded)} of {len(graded)} traces are right")
-    both = [p for p in prompts if p in right and wrong.get(p)]
+    context.progress(f"{sum(good for *_, good in marked)} of {len(marked)} traces are right")
+    both = [p for p in dict.fromkeys(prompts) if p in right and wrong.get(p)]
     if not both:
         raise BadInputError(
             "No question had both a right and a wrong trace.", "The base model learnt too little: train it longer."
         )
-    positive = tuned(model, tokenizer, [(p, right[p] + "\n") for p in both], steps, 3e-4, context.progress, "p+")
-    negatives = [(p, t + "\n") for p in both for t in wrong[p]]
-    negative = tuned(model, tokenizer, negatives, steps, 3e-4, context.progress, "p-")
+    return Traces(both, right, wrong)
 
-    # which tokens of wrong traces were critical
-    held = [example(rng)[0] for _ in range(8 * traces)]
-    failed = [
-        (p, t) for p, t in zip(held, answers(model, tokenizer, held, sample=True), strict=True) if not correct(p, t)
-    ][:traces]
-    oracle = RolloutOracle(model, tokenizer, correct, rollouts=rollouts, max_new_tokens=56, batch_size=512)
-    rows, labels, first_drop = [], [], 0
+
+def critical(
+    context: Context,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sizes: Sizes,
+    estimator: ContrastiveEstimator,
+) -> Arms:
+    """How well three scores find the tokens of wrong traces that rollouts call critical."""
+    from ..preference.cdpo import RolloutOracle, critical_tokens
+
+    held = questions(context.seed, "held", 8 * sizes.traces)
+    texts = answers(model, tokenizer, held, sample=True)
+    failed = [(p, t) for p, t in zip(held, texts, strict=True) if not correct(p, t)][: sizes.traces]
+    oracle = RolloutOracle(model, tokenizer, correct, rollouts=sizes.rollouts, max_new_tokens=56, batch_size=512)
+    rows, labels = [], []
     for index, (prompt, text) in enumerate(failed):
         context.progress(f"rollouts from every prefix of wrong trace {index + 1} of {len(failed)}")
         row = PromptResponse(tokenizer(prompt)["input_ids"], tokenizer(text + "\n")["input_ids"])
@@ -116,7 +123,7 @@ def run(context: Context) -> Arms:
         if found:
             rows.append(row)
             labels.append([t in found for t in range(len(row[1]))])
-            first_drop += 1
+    context.artifacts["wrong traces"] = {"scored": len(failed), "with a critical token": len(rows)}
 
     def entropy(ids: torch.Tensor, mask: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         logits = model.get_output_embeddings()(response_hidden(model, ids, mask, attention))
@@ -125,49 +132,71 @@ def run(context: Context) -> Arms:
     def improbable(ids: torch.Tensor, mask: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         return -response_logps(model, ids, mask, attention)
 
-    estimator = ContrastiveEstimator(positive, negative)
-    truth = np.concatenate(labels) if labels else np.zeros(1, dtype=bool)
+    scorers: dict[str, Scorer] = {
+        "contrast": lambda *batch: 1 - estimator.score(*batch),
+        "entropy": entropy,
+        "base log-prob": improbable,
+    }
     arms: Arms = {}
-    scorers = {"contrast": lambda *batch: 1 - estimator.score(*batch), "entropy": entropy, "base log-prob": improbable}
     for name, scorer in scorers.items():
         with torch.no_grad():
             values = score_rows(rows, scorer) if rows else []
-        lowest = [bool(label[int(value.argmax())]) for label, value in zip(labels, values, strict=True)]
-        arms[name] = {
-            "AUC for critical tokens": area_under_curve(torch.cat(values).numpy(), truth) if values else float("nan"),
-            "first guess is critical": sum(lowest) / max(len(lowest), 1),
-        }
-    context.artifacts["wrong traces"] = {"scored": len(failed), "with a critical token": first_drop}
+        area = area_under_curve(torch.cat(values).numpy(), np.concatenate(labels)) if rows else float("nan")
+        guesses = [float(label[int(value.argmax())]) for label, value in zip(labels, values, strict=True)]
+        arms[name] = {"AUC for critical tokens": area, "first guess is critical": guesses or float("nan")}
+    return arms
+
+
+def run(context: Context) -> Arms:
+    from ..preference.cdpo import CDPOLoss, ContrastiveEstimator
+    from ..preference.dpo import DPOLoss
+    from ..preference.short_training import train_quietly
+
+    sizes = Sizes(24, 4, 8, 8, 8) if context.quick else Sizes(256, 16, 48, 64, 120)
+    model, tokenizer = SumsBed().start(context)
+    torch.manual_seed(derive_seed(context.seed, "traces"))
+    both, right, wrong = own_traces(context, model, tokenizer, sizes)
+    positives = [(p, right[p] + "\n") for p in both]
+    negatives = [(p, t + "\n") for p in both for t in wrong[p]]
+    positive = tuned(model, tokenizer, positives, sizes.steps, 3e-4, context.progress, "p+")
+    negative = tuned(model, tokenizer, negatives, sizes.steps, 3e-4, context.progress, "p-")
+    estimator = ContrastiveEstimator(positive, negative)
+    arms = context.part("critical tokens", lambda: critical(context, model, tokenizer, sizes, estimator))
 
     pairs = [
         {"prompt": p, "prompt_ids": tokenizer(p)["input_ids"], "chosen_ids": tokenizer(right[p] + "\n")["input_ids"],
-         "rejected_ids": tokenizer(t + "\n")["input_ids"]}
-        for p in both for t in wrong[p]
+         "rejected_ids": tokenizer(t)["input_ids"]}
+        for p, t in negatives
     ]  # fmt: skip
     context.artifacts["pairs"] = len(pairs)
-    policies = {"start": model}
+    valid = questions(context.seed, "valid", 256)
+    test = questions(context.seed, "test", 64 if context.quick else 512)
     rates = (1e-5,) if context.quick else (3e-6, 1e-5)
-    for name, loss, annotators in (("DPO", DPOLoss(0.1), []), ("cDPO", CDPOLoss(0.1), [estimator])):
-        best = -1.0
+
+    def score(policy: PreTrainedModel) -> dict[str, Values]:
+        greedy = graded(policy, tokenizer, test, sample=False)
+        torch.manual_seed(context.seed)
+        return {"accuracy": greedy, "accuracy of samples": graded(policy, tokenizer, test, sample=True)}
+
+    def trained(name: str) -> dict[str, Values]:
+        loss, annotators = (DPOLoss(0.1), []) if name == "DPO" else (CDPOLoss(0.1), [estimator])
+        best, policy = -1.0, model
         for lr in rates:  # each loss gets the learning rate that suits it, by other questions than the test's
-            context.progress(f"{name}: {steps} steps on {len(pairs)} pairs, learning rate {lr}")
+            context.progress(f"{name}: {sizes.steps} steps on {len(pairs)} pairs, learning rate {lr}")
             trainer = train_quietly(
                 copy.deepcopy(model), copy.deepcopy(model), loss, tokenizer, pairs, annotators, per_device_train_batch_size=16,
-                max_steps=steps, learning_rate=lr, lr_scheduler_type="constant_with_warmup", warmup_steps=5, seed=context.seed,
-                data_seed=context.seed,
+                max_steps=sizes.steps, learning_rate=lr, lr_scheduler_type="constant_with_warmup", warmup_steps=5,
+                seed=context.seed, data_seed=context.seed,
             )  # fmt: skip
-            accuracy = sum(map(correct, valid, answers(trainer.model, tokenizer, valid, sample=False))) / len(valid)
+            accuracy = mean(graded(trainer.model, tokenizer, valid, sample=False))
             context.artifacts.setdefault("validation", {})[f"{name} {lr}"] = accuracy
             if accuracy > best:
-                best, policies[name] = accuracy, trainer.model
-    for name, policy in policies.items():
-        greedy = answers(policy, tokenizer, test, sample=False)
-        torch.manual_seed(context.seed)
-        sampled = answers(policy, tokenizer, test, sample=True)
-        arms[name] = {
-            "accuracy": sum(map(correct, test, greedy)) / len(test),
-            "accuracy of samples": sum(map(correct, test, sampled)) / len(test),
-        }
+                best, policy = accuracy, trainer.model
+        return score(policy)
+
+    arms["start"] = context.part("start", lambda: score(model))
+    for name in ("DPO", "cDPO"):
+        arms[name] = context.part(name, lambda name=name: trained(name))  # type: ignore[misc]
     return arms
 
 
@@ -187,4 +216,5 @@ REPRODUCTION = Reproduction(
         Claim("accuracy of samples", "cDPO", "DPO", "one or two points above", kind="difference", why=WHY),
     ],
     extra=("train", "trl"),
+    bed="sums",
 )

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..core.scoring import encode_prompt
 from .base import Arms, Claim, Context, Reproduction
+
+if TYPE_CHECKING:
+    from ..generation.dyspec import DySpec
+    from ..generation.speculative.trees import TokenTree
 
 PROMPTS = [
     "Write a short letter to a friend who has just moved to another country.",
@@ -35,10 +39,9 @@ WHY_PACKED = (
 WHY_SHAPE = "Same draft and number of nodes; the paper compares with Sequoia and SpecInfer trees on 7B models."
 
 
-def kary_decoder(draft: Any, branching: tuple[int, ...]) -> Any:
+def kary_decoder(draft: Any, branching: tuple[int, ...]) -> DySpec:
     """A DySpec whose tree has a fixed shape: every node of depth i has ``branching[i]`` children."""
     from ..generation.dyspec import DySpec
-    from ..generation.speculative.trees import TokenTree
 
     @dataclass
     class FixedTree(DySpec):
@@ -82,10 +85,11 @@ def run(context: Context) -> Arms:
         "plain sampling": (lambda: None, sampling),
     }
     results: Arms = {}
-    greedy: dict[str, list] = {}
+    greedy: dict[str, list[list[int]]] = {}
     model.generate(**work[0], max_new_tokens=8, do_sample=False)  # warm up
     for name, (build, extra) in arms.items():
-        tokens = seconds = accepted = rounds = 0.0
+        speeds: list[float] = []  # one value a prompt
+        lengths: list[float] = []
         texts = []
         for index, inputs in enumerate(work):
             context.progress(f"{name}: prompt {index + 1} of {len(work)}")
@@ -98,15 +102,16 @@ def run(context: Context) -> Arms:
             began = time.perf_counter()
             target = untouched if "not packed" in name else model
             output = target.generate(**inputs, max_new_tokens=new_tokens, **arguments)
-            seconds += time.perf_counter() - began
+            seconds = time.perf_counter() - began
             follower.detach_target()
             new = output[0, inputs["input_ids"].shape[1] :].tolist()
-            tokens += len(new)
+            speeds.append(len(new) / seconds)
             texts.append(new)
             if decoder is not None:
-                accepted += decoder.stats.accepted
-                rounds += decoder.stats.rounds
-        results[name] = {"tokens per second": tokens / seconds, "mean accepted length": accepted / max(rounds, 1)}
+                lengths.append(decoder.stats.accepted / max(decoder.stats.rounds, 1))
+        results[name] = {"tokens per second": speeds}
+        if lengths:
+            results[name]["mean accepted length"] = lengths
         if not arguments["do_sample"]:
             greedy[name] = texts
     same = {
@@ -143,5 +148,5 @@ REPRODUCTION = Reproduction(
         Claim("mean accepted length", "DySpec of 14", "chain of 14", "higher", why=WHY_SHAPE),
         Claim("mean accepted length", "DySpec of 14", "2-ary tree of 14", "higher", why=WHY_SHAPE),
     ],
-    seeds=2,
+    seeds=3,
 )

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import random
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from .base import Arms, Claim, Context, Reproduction
+from .base import Arms, Claim, Context, Reproduction, mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..core.implicit_reward import ImplicitReward
 
 WORDS = [
     "terrible",
@@ -59,7 +64,7 @@ WHY_BEAM = (
 
 
 def planted(
-    reward: Any, base: Any, tokenizer: Any, cases: list[tuple[str, str, tuple[int, int]]]
+    reward: ImplicitReward, tokenizer: PreTrainedTokenizerBase, cases: list[tuple[str, str, tuple[int, int]]]
 ) -> dict[str, list[int]]:
     """The rank (0 first) of the worst corrupted token among a continuation's tokens: by implicit reward, and by log-probabilities."""
     ranks: dict[str, list[int]] = {"implicit reward": [], "policy log-probability": [], "base log-probability": []}
@@ -86,7 +91,7 @@ def planted(
 
 @torch.no_grad()
 def corrupt(
-    base: Any, tokenizer: Any, prompt: str, text: str, rng: random.Random
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, rng: random.Random
 ) -> tuple[str, tuple[int, int]] | None:
     """Replaces one inner word by the negative one that the base model finds likeliest there, so that its improbability does not give it
     away: the text and the place of the new word; None without such a word."""
@@ -137,15 +142,13 @@ def run(context: Context) -> Arms:
         if (changed := corrupt(base, tokenizer, prompt, text, rng)) is not None:
             cases.append((prompt, *changed))
     context.progress("credit of planted errors")
-    ranks = planted(ImplicitReward(policy, base, 0.1), base, tokenizer, cases)
+    ranks = planted(ImplicitReward(policy, base, 0.1), tokenizer, cases)
     arms: Arms = {}
-    for name, values in ranks.items():
-        arms[name] = {
-            f"planted error among the lowest {k}": sum(rank < k for rank in values) / len(values) for k in (1, 3)
-        }
+    for name, found in ranks.items():
+        arms[name] = {f"planted error among the lowest {k}": [float(rank < k) for rank in found] for k in (1, 3)}
     context.artifacts["planted errors"] = len(cases)
 
-    curve: dict[str, dict[str, float]] = {}
+    curve: dict[str, dict[str, list[float]]] = {}
     prompts = prompts[: 4 if context.quick else 32]
     for name, model in (("DPO policy", policy), ("base model", base)):
         curve[name] = {}
@@ -164,13 +167,15 @@ def run(context: Context) -> Arms:
                 )
                 new = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
                 rewards += positivity([p + t for p, t in zip(part, new, strict=True)])
-            curve[name][str(width)] = sum(rewards) / len(rewards)
+            curve[name][str(width)] = rewards
         torch.manual_seed(context.seed)
         sampled = continuations(model, tokenizer, prompts, new_tokens)
-        curve[name]["sampled"] = sum(positivity([p + t for p, t in zip(prompts, sampled, strict=True)])) / len(prompts)
-        for label, value in curve[name].items():
-            arms[f"{name}, {label} beams" if label != "sampled" else f"{name}, sampled"] = {"reward": value}
-    context.artifacts["reward by beam width"] = curve
+        curve[name]["sampled"] = positivity([p + t for p, t in zip(prompts, sampled, strict=True)])
+        for label, values in curve[name].items():
+            arms[f"{name}, {label} beams" if label != "sampled" else f"{name}, sampled"] = {"reward": values}
+    context.artifacts["reward by beam width"] = {
+        name: {label: mean(values) for label, values in widths.items()} for name, widths in curve.items()
+    }
     return arms
 
 
@@ -186,6 +191,6 @@ REPRODUCTION = Reproduction(
         Claim("reward", "DPO policy, 10 beams", "DPO policy, 5 beams", "lower", kind="difference", higher_is_better=False, why="Degeneration of wide beams."),
         Claim("reward", "DPO policy, 5 beams", "base model, 5 beams", "higher", kind="difference", why="What DPO adds at the same width."),
     ],
-    seeds=2,
+    seeds=3,
     extra=("train", "trl"),
 )  # fmt: skip

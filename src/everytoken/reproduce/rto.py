@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..core.plots import lines_svg
+from ..core.charts import lines_svg
+from ..core.results import mean
 from ..core.rng import seed_everything
 from ..training.datasets.sentiment import openings, positivity
-from .base import Arms, Claim, Context, Reproduction
-from .frontier import Work, make_work, measure, train_arm
+from .base import Arms, Claim, Context, Reproduction, Result
+from .beds.frontier import Work, make_work, measure, train_arm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ARMS = {"PPO": ("gae", 0.0), "RTO": ("gae", 0.05), "GRPO": ("group", 0.0), "RTO, no critic": ("group", 0.05)}
 WHY = (
@@ -20,9 +24,20 @@ SMOOTH = 6
 
 
 def policy_arm(
-    context: Context, work: Work, name: str, dpo_model: Any, batches: int
-) -> tuple[Any, list[tuple[int, float]]]:
-    """Trains a copy of the start by rollouts; returns it and ``(rollouts so far, mean reward of the batch)``."""
+    context: Context, work: Work, name: str, dpo_model: PreTrainedModel, batches: int
+) -> tuple[PreTrainedModel, list[tuple[int, float]]]:
+    """Trains a copy of the start by rollouts; returns it and ``(rollouts so far, mean reward of the batch)``.
+
+    An interrupted run keeps finished arms.
+    """
+    policy, curve = context.model_part(f"rollouts of {name}", lambda: rollouts(context, work, name, dpo_model, batches))
+    return policy, [(count, value) for count, value in curve]
+
+
+def rollouts(
+    context: Context, work: Work, name: str, dpo_model: PreTrainedModel, batches: int
+) -> tuple[PreTrainedModel, list[tuple[int, float]]]:
+    """One arm's training."""
     from datasets import Dataset
     from transformers import TrainerCallback
 
@@ -51,13 +66,13 @@ def policy_arm(
             shuffle_dataset=True,
         ))  # fmt: skip
         trainer = RTOTrainer(
-            work.bed.model(),
+            work.writer.model(),
             reward_funcs=score,
             dpo_model=dpo_model if scale else None,
             ref_model=work.start,
             args=args,
             train_dataset=Dataset.from_list([{"prompt": text} for text in openings("train")]),
-            processing_class=work.bed.tokenizer,
+            processing_class=work.writer.tokenizer,
             callbacks=[Watch()],
         )
         without_printer(trainer).train()
@@ -88,12 +103,12 @@ def run(context: Context) -> Arms:
     work = make_work(context)
     batches = 4 if context.quick else 40
     dpo, dpo_curve = train_arm(context, work, "DPO", DPOLoss(beta=0.1))
-    policies: dict[str, Any] = {}
+    policies: dict[str, PreTrainedModel] = {}
     curves: dict[str, list[tuple[int, float]]] = {}
     for name in ARMS:
         policies[name], curves[name] = policy_arm(context, work, name, dpo, batches)
     context.artifacts["curves"] = {name: [[x, round(y, 4)] for x, y in curve] for name, curve in curves.items()}
-    context.artifacts["DPO"] = [round(value, 4) for value in dpo_curve[-1]]
+    context.artifacts["DPO"] = [round(mean(value), 4) for value in dpo_curve[-1]]
     goals = {"PPO": smoothed(curves["PPO"])[-1][1], "GRPO": smoothed(curves["GRPO"])[-1][1]}
     arms: Arms = {}
     for name, curve in curves.items():
@@ -124,10 +139,11 @@ REPRODUCTION = Reproduction(
         Claim("reward on held-out openings", "RTO, no critic", "GRPO", "(no critic: not in the paper)", kind="difference", why=WHY),
     ],
     extra=("train", "trl"),
+    bed="sentiment",
 )  # fmt: skip
 
 
-def curve_svg(result: dict[str, Any]) -> str:
+def curve_svg(result: Result) -> str:
     """Smoothed reward against rollouts, means over seeds."""
     lines = {}
     for name in ARMS:
@@ -135,4 +151,4 @@ def curve_svg(result: dict[str, Any]) -> str:
             smoothed([tuple(point) for point in artifact["curves"][name]]) for artifact in result["artifacts"].values()
         ]  # type: ignore[misc]
         lines[name] = [[(step[0][0], sum(value for _, value in step) / len(step)) for step in zip(*seeds, strict=True)]]
-    return lines_svg(lines, "rollouts; mean VADER score of the rollouts, smoothed", share=False, dots=False)
+    return lines_svg(lines, "rollouts", f"mean VADER score of {SMOOTH} batches of rollouts", markers=False)

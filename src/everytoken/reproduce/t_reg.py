@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,8 +11,8 @@ from ..core.implicit_reward import ImplicitReward
 from ..core.scoring import PromptResponse, score_rows
 from ..training.column_makers import Example
 from .base import Arms, Claim, Context, Reproduction, mean_ranks
-from .frontier import WHY, Work, figures, make_work, train_arm
-from .sentiment_bed import TeacherRewards
+from .beds.frontier import WHY, Work, figures, make_work, train_arm
+from .beds.sentiment import TeacherRewards
 
 BETTER = "Write something very positive, happy and kind.\n\n"
 WORSE = "Write something very negative, sad and hateful.\n\n"
@@ -24,12 +24,12 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.corrcoef(mean_ranks(one), mean_ranks(other))[0, 1])
 
 
-def lexicon_scores(work: Work, ids: list[int]) -> list[float]:
+def lexicon_scores(work: Work, ids: Sequence[int]) -> list[float]:
     """VADER's score of the word that each token belongs to; 0 for words that it does not know."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     lexicon = SentimentIntensityAnalyzer().lexicon
-    pieces = [work.bed.tokenizer.decode([token]) for token in ids]
+    pieces = [work.writer.tokenizer.decode([token]) for token in ids]
     words: list[list[int]] = []
     for index, piece in enumerate(pieces):
         if words and piece[:1].isalpha() and pieces[index - 1][-1:].isalpha():
@@ -51,11 +51,12 @@ def run(context: Context) -> Arms:
 
     work = make_work(context)
     teacher, tokenizer = load_model(context.model, dtype="float32", packed=True), load_tokenizer(context.model)
-    asked = TeacherRewards(ContrastivePromptRewards(teacher, tokenizer, BETTER, WORSE, batch_size=64), work.bed)
+    asked = TeacherRewards(ContrastivePromptRewards(teacher, tokenizer, BETTER, WORSE, batch_size=64), work.writer)
     policy, dpo = train_arm(context, work, "DPO", DPOLoss(beta=0.1))
     context.progress("asking the embedded model with two prompts")
     _, regularised = train_arm(context, work, "T-REG", TREGLoss(beta=0.1, alpha=0.25), [asked])
     arms = figures(context, {"DPO": dpo, "T-REG": regularised})
+    context.progress("token rewards against the lexicon")
 
     def credit(ids: torch.Tensor, mask: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         return ImplicitReward(policy, work.start, 0.1).score(ids, mask, attention)
@@ -72,11 +73,11 @@ def run(context: Context) -> Arms:
     return arms
 
 
-def fresh_rows(work: Work, context: Context) -> list[Any]:
+def fresh_rows(work: Work, context: Context) -> list[PromptResponse]:
     """Continuations of held-out openings by the start."""
     torch.manual_seed(context.seed + 1)
-    rows = work.bed.sample(work.start, work.prompts)
-    return [PromptResponse(work.bed.encode(p), r) for p, r in zip(work.prompts, rows, strict=True) if r]
+    rows = work.writer.sample(work.start, work.prompts)
+    return [PromptResponse(work.writer.encode(p), r) for p, r in zip(work.prompts, rows, strict=True) if r]
 
 
 REPRODUCTION = Reproduction(
@@ -92,4 +93,5 @@ REPRODUCTION = Reproduction(
         ),
     ],
     extra=("train", "trl"),
+    bed="sentiment",
 )  # fmt: skip

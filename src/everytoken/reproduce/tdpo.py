@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from .base import Arms, Claim, Context, Reproduction
-from .frontier import WHY, figures, make_work, train_arm
+from .beds.frontier import WHY, compare_losses
 
 
 def run(context: Context) -> Arms:
     from ..preference.dpo import DPOLoss
     from ..preference.tdpo import TDPOLoss
 
-    work = make_work(context)
-    losses = {
-        "DPO": DPOLoss(beta=0.1),
-        "TDPO1": TDPOLoss(beta=0.1, variant="tdpo1"),
-        "TDPO2": TDPOLoss(beta=0.1, alpha=0.5),
-    }
-    return figures(context, {name: train_arm(context, work, name, loss)[1] for name, loss in losses.items()})
+    return compare_losses(
+        context,
+        {
+            "DPO": DPOLoss(beta=0.1),
+            "TDPO1": TDPOLoss(beta=0.1, variant="tdpo1"),
+            "TDPO2": TDPOLoss(beta=0.1, alpha=0.5),
+        },
+    )
 
 
 REPRODUCTION = Reproduction(
@@ -34,4 +35,5 @@ REPRODUCTION = Reproduction(
         Claim("reward at equal KL", "TDPO2", "TDPO1", "TDPO2 above TDPO1", kind="difference", why=WHY),
     ],
     extra=("train", "trl"),
+    bed="sentiment",
 )  # fmt: skip

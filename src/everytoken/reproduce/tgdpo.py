@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .base import Arms, Claim, Context, Reproduction
-from .frontier import WHY, figures, make_work, train_arm
+from .beds.frontier import WHY, figures, make_work, train_arm
 
 
 def run(context: Context) -> Arms:
@@ -34,4 +34,5 @@ REPRODUCTION = Reproduction(
         ),
     ],
     extra=("train", "trl"),
+    bed="sentiment",
 )

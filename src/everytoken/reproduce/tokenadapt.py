@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,10 @@ from ..tokenization.base import bits_a_byte
 from .base import Arms, Claim, Context, Reproduction
 from .stochastok import prose
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Vectors = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 TARGETS = ("mistral", "tekken")
 ARMS: dict[str, dict[str, Any]] = {
     "random": {"strategy": "random"},
@@ -34,7 +38,7 @@ WHY_SUPER = (
 )
 
 
-def tune(model: Any, tokenizer: Any, text: str, steps: int, seed: int) -> None:
+def tune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, steps: int, seed: int) -> None:
     """Trains the embeddings alone, on random pieces of a text."""
     import torch
 
@@ -54,13 +58,13 @@ def tune(model: Any, tokenizer: Any, text: str, steps: int, seed: int) -> None:
     matrix.requires_grad_(False)
 
 
-def remembering() -> Any:
+def remembering() -> Callable[[Sequence[str]], Vectors]:
     """The packaged embedder, asked once for every text."""
     from ..core.embedding import embed
 
-    known: dict[str, np.ndarray] = {}
+    known: dict[str, Vectors] = {}
 
-    def embedder(texts: Sequence[str]) -> np.ndarray:
+    def embedder(texts: Sequence[str]) -> Vectors:
         fresh = [text for text in dict.fromkeys(texts) if text not in known]
         if fresh:
             known.update(zip(fresh, embed(fresh, "TokenAdapt"), strict=True))

@@ -5,11 +5,17 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .base import Arms, Claim, Context, Reproduction
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..decoding.base import Decoder
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 HEAD = "There is an important piece of information hidden inside a lot of irrelevant text. Find it and memorize it. "
@@ -29,7 +35,7 @@ WHY_NEEDLE = (
 )
 
 
-def passkey_prompt(tokenizer: Any, length: int, depth: float, key: int) -> torch.Tensor:
+def passkey_prompt(tokenizer: PreTrainedTokenizerBase, length: int, depth: float, key: int) -> torch.Tensor:
     """A prompt of about ``length`` tokens with a pass key at a share ``depth`` of its noise: ``[1, T]``."""
 
     def ids(text: str) -> list[int]:
@@ -44,14 +50,16 @@ def passkey_prompt(tokenizer: Any, length: int, depth: float, key: int) -> torch
     return torch.tensor([before + noise * first + needle + noise * (times - first) + after])
 
 
-def finds(tokenizer: Any, model: Any, decoder: Any, prompt: torch.Tensor, key: int) -> bool:
+def finds(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, decoder: Decoder | None, prompt: torch.Tensor, key: int
+) -> bool:
     """Whether a model answers with the pass key."""
     arguments = dict(max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(prompt))
     output = model.generate(prompt, custom_generate=decoder, **arguments)
     return tokenizer.decode(output[0, prompt.shape[1] :]).strip().startswith(str(key))
 
 
-def alternate(functions: dict[str, Any], repeats: int) -> dict[str, float]:
+def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median seconds of each function, run by turns."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeats + 1):
@@ -64,7 +72,7 @@ def alternate(functions: dict[str, Any], repeats: int) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def attention_times(model: Any, length: int, repeats: int) -> dict[str, float]:
+def attention_times(model: PreTrainedModel, length: int, repeats: int) -> dict[str, float]:
     """Seconds of one layer's attention in a decoding step over ``length`` cached tokens, by arm."""
     from torch.nn import functional as F
     from transformers.cache_utils import DynamicLayer
@@ -90,7 +98,7 @@ def attention_times(model: Any, length: int, repeats: int) -> dict[str, float]:
         sdpa_attention_forward(module, query, keys, values, None, scaling=module.scaling)
         layers["full"].crop(-1)
 
-    def selected(name: str) -> Any:
+    def selected(name: str) -> Callable[[], None]:
         def run() -> None:
             layer = layers[name]
             keys, values = layer.update(*step)
@@ -112,7 +120,7 @@ def attention_times(model: Any, length: int, repeats: int) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def decode_speed(model: Any, prompt: torch.Tensor, steps: int) -> dict[str, float]:
+def decode_speed(model: PreTrainedModel, prompt: torch.Tensor, steps: int) -> dict[str, float]:
     """Tokens a second behind ``prompt``, by arm; the caches are filled by one chunked prefill of TokenSelect."""
     from transformers import DynamicCache
 
@@ -126,7 +134,7 @@ def decode_speed(model: Any, prompt: torch.Tensor, steps: int) -> dict[str, floa
         for index, layer in enumerate(cache.layers):
             full.update(rotation(layer.keys), layer.values.clone(), index)
 
-    def run(past: Any) -> float:
+    def run(past: Cache) -> float:
         token = prompt[:, -1:]
         began = time.perf_counter()
         for _ in range(steps):
@@ -185,7 +193,7 @@ def run(context: Context) -> Arms:
                 hits["full attention"].append(finds(tokenizer, model, None, prompt, key))
         for name, values in hits.items():
             if values:
-                arms[name][f"pass keys found at {label}"] = sum(values) / len(values)
+                arms[name][f"pass keys found at {label}"] = [float(value) for value in values]
         found[label] = {name: f"{sum(values)} of {len(values)}" for name, values in hits.items()}
         context.progress(f"decoding behind {label} tokens")
         speeds = decode_speed(model, prompt, 6 if context.quick else 12)

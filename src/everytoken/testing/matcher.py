@@ -30,7 +30,8 @@ def random_walks(
     """Texts that a matcher allows, drawn token by token; a text ends where the matcher does."""
     rng = random.Random(seed)
     for _ in range(walks):
-        follower, text = matcher.fork(), []
+        follower = matcher.fork()
+        text: list[int] = []
         while len(text) < steps and not follower.is_terminated():
             choices = allowed_tokens(follower, vocab_size)
             if not choices:
@@ -48,7 +49,8 @@ class MatcherConformance:
         raise NotImplementedError("Say which matchers to test.")
 
     def states(self) -> Iterator[tuple[Matcher, int, list[int]]]:
-        """``(matcher, vocabulary size, text)`` at every place of the walks; changing the matcher changes nothing else."""
+        """``(matcher, vocabulary size, text)`` at every place of the walks; changing the matcher changes nothing
+        else."""
         for matcher, size in self.matchers().values():
             for text in random_walks(matcher, size):
                 follower = matcher.fork()
@@ -122,7 +124,8 @@ class MatcherConformance:
 
 
 class ToyMatcher:
-    """Tokens alternate between even and odd, starting with even; after ``length`` tokens only ``end`` may follow, if there is one.
+    """Tokens alternate between even and odd, starting with even; after ``length`` tokens only ``end`` may follow, if
+    there is one.
 
     Args:
         vocab: tokens.

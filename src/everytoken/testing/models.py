@@ -42,7 +42,11 @@ def tiny_llama(
 
 
 def tiny_tokenizer(characters: str = "abcdefghijk", end: str = "\n", pad: str = "_") -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of single ASCII characters: ``end`` is token 0, ``pad`` token 1, then ``characters`` in order.
+    """A byte-level tokenizer of single ASCII characters: ``end`` is token 0, ``pad`` token 1, then ``characters`` in
+    order.
+
+    All other bytes have the tokens behind those, so no text is lost; a model of ``2 + len(characters)`` tokens never
+    writes them.
 
     Args:
         characters: what texts are made of.
@@ -51,7 +55,8 @@ def tiny_tokenizer(characters: str = "abcdefghijk", end: str = "\n", pad: str = 
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    vocabulary = {item: index for index, item in enumerate(dict.fromkeys(end + pad + characters))}
+    rest = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {item: index for index, item in enumerate(dict.fromkeys([end, pad, *characters, *rest]))}
     core = Tokenizer(models.BPE(vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

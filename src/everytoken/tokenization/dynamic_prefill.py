@@ -47,8 +47,8 @@ class DynamicPrefill(LoopDecoder):
         keep_last: base tokens at the prompt's end that stay as they are (the next token depends on them most).
 
     What is returned is ``[B, T + new]``: the prompt's tokens stay the base tokenizer's. Everything after the prompt is
-    transformers' own loop, with the merged prompts as ``inputs_embeds``. The trace has ``pieces in the token`` for every token
-    of prompt and answer.
+    transformers' own loop, with the merged prompts as ``inputs_embeds``. The trace has ``pieces in the token`` for
+    every token of prompt and answer.
 
     Raises:
         BadInputError: a tokenizer without an embedder.

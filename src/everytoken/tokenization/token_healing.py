@@ -27,15 +27,15 @@ from .byte_view import ByteView
 
 @dataclass
 class TokenHealing(LoopDecoder):
-    """The cheap baseline, as ``custom_generate``: drop the prompt's last token and choose again among tokens that start with it.
+    """The cheap baseline, as ``custom_generate``: the prompt's last tokens are dropped and chosen again.
 
     Args:
         tokenizer: the model's.
         back: how many tokens to drop.
 
-    Rows returned start with the prompt's bytes, not always with its tokens; so nothing can be streamed, and a ``matcher`` has no
-    place to begin. Where a prompt's end is split into more tokens than are dropped, the bias stays. The trace has ``healed``:
-    whether a token spells what was dropped.
+    Rows returned start with the prompt's bytes, not always with its tokens; so nothing can be streamed, and a
+    ``matcher`` has no place to begin. Where a prompt's end is split into more tokens than are dropped, the bias stays.
+    The trace has ``healed``: whether a token spells what was dropped.
 
     Raises:
         BadInputError: nothing to drop, or a matcher.

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from math import isfinite
 from pathlib import Path
 
-from ..core.plots import lines_svg
+from ..core.charts import inline_image, lines_svg
 from ..core.trace import TokenTrace
 from ..core.trace_html import render_html
 
@@ -18,7 +19,7 @@ _STYLE = """<style>
 .figures td:first-child { color: var(--dim); }
 .figures td:last-child { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1rem; margin: .5rem 0 1rem; }
-.curves svg { width: 100%; height: auto; border-radius: 8px; border: 1px solid var(--line); }
+.curves img { width: 100%; height: auto; border-radius: 8px; border: 1px solid var(--line); }
 .samples { border-collapse: collapse; width: 100%; margin-bottom: 1.5rem; }
 .samples td, .samples th { border-bottom: 1px solid var(--line); padding: .4rem 1rem .4rem 0; width: 33%; }
 .samples td, .samples th { text-align: left; vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -39,18 +40,20 @@ def training_report(
 
     Args:
         figures: the final evaluation.
-        curves: metric -> ``(step, value)``; metrics of one point are left out.
+        curves: metric -> ``(step, value)``; metrics of one point, and points that are not finite, are left out.
         samples: ``(prompt, text before, text after)``.
         traces: credit of fixed examples, chosen and rejected in turn: they are set side by side.
         column: the score shown first.
         settings: what the training was run with.
     """
     parts = [_STYLE, "<h2>Final evaluation</h2>", _table({name: f"{value:,.4g}" for name, value in figures.items()})]
-    drawn = {name: list(points) for name, points in curves.items() if len(points) > 1}
+    finite = {name: [(x, y) for x, y in points if isfinite(y)] for name, points in curves.items()}
+    drawn = {name: points for name, points in finite.items() if len(points) > 1}
     if drawn:
         parts.append('<h2>Curves</h2><div class="curves">')
         parts += [
-            lines_svg({name: [points]}, "step", share=False, dots=len(points) < 40) for name, points in drawn.items()
+            inline_image(lines_svg({name: [points]}, "step", name, markers=len(points) < 40), f"{name} over steps")
+            for name, points in drawn.items()
         ]
         parts.append("</div>")
     if samples:

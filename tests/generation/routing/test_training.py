@@ -24,7 +24,7 @@ from everytoken.generation.routing.training import (
     values,
 )
 from everytoken.generation.routing.verifiers import AnswerVerifier, JudgeVerifier, SimilarityVerifier
-from everytoken.reproduce.small import character_tokenizer
+from everytoken.reproduce.beds.small_models import character_tokenizer
 from everytoken.training.base import TrainingContext
 
 from ...conftest import tiny_llama
@@ -203,7 +203,7 @@ def test_verifiers(embedded):
     assert all(isinstance(answer, bool) for answer in answers)
 
 
-# -- the whole pipeline --------------------------------------------------------------------------------------------------
+# -- the whole pipeline ------------------------------------------------------------------------------------------------
 def last_letters(text):
     return text.strip()[-2:]
 

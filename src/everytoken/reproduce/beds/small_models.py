@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
+"""Endless ``(ids [B, T], labels [B, T])``."""
 
 
 def small_model(
     vocab: int, hidden: int = 128, layers: int = 3, heads: int = 4, end: int | None = 0, context: int = 512
-) -> Any:
+) -> LlamaForCausalLM:
     """A Llama with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -29,7 +36,15 @@ def small_model(
     )
 
 
-def fit(model: Any, batches: Any, steps: int, lr: float, report: Any, label: str, enough: Any = None) -> int:
+def fit(
+    model: PreTrainedModel,
+    batches: Batches,
+    steps: int,
+    lr: float,
+    report: Callable[[str], None],
+    label: str,
+    enough: Callable[[], bool] | None = None,
+) -> int:
     """AdamW with warm-up and cosine decay over ``batches`` of ``(ids [B, T], labels [B, T])``; returns the steps taken.
 
     Args:
@@ -57,7 +72,7 @@ def fit(model: Any, batches: Any, steps: int, lr: float, report: Any, label: str
     return steps
 
 
-def character_tokenizer(characters: str, end: str = "\n", pad: str = "_") -> Any:
+def character_tokenizer(characters: str, end: str = "\n", pad: str = "_") -> PreTrainedTokenizerFast:
     """A tokenizer of single characters; ``pad`` must be one that texts do not use."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -81,7 +96,7 @@ def reverse(number: int) -> str:
     return str(number)[::-1]
 
 
-def worked_sum(rng: Any, terms: int = 4, separators: Sequence[str] = (";",)) -> tuple[str, str]:
+def worked_sum(rng: random.Random, terms: int = 4, separators: Sequence[str] = (";",)) -> tuple[str, str]:
     """A sum of two-digit numbers and its worked answer, ``32+54+...=`` and ``32+54=86;86+...#...``, numbers reversed.
 
     Args:
@@ -97,7 +112,12 @@ def worked_sum(rng: Any, terms: int = 4, separators: Sequence[str] = (";",)) -> 
     return "+".join(map(reverse, numbers)) + "=", f"{text}#{reverse(total)}\n"
 
 
-def answer_batches(rng: Any, example: Any, tokenizer: Any, size: int) -> Any:
+def answer_batches(
+    rng: random.Random,
+    example: Callable[[random.Random], tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    size: int,
+) -> Batches:
     """Endless ``(ids, labels)`` of ``example(rng) -> (prompt, answer)``; the loss is on the answer, padding on the right."""
     while True:
         pairs = [example(rng) for _ in range(size)]
@@ -112,8 +132,10 @@ def answer_batches(rng: Any, example: Any, tokenizer: Any, size: int) -> Any:
         yield ids, labels
 
 
-def pruned_tokenizer(tokenizer: Any, texts: Sequence[str], min_count: int = 1) -> tuple[Any, list[int]]:
-    """A byte-level BPE tokenizer that keeps only the tokens which ``texts`` use ``min_count`` times, and the old id of each new one.
+def pruned_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], min_count: int = 1
+) -> tuple[PreTrainedTokenizerFast, list[int]]:
+    """A byte-level BPE tokenizer of only the tokens which ``texts`` use ``min_count`` times, and the old id of each new one.
 
     With ``min_count`` 1 the texts encode as before: a merge that never fired in them can be left out. Rarer words, and any other text,
     are spelt with shorter tokens. Special tokens stay.

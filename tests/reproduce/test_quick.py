@@ -1,0 +1,225 @@
+"""Quick runs of the experiments, from end to end; what each asserts could be otherwise."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from everytoken.catalog import find_card
+from everytoken.core.results import mean
+from everytoken.reproduce.base import execute
+
+from ..selection import reproducible
+
+QUIET = Console(quiet=True)
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def one_cache(tmp_path_factory, monkeypatch):
+    """Beds are made once for all of these tests; kept parts do not outlive an experiment."""
+    monkeypatch.setenv("EVERYTOKEN_CACHE", str(tmp_path_factory.getbasetemp() / "quick-cache"))
+
+
+def quick(name):
+    """The result of a quick run, and its claims by ``(metric, method, baseline)``."""
+    result = execute(find_card(name).load_reproduction(), "quick", console=QUIET)
+    assert all(claim["verdict"] in ("ran", "holds", "contradicted") for claim in result["claims"])
+    return result, {(c["metric"], c["method"], c["baseline"]): c for c in result["claims"]}
+
+
+def distinct(result, *arms):
+    """Whether every two of the arms measured something different."""
+    runs = [result["runs"][0][arm] for arm in arms]
+    return all(a != b for place, a in enumerate(runs) for b in runs[:place])
+
+
+@pytest.mark.reproduction("dynamic-tokenization")
+def test_dynamic_tokenization():
+    from everytoken.reproduce.dynamic_tokenization import curve_svg
+
+    result, claims = quick("dynamic-tokenization")
+    arms = result["runs"][0]
+    assert claims["positions", "hypernetwork", ""]["value"] < 0.8
+    whole = [mean(arms[name]["bits a byte, 100% merged"]) for name in ("no merging", "hypernetwork", "mean of pieces")]
+    assert whole == sorted(whole)
+    svg = curve_svg(result)
+    assert all(f">{text}</text>" in svg for text in ("hypernetwork", "mean of pieces", "positions saved in the prefix"))
+
+
+@pytest.mark.reproduction("stochastok")
+def test_stochastok():
+    result, claims = quick("stochastok")
+    assert len(claims) == 3
+    assert distinct(result, "StochasTok", "fixed tokens")
+    spelt = result["runs"][0]["StochasTok"]["letters of words never asked about"]
+    assert len(spelt) == 360  # three letters of 120 words
+    assert set(spelt) <= {0.0, 1.0}
+
+
+@pytest.mark.reproduction("dyspec")
+def test_dyspec():
+    result, claims = quick("dyspec")
+    same = result["artifacts"]["0"]["texts equal to plain greedy decoding"]
+    assert same["DySpec"] == same["plain generate"] == 3
+    assert claims["mean accepted length", "DySpec of 14", "chain of 14"]["value"] > 1
+
+
+@pytest.mark.reproduction("xgrammar")
+def test_xgrammar():
+    result, claims = quick("xgrammar")
+    # that both give the same masks is asserted inside
+    assert claims["mask, any JSON, microseconds", "engine", "no split, no memory"]["value"] < 1
+    for name in ("XGrammar", "XGrammar, jumps"):
+        found = result["artifacts"]["0"][name]
+        assert found["valid"] == found["finished"]
+
+
+@pytest.mark.reproduction("awrs")
+def test_awrs():
+    masking = "masking with the same checker"
+    _, claims = quick("awrs")
+    assert claims["JSON: tests a token", "AWRS", masking]["method_value"] < 100
+    assert claims["divergence from the posterior, nats", "AWRS", masking]["value"] < 0
+
+
+@pytest.mark.reproduction("exact-bytes")
+def test_exact_bytes():
+    _, claims = quick("exact-bytes")
+    bits = claims["bits a byte", "exact bytes", "own tokens"]
+    assert bits["value"] < 0.6
+    assert bits["verdict"] == "holds"  # eight prompts are enough for this one
+    assert claims["next 4 bytes right", "exact bytes", "own tokens"]["value"] > 0
+
+
+@pytest.mark.reproduction("tokenselect")
+def test_tokenselect():
+    arms = quick("tokenselect")[0]["runs"][0]
+    assert arms["TokenSelect"]["pass keys found at 3k"] == [1.0]
+    assert arms["TokenSelect"]["tokens per second behind 3k"] > 0
+
+
+@pytest.mark.reproduction("skipdecode")
+def test_skipdecode():
+    result, claims = quick("skipdecode")
+    assert distinct(result, "full depth", "SkipDecode 2x", "truncated 2x", "not tuned 2x")
+    assert len(result["runs"][0]["full depth"]["ROUGE-L"]) == 32
+    assert claims["ROUGE-L", "SkipDecode 2x", "full depth"]["method_value"] > 0
+
+
+@pytest.mark.reproduction("r2r")
+def test_r2r():
+    from everytoken.reproduce.r2r import curve_svg
+
+    result, claims = quick("r2r")
+    assert claims["parameters a token", "R2R", "large model"]["method_value"] > 0
+    assert distinct(result, "small model", "large model", "R2R")
+    assert "share of right answers" in curve_svg(result)
+
+
+@pytest.mark.reproduction("r-to-q-star")
+def test_r_to_q_star():
+    arms = quick("r-to-q-star")[0]["runs"][0]
+    assert set(arms["implicit reward"]["planted error among the lowest 3"]) <= {0.0, 1.0}
+    assert (
+        arms["implicit reward"] != arms["base log-probability"]
+        or arms["DPO policy, 3 beams"] != arms["base model, 3 beams"]
+    )
+    assert len(arms["DPO policy, 3 beams"]["reward"]) == 4
+
+
+@pytest.mark.reproduction("tokenadapt")
+def test_tokenadapt():
+    _, claims = quick("tokenadapt")
+    assert claims["mistral: perplexity a byte", "TokenAdapt", "mean"]["value"] < 1
+    assert claims["bytes a token", "supertokens", "BPE"]["value"] > 1
+
+
+def untested():
+    """Experiments that no test here looks at more closely."""
+    marks = re.findall(r'mark\.reproduction\("([^"]+)"\)', Path(__file__).read_text(encoding="utf-8"))
+    return [pytest.param(name, marks=pytest.mark.reproduction(name)) for name in sorted({*reproducible()} - {*marks})]
+
+
+@pytest.mark.parametrize("name", untested())
+def test_an_experiment_without_a_test_here(name):
+    result, claims = quick(name)
+    assert claims
+    assert distinct(result, *result["runs"][0])
+
+
+# -- trainings -----------------------------------------------------------------------------------------------------------
+@pytest.mark.reproduction("tdpo")
+def test_tdpo():
+    """Losses that differ train models that differ, in more than the fifth digit."""
+    pytest.importorskip("trl")
+    result, claims = quick("tdpo")
+    curves = result["artifacts"]["0"]["curves"]
+    assert set(curves) == {"DPO", "TDPO1", "TDPO2"}
+    ends = [curve[-1][0] for curve in curves.values()]
+    assert min(abs(a - b) for a in ends for b in ends if a is not b) > 1e-3
+    assert claims["KL at the end", "TDPO2", "DPO"]["value"] < 1
+    assert len(result["runs"][0]["DPO"]["reward at the end"]) == 72
+
+
+@pytest.mark.reproduction("t-reg")
+def test_t_reg():
+    pytest.importorskip("trl")
+    result, _ = quick("t-reg")
+    assert distinct(result, "DPO", "T-REG")
+    for arm in result["runs"][0].values():
+        assert arm["KL at the end"] > 0
+        assert arm["rank correlation with the lexicon"] != 0
+    assert result["artifacts"]["0"]["lexicon words"] > 10
+
+
+@pytest.mark.reproduction("tgdpo")
+def test_tgdpo():
+    pytest.importorskip("trl")
+    result, _ = quick("tgdpo")
+    assert set(result["runs"][0]) == {"DPO", "TGDPO", "TGDPO, clamped"}
+    assert distinct(result, "DPO", "TGDPO", "TGDPO, clamped")
+
+
+@pytest.mark.reproduction("rto")
+def test_rto():
+    pytest.importorskip("trl")
+    from everytoken.reproduce.rto import ARMS, curve_svg
+
+    result, _ = quick("rto")
+    assert distinct(result, *ARMS)
+    assert all(len(curve) == 4 for curve in result["artifacts"]["0"]["curves"].values())
+    assert all(f">{name}</text>" in curve_svg(result) for name in ARMS)
+
+
+@pytest.mark.reproduction("cdpo")
+def test_cdpo():
+    """Contrastive estimation finds critical tokens better than chance, even of a few wrong traces."""
+    pytest.importorskip("trl")
+    arms = quick("cdpo")[0]["runs"][0]
+    assert arms["contrast"]["AUC for critical tokens"] > 0.6
+    assert 0.1 < mean(arms["start"]["accuracy"]) < 0.95
+
+
+@pytest.mark.reproduction("ift")
+def test_ift():
+    pytest.importorskip("trl")
+    result, _ = quick("ift")
+    assert set(result["runs"][0]) == {"SFT", "IFT"}
+    assert distinct(result, "SFT", "IFT")
+
+
+@pytest.mark.reproduction("cdpo")
+def test_the_sums_bed_can_decide():
+    """Its positive control: more of what the start learnt from."""
+    pytest.importorskip("trl")
+    from everytoken.reproduce.beds.base import CONTROL, START, can_decide, control, find_bed
+
+    result = execute(control(find_bed("sums")), "quick", seeds=1, console=QUIET)
+    helped, above, below = result["claims"]
+    assert (helped["method"], helped["baseline"], above["method"]) == (CONTROL, START, START)
+    assert helped["verdict"] == above["verdict"] == below["verdict"] == "holds"
+    assert can_decide(result)
