@@ -22,7 +22,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.nn import functional as F
@@ -34,6 +34,9 @@ from ..core.scoring import PromptResponse, model_fingerprint, plain_head, respon
 from ..core.scoring import prompt_ids as wrapped_ids
 from ..training.column_makers import ColumnMaker, ColumnSources, Example, TokenAnnotator
 from .base import PairScores, PreferenceOutput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BETTER = "Answer as well as you can: helpful, correct, clear and kind.\n\n"
 WORSE = "Answer as badly as you can: unhelpful, wrong, confusing and unkind.\n\n"
@@ -150,8 +153,8 @@ class ContrastivePromptRewards:
         batch_size: rows a forward.
     """
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     better: str = BETTER
     worse: str = WORSE
     max_prompt_length: int | None = None
