@@ -133,7 +133,7 @@ def test_tokenadapt():
     assert claims["bytes a token", "supertokens", "BPE"]["value"] > 1
 
 
-# -- trainings -----------------------------------------------------------------------------------------------------------
+# -- trainings -------------------------------------------------------------------------------------------------------
 @pytest.mark.reproduction("tdpo")
 def test_tdpo():
     """Losses that differ train models that differ, in more than the fifth digit."""
