@@ -1,4 +1,6 @@
-"""Every loss of the catalogue keeps the contract: the battery that ships, over the cards, and over the forms a loss has."""
+"""Every loss of the catalogue keeps the contract: the battery that ships, over the cards, and over the forms a loss
+has.
+"""
 
 from __future__ import annotations
 

@@ -45,7 +45,8 @@ class FeatureTap:
         norm = getattr(backbone, "norm", None)
         if blocks is None or norm is None:
             raise ValueError(
-                f"{type(target).__name__} has no `base_model.layers` and `base_model.norm`: a feature draft reads them. "
+                f"{type(target).__name__} has no `base_model.layers` and `base_model.norm`: a feature draft reads "
+                f"them. "
                 "Use a plain causal language model as draft instead."
             )
         self.layers = list(layers)

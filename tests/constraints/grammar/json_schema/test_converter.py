@@ -20,7 +20,7 @@ SUITE = Path(os.environ.get("EVERYTOKEN_SUITE", Path(sys.prefix) / "json-schema-
 OPEN = {"strict_mode": False}
 
 
-# -- keywords ----------------------------------------------------------------------------------------------------------------
+# -- keywords ---------------------------------------------------------------------------------------------------------
 def test_any_value_and_no_value():
     for value in ({}, [], "x", 1.5, -0.0, None, True, {"a": [{"b": "\u00e9\n"}]}, [[[]]], "\\u"):
         assert in_schema(True, value) and in_schema({}, value)
@@ -291,7 +291,7 @@ def test_white_space_and_layout():
         Grammar.from_json_schema(True, indent=-1)
 
 
-# -- what cannot be done is said ---------------------------------------------------------------------------------------------
+# -- what cannot be done is said --------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("schema", "where", "message"),
     [
@@ -343,7 +343,7 @@ def test_annotations_are_fine():
     )
 
 
-# -- oracles -------------------------------------------------------------------------------------------------------------------
+# -- oracles ----------------------------------------------------------------------------------------------------------
 SCHEMAS = [
     True,
     {"type": "object", "properties": {"a": {"type": "integer", "minimum": -5, "exclusiveMaximum": 12}, "b": {"type": "string", "pattern": "^x[0-9]{2,4}$"}}, "required": ["b"]},
