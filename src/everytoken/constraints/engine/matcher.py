@@ -291,7 +291,8 @@ class GrammarMatcher:
         return self.terminate_without_stop_token and self._can_end(self._step.state)
 
     def find_jump_forward_string(self) -> str:
-        """The text that must come next because nothing else is possible (up to 4,096 bytes; empty if there is a choice)."""
+        """The text that must come next because nothing else is possible (up to 4,096 bytes; empty if there is a
+        choice)."""
         if self.is_terminated():
             return ""
         arena = self._arena

@@ -1,7 +1,8 @@
 """Regular expressions in the flavour of ECMAScript and JSON Schema, as expressions over characters.
 
 Everything regular is supported: classes, escapes, ``\\d \\w \\s`` and their negations, Unicode properties by category
-(``\\p{L}``), groups, alternation, greedy and lazy quantifiers (the language is the same), anchors anywhere. Back references,
+(``\\p{L}``), groups, alternation, greedy and lazy quantifiers (the language is the same), anchors anywhere. Back
+references,
 look-around and word boundaries are not regular, or not worth their size: they are refused by name and position.
 """
 

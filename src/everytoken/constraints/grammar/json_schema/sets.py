@@ -250,6 +250,7 @@ def escaped(name: str) -> str:
 
 
 def at(pointer: str, part: str) -> str:
-    """A JSON pointer one step further; the middle of very long ones is left out (nested schemas would cost quadratic memory)."""
+    """A JSON pointer one step further; the middle of very long ones is left out (nested schemas would cost quadratic
+    memory)."""
     longer = f"{pointer}/{part}"
     return longer if len(longer) < 400 else f"{longer[:100]}/.../{longer[-200:].partition('/')[2]}"
