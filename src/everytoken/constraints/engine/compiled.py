@@ -1,7 +1,8 @@
 """A grammar compiled for one vocabulary: which tokens are allowed on a stack, found once and remembered.
 
-The tokens allowed at a node of the automaton fall into those that the node alone decides and those that depend on the
-frames below it. A context is a node and as many frames as its tokens depend on; an entry holds what is known of one.
+The tokens allowed at a node of the automaton fall into those that the node alone decides and those that depend on
+the frames
+below it. A context is a node and as many frames as its tokens depend on; an entry holds what is known of one.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from .vocabulary import TokenizerInfo
 CONTEXTS = 1 << 12
 """Contexts remembered for a grammar."""
 SITES, FEW, CHUNK = 32, 8, 32
-"""Ahead of time, dependent tokens are settled for up to ``SITES`` places that a node may return to, and further down as
-long as at most ``FEW`` contexts have any left. ``CHUNK`` nodes are settled at a time.
-"""
+"""Ahead of time, dependent tokens are settled for up to ``SITES`` places that a node may return to, and further down
+as long
+as at most ``FEW`` contexts have any left. ``CHUNK`` nodes are settled at a time."""
 
 
 @dataclass(slots=True)

@@ -292,8 +292,7 @@ class GrammarMatcher:
 
     def find_jump_forward_string(self) -> str:
         """The text that must come next because nothing else is possible (up to 4,096 bytes; empty if there is a
-        choice).
-        """
+        choice)."""
         if self.is_terminated():
             return ""
         arena = self._arena

@@ -1,8 +1,8 @@
 """Automata over bytes: from expressions to nondeterministic, to deterministic, and their intersections and differences.
 
-A rule's automaton has two kinds of edges: byte ranges, and calls of other rules. Calls are symbols like any other while
-an automaton is made deterministic, so only the choice between reading a byte and calling a rule stays open until run
-time.
+A rule's automaton has two kinds of edges: byte ranges, and calls of other rules. Calls are symbols like any other
+while an
+automaton is made deterministic, so only the choice between reading a byte and calling a rule stays open until run time.
 """
 
 from __future__ import annotations
@@ -364,7 +364,8 @@ def build(item: Any, inline: Callable[[str], Any | None] = lambda _name: None) -
 
 
 def _chain(unit: Automaton, low: int, high: int) -> Automaton:
-    """Copies of an automaton in a row, each one's end the next one's start; deterministic if the copies are."""
+    """Copies of an automaton one after the other, each one's end the next one's start; deterministic if the copies
+    are."""
     inner = len(unit) - 1  # the end of a copy is the start of the next
     end = unit.finals.index(True)
     local = [state if state <= end else state - 1 for state in range(len(unit))]
@@ -428,7 +429,8 @@ def trie(words: Iterable[bytes]) -> Automaton:
 
 
 def trim(automaton: Automaton, productive: Callable[[str], bool] = lambda _name: True) -> Automaton:
-    """Drops states that cannot be reached or cannot accept anything, and calls of unproductive rules."""
+    """Drops states that cannot be reached, or from which nothing can be accepted; calls of unproductive rules go
+    too."""
     size = len(automaton)
     back: list[list[int]] = [[] for _ in range(size)]
     for state in range(size):
@@ -535,8 +537,7 @@ def is_deterministic(automaton: Automaton) -> bool:
 
 def minimise(automaton: Automaton, rounds: int = 200) -> Automaton:
     """Joins equivalent states of a deterministic automaton; gives up (unchanged) where refinement takes too many
-    rounds.
-    """
+    rounds."""
     groups = [int(final) for final in automaton.finals]
     count = len(set(groups))
     for _ in range(rounds):

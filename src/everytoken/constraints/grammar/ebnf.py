@@ -4,8 +4,8 @@
     pair  ::= [a-z]+ ":" [^,}\\n]{1,20}
 
 Literals (``"..."``, with the usual escapes), character classes, rule names, groups, ``|``, ``* + ?`` and repetition
-ranges ``{n} {n,} {n,m}``, ``.`` for any character. A rule ends where the next ``name ::=`` begins; line breaks do not
-matter.
+ranges
+``{n} {n,} {n,m}``, ``.`` for any character. A rule ends where the next ``name ::=`` begins; line breaks do not matter.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 """A grammar: named rules and the one to start from, made from EBNF, a regular expression, a JSON Schema, tags or
-choices.
-"""
+choices."""
 
 from __future__ import annotations
 
@@ -64,7 +63,7 @@ class Grammar:
 
         Raises:
             GrammarError: an invalid, unsatisfiable or (unless ``strict=False``) unsupported schema, with a JSON
-                pointer.
+            pointer.
         """
 
         return cls(schema_rules(schema, **options))

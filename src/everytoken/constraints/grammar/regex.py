@@ -2,8 +2,8 @@
 
 Everything regular is supported: classes, escapes, ``\\d \\w \\s`` and their negations, Unicode properties by category
 (``\\p{L}``), groups, alternation, greedy and lazy quantifiers (the language is the same), anchors anywhere. Back
-references, look-around and word boundaries are not regular, or not worth their size: they are refused by name and
-position.
+references,
+look-around and word boundaries are not regular, or not worth their size: they are refused by name and position.
 """
 
 from __future__ import annotations

@@ -156,7 +156,8 @@ def _bound_repeats(item: Expression, rules: Rules) -> Expression:
         return seq(*(power(k) for k in range(n.bit_length()) if n >> k & 1))
 
     def at_most(n: int) -> Expression:
-        """Up to n times, every count in one way: any bits below the top one, or the top bit and at most the rest."""
+        """Up to n times, every count in one way only: below the top bit any bits, or the top bit and at most the
+        rest."""
         if n == 0:
             return seq()
         top = n.bit_length() - 1

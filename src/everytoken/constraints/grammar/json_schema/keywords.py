@@ -1,7 +1,8 @@
 """What every keyword of JSON Schema is here: supported, without effect on documents, or refused.
 
-``tests/constraints/grammar/json_schema/test_keywords.py`` compares these lists with the code, with the standard's own
-schemas and with the table of docs/constraints.md, and shows for each supported keyword a document that it excludes.
+``tests/constraints/grammar/json_schema/test_keywords.py`` compares these lists with the code, with the standard's
+own schemas and
+with the table of docs/constraints.md, and shows for each supported keyword a document that it excludes.
 """
 
 from __future__ import annotations

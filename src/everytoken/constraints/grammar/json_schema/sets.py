@@ -251,7 +251,6 @@ def escaped(name: str) -> str:
 
 def at(pointer: str, part: str) -> str:
     """A JSON pointer one step further; the middle of very long ones is left out (nested schemas would cost quadratic
-    memory).
-    """
+    memory)."""
     longer = f"{pointer}/{part}"
     return longer if len(longer) < 400 else f"{longer[:100]}/.../{longer[-200:].partition('/')[2]}"

@@ -16,8 +16,7 @@ from .strings_and_numbers import bounds, lengths, string_automaton
 
 def satisfies(schemas: SchemaRules, value: Json, parts: Sequence[Place] | None, closed: bool = False) -> bool:
     """Whether a value satisfies all parts (None: no value does); ``closed`` parts bring all of their ``$ref`` and
-    ``allOf``.
-    """
+    ``allOf``."""
     return parts is not None and all(holds(schemas, value, schema, pointer, closed) for schema, pointer in parts)
 
 
