@@ -45,3 +45,7 @@ FORMATS: dict[str, str] = {
     "json-pointer": r"(/([^~/]|~[01])*)*",
     "relative-json-pointer": r"(0|[1-9]\d*)(#|(/([^~/]|~[01])*)*)",
 }
+SILENT_FORMATS = frozenset(
+    {"int32", "int64", "float", "double", "password", "byte", "binary", "uint32", "uint64", "decimal", "textarea"}
+)
+"""Names that OpenAPI and form generators give to values; they say nothing about a document's text."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .automata import Automaton, build, trim
+from .automata import ArrayAutomaton, Automaton, build, trim
 from .expressions import (
     Alt,
     Expression,
@@ -60,8 +60,7 @@ def rule_automata(grammar: Grammar) -> dict[str, Automaton]:
         if name in automata:
             continue
         automata[name] = build(rules[name], inline)
-        for calls in automata[name].calls:
-            pending += [called for called, _ in calls]
+        pending += _called(automata[name])
     return _productive_only(automata, grammar.root)
 
 
@@ -168,9 +167,13 @@ def _bound_repeats(item: Expression, rules: Rules) -> Expression:
     return seq(start, Repeat(inner, 0, None)) if item.high is None else seq(start, at_most(item.high - item.low))
 
 
+def _called(automaton: Automaton) -> set[str]:
+    return set() if isinstance(automaton, ArrayAutomaton) else {name for calls in automaton.calls for name, _ in calls}
+
+
 def _productive_only(automata: dict[str, Automaton], root: str) -> dict[str, Automaton]:
     """Removes rules that can never be completed; every state left can reach an accepted text."""
-    called = {name: {other for calls in automaton.calls for other, _ in calls} for name, automaton in automata.items()}
+    called = {name: _called(automaton) for name, automaton in automata.items()}
     productive: set[str] = set()
     changed = True
     while changed:
@@ -181,7 +184,7 @@ def _productive_only(automata: dict[str, Automaton], root: str) -> dict[str, Aut
             automaton = automata[name]
             if not called[name] <= productive:
                 automaton = trim(automaton, productive.__contains__)
-            if automaton.finals[0] or any(automaton.edges[0]) or any(automaton.calls[0]):
+            if automaton.opens:
                 productive.add(name)
                 changed = True
     if root not in productive:
@@ -194,11 +197,10 @@ def _productive_only(automata: dict[str, Automaton], root: str) -> dict[str, Aut
     }
     reached, pending = {root}, [root]
     while pending:
-        for calls in kept[pending.pop()].calls:
-            for name, _ in calls:
-                if name not in reached:
-                    reached.add(name)
-                    pending.append(name)
+        for name in _called(kept[pending.pop()]):
+            if name not in reached:
+                reached.add(name)
+                pending.append(name)
     ordered = {root: kept[root]} | {name: kept[name] for name in automata if name in reached and name != root}
     _refuse_left_recursion(ordered)
     return ordered
@@ -211,6 +213,12 @@ def _refuse_left_recursion(automata: dict[str, Automaton]) -> None:
     while changed:
         changed = False
         for name, automaton in automata.items():
+            if isinstance(automaton, ArrayAutomaton):
+                first[name] = set()
+                if name not in nullable and automaton.ends[0]:
+                    nullable.add(name)
+                    changed = True
+                continue
             seen, pending, corner = {0}, [0], set()
             while pending:
                 for called, to in automaton.calls[pending.pop()]:
