@@ -12,7 +12,6 @@ from .expressions import (
     Repeat,
     Rules,
     Seq,
-    alt,
     expression_size,
     references,
     seq,
@@ -21,8 +20,8 @@ from .grammar import Grammar
 
 INLINE_ONCE, INLINE_ALWAYS = 2_000, 16
 """Rules up to these sizes are built into the rules that mention them: those mentioned once, and all."""
-UNROLL = 800_000
-"""A bounded repetition is unrolled up to so many states; beyond, it becomes rules that double their length."""
+UNROLL, BLOCK = 100_000, 512
+"""A bounded repetition is unrolled up to so many states; beyond, it becomes calls of rules for ``BLOCK`` items."""
 
 
 def rule_automata(grammar: Grammar) -> dict[str, Automaton]:
@@ -140,31 +139,31 @@ def _bound_repeats(item: Expression, rules: Rules) -> Expression:
     count = item.low if item.high is None else item.high
     if count * expression_size(inner, {}, UNROLL) <= UNROLL:
         return Repeat(inner, item.low, item.high)
+    return _in_blocks(inner, item.low, item.high, rules)
+
+
+def _in_blocks(inner: Expression, low: int, high: int | None, rules: Rules) -> Expression:
+    """A long repetition as calls of rules for ``BLOCK`` times the item, exactly and at most.
+
+    Two stacks are alive inside, one of them for the end that may come in this block.
+    """
     prefix = f"repeat{len(rules)}_"
-    doubled = [prefix + "1"]  # doubled[k] is inner, 2^k times
-    rules[doubled[0]] = inner
+    block, rest = prefix + "block", prefix + "rest"
+    size = max(2, min(BLOCK, UNROLL // expression_size(inner, {}, UNROLL)))
+    rules[block] = Repeat(inner, size, size)
 
-    def power(k: int) -> Ref:
-        while len(doubled) <= k:
-            name = f"{prefix}{1 << len(doubled)}"
-            rules[name] = seq(Ref(doubled[-1]), Ref(doubled[-1]))
-            doubled.append(name)
-        return Ref(doubled[k])
+    def exactly(count: int) -> Expression:
+        chain = tuple((place, Ref(block), place + 1) for place in range(count // size))
+        return seq(Graph(len(chain) + 1, chain, frozenset({len(chain)})), Repeat(inner, count % size, count % size))
 
-    def exactly(n: int) -> Expression:
-        return seq(*(power(k) for k in range(n.bit_length()) if n >> k & 1))
-
-    def at_most(n: int) -> Expression:
-        """Up to n times, every count in one way only: below the top bit any bits, or the top bit and at most the
-        rest."""
-        if n == 0:
-            return seq()
-        top = n.bit_length() - 1
-        free = seq(*(alt(power(k), seq()) for k in reversed(range(top))))
-        return alt(free, seq(power(top), at_most(n - (1 << top))))
-
-    start = exactly(item.low)
-    return seq(start, Repeat(inner, 0, None)) if item.high is None else seq(start, at_most(item.high - item.low))
+    if high is None:
+        return seq(exactly(low), Repeat(inner, 0, None))
+    blocks, left = divmod(high - low, size)
+    rules[rest] = Repeat(inner, 0, size - 1)
+    edges = [(place, Ref(block), place + 1) for place in range(blocks)]
+    edges += [(place, Ref(rest), blocks + 1) for place in range(blocks)]
+    edges.append((blocks, Repeat(inner, 0, left), blocks + 1))
+    return seq(exactly(low), Graph(blocks + 2, tuple(edges), frozenset({blocks + 1})))
 
 
 def _called(automaton: Automaton) -> set[str]:

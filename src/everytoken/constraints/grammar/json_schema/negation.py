@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import combinations
 
+from ..formats import FORMATS, REFUSED_FORMATS
 from .sets import TYPES, Place, Schema, SchemaObject, SchemaSets, at
 
 NOT_PATTERN, NOT_FORMAT, NOT_ENUM = "\0notPattern", "\0notFormat", "\0notEnum"
@@ -145,7 +146,7 @@ def _unlike(value: list | dict) -> SchemaObject:
 def _strings_and_numbers(schema: SchemaObject) -> Iterator[Schema]:
     if "pattern" in schema:
         yield {"type": "string", NOT_PATTERN: schema["pattern"]}
-    if "format" in schema:
+    if schema.get("format") in FORMATS or schema.get("format") in REFUSED_FORMATS:
         yield {"type": "string", NOT_FORMAT: schema["format"]}
     if schema.get("minLength", 0) > 0:
         yield {"type": "string", "maxLength": int(schema["minLength"]) - 1}

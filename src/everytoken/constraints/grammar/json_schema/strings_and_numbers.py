@@ -12,7 +12,7 @@ from typing import Literal
 from ..automata import Automaton, build, is_deterministic, minimise, trie
 from ..counting import counted
 from ..expressions import NOTHING, Expression, GrammarError, Ref, Repeat, seq, star
-from ..formats import FORMATS, SILENT_FORMATS
+from ..formats import FORMATS, REFUSED_FORMATS, SILENT_FORMATS
 from ..json_text import CANONICAL, COUNTED, QUOTE, Json, inner, spell
 from ..numbers import number_automaton
 from ..regex import regex_automaton
@@ -101,8 +101,10 @@ def pattern_automaton(schemas: SchemaRules, parts: Parts) -> Automaton | None:
                 expression = FORMATS.get(schema[key])
                 if expression is not None:
                     found.append(pattern(expression, False))
-                elif found is unwanted:
-                    schemas.unsupported(pointer, f"the opposite of the format {schema[key]!r}", "Leave it out.")
+                elif schema[key] in REFUSED_FORMATS:
+                    schemas.unsupported(
+                        at(pointer, "format"), f"the format {schema[key]!r}", REFUSED_FORMATS[schema[key]]
+                    )
                 elif schema[key] not in SILENT_FORMATS:
                     schemas.warn(
                         f"{at(pointer, 'format')}: the format {schema[key]!r} is not known and says nothing. "
