@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .automata import ArrayAutomaton, Automaton, build, trim
+from .automata import ArrayAutomaton, Automaton, Builder, build, trim
 from .expressions import (
     Alt,
     Expression,
@@ -80,15 +80,14 @@ def _bottom_up(rules: Rules) -> list[str]:
     return order
 
 
-def _recursive(rules: Rules) -> set[str]:
-    """Rules on a cycle, and rules nested so deep that building them in would exhaust Python's stack."""
-    mentions = {name: set(references(body)) for name, body in rules.items()}
+def _cycles(mentions: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of rules that lead to each other (Tarjan's algorithm, without recursion)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     on_stack: set[str] = set()
     stack: list[str] = []
-    found: set[str] = set()
-    for start in rules:  # Tarjan, without recursion
+    found: list[set[str]] = []
+    for start in mentions:
         if start in index:
             continue
         work = [(start, iter(mentions[start]))]
@@ -111,15 +110,22 @@ def _recursive(rules: Rules) -> set[str]:
                 if work:
                     low[work[-1][0]] = min(low[work[-1][0]], low[name])
                 if low[name] == index[name]:
-                    members = []
+                    members: set[str] = set()
                     while True:
                         member = stack.pop()
                         on_stack.discard(member)
-                        members.append(member)
+                        members.add(member)
                         if member == name:
                             break
                     if len(members) > 1 or name in mentions[name]:
-                        found.update(members)
+                        found.append(members)
+    return found
+
+
+def _recursive(rules: Rules) -> set[str]:
+    """Rules on a cycle, and rules nested so deep that building them in would exhaust Python's stack."""
+    mentions = {name: set(references(body)) for name, body in rules.items()}
+    found = {name for members in _cycles(mentions) for name in members}
     height: dict[str, int] = {}
     for name in _bottom_up(rules):
         height[name] = 1 + max((height.get(other, 0) for other in mentions[name] if other not in found), default=0)
@@ -150,6 +156,9 @@ def _in_blocks(inner: Expression, low: int, high: int | None, rules: Rules) -> E
     prefix = f"repeat{len(rules)}_"
     block, rest = prefix + "block", prefix + "rest"
     size = max(2, min(BLOCK, UNROLL // expression_size(inner, {}, UNROLL)))
+    if expression_size(inner, {}, UNROLL) > INLINE_ALWAYS:
+        rules[prefix + "item"] = inner
+        inner = Ref(prefix + "item")
     rules[block] = Repeat(inner, size, size)
 
     def exactly(count: int) -> Expression:
@@ -201,53 +210,91 @@ def _productive_only(automata: dict[str, Automaton], root: str) -> dict[str, Aut
                 reached.add(name)
                 pending.append(name)
     ordered = {root: kept[root]} | {name: kept[name] for name in automata if name in reached and name != root}
-    _refuse_left_recursion(ordered)
-    return ordered
+    return _without_left_recursion(ordered)
 
 
-def _refuse_left_recursion(automata: dict[str, Automaton]) -> None:
+def _without_left_recursion(automata: dict[str, Automaton]) -> dict[str, Automaton]:
+    """Rewrites rules that call themselves, or each other, before reading anything.
+
+    Raises:
+        GrammarError: the way round leads through a rule that matches the empty text.
+    """
+    nullable = _nullable(automata)
+    bare = {name: {called for called, _ in a.calls[0]} if not a.regular else set() for name, a in automata.items()}
+    hidden: dict[str, set[str]] = {}  # calls behind one that may read nothing
+    for name, automaton in automata.items():
+        hidden[name] = set()
+        seen, pending = {0}, [0]
+        while pending and not automaton.regular:
+            state = pending.pop()
+            for called, to in automaton.calls[state]:
+                if state:
+                    hidden[name].add(called)
+                if called in nullable and to not in seen:
+                    seen.add(to)
+                    pending.append(to)
+    for members in _cycles({name: bare[name] | hidden[name] for name in automata}):
+        if any(hidden[name] & members or name in nullable for name in members):
+            shown = " -> ".join(sorted(members))
+            raise GrammarError(
+                f"The grammar is left-recursive through a rule that may be empty: {shown}.",
+                "Write a list as: item (separator item)*, or leave the empty text out of these rules.",
+            )
+        automata = automata | {name: _by_left_corners(automata, sorted(members), name) for name in sorted(members)}
+    return automata
+
+
+def _by_left_corners(automata: dict[str, Automaton], members: list[str], root: str) -> Automaton:
+    """One of some rules that start with each other, so that none does any more.
+
+    It begins where any of them begins by reading (or calling another rule), and where one of them is finished it goes
+    on in each that starts with it; ``root`` finished is the end.
+    """
+    builder = Builder()
+    base: dict[str, int] = {}
+    finals = set()
+    for name in members:
+        automaton = automata[name]
+        base[name] = len(builder.edges)
+        for state in range(len(automaton)):
+            builder.state()
+            builder.edges[-1] = [(low, high, base[name] + to) for low, high, to in automaton.edges[state]]
+            builder.calls[-1] = [(called, base[name] + to) for called, to in automaton.calls[state]]
+            if automaton.finals[state] and name == root:
+                finals.add(base[name] + state)
+    for name in members:
+        automaton = automata[name]
+        builder.edges[0] += builder.edges[base[name]]
+        for called, to in automaton.calls[0]:
+            if called not in members:
+                builder.calls[0].append((called, base[name] + to))
+                continue
+            for state, final in enumerate(automata[called].finals):
+                if final:
+                    builder.empties[base[called] + state].append(base[name] + to)
+    return trim(builder.determinise(-1, finals=finals))
+
+
+def _nullable(automata: dict[str, Automaton]) -> set[str]:
+    """Rules that match the empty text."""
     nullable: set[str] = set()
-    first: dict[str, set[str]] = {}
     changed = True
     while changed:
         changed = False
         for name, automaton in automata.items():
-            if isinstance(automaton, ArrayAutomaton):
-                first[name] = set()
-                if name not in nullable and automaton.ends[0]:
-                    nullable.add(name)
-                    changed = True
+            if name in nullable:
                 continue
-            seen, pending, corner = {0}, [0], set()
-            while pending:
-                for called, to in automaton.calls[pending.pop()]:
-                    corner.add(called)
-                    if called in nullable and to not in seen:
-                        seen.add(to)
-                        pending.append(to)
-            first[name] = corner
-            if name not in nullable and any(automaton.finals[state] for state in seen):
+            if isinstance(automaton, ArrayAutomaton):
+                found = bool(automaton.ends[0])
+            else:
+                seen, pending = {0}, [0]
+                while pending:
+                    for called, to in automaton.calls[pending.pop()]:
+                        if called in nullable and to not in seen:
+                            seen.add(to)
+                            pending.append(to)
+                found = any(automaton.finals[state] for state in seen)
+            if found:
                 nullable.add(name)
                 changed = True
-    state: dict[str, int] = {}
-    for start in automata:  # depth first; a rule met again while it is open closes a cycle
-        stack = [(start, iter(first[start]))] if start not in state else []
-        state.setdefault(start, 1)
-        while stack:
-            name, following = stack[-1]
-            for other in following:
-                if state.get(other) == 1:
-                    cycle = [item for item, _ in stack]
-                    cycle = [*cycle[cycle.index(other) :], other] if other in cycle else [other]
-                    raise GrammarError(
-                        f"The grammar is left-recursive: {' -> '.join(cycle)} without reading anything in between.",
-                        "Write a list as: item (separator item)*. Only direct left recursion (a ::= a x | y) is "
-                        "rewritten for you.",
-                    )
-                if other not in state:
-                    state[other] = 1
-                    stack.append((other, iter(first[other])))
-                    break
-            else:
-                state[name] = 2
-                stack.pop()
+    return nullable

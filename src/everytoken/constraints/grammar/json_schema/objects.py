@@ -17,7 +17,7 @@ from .names import names_automaton
 from .negation import SOME_PROPERTY
 from .places import key_automaton, otherwise, property_schemas, required
 from .rules import SchemaRules
-from .sets import Member, Parts, Place, at, escaped
+from .sets import Member, Parts, Place, SchemaObject, at, escaped
 from .strings_and_numbers import INLINE, canonical_text, lengths, listed
 from .values import satisfies
 
@@ -34,8 +34,7 @@ Filled = tuple[Expression, bool]
 def object_rule(schemas: SchemaRules, parts: Parts, depth: int) -> Expression:
     opening, between, closing, colon = schemas.separators(depth)
     needed = set(required(parts))
-    names = list(dict.fromkeys(name for schema, _ in parts for name in schema.get("properties", ())))
-    names += [name for name in required(parts) if name not in set(names)]
+    names = declared_names(schemas, parts)
     naming = [(s["propertyNames"], at(p, "propertyNames")) for s, p in parts if "propertyNames" in s]
     claims = claims_of(schemas, parts)
     entries: list[Entry] = []
@@ -83,6 +82,26 @@ def object_rule(schemas: SchemaRules, parts: Parts, depth: int) -> Expression:
         whole = seq(Bytes(b"{"), opening, filled, closing, Bytes(b"}"))
         return alt(whole, Bytes(b"{}")) if empty else whole
     return seq(Bytes(b"{"), opening, alt(seq(filled, closing), EMPTY) if empty else seq(filled, closing), Bytes(b"}"))
+
+
+def declared_names(schemas: SchemaRules, parts: Parts) -> list[str]:
+    """Properties in their order: what a ``$ref`` brings comes before what is said beside it."""
+    by_number = {schemas.numbers[id(schema)]: schema for schema, _ in parts}
+    ordered: dict[int, SchemaObject] = {}
+    pending = [(schema, pointer, False) for schema, pointer in reversed(parts)]
+    while pending:
+        schema, pointer, ready = pending.pop()
+        number = schemas.numbers[id(schema)]
+        if number in ordered:
+            continue
+        target = schemas.resolve(schema["$ref"], schema, pointer) if "$ref" in schema and not ready else None
+        before = None if target is None else by_number.get(schemas.number(*target))
+        if target is None or before is None:
+            ordered[number] = schema
+        else:
+            pending += [(schema, pointer, True), (before, target[1], False)]
+    names = dict.fromkeys(name for schema in ordered.values() for name in schema.get("properties", ()))
+    return list(names | dict.fromkeys(required(parts)))
 
 
 @dataclass
