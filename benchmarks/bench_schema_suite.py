@@ -56,6 +56,10 @@ def ours_in_order(schema: object) -> Judge:
     return ours(schema, "schema")
 
 
+def ours_required_first(schema: object) -> Judge:
+    return ours(schema, "required_first")
+
+
 def followed(
     text: bytes, fill: Callable[[], object], accept: Callable[[int], bool], can_end: Callable[[], bool]
 ) -> tuple[bool, list[float]]:
@@ -76,9 +80,7 @@ def xgrammar(schema: object, any_order: bool = True) -> Judge:
     info = xgr.TokenizerInfo(
         [bytes([byte]) for byte in range(256)] + [b""], xgr.VocabType.RAW, vocab_size=257, stop_token_ids=[256]
     )
-    compiled = xgr.GrammarCompiler(info).compile_json_schema(
-        json.dumps(schema), strict_mode=False, any_order=any_order
-    )
+    compiled = xgr.GrammarCompiler(info).compile_json_schema(json.dumps(schema), strict_mode=False, any_order=any_order)
     row = xgr.allocate_token_bitmask(1, 257)
 
     def judge(text: bytes) -> tuple[bool, list[float]]:
@@ -170,6 +172,7 @@ def shown(counts: Counter[str]) -> str:
 def real(path: Path, limit: float, show: int, only: list[str]) -> None:
     engines = {
         "everytoken": ours_in_order,
+        "everytoken, required first": ours_required_first,
         "everytoken, any order": ours,
         "xgrammar": xgrammar_in_order,
         "xgrammar, any order": xgrammar,

@@ -40,9 +40,9 @@ class Outcome:
 
 
 def read(path: Path) -> list[dict]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+    data = path.read_bytes()
+    lines = (gzip.decompress(data) if path.suffix == ".gz" else data).splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 def text_of(value: object) -> bytes:
@@ -54,14 +54,14 @@ def text_of(value: object) -> bytes:
 
 def examine(engine: Engine, case: dict) -> Outcome:
     outcome = Outcome(case["name"])
-    began = time.perf_counter()
+    began = time.process_time()  # what else the machine does should not count
     try:
         judge = engine(case["schema"])
     except Exception as error:
-        outcome.seconds = time.perf_counter() - began
+        outcome.seconds = time.process_time() - began
         outcome.refused = str(error).strip() or type(error).__name__
         return outcome
-    outcome.seconds = time.perf_counter() - began
+    outcome.seconds = time.process_time() - began
     for place, test in enumerate(case["tests"]):
         found, masks = judge(text_of(test["data"]))
         outcome.masks += masks

@@ -55,7 +55,9 @@ class Pushdown:
             total += len(automaton)
         names = list(automata)
         tables_of = [_edges(automaton, starts[name]) for name, automaton in automata.items()]
-        edge_ptr = np.concatenate([[0], np.cumsum(np.concatenate([counts for counts, _ in tables_of]))]).astype(np.int32)
+        edge_ptr = np.concatenate([[0], np.cumsum(np.concatenate([counts for counts, _ in tables_of]))]).astype(
+            np.int32
+        )
         table = np.concatenate([edges for _, edges in tables_of])
         call_ptr = np.zeros(total + 1, np.int32)
         final, node_rule = np.zeros(total, np.uint8), np.zeros(total, np.int32)

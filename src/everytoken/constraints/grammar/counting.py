@@ -68,8 +68,7 @@ def counted(pattern: Automaton, low: int, high: int | None) -> Automaton:
         return Automaton([[]], [[]], [False])
     numbers = (np.cumsum(keep[: top + 1].reshape(-1)) - 1).reshape(top + 1, size)
     edge_level, edge = np.nonzero(
-        keep[: top + 1][:, source]
-        & np.where(whole, keep[following][:, target], keep[: top + 1][:, target])
+        keep[: top + 1][:, source] & np.where(whole, keep[following][:, target], keep[: top + 1][:, target])
     )
     onto = np.where(whole[edge], following[edge_level], edge_level)
     counts = np.bincount(numbers[edge_level, source[edge]], minlength=int(keep[: top + 1].sum()))

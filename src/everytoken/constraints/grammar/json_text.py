@@ -50,7 +50,9 @@ QUOTE = Bytes(b'"')
 
 def quoted(string: str) -> bytes:
     """A string as ``json.dumps(..., ensure_ascii=False)`` writes it; lone surrogates, which UTF-8 lacks, as escapes."""
-    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", json.dumps(string, ensure_ascii=False)).encode()
+    return re.sub(
+        "[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", json.dumps(string, ensure_ascii=False)
+    ).encode()
 
 
 def inner(name: str) -> bytes:

@@ -44,6 +44,9 @@ def test_properties_keep_their_order_and_may_be_left_out():
     assert in_schema(schema, {"c": 0, "b": "x", "a": 1}, property_order="any")
     assert in_schema(schema, {"d": 0, "b": "x", "e": 2}, property_order="any", **OPEN)
     assert not in_schema(schema, {"b": "x", "b2": 1}, property_order="any")
+    natural = {"property_order": "required_first"}
+    assert in_schema(schema, {"b": "x", "a": 1, "c": 2}, **natural) and in_schema(schema, {"a": 1, "b": "x"}, **natural)
+    assert not in_schema(schema, {"b": "x", "c": 2, "a": 1}, **natural)
     wide = {"type": "object", "properties": {f"p{n}": {} for n in range(11)}}
     with pytest.raises(GrammarError, match="At most 10"):
         Grammar.from_json_schema(wide, property_order="any")
@@ -154,7 +157,11 @@ def test_strings():
             ["::", "::1", "1:2:3:4:5:6:7:8", "fe80::1:2", "::ffff:1.2.3.4", "1::8"],
             ["1:2:3", ":::", "1::2::3", "12345::"],
         ),
-        ("uri", ["https://a.b/c?d=e#f", "mailto:x@y.z", "urn:isbn:1", "http://[::1]:8/", "http://[v1.test]/"], ["a b", "//x/y", "http://[x", "http://[:::]/"]),
+        (
+            "uri",
+            ["https://a.b/c?d=e#f", "mailto:x@y.z", "urn:isbn:1", "http://[::1]:8/", "http://[v1.test]/"],
+            ["a b", "//x/y", "http://[x", "http://[:::]/"],
+        ),
         ("uri-reference", ["", "a/b:c", "//h:80/x", "?q#f", "a:b"], [":", "//::", "a b", "1:b"]),
         ("iri", ["http://é.x/ü"], ["not-an-iri", "a b"]),
         ("uri-template", ["http://x/{a}{?b,c*}{d:3}"], ["{", "{}", "a b", "{a:0}"]),
@@ -390,7 +397,10 @@ def test_draft_4_says_how_to_read_a_bound():
 
 
 def test_multiples_of_decimals():
-    for divisor, good, bad in ((2.5, ["5", "7.5", "0", "-2.5"], ["1", "2.51", "7.25"]), (0.05, ["0.15", "3", "0.1"], ["0.12"])):
+    for divisor, good, bad in (
+        (2.5, ["5", "7.5", "0", "-2.5"], ["1", "2.51", "7.25"]),
+        (0.05, ["0.15", "3", "0.1"], ["0.12"]),
+    ):
         for text in good:
             assert in_schema({"multipleOf": divisor}, text, raw=True)
         for text in bad:
@@ -398,7 +408,11 @@ def test_multiples_of_decimals():
 
 
 def test_what_a_reference_brings_comes_first():
-    schema = {"$defs": {"base": {"type": "object", "properties": {"a": {}}}}, "$ref": "#/$defs/base", "properties": {"b": {}}}
+    schema = {
+        "$defs": {"base": {"type": "object", "properties": {"a": {}}}},
+        "$ref": "#/$defs/base",
+        "properties": {"b": {}},
+    }
     assert in_schema(schema, {"a": 1, "b": 2}) and not in_schema(schema, {"b": 2, "a": 1})
 
 

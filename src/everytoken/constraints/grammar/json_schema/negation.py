@@ -94,6 +94,7 @@ def _opposites(schemas: SchemaSets, schema: SchemaObject, pointer: str) -> Itera
     for key in ("unevaluatedProperties", "unevaluatedItems"):
         if schema.get(key, True) is not True:
             schemas.unsupported(pointer, f"the opposite of {key}", "Use additionalProperties, or items.")
+            yield True
 
 
 def _other_types(schema: SchemaObject) -> Iterator[Schema]:
@@ -179,6 +180,7 @@ def _arrays(schemas: SchemaSets, schema: SchemaObject, pointer: str) -> Iterator
         yield {"type": "array", SOME_ITEM: [len(prefix), {"not": rest}]}
     if schema.get("uniqueItems") is True:
         schemas.unsupported(pointer, "the opposite of uniqueItems", "Say what is allowed instead.")
+        yield True
     if "contains" in schema:
         low, high = int(schema.get("minContains", 1)), schema.get("maxContains")
         if low > 0:

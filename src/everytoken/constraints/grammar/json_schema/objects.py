@@ -74,6 +74,12 @@ def object_rule(schemas: SchemaRules, parts: Parts, depth: int) -> Expression:
         graph = any_order(schemas, entries, needed, extra, between, shape, parts[0][1])
     else:
         graph = in_order(entries, needed, extra, between, shape)
+        places = {name: place for place, name in enumerate(required(parts))}
+        other = sorted(entries, key=lambda entry: places.get(entry[0], len(places)))  # stable: the rest keeps its order
+        if schemas.options.property_order == "required_first" and graph is not None and other != entries:
+            second = in_order(other, needed, extra, between, shape)
+            assert second is not None
+            graph = alt(graph[0], second[0]), graph[1]
     if graph is None:
         return NOTHING
     filled, empty = graph
@@ -270,9 +276,7 @@ def cells(schemas: SchemaRules, parts: Parts, names: list[str], naming: list[Pla
         if claim.names is None:
             found = [replace(cell, claims=cell.claims | {place}) for cell in found]
         else:
-            found = [
-                p for cell in found for p in cut(cell, claim.names, replace(cell, claims=cell.claims | {place}))
-            ]
+            found = [p for cell in found for p in cut(cell, claim.names, replace(cell, claims=cell.claims | {place}))]
     if len(found) > MAX_CELLS:
         schemas.fail(
             parts[0][1],

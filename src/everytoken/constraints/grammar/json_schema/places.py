@@ -10,7 +10,6 @@ from .rules import SchemaRules
 from .sets import Parts, Place, Schema, SchemaObject, at, escaped
 from .strings_and_numbers import pattern
 
-
 UNCERTAIN = ("anyOf", "not", "if", "dependentSchemas", "dependencies", "contains")
 """Keywords that may evaluate properties or items, depending on the document."""
 
@@ -27,9 +26,9 @@ def property_schemas(schemas: SchemaRules, parts: Parts, name: str) -> list[Plac
         before = len(found)
         if name in schema.get("properties", {}):
             found.append((schema["properties"][name], at(pointer, f"properties/{escaped(name)}")))
-        for pattern, value in schema.get("patternProperties", {}).items():
-            if key_matches(schemas, pattern, name, pointer):
-                found.append((value, at(pointer, f"patternProperties/{escaped(pattern)}")))
+        for expression, value in schema.get("patternProperties", {}).items():
+            if key_matches(schemas, expression, name, pointer):
+                found.append((value, at(pointer, f"patternProperties/{escaped(expression)}")))
                 declared = True
         if len(found) == before and "additionalProperties" in schema:
             found.append((schema["additionalProperties"], at(pointer, "additionalProperties")))

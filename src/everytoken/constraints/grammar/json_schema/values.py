@@ -9,10 +9,10 @@ from fractions import Fraction
 from itertools import combinations
 
 from ..json_text import Json, inner
+from .negation import NOT_ENUM, NOT_INTEGER, NOT_MULTIPLE, SOME_ITEM, SOME_PROPERTY
 from .places import further_items, prefix_items, property_schemas
 from .rules import SchemaRules
 from .sets import Place, Schema, SchemaObject, at
-from .negation import NOT_ENUM, NOT_INTEGER, NOT_MULTIPLE, SOME_ITEM, SOME_PROPERTY
 from .strings_and_numbers import bounds, is_number, lengths, string_automaton
 
 
@@ -73,7 +73,9 @@ def holds(schemas: SchemaRules, value: Json, schema: Schema, pointer: str, top: 
                         return False
             if SOME_PROPERTY in part:
                 named_as, item = part[SOME_PROPERTY]
-                if not any(holds(schemas, n, named_as, where) and holds(schemas, v, item, where) for n, v in value.items()):
+                if not any(
+                    holds(schemas, n, named_as, where) and holds(schemas, v, item, where) for n, v in value.items()
+                ):
                     return False
             relaxed = [(part, where)]
             mode, schemas.options = schemas.options, replace(schemas.options, strict_mode=False)
