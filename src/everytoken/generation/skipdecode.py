@@ -254,12 +254,15 @@ class SkipDecode(LoopDecoder):
 
         Raises:
             UnsupportedModelError: layers of several kinds.
-            BadInputError: a schedule with more layers than the model has, or one that rises.
+            BadInputError: a schedule with more layers than the model has, one that rises, or an impossible speed-up.
         """
         super().check_model(config)
         check_layer_kinds(config)
+        layers = config.get_text_config().num_hidden_layers
         if self.schedule is not None:
-            check_schedule(self.schedule, config.get_text_config().num_hidden_layers)
+            check_schedule(self.schedule, layers)
+        else:
+            LinearDepth.for_speedup(layers, self.speedup, 128, self.warmup)
 
     @contextmanager
     def applied(self, call: DecodingCall[SkipDecodeStats]) -> Iterator[None]:
