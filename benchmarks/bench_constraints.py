@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from common import report
-from everytoken.constraints.grammar import Grammar
 from everytoken.constraints.engine.compiler import GrammarCompiler
 from everytoken.constraints.engine.matcher import GrammarMatcher
 from everytoken.constraints.engine.vocabulary import TokenizerInfo
+from everytoken.constraints.grammar import Grammar
 from everytoken.core.loading import load_tokenizer
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "assets" / "bench-constraints.md"

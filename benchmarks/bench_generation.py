@@ -17,11 +17,11 @@ import torch
 from common import report
 from everytoken.core.loading import embedded_gguf, load_model, load_tokenizer
 from everytoken.core.scoring import encode_prompt
-from everytoken.generation.speculative import load_draft
 from everytoken.generation.dyspec import DySpec
 from everytoken.generation.qstar_beam import QStarBeam
 from everytoken.generation.r2r import R2R
 from everytoken.generation.skipdecode import SkipDecode
+from everytoken.generation.speculative import load_draft
 from everytoken.generation.tokenselect import TokenSelect
 from everytoken.reproduce.dyspec import PROMPTS
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from common import report
-from everytoken.constraints.grammar import Grammar, GrammarError
 from everytoken.constraints.engine.compiler import GrammarCompiler
 from everytoken.constraints.engine.matcher import GrammarMatcher
 from everytoken.constraints.engine.vocabulary import TokenizerInfo
+from everytoken.constraints.grammar import Grammar, GrammarError
 
 INFO = TokenizerInfo([bytes([byte]) for byte in range(256)] + [None], [256])
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "assets" / "schema-suite.md"

@@ -112,7 +112,7 @@ def modules_of(package: str) -> list[str]:
 
 
 def place_page(place: Place, cards: list[Card]) -> str:
-    """A floor's or a station's page: contract, methods, and the reference of each module that no method's page shows."""
+    """A floor's or a station's page: contract, methods, and the reference of modules that no method's page shows."""
     package = f"everytoken.{place.name}"
     lines = [f"# {place.name}", "", f"*{place.flow}*", ""]
     if not (ROOT / "src" / "everytoken" / place.name).is_dir():

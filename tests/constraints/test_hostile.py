@@ -1,34 +1,63 @@
-"""Hostile and random input to the three parsers: an answer or a clear error, in bounded time and memory."""
+"""Hostile and random input to the three parsers: an answer or a clear error, after a bounded amount of work.
+
+Work is counted in automaton states and table entries, not in seconds.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import time
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from everytoken.constraints.grammar import Grammar, GrammarError
+from everytoken.constraints.grammar.automata import Automaton, Builder
 from everytoken.core.errors import BadInputError
 
 from .common import accepts, compile_
 
-LIMIT = 120.0
-"""Seconds of processor time that count as a hang; all cases take a fraction of it."""
+MAX_MADE = 4_000_000
+"""States that may be made on the way, those thrown away again and those of refused grammars included."""
+MAX_ENTRIES = 4_000_000
+"""Nodes, edges and calls that the tables may have."""
+
+
+class Made:
+    """How many automaton states have been made while it is open."""
+
+    def __enter__(self):
+        self.count = 0
+        self.patch = pytest.MonkeyPatch()
+        for kind in (Automaton, Builder):
+            self.patch.setattr(kind, "state", self.counted(kind.state))
+        return self
+
+    def counted(self, original):
+        def state(*args):
+            self.count += 1
+            return original(*args)
+
+        return state
+
+    def __exit__(self, *error):
+        self.patch.undo()
 
 
 def bounded(make):
-    """A compiled grammar or the error, within the limit."""
-    began = time.process_time()
-    try:
-        return compile_(make())
-    except BadInputError as error:
-        assert len(str(error)) < 2000
-        return None
-    finally:
-        assert time.process_time() - began < LIMIT
+    """A compiled grammar or the error, after so much work and no more; tables of no more than so many entries."""
+    with Made() as made:
+        try:
+            compiled = compile_(make())
+        except BadInputError as error:
+            assert len(str(error)) < 2000
+            compiled = None
+    assert made.count <= MAX_MADE
+    if compiled is not None:
+        tables = compiled.pushdown.tables
+        assert compiled.pushdown.size + len(tables.edge_to) + len(tables.call_to) <= MAX_ENTRIES
+    return compiled
 
 
 def nested(depth, wrap):

@@ -186,6 +186,11 @@ def test_refusals(model, nest):
     for decoder, extra, message in (
         (XGrammar(schema="{}"), {}, "not compiled"),
         (XGrammar(nest, jump_forward=True), {}, "tokenizer"),
+        (
+            XGrammar(nest, jump_forward=True, tokenizer=object()),
+            {"return_dict_in_generate": True, "output_scores": True},
+            "output_scores",
+        ),
         (XGrammar(nest), {"num_beams": 2}, "num_beams"),
         (XGrammar(nest), {"use_cache": False}, "use_cache"),
         (XGrammar(nest), {"attention_mask": torch.tensor([[1, 0]])}, "left"),
@@ -195,6 +200,8 @@ def test_refusals(model, nest):
     wide = compile_(NEST, TokenizerInfo([*VOCAB, *([b"x"] * 90)], [EOS]))
     with pytest.raises(BadInputError, match="compiled for 99 tokens"):
         model.generate(ids, logits_processor=[GrammarLogitsProcessor(wide)], max_new_tokens=3, do_sample=False)
+    with pytest.raises(BadInputError, match="compiled for 99 tokens"):
+        model.generate(ids, custom_generate=XGrammar(wide), max_new_tokens=3, do_sample=False)
     with pytest.raises(BadInputError, match="no grammar"):
         GrammarLogitsProcessor([])
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
+
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache, T5Config
 
 from everytoken.core.errors import BadInputError, TokenizerMismatchError, UnsupportedModelError
 from everytoken.decoding.base import Decoder
@@ -15,6 +19,9 @@ from everytoken.decoding.checks import (
     check_same_vocabulary,
     refuse_unsupported,
 )
+from everytoken.decoding.trial import Trial, TrialRequest, run_decoders
+from everytoken.generation.dyspec import DySpec
+from everytoken.generation.skipdecode import LinearDepth, SkipDecode
 
 from ..conftest import tiny_llama
 
@@ -57,3 +64,35 @@ def test_caches():
 def test_base_class_is_abstract():
     with pytest.raises(NotImplementedError):
         Decoder()(tiny_llama(9), torch.tensor([[1]]))
+
+
+def test_decoders_are_copied_pickled_and_replaced_without_their_last_call():
+    decoder, model = SkipDecode(LinearDepth(2, 1, 1, 4), trace_enabled=True), tiny_llama(9)
+    model.generate(torch.tensor([[1, 2]]), max_new_tokens=3, custom_generate=decoder)
+    assert decoder.stats.new_tokens == 3
+    assert len(decoder.trace) == 1
+    assert decoder.layers_run
+    for other in (copy.deepcopy(decoder), pickle.loads(pickle.dumps(decoder)), dataclasses.replace(decoder)):
+        assert other == decoder
+        assert other.stats.new_tokens == 0
+        assert other.trace == other.layers_run == []
+    assert dataclasses.asdict(decoder)["schedule"] == dataclasses.asdict(LinearDepth(2, 1, 1, 4))
+    assert "stats" not in dataclasses.asdict(decoder)
+
+
+def test_what_a_decoder_lacks_is_said_from_the_configuration():
+    config = tiny_llama(9).config
+    SkipDecode(LinearDepth(2, 1)).check_model(config)
+    with pytest.raises(BadInputError, match="the model has 2"):
+        SkipDecode(LinearDepth(3, 1)).check_model(config)
+    with pytest.raises(UnsupportedModelError, match="No draft model ships"):
+        DySpec().check_model(config)
+    with pytest.raises(UnsupportedModelError, match="encoder"):
+        SkipDecode().check_model(T5Config())
+
+
+def test_a_trial_asks_before_weights_are_read(tmp_path):
+    model = tiny_llama(9)
+    model.config.save_pretrained(tmp_path)  # there are no weights to read
+    with pytest.raises(UnsupportedModelError, match="No draft model ships"):
+        run_decoders(TrialRequest([Trial("dyspec", DySpec)], model=str(tmp_path)), "a prompt")

@@ -1,4 +1,4 @@
-"""A toy matcher, exact distributions by enumeration, and the decoders under test."""
+"""Exact distributions by enumeration, with and without a matcher."""
 
 from __future__ import annotations
 
@@ -7,49 +7,9 @@ import itertools
 import torch
 from scipy.stats import chisquare
 
+from everytoken.testing.matcher import ToyMatcher as ToyMatcher  # tests import it from here
+
 VOCAB = 13
-
-
-class ToyMatcher:
-    """Tokens must alternate between even and odd, starting with even; after ``length`` tokens only ``end`` may follow, if there is one."""
-
-    def __init__(self, vocab=VOCAB, length=None, end=None):
-        self.vocab, self.length, self.end, self.text = vocab, length, end, []
-
-    def allowed(self):
-        if self.length is not None and len(self.text) >= self.length:
-            return {self.end}
-        return {token for token in range(self.vocab) if token % 2 == len(self.text) % 2 and token != self.end}
-
-    def fill_next_token_bitmask(self, bitmask, index=0):
-        bitmask[index] = 0
-        for token in self.allowed():
-            word = int(bitmask[index, token // 32]) & 0xFFFFFFFF | 1 << token % 32
-            bitmask[index, token // 32] = word - (1 << 32) if word >> 31 else word
-        return True
-
-    def accepts(self, token):
-        return not self.is_terminated() and token in self.allowed()
-
-    def accept_token(self, token):
-        if not self.accepts(token):
-            return False
-        self.text.append(token)
-        return True
-
-    def rollback(self, count=1):
-        del self.text[-count:]
-
-    def is_terminated(self):
-        return self.end is not None and self.end in self.text
-
-    def find_jump_forward_string(self):
-        return ""
-
-    def fork(self):
-        other = ToyMatcher(self.vocab, self.length, self.end)
-        other.text = list(self.text)
-        return other
 
 
 def exact_distribution(model, prompt, steps, temperature=1.0, top_k=None, matcher=None):

@@ -44,7 +44,7 @@ def drafts(target):
     return {"itself": target, "random": tiny_llama(vocab, seed=7), "contrary": contrary(target)}
 
 
-# -- greedy --------------------------------------------------------------------------------------------------------------
+# -- greedy ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", SHAPES, ids=names)
 @pytest.mark.parametrize("which", ["itself", "random", "contrary"])
 def test_greedy_output_is_the_targets_own(shape, which):
@@ -85,7 +85,7 @@ def test_budget_zero_is_plain_decoding():
     assert decoder.stats.draft_forwards == decoder.stats.proposed == 0
 
 
-# -- sampling ------------------------------------------------------------------------------------------------------------
+# -- sampling ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", SHAPES, ids=names)
 @pytest.mark.parametrize("which", ["itself", "random", "contrary"])
 def test_sampled_distribution_is_the_targets(shape, which):
@@ -106,7 +106,7 @@ def test_sampled_distribution_with_temperature_and_top_k():
     check_distribution(target, DySpec(tiny_llama(5, seed=8), budget=6), [1, 2], 2000, temperature=0.6, top_k=3)
 
 
-# -- with a matcher ------------------------------------------------------------------------------------------------------
+# -- with a matcher ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[5]], ids=names)
 @pytest.mark.parametrize("which", ["itself", "random", "contrary"])
 def test_a_matcher_keeps_the_masked_distribution(shape, which):
@@ -174,7 +174,7 @@ def test_a_wrong_acceptance_rule_would_be_caught(monkeypatch):
         check_distribution(target, DySpec(tiny_llama(4, seed=7), budget=5), [1, 2], 1500)
 
 
-# -- the tree ------------------------------------------------------------------------------------------------------------
+# -- the tree ----------------------------------------------------------------------------------------------------------
 def known_draft(vocab, seed):
     """A draft that is a fixed random table: path -> distribution."""
 
@@ -301,7 +301,7 @@ def test_ancestor_mask():
     assert tree.values[leaf] == pytest.approx(0.06)
 
 
-# -- cache ---------------------------------------------------------------------------------------------------------------
+# -- cache -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("new", [1, 2, 7, 20])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_kept_cache_equals_a_fresh_forward(new, attention):
@@ -334,7 +334,7 @@ def test_cache_is_reused_across_calls():
     assert text.tolist() == whole.tolist()
 
 
-# -- what generate promises ----------------------------------------------------------------------------------------------
+# -- what generate promises --------------------------------------------------------------------------------------------
 def test_eos_inside_the_tree_stops_there():
     target = tiny_llama(9, seed=11)
     prompt = torch.tensor([[1, 2, 3]])
@@ -447,7 +447,7 @@ def test_trace_columns_are_aligned():
     assert trace.columns["round"] == sorted(trace.columns["round"])
 
 
-# -- the embedded pair ---------------------------------------------------------------------------------------------------
+# -- the embedded pair -------------------------------------------------------------------------------------------------
 def test_embedded_draft_is_lossless_and_useful(embedded):
     model, tokenizer = embedded
     inputs = tokenizer.apply_chat_template(
@@ -478,7 +478,7 @@ def test_embedded_draft_in_assisted_generation(embedded):
     assert actual.tolist() == expected.tolist()
 
 
-# -- bad input -----------------------------------------------------------------------------------------------------------
+# -- bad input ---------------------------------------------------------------------------------------------------------
 def test_settings_out_of_range():
     for bad in (dict(budget=-1), dict(max_depth=0), dict(max_children=0), dict(threshold=1.5), dict(threshold=0.0)):
         with pytest.raises(BadInputError):

@@ -46,7 +46,7 @@ class Coin:
         return torch.tensor([float(self.step in self.steps)])
 
 
-# -- decoding ------------------------------------------------------------------------------------------------------------
+# -- decoding ----------------------------------------------------------------------------------------------------------
 def test_threshold_zero_is_the_large_model_and_above_one_the_small():
     large, small = models()
     router = LearnedRouter(TokenRouter(TokenRouterConfig(16, 16, 13, 8, 1)))
@@ -151,7 +151,7 @@ def test_a_feature_drafts_chain_equals_its_own_pass(embedded):
     assert torch.allclose(logits[kept], whole[1][kept], atol=1e-2)
 
 
-# -- routers -------------------------------------------------------------------------------------------------------------
+# -- routers -----------------------------------------------------------------------------------------------------------
 def test_entropy_and_aleatoric_values():
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0]])
     assert EntropyRouter()(logits, logits, logits).tolist() == pytest.approx([1.3863, 0.0], abs=1e-3)

@@ -26,7 +26,7 @@ PROMPTS = torch.tensor([[0, 0, 0, 3, 5, 8, 2], [1, 4, 9, 9, 2, 6, 6], [0, 0, 7, 
 MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7, [0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1]])
 
 
-# -- schedules -----------------------------------------------------------------------------------------------------------
+# -- schedules ---------------------------------------------------------------------------------------------------------
 @given(
     layers=st.integers(2, 40),
     data=st.data(),
@@ -65,7 +65,7 @@ def test_schedules_for_a_speed_up_have_that_mean_depth(layers, ratio, length):
     assert abs(sum(schedule.depth(t) for t in range(length)) / length - layers / ratio) <= 1.1
 
 
-# -- cached decoding -----------------------------------------------------------------------------------------------------
+# -- cached decoding ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize(
     "schedule", [LinearDepth(7, 2, 1, 10), LinearDepth(8, 3, 2, 5), LinearDepth(6, 1, 1, 12)], ids=str
@@ -156,7 +156,7 @@ def test_a_cache_goes_on_at_the_same_depth_and_refuses_a_greater_one():
         )  # fmt: skip
 
 
-# -- training ------------------------------------------------------------------------------------------------------------
+# -- training ----------------------------------------------------------------------------------------------------------
 def test_depths_follow_the_labels():
     schedule = LinearDepth(5, 2, 1, 3)
     labels = torch.tensor([[-100, -100, 4, 4, 4, 4, -100], [-100] * 7, [-100, 3, 3, 3, 3, 3, 3]])
@@ -255,7 +255,7 @@ def test_what_others_patched_is_put_back():
     assert "forward" not in model.model.layers[0].__dict__
 
 
-# -- bad input -----------------------------------------------------------------------------------------------------------
+# -- bad input ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("values", [(4, 5, 1, 8), (5, 1, 2, 8), (5, 2, 0, 8), (5, 2, 1, 0)], ids=str)
 def test_impossible_schedules(values):
     with pytest.raises(BadInputError, match="LinearDepth needs"):

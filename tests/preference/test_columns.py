@@ -162,3 +162,28 @@ def test_other_columns_of_the_users_do_no_harm(tmp_path, embedded_tokenizer):
     ]
     trainer = make(tmp_path, embedded_tokenizer, DPOLoss(0.1), rows=rows, remove_unused_columns=False)
     assert not [name for name in first_batch(trainer) if name.startswith("column/")]
+
+
+def test_what_a_loss_declares_is_checked():
+    from everytoken.preference.base import declared
+
+    assert declared(DPOLoss()).data_columns == {}
+    assert set(declared(TGDPOLoss).data_columns) == {"guide_logps"}
+    assert declared(TDPOLoss()).needs == {"forward_kl"}
+    for attributes, message in (
+        ({"needs": {"kl"}}, "'kl', which is not computed"),
+        ({"data_columns": {"entropy": None}}, "names a statistic"),
+        ({"data_columns": frozenset({"a"})}, "must map each column"),
+        ({"columns": frozenset({"guide_logps"})}, "called data_columns now"),
+    ):
+        with pytest.raises(BadInputError, match=message):
+            declared(type("Loss", (DPOLoss,), attributes))
+
+
+def test_a_side_that_is_missing_is_made_and_the_other_is_kept(tmp_path, embedded_tokenizer):
+    made = make(tmp_path, embedded_tokenizer, TGDPOLoss(), annotators=[ModelLogps(guide())]).train_dataset
+    other = [[0.5] * len(ids) for ids in made["chosen_ids"]]
+    half = made.remove_columns(["chosen_guide_logps", "rejected_guide_logps"]).add_column("chosen_guide_logps", other)
+    again = precompute(half, [ModelLogps(guide())])
+    assert again["chosen_guide_logps"][:] == other
+    assert again["rejected_guide_logps"][:] == made["rejected_guide_logps"][:]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from rich.console import Console
 
 from everytoken.catalog import find_card
 from everytoken.core.results import mean
 from everytoken.reproduce.base import execute
+
+from ..selection import reproducible
 
 QUIET = Console(quiet=True)
 pytestmark = pytest.mark.slow
@@ -131,6 +136,19 @@ def test_tokenadapt():
     _, claims = quick("tokenadapt")
     assert claims["mistral: perplexity a byte", "TokenAdapt", "mean"]["value"] < 1
     assert claims["bytes a token", "supertokens", "BPE"]["value"] > 1
+
+
+def untested():
+    """Experiments that no test here looks at more closely."""
+    marks = re.findall(r'mark\.reproduction\("([^"]+)"\)', Path(__file__).read_text(encoding="utf-8"))
+    return [pytest.param(name, marks=pytest.mark.reproduction(name)) for name in sorted({*reproducible()} - {*marks})]
+
+
+@pytest.mark.parametrize("name", untested())
+def test_an_experiment_without_a_test_here(name):
+    result, claims = quick(name)
+    assert claims
+    assert distinct(result, *result["runs"][0])
 
 
 # -- trainings -------------------------------------------------------------------------------------------------------

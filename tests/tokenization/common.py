@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from ..conftest import tiny_llama
+
 CORPUS = [
     "hello hello world, the world says hello to the other worlds and it's a wonderful whole world",
     "there were 12 helpers who helped 345 others, they'd say: well well well, how helpful\n\nwhere?  here",
     "the café sold naïve déjà-vu cakes 😀 😀 to the élite; über-helpful waiters 漢字 漢字",
 ] * 4
+
+TEXTS = [
+    "strawberries wonderful wonderful helpers",
+    "unbelievable strawberries, isn't it?\n\n  well",
+    "naïve 漢字漢字 12345",
+]
+"""For merging: repeated words, contractions, characters of several bytes."""
 
 
 @lru_cache
@@ -55,3 +64,47 @@ def sentencepiece(size=120):
     )
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+KINDS = {"byte-level": byte_level, "sentencepiece": sentencepiece}
+
+
+def build_lm(kind, seed=1, **options):
+    """A tiny model of bytes with a tokenizer of this kind."""
+    from everytoken.tokenization.byte_lm import ByteLM
+
+    tokenizer = KINDS[kind]()
+    return ByteLM(tiny_llama(len(tokenizer), seed=seed, eos=tokenizer.eos_token_id, scale=0.3), tokenizer, **options)
+
+
+def model_for(tokenizer):
+    """A tiny model for a tokenizer."""
+    return tiny_llama(len(tokenizer), seed=4)
+
+
+def hyper_for(model, seed=0, trained=True):
+    """A tiny hypernetwork attached to a model; untrained it is the mean of the pieces."""
+    import torch
+
+    from everytoken.tokenization.hyper import HyperConfig, HyperEmbedding
+
+    torch.manual_seed(seed)
+    weight = model.get_input_embeddings().weight
+    hyper = HyperEmbedding(HyperConfig(weight.shape[1], 16, 1, 2, 4, len(weight), float(weight.detach().std()))).eval()
+    if trained:
+        for layer in (hyper.score, hyper.write):
+            torch.nn.init.normal_(layer.weight, std=0.3)
+    return hyper.attach(model)
+
+
+def prompts(tokenizer, texts):
+    """A left-padded batch."""
+    tokenizer.pad_token = "</s>"
+    return tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+
+
+def new_tokens(tokenizer):
+    """Forty tokens that a tokenizer lacks, as their pieces."""
+    from everytoken.tokenization.dynamic_tokenization import DynamicTokenizer
+
+    return DynamicTokenizer(tokenizer).vocabulary(TEXTS, 40)

@@ -1,342 +1,39 @@
-"""Exact byte probabilities: against enumeration of token sequences, and against a byte-level chain known exactly."""
+"""The settings of exact bytes."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections import Counter
-
-import numpy as np
 import pytest
-import torch
-from hypothesis import assume, given
-from hypothesis import strategies as st
-from scipy.stats import chisquare
 
 from everytoken.core.errors import BadInputError
-from everytoken.tokenization.byte_lm import EOS, ByteLM, _Node
-from everytoken.tokenization.byte_view import ByteView, fillings, split_character
-from everytoken.tokenization.ensemble import ByteEnsemble
-from everytoken.tokenization.token_healing import TokenHealing
+from everytoken.tokenization.exact_bytes import ExactBytes
 
 from ..conftest import tiny_llama
-from .common import byte_level, sentencepiece
-
-KINDS = {"byte-level": byte_level, "sentencepiece": sentencepiece}
+from .common import byte_level
 
 
-def build(kind, seed=1, **options):
-    tokenizer = KINDS[kind]()
-    return ByteLM(tiny_llama(len(tokenizer), seed=seed, eos=tokenizer.eos_token_id, scale=0.3), tokenizer, **options)
+def test_the_unit_is_honoured():
+    """One forward pass a byte, or one a token: what the settings say holds without saying it again."""
+    tokenizer = byte_level()
+    model = tiny_llama(len(tokenizer), eos=None, scale=0.3)
+    for unit in ("byte", "token"):
+        lm = ExactBytes(unit=unit).on(model, tokenizer)
+        assert lm.generate("hel", 12) == lm.generate("hel", 12, unit=unit)
+        other = "token" if unit == "byte" else "byte"
+        assert lm.generate("hel", 12, do_sample=True, seed=3) == lm.generate(
+            "hel", 12, do_sample=True, seed=3, unit=unit
+        )
+        assert lm.generate("hel", 12, do_sample=True, seed=3) != lm.generate(
+            "hel", 12, do_sample=True, seed=3, unit=other
+        )
+    with pytest.raises(BadInputError, match="unit is"):
+        lm.generate("a", unit="word")
 
 
-def can_begin(view, tokens):
-    """By trying every pair of characters after the text, and every way to finish a character."""
-    data = b"".join(view.bytes[t] for t in tokens)
-    parts = split_character(data)
-    if parts is None:
-        return False
-    if parts[1]:
-        tails = list(fillings(parts[1]))
-    else:
-        letters = ["", "a", "t", "s", " ", "\n", "1", ".", "'", "é"]
-        tails = [(first + second).encode() for first in letters for second in letters]
-    found = (view.encode(data + tail) for tail in tails)
-    return any(ids is not None and ids[: len(tokens)] == list(tokens) for ids in found)
-
-
-def enumerate_covers(lm, text, beyond=0):
-    """Every token sequence whose last token reaches ``beyond`` bytes behind a spelled text, or further.
-
-    Found one token at a time: ``{tokens: (log-probability, bytes)}``.
-    """
-    covers, pending = {}, [((), 0.0, b"")]
-    while pending:
-        tokens, logp, data = pending.pop()
-        with torch.inference_mode():
-            logits = lm.model(torch.tensor([[*lm.context, *tokens]])).logits[0, -1, : lm.vocab]
-        logps = torch.log_softmax(logits.double(), -1).tolist()
-        for token, piece in enumerate(lm.view.bytes[: lm.vocab]):
-            if not piece:
-                continue
-            longer = data + piece
-            if longer.startswith(text) and len(longer) >= len(text) + beyond:
-                covers[*tokens, token] = logp + logps[token], longer
-            elif text.startswith(longer):
-                pending.append(((*tokens, token), logp + logps[token], longer))
-    return covers
-
-
-@pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("text", ["h", "hel", "it'", "1", "he \n", "wé"])
-def test_covers_equal_enumeration(kind, text, exact):
-    lm = build(kind, exact=exact, tolerance=0.0)
-    spelled = lm.view.spelled(text)
-    wanted = enumerate_covers(lm, spelled)
-    # without the check of the whole only the left part must be an encoding
-    checked = {t: p for t, (p, _) in wanted.items() if can_begin(lm.view, t if exact else t[:-1])}
-    found = {(*lm._base[len(lm.context) :], *cover.tokens): cover.logp for cover in lm.covers(text)}
-    assert found.keys() == checked.keys()
-    for tokens, logp in checked.items():
-        assert found[tokens] == pytest.approx(logp, abs=1e-4)
-    assert lm.logprob(text) == pytest.approx(np.logaddexp.reduce(list(checked.values())), abs=1e-4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_next_bytes_equal_enumeration(kind):
-    lm = build(kind, tolerance=0.0)
-    for text in (b"", b"hel", b"a he") if kind == "byte-level" else (b"hel",):
-        spelled = lm.view.spelled(text)
-        wanted = np.zeros(256)
-        for tokens, (logp, data) in enumerate_covers(lm, spelled, beyond=1).items():
-            if can_begin(lm.view, tokens):
-                wanted[data[len(spelled)]] += math.exp(logp)
-        found = np.exp(lm.next_byte_logprobs(text))
-        assert found.sum() == pytest.approx(1)
-        assert np.allclose(found[:256] / found[:256].sum(), wanted / wanted.sum(), atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_incremental_steps_equal_fresh_ones(kind):
-    """Byte after byte on one cache, jumping back, and settled words leaving the window: nothing depends on the way."""
-    lm = build(kind)
-    text = "hello world the café 😀 it's  12".encode()
-    steps = [lm.next_byte_logprobs(text[:size]) for size in range(len(text))]
-    assert lm.forwards <= 2 * len(text)
-    for size in (3, 20, 11, len(text) - 1):
-        fresh = build(kind).next_byte_logprobs(text[:size])
-        assert np.allclose(np.exp(steps[size]), np.exp(fresh), atol=1e-5)
-        assert np.allclose(np.exp(lm.next_byte_logprobs(text[:size])), np.exp(fresh), atol=1e-5)
-    assert lm.logprob(text) == pytest.approx(build(kind).logprob(text), abs=1e-3)
-
-
-# -- a world known exactly ---------------------------------------------------------------------------------------------
-class Chain(ByteLM):
-    """A model of tokens that is a Markov chain over the bytes "h", "e", "l" by construction: texts of seven bytes."""
-
-    LETTERS, SIZE = b"hel", 7
-
-    def __init__(self, **options):
-        tokenizer = byte_level()
-        super().__init__(tiny_llama(len(tokenizer), eos=tokenizer.eos_token_id), tokenizer, tolerance=0.0, **options)
-        rng = np.random.default_rng(0)
-        self.first = rng.dirichlet(np.ones(3))
-        self.next = rng.dirichlet(np.ones(3), 3)
-        self.texts = {}
-        for number in range(3**self.SIZE):
-            digits = [number // 3**k % 3 for k in range(self.SIZE)]
-            prob = self.first[digits[0]] * math.prod(self.next[a, b] for a, b in itertools.pairwise(digits))
-            text = bytes(self.LETTERS[d] for d in digits)
-            self.texts[text] = (prob, (*self.view.encode(text), *self.eos))
-        self.table = {}
-        for prob, tokens in self.texts.values():
-            for size in range(len(tokens)):
-                here = self.table.setdefault(tokens[:size], {})
-                here[tokens[size]] = here.get(tokens[size], 0.0) + prob
-
-    def logps_after(self, tokens):
-        logps = np.full(self.vocab, -np.inf)
-        here = self.table.get(tuple(tokens), {})
-        for token, prob in here.items():
-            logps[token] = math.log(prob / sum(here.values()))
-        return logps
-
-    def _commit(self, chain):
-        self._base += chain
-        self._nodes = {(): _Node(-1, 0.0, self.logps_after(self._base[len(self.context) :]))}
-
-    def _grow(self, paths):
-        for path in paths:
-            above = self._nodes[path[:-1]]
-            before = self._base[len(self.context) :]
-            self._nodes[path] = _Node(-1, above.logp + above.logps[path[-1]], self.logps_after((*before, *path)))
-
-    def chance(self, prefix):
-        return sum(prob for text, (prob, _) in self.texts.items() if text.startswith(prefix))
-
-
-def test_a_markov_chain_comes_back_exactly():
-    lm = Chain()
-    biased = 0
-    for prefix in (b"", b"h", b"he", b"hel", b"helh", b"lle", b"elel", b"hhelhe"):
-        found = np.exp(lm.next_byte_logprobs(prefix))
-        row = lm.first if not prefix else lm.next[lm.LETTERS.index(prefix[-1:])]
-        assert np.allclose([found[byte] for byte in lm.LETTERS], row, atol=1e-9), prefix
-        assert found.sum() == pytest.approx(1, abs=1e-12)
-        # the naive way: the prefix's own tokens, then the first byte of the next token
-        naive = np.zeros(257)
-        for token, logp in enumerate(lm.logps_after(lm.view.encode(prefix))):
-            naive[EOS if token in lm.eos else (lm.view.bytes[token] or b"\0")[0]] += math.exp(logp)
-        biased += not np.allclose([naive[byte] for byte in lm.LETTERS], row, atol=0.05)
-    assert biased >= 3
-    full = b"helhelh"
-    assert np.exp(lm.next_byte_logprobs(full))[EOS] == pytest.approx(1)
-
-
-def test_the_chain_rule_and_the_sum_over_covers():
-    lm = Chain()
-    for text in (b"hel", b"lleh", b"ehlehle"):
-        steps = sum(lm.next_byte_logprobs(text[:k])[text[k]] for k in range(len(text)))
-        assert steps == pytest.approx(math.log(lm.chance(text)), abs=1e-9)
-        assert lm.logprob(text) == pytest.approx(math.log(lm.chance(text)), abs=1e-9)
-    assert lm.logprob(b"ehlehle", ended=True) == pytest.approx(lm.logprob(b"ehlehle"), abs=1e-9)
-    assert lm.logprob(b"ehl", ended=True) == -math.inf
-
-
-@pytest.mark.parametrize("unit", ["byte", "token"])
-def test_sampled_texts_follow_the_model(unit):
-    lm = Chain()
-
-    def plain(tokens, new, size, do_sample, temperature, rng):
-        tokens = tokens[len(lm.context) :]
-        while len(new) < size:
-            logps = lm.logps_after(tokens)
-            token = int(rng.choice(lm.vocab, p=np.exp(logps)))
-            if token in lm.eos:
-                break
-            tokens, new = [*tokens, token], new + lm.view.bytes[token]
-        return new[:size]
-
-    lm._plain = plain
-    draws = 1200
-    seen = Counter(lm.generate(b"he", 3, do_sample=True, seed=seed, unit=unit) for seed in range(draws))
-    expected = Counter()
-    for text, (prob, _) in lm.texts.items():
-        if text.startswith(b"he"):
-            expected[text[2:5]] += draws * prob / lm.chance(b"he")
-    assert seen.keys() <= expected.keys()
-    common = [key for key, count in expected.items() if count >= 5]
-    rest = draws - sum(seen[k] for k in common), draws - sum(expected[k] for k in common)
-    observed = [seen[k] for k in common] + ([rest[0]] if rest[1] > 1 else [])
-    wanted = [expected[k] for k in common] + ([rest[1]] if rest[1] > 1 else [])
-    wanted = np.array(wanted) * sum(observed) / sum(wanted)
-    assert chisquare(observed, wanted).pvalue > 1e-4
-
-
-# -- the view of a tokenizer -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", KINDS)
-@given(st.text(alphabet="hel wo'ts12.\né😀", max_size=14), st.text(alphabet="hel wo'ts12.\né😀", max_size=8))
-def test_what_is_settled_stays(kind, text, more):
-    view = ByteView(KINDS[kind]())
-    data = view.spelled(text)
-    assume(data + more.encode() != view.lead)  # no text
-    cut = view.settled(data)
-    before = view.encode(data[:cut]) if cut else []
-    longer = view.encode(data + more.encode())
-    assert longer[: len(before)] == before
-    assert longer[len(before) :] == view.encode((data + more.encode())[cut:]) or cut == 0
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@given(st.text(alphabet="hel wo'ts12.\né😀", min_size=1, max_size=12), st.data())
-def test_every_beginning_of_an_encoding_is_found(kind, text, data):
-    view = ByteView(KINDS[kind]())
-    spelled = view.spelled(text)
-    tokens = view.encode(spelled)
-    size = data.draw(st.integers(0, len(tokens)))
-    head = b"".join(view.bytes[t] for t in tokens[:size])
-    assert tuple(tokens[:size]) in view.beginnings(head) and view.begins(tokens[:size])
-    assert b"".join(view.bytes[t] for t in tokens) == spelled
-
-
-def test_tokens_by_their_bytes(embedded_tokenizer):
-    view = ByteView(embedded_tokenizer)
-    for data in (b"", b" wor", b"\xf0", b"no such token in any vocabulary"):
-        ids, after = view.starting_with(data)
-        wanted = {
-            i: (t[len(data)] if len(t) > len(data) else -1)
-            for i, t in enumerate(view.bytes)
-            if t and t.startswith(data)
-        }
-        assert dict(zip(ids.tolist(), after.tolist(), strict=True)) == wanted
-
-
-@given(st.binary(max_size=6))
-def test_unfinished_characters(data):
-    parts = split_character(data)
-    completions = [b"", *(bytes([a, *rest]) for a in range(0x80, 0xC0) for rest in ((), (0x80,), (0x80, 0x80)))]
-    possible = False
-    for more in completions:
-        try:
-            (data + more).decode()
-            possible = True
-        except UnicodeDecodeError:
-            continue
-    assert (parts is not None) == possible
-    if parts is not None:
-        assert parts[0] + parts[1] == data and parts[0].decode() is not None
-
-
-# -- a real model ------------------------------------------------------------------------------------------------------
-def test_at_a_safe_boundary_bytes_are_the_tokens_first_bytes(embedded):
-    """Digits are tokens by themselves here: nothing sticks out, so the next byte is the first of the next token."""
-    model, tokenizer = embedded
-    lm = ByteLM(model, tokenizer)
-    text = "Rome, the year 199"
-    assert all((lm.view.starting_with(text[place:].encode())[1] < 0).all() for place in range(len(text)))
-    found = np.exp(lm.next_byte_logprobs(text))
-    with torch.inference_mode():
-        ids = torch.tensor([[*lm.context, *tokenizer(text)["input_ids"]]])
-        probs = torch.softmax(model(ids).logits[0, -1].float(), -1).numpy()
-    naive = np.zeros(257)
-    for token, piece in enumerate(lm.view.bytes):
-        if token in lm.eos:
-            naive[EOS] += probs[token]
-        elif piece:
-            naive[piece[0]] += probs[token]
-    assert np.abs(found - naive / naive.sum()).max() < 1e-3
-
-
-def test_words_cut_in_the_middle(embedded):
-    model, tokenizer = embedded
-    lm = ByteLM(model, tokenizer)
-    assert lm.generate("The capital of France is Par", 2) == b"is"
-    before = lm.forwards
-    new = lm.generate("Once upon a time there was a beauti", 12, unit="byte")
-    assert new.startswith(b"ful") and lm.forwards - before <= 3 * len(new)
-    trace = lm.trace("The capital of France is Par")
-    assert trace.columns["beyond"][0] == "is" and sum(trace.columns["probability"]) <= 1 + 1e-6
-    healed = model.generate(
-        **tokenizer("The capital of France is Par", return_tensors="pt"), max_new_tokens=4, do_sample=False,
-        custom_generate=TokenHealing(tokenizer),
-    )  # fmt: skip
-    assert "France is Paris" in tokenizer.decode(healed[0])
-
-
-def test_ensembles_mix_vocabularies():
-    one, two = build("byte-level"), build("sentencepiece", seed=2)
-    both = ByteEnsemble([one, two], [3, 1])
-    mixed = np.exp(both.next_byte_logprobs("hel"))
-    assert np.allclose(
-        mixed, 0.75 * np.exp(one.next_byte_logprobs("hel")) + 0.25 * np.exp(two.next_byte_logprobs("hel"))
-    )
-    text = b"hello"
-    assert both.logprob(text) == pytest.approx(sum(both.next_byte_logprobs(text[:k])[text[k]] for k in range(5)))
-    alone = ByteEnsemble([one])
-    assert both.generate("hel", 4, do_sample=True, seed=3) != b"" and alone.generate("he", 5) == one.generate(
-        "he", 5, unit="byte"
-    )
-
-
-def test_bad_input(embedded_tokenizer):
-    lm = build("byte-level")
-    for call, message in (
-        (lambda: lm.next_byte_logprobs(b"\xff\xfe"), "no UTF-8"),
-        (lambda: lm.logprob(b"a\xc3b"), "no UTF-8"),
-        (lambda: lm.generate("a", unit="word"), "unit"),
-        (lambda: lm.generate("a", do_sample=True, temperature=0.0), "temperature"),
-        (lambda: ByteLM(lm.model, lm.tokenizer, context=[]), "context is empty"),
-        (lambda: lm.next_byte_logprobs("hel the " * 200), "longer than the model's context"),
-        (lambda: ByteEnsemble([]), "positive weights"),
-        (lambda: ByteEnsemble([lm], [0.0]), "positive weights"),
+def test_bad_settings():
+    for settings, message in (
+        ({"unit": "word"}, "unit is"),
+        ({"tolerance": 1.0}, "tolerance"),
+        ({"tolerance": -1}, "tolerance"),
     ):
         with pytest.raises(BadInputError, match=message):
-            call()
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    lossy = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
-    lossy.normalizer, lossy.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    lossy.decoder = decoders.WordPiece()
-    with pytest.raises(BadInputError, match="does not keep the text"):
-        ByteView(lossy)
+            ExactBytes(**settings)

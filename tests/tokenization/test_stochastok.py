@@ -175,8 +175,10 @@ def test_same_seed_same_output(embedded_tokenizer):
 
 @pytest.mark.parametrize(("n", "prop"), [(5, 0.8), (12, 0.5), (30, 0.1)])
 def test_marginal_probability_of_a_split_matches_the_closed_form(n, prop):
-    """One splittable token (into single bytes) among n - 1 unsplittable ones: every attempt hits it with chance 1/n until
-    it splits, so P(split) = 1 - (1 - 1/n)^floor(p n)."""
+    """One splittable token (into single bytes) among n - 1 unsplittable ones.
+
+    Every attempt hits it with chance 1/n until it splits, so P(split) = 1 - (1 - 1/n)^floor(p n).
+    """
     vocabulary = [b"a", b"b", b"ab"]
     stochastok = StochasTok.__new__(StochasTok)
     stochastok.expand_prop, stochastok.max_expansions, stochastok.table = prop, None, split_table(vocabulary)

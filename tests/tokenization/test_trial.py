@@ -8,6 +8,7 @@ import pytest
 
 from everytoken.catalog.cards import load_catalog
 from everytoken.core.errors import BadInputError
+from everytoken.core.settings import parse_settings
 from everytoken.decoding.trial import Trial, TrialRequest
 from everytoken.tokenization.base import ByteMethod, ByteModel, Retokenizer, Transplanter
 from everytoken.tokenization.dynamic_tokenization import DynamicTokenizer
@@ -71,25 +72,14 @@ def test_trials_run(factory, settings, data, arms, folder):
     assert any(note.startswith("it:") for note in result.notes)
 
 
-def test_the_unit_of_exact_bytes_is_honoured():
-    """One forward pass a byte, or one a token: what the settings say holds without saying it again."""
-    tokenizer = byte_level()
-    model = tiny_llama(len(tokenizer), eos=None, scale=0.3)
-    for unit in ("byte", "token"):
-        lm = ExactBytes(unit=unit).on(model, tokenizer)
-        assert lm.generate("hel", 12) == lm.generate("hel", 12, unit=unit)
-        other = "token" if unit == "byte" else "byte"
-        assert lm.generate("hel", 12, do_sample=True, seed=3) == lm.generate(
-            "hel", 12, do_sample=True, seed=3, unit=unit
-        )
-        assert lm.generate("hel", 12, do_sample=True, seed=3) != lm.generate(
-            "hel", 12, do_sample=True, seed=3, unit=other
-        )
-    with pytest.raises(BadInputError, match="unit is"):
-        lm.generate("a", unit="word")
-
-
 def test_methods_of_two_kinds_are_refused(folder):
     items = [Trial("a", StochasTok, {}), Trial("b", ExactBytes, {})]
     with pytest.raises(BadInputError, match="cannot be compared"):
         trial(TrialRequest(items, str(folder / "old")))
+
+
+@pytest.mark.parametrize("card", METHODS, ids=lambda card: card.slug)
+def test_settings_of_every_method_can_be_read(card):
+    """The command line reads the types of a method's fields."""
+    with pytest.raises(BadInputError, match="no_such_setting"):
+        parse_settings(card.slug, card.load(), ["no_such_setting=1"])

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path[0] = str(Path(__file__).parents[2])  # not this folder: its datasets/ would hide the library of that name
 
 import datasets
 import torch
@@ -22,8 +23,6 @@ from everytoken.preference.tdpo import TDPOLoss
 from everytoken.preference.tgdpo import TGDPOLoss
 from everytoken.preference.trainer import PreferenceTrainer
 from everytoken.reinforcement.rto import RTOConfig, RTOTrainer
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.conftest import tiny_llama
 from tests.preference.test_ift import ROWS as DEMONSTRATIONS
 from tests.preference.test_trainer import ROWS

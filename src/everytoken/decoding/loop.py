@@ -1,7 +1,8 @@
 """Decoders that change how the model computes and not how a token is chosen: transformers' own loops run them.
 
-A ``LoopDecoder`` says in ``applied`` what is different about the model during a call; everything else (sampling, beams, ragged
-batches, streamers, scores, stopping, past key values) is ``generate``'s own code, so it is honoured by construction.
+A ``LoopDecoder`` says in ``applied`` what is different about the model during a call; everything else (sampling, beams,
+ragged batches, streamers, scores, stopping, past key values) is ``generate``'s own code, so it is honoured by
+construction.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class MatcherLogitsProcessor(LogitsProcessor):
     Args:
         matcher: in its initial state, directly behind the prompt; each row follows a fork of it.
         prompt_length: padded length of the prompts.
-        strict: raise where a row holds a forbidden token. Beam search is not: it fills up its beams with impossible ones.
+        strict: raise where a row holds a forbidden token. Beam search is not: it fills up its beams with impossible
+            ones.
     """
 
     def __init__(self, matcher: Matcher, prompt_length: int, strict: bool = True):
@@ -50,7 +52,8 @@ class MatcherLogitsProcessor(LogitsProcessor):
         return scores
 
     def follow(self, text: tuple[int, ...]) -> Matcher | None:
-        """The matcher behind ``text``, or None if the text is impossible. A finished one stays (``generate`` pads such rows)."""
+        """The matcher behind ``text``, or None if the text is impossible. A finished one stays (``generate`` pads such
+        rows)."""
         known = len(text)
         while text[:known] not in self.states:
             known -= 1
@@ -108,7 +111,8 @@ class LoopDecoder(Decoder):
     """Whether ``applied`` changes the model itself, so that calls on one model must take turns."""
 
     def applied(self, call: DecodingCall[Any]) -> AbstractContextManager[Any]:
-        """What is different about ``call.model`` during a call; may change ``call.config`` and ``call.model_kwargs``."""
+        """What is different about ``call.model`` during a call; may change ``call.config`` and
+        ``call.model_kwargs``."""
         raise NotImplementedError(f"{type(self).__name__} does not implement applied.")
 
     def finished(self, call: DecodingCall[Any], sequences: torch.Tensor, new: list[list[int]]) -> None:

@@ -1,8 +1,8 @@
 """The contract of a Matcher: it follows one text and says which tokens may come next.
 
 ``Matcher`` has the methods that users of xgrammar know (``fill_next_token_bitmask``, ``accept_token``, ``rollback``,
-``is_terminated``, ``find_jump_forward_string``) plus ``accepts``, which tests one token alone: samplers that draw first and ask
-afterwards need no more. Every decoder takes one; the constraints station makes them.
+``is_terminated``, ``find_jump_forward_string``) plus ``accepts``, which tests one token alone: samplers that draw first
+and ask afterwards need no more. Every decoder takes one; the constraints station makes them.
 
 Bitmasks are int32, ``[B, ceil(V / 32)]``; bit ``i % 32`` of word ``i // 32`` says whether token i is allowed.
 """
@@ -92,7 +92,8 @@ def apply_token_bitmask_inplace(logits: torch.Tensor, bitmask: torch.Tensor, ind
 
 
 def fill_mask(matcher: Matcher, scores: torch.Tensor) -> None:
-    """Sets the scores ``[V]`` of tokens that a ``Matcher`` forbids to minus infinity, in place; a finished one forbids none."""
+    """Sets the scores ``[V]`` of tokens that a ``Matcher`` forbids to minus infinity, in place; a finished one forbids
+    none."""
     if matcher.is_terminated():
         return
     bitmask = allocate_token_bitmask(1, scores.shape[-1])

@@ -153,7 +153,8 @@ class DecodingRow:
 
 
 def processors_for_row(processors: Iterable[LogitsProcessor], row: int) -> LogitsProcessorList:
-    """The call's processors as row number ``row`` alone has to be shown to them: functions of the row's number are told it."""
+    """The call's processors as row number ``row`` alone has to be shown to them: functions of the row's number are told
+    it."""
 
     def told(function: Callable[[int, torch.Tensor], list[int]]) -> Callable[[int, torch.Tensor], list[int]]:
         return lambda _batch_id, text: function(row, text)
@@ -166,9 +167,10 @@ def processors_for_row(processors: Iterable[LogitsProcessor], row: int) -> Logit
     )
 
 
-# -- forwards of decoders with a loop of their own ---------------------------------------------------------------------------
+# -- forwards of decoders with a loop of their own ---------------------------------------------------------------------
 def read_on(model: PreTrainedModel, cache: Cache, text: list[int], vocab: int) -> torch.Tensor:
-    """Runs a model over what its cache does not hold of ``text`` yet, in one forward: logits ``[V]`` of the next token."""
+    """Runs a model over what its cache does not hold of ``text`` yet, in one forward: logits ``[V]`` of the next
+    token."""
     past = cache.get_seq_length()
     ids = torch.tensor([text[past:]], device=model.device)
     positions = torch.arange(past, len(text), device=ids.device)[None]

@@ -1,8 +1,8 @@
 """What ``everytoken try`` and ``compare`` ask of a station: its ``trial`` module.
 
-``everytoken.STATION.trial`` holds ``trial(requests) -> TrialResult``: it runs the station's baseline and every requested method
-on the same work in one process, and returns one row of figures for each. A new method of the station needs no trial of its
-own: the contract that all methods of a station share is enough to run them.
+``everytoken.STATION.trial`` holds ``trial(requests) -> TrialResult``: it runs the station's baseline and every
+requested method on the same work in one process, and returns one row of figures for each. A new method of the station
+needs no trial of its own: the contract that all methods of a station share is enough to run them.
 """
 
 from __future__ import annotations
@@ -10,12 +10,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import BadInputError
 from ..core.progress import Report, silent
 from ..core.scoring import check_prompt, encode_prompt
 from ..core.trace import TokenTrace
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
+
+    from .base import Decoder
 
 
 @dataclass
@@ -90,7 +97,7 @@ EXAMPLE = "Why do cats purr? Answer in a few sentences."
 
 
 def trial(request: TrialRequest) -> TrialResult:
-    """Runs plain decoding, then every decoder; see ``decoding.trial``."""
+    """Runs plain decoding, then every decoder, on a question about cats unless the user gives a prompt."""
     return run_decoders(request, EXAMPLE)
 
 
@@ -99,83 +106,45 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
 
     Args:
         example: the prompt if none is given.
+
+    Raises:
+        BadInputError: the prompt is too long for the model, or a decoder cannot honour what is asked for.
+        UnsupportedModelError: a decoder cannot decode with this model; said before any weights are read.
     """
     prompt = example if request.prompt is None else request.prompt
     check_prompt(prompt)
-    decoders = {item.name: item.factory(**item.settings, trace_enabled=True) for item in request.trials}
-    from transformers import TextStreamer
-
-    from ..core.loading import load_model, load_tokenizer
-    from ..core.rng import seed_everything
+    decoders: dict[str, Decoder] = {
+        item.name: item.factory(**item.settings, trace_enabled=True) for item in request.trials
+    }
+    from ..core.loading import load_config, load_model, load_tokenizer
 
     options = request.options
+    config = load_config(request.model)
+    for decoder in decoders.values():
+        decoder.check_model(config)
     request.report("loading the model", 0, 0)
     tokenizer = load_tokenizer(request.model)
     inputs = encode_prompt(tokenizer, prompt)
-    length = inputs["input_ids"].shape[1]
-    model = load_model(request.model, dtype=options.get("dtype", "auto"), packed=bool(options.get("packed", True)))
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     new_tokens = int(options.get("max_new_tokens", 128))
+    length = inputs["input_ids"].shape[1]
     extends = all(decoder.extrapolates for decoder in decoders.values())
-    if context is not None and length + new_tokens > context and not extends:
-        raise BadInputError(
-            f"The prompt has {length} tokens and {new_tokens} more are asked for; the model's context is {context}.",
-            "Shorten the prompt, or lower --max-new-tokens.",
-        )
-    beyond = context is not None and length + new_tokens > context
+    beyond = check_context(config, length, new_tokens, extends)
+    model = load_model(request.model, dtype=options.get("dtype", "auto"), packed=bool(options.get("packed", True)))
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     temperature = float(options.get("temperature", 0.0))
     arguments: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         arguments |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-
-    class Streamer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            request.stream(text)
-
+    result = TrialResult({}, "tokens per second", notes=[beyond] if beyond else [])
+    work = _Work(request, result, model, tokenizer, inputs, arguments)
     request.report("warming up", 0, 0)
     model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    rows: dict[str, dict[str, float]] = {}
-    result = TrialResult(rows, "tokens per second")
-    if beyond:
-        result.notes.append(
-            f"The text is longer than the model's context of {context} tokens: plain decoding was not trained for it."
-        )
-    seed = int(options.get("seed", 0))
-
-    def record(name: str, output: Any, seconds: float, extra: dict[str, float]) -> None:
-        new = output[0, length:]
-        rows[name] = {"tokens per second": len(new) / seconds, "new tokens": len(new), "seconds": seconds} | extra
-        result.texts[name] = tokenizer.decode(new, skip_special_tokens=True)
-
     request.report("plain decoding", 0, 0)
-    seed_everything(seed)
-    began = time.perf_counter()
-    output = model.generate(**inputs, **arguments)
-    record("plain generate", output, time.perf_counter() - began, {"target forwards": float(output.shape[1] - length)})
+    output, seconds = work.timed(lambda: model.generate(**inputs, **arguments))
+    work.record("plain generate", output, seconds, {"target forwards": float(output.shape[1] - length)})
     for name, decoder in decoders.items():
         request.report(f"decoding with {name}", 0, 0)
-        decoder.load_helpers(model)  # loading is not decoding: keep it out of the time
-        began = time.perf_counter()
-        decoder.prepare(tokenizer, model.config.get_text_config().vocab_size)
-        if (spent := time.perf_counter() - began) > 1e-3:
-            result.notes.append(f"{name}: prepared in {1e3 * spent:.0f} ms.")
-        mine = arguments
-        if decoder.samples_only and temperature == 0:
-            mine = arguments | {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-            result.notes.append(f"{name} samples; it ran at temperature 1 (choose with --temperature).")
-        seed_everything(seed)
-        streamer = (
-            None
-            if getattr(decoder, "particles", 1) > 1 or not decoder.streams
-            else Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        )
-        began = time.perf_counter()
-        output = decoder.generate(model, **inputs, **mine, streamer=streamer)
-        record(name, output, time.perf_counter() - began, decoder.figures())
-        for trace in decoder.trace:
-            trace.title = f"{name}: {prompt}"
-            result.traces.append(trace.with_text(tokenizer))
+        work.run(name, decoder, prompt)
         if temperature == 0 and decoder.lossless:
             same = result.texts[name] == result.texts["plain generate"]
             result.notes.append(
@@ -185,3 +154,80 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
     wanted = [decoder.colour for decoder in decoders.values()]
     result.column = next((name for name in wanted if all(name in trace.columns for trace in result.traces)), None)
     return result
+
+
+def check_context(config: PreTrainedConfig, length: int, new_tokens: int, extends: bool) -> str | None:
+    """A note where prompt and answer are longer than the model's context, or None.
+
+    Raises:
+        BadInputError: they are, and not all decoders can go beyond it.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is None or length + new_tokens <= context:
+        return None
+    if not extends:
+        raise BadInputError(
+            f"The prompt has {length} tokens and {new_tokens} more are asked for; the model's context is {context}.",
+            "Shorten the prompt, or lower --max-new-tokens.",
+        )
+    return f"The text is longer than the model's context of {context} tokens: plain decoding was not trained for it."
+
+
+@dataclass
+class _Work:
+    """One prompt, and what every method made of it."""
+
+    request: TrialRequest
+    result: TrialResult
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    inputs: dict[str, torch.Tensor]
+    arguments: dict[str, Any]
+
+    def timed(self, decode: Callable[[], Any]) -> tuple[Any, float]:
+        """What ``decode()`` returns from the trial's seed, and its seconds."""
+        from ..core.rng import seed_everything
+
+        seed_everything(int(self.request.options.get("seed", 0)))
+        began = time.perf_counter()
+        output = decode()
+        return output, time.perf_counter() - began
+
+    def record(self, name: str, output: torch.Tensor, seconds: float, figures: dict[str, float]) -> None:
+        """A method's row of figures, and its text."""
+        new = output[0, self.inputs["input_ids"].shape[1] :]
+        row = {"tokens per second": len(new) / seconds, "new tokens": float(len(new)), "seconds": seconds}
+        self.result.rows[name] = row | figures
+        self.result.texts[name] = self.tokenizer.decode(new, skip_special_tokens=True)
+
+    def run(self, name: str, decoder: Decoder, prompt: str) -> None:
+        """Decodes with one method; loading its helpers and preparing it is not part of the time."""
+        notes, arguments = self.result.notes, self.arguments
+        decoder.load_helpers(self.model)
+        began = time.perf_counter()
+        decoder.prepare(self.tokenizer, self.model.config.get_text_config().vocab_size)
+        if (spent := time.perf_counter() - began) > 1e-3:
+            notes.append(f"{name}: prepared in {1e3 * spent:.0f} ms.")
+        if decoder.samples_only and not arguments["do_sample"]:
+            arguments = arguments | {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+            notes.append(f"{name} samples; it ran at temperature 1 (choose with --temperature).")
+        streamer = self.streamer() if decoder.streams else None
+        output, seconds = self.timed(
+            lambda: decoder.generate(self.model, **self.inputs, **arguments, streamer=streamer)
+        )
+        self.record(name, output, seconds, decoder.figures())
+        for trace in decoder.trace:
+            trace.title = f"{name}: {prompt}"
+            self.result.traces.append(trace.with_text(self.tokenizer))
+
+    def streamer(self) -> BaseStreamer:
+        """Hands text to the request as it becomes final."""
+        from transformers import TextStreamer
+
+        stream = self.request.stream
+
+        class Streamer(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                stream(text)
+
+        return Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,9 +1,10 @@
 """DySpec: speculative decoding with a token tree that grows where the draft is sure (arXiv 2410.11744).
 
-One forward of the target can check many drafted continuations at once, laid out as a tree. Which tree? DySpec estimates the
-chance that a node is accepted by the product of draft probabilities along its path and grows the tree greedily by that value.
-A *slot* is an open place for one more child of a node: it has a value ``v`` (the chance that verification comes to test it)
-and the residual distribution ``R`` (the draft's, without the siblings already there). Filling a slot with ``y ~ R`` opens two::
+One forward of the target can check many drafted continuations at once, laid out as a tree. Which tree? DySpec estimates
+the chance that a node is accepted by the product of draft probabilities along its path and grows the tree greedily by
+that value. A *slot* is an open place for one more child of a node: it has a value ``v`` (the chance that verification
+comes to test it) and the residual distribution ``R`` (the draft's, without the siblings already there). Filling a slot
+with ``y ~ R`` opens two::
 
     child slot of y:    v0 = v R[y]          (verification accepts y and moves on)
     next sibling slot:  v1 = v (1 - R[y])    (verification rejects y and tries again)
@@ -12,15 +13,16 @@ Fixed size: always fill the slot of largest value, ``budget`` times. Threshold: 
 ``v > threshold`` (about 1/budget), one draft forward a layer.
 
 Verification walks down from the root with the target's distribution T and the draft's D. A child y is accepted with
-probability ``min(1, T[y] / D[y])``; on rejection ``T <- norm(max(T - D, 0))`` and ``D[y] <- 0, D <- norm(D)``. When no child
-is left the next token is drawn from T. The output has exactly the target's distribution, for any draft and any tree, because
-a slot's value never looks at the token that will fill it. In greedy decoding the child equal to arg-max T is accepted, the
-output is the target's own greedy text, and (as nothing random has to be protected there) nodes are ranked by the value
-``v R[y]`` of the node itself, which maximises the expected number of accepted tokens among all trees of that size.
+probability ``min(1, T[y] / D[y])``; on rejection ``T <- norm(max(T - D, 0))`` and ``D[y] <- 0, D <- norm(D)``. When no
+child is left the next token is drawn from T. The output has exactly the target's distribution, for any draft and any
+tree, because a slot's value never looks at the token that will fill it. In greedy decoding the child equal to arg-max T
+is accepted, the output is the target's own greedy text, and (as nothing random has to be protected there) nodes are
+ranked by the value ``v R[y]`` of the node itself, which maximises the expected number of accepted tokens among all
+trees of that size.
 
-Two choices of ours, both without influence on the result: draft forwards of the fixed-size tree are batched, by looking ahead
-at every slot that may still be filled; and each round starts by running the draft over the tokens just committed, so a draft
-that reads the target's hidden states (``drafts.FeatureDraftForCausalLM``) gets the true ones.
+Two choices of ours, both without influence on the result: draft forwards of the fixed-size tree are batched, by looking
+ahead at every slot that may still be filled; and each round starts by running the draft over the tokens just committed,
+so a draft that reads the target's hidden states (``drafts.FeatureDraftForCausalLM``) gets the true ones.
 """
 
 from __future__ import annotations
@@ -66,10 +68,10 @@ class DySpec(Decoder):
     """Lossless speculative decoding with a dynamic token tree.
 
     Args:
-        draft_model: a small causal language model with the target's tokenizer, or a ``FeatureDraftForCausalLM``. None is only
-            allowed for the embedded target, whose draft ships with the package.
-        budget: nodes of the tree, at most. 0 is plain decoding, 1 one speculated token. Choose it from the cost of a target
-            forward over so many tokens (16 suits a small model on a CPU, 64 a 7B model on a GPU).
+        draft_model: a small causal language model with the target's tokenizer, or a ``FeatureDraftForCausalLM``. None
+            is only allowed for the embedded target, whose draft ships with the package.
+        budget: nodes of the tree, at most. 0 is plain decoding, 1 one speculated token. Choose it from the cost of a
+            target forward over so many tokens (16 suits a small model on a CPU, 64 a 7B model on a GPU).
         threshold: a number grows layer by layer all slots above it, with one draft forward a layer (the paper: about
             1/budget); None grows the fixed-size tree, which needs more draft forwards.
         max_depth: longest drafted path.
@@ -116,7 +118,8 @@ class DySpec(Decoder):
             self.draft_model = load_draft(model)
 
     def check_call(self, call: DecodingCall[Any]) -> None:
-        """Raises TokenizerMismatchError for a draft of another vocabulary, UnsupportedModelError for a cache without crop."""
+        """Raises TokenizerMismatchError for a draft of another vocabulary, UnsupportedModelError for a cache without
+        crop."""
         check_same_vocabulary(call.model, self.draft_model)
         cache = call.model_kwargs.get("past_key_values")
         check_croppable("DySpec", self.new_row_cache(call) if cache is None else cache)
@@ -155,7 +158,7 @@ class _Speculation:
         self.path_free = all(isinstance(item, PATH_FREE) for item in row.processors)
         self.draft = DraftSession(decoder.draft_model, call.model, self.vocab)
 
-    # -- the loop --------------------------------------------------------------------------------------------------------
+    # -- the loop ------------------------------------------------------------------------------------------------------
     def decode(self) -> None:
         try:
             logits = self._prefill()
@@ -202,7 +205,7 @@ class _Speculation:
         self.stats.target_forwards += 1
         return output.logits[0, :, : self.vocab].float()
 
-    # -- growing ---------------------------------------------------------------------------------------------------------
+    # -- growing -------------------------------------------------------------------------------------------------------
     def _grow(self, budget: int, room: int) -> TokenTree:
         """The tree for this round; ``room`` bounds its depth."""
         tree = TokenTree()
@@ -244,7 +247,8 @@ class _Speculation:
         return candidates
 
     def _masked(self, logits: torch.Tensor, paths: list[list[int]]) -> torch.Tensor:
-        """Logits ``[n, V]`` without what the matcher forbids after each path below the text; the matcher ends where it began."""
+        """Logits ``[n, V]`` without what the matcher forbids after each path below the text; the matcher ends where it
+        began."""
         if self.row.matcher is None:
             return logits
         logits = logits.clone()
@@ -275,7 +279,7 @@ class _Speculation:
             scores[rows] = self.row.processors(ids, logits[rows])
         return scores
 
-    # -- verification ----------------------------------------------------------------------------------------------------
+    # -- verification --------------------------------------------------------------------------------------------------
     def _walk(self, tree: TokenTree, logits: torch.Tensor, turn: int) -> bool:
         """Accepts a path, commits it and the bonus token, and keeps the cache rows of the path only."""
         past = self.cache.get_seq_length() - len(tree)

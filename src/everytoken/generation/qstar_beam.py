@@ -1,13 +1,15 @@
-"""Beam search over Q*: likelihood search under a preference-trained model is search with its value function (arXiv 2404.12358).
+"""Beam search over Q*: likelihood search under a preference-trained model is search with its value function (arXiv
+2404.12358).
 
-A model trained with DPO is the optimal policy of an implicit reward, so the logits are a soft Q-function, and the sum of its
-log-probabilities along a partial answer ranks answers by the reward they lead to. Beam search keeps the ``width`` best::
+A model trained with DPO is the optimal policy of an implicit reward, so the logits are a soft Q-function, and the sum
+of its log-probabilities along a partial answer ranks answers by the reward they lead to. Beam search keeps the
+``width`` best::
 
     likelihood:  sum_t log pi(y_t | s_t)                        the paper's search, without length normalisation
     value:       sum_t beta [log pi - log ref](y_t | s_t)       the implicit reward itself, for comparison
 
-Quality rises with the width and falls again when it is large, as with any beam. transformers' own beam search runs it; the trace has
-each token's log-probability and, with a reference, its implicit reward.
+Quality rises with the width and falls again when it is large, as with any beam. transformers' own beam search runs it;
+the trace has each token's log-probability and, with a reference, its implicit reward.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from ..decoding.loop import LoopDecoder
 
 
 class ValueSearch(LogitsProcessor):
-    """Turns a policy's log-probabilities into implicit rewards by taking the reference's away; follows reordered beams."""
+    """Turns a policy's log-probabilities into implicit rewards by taking the reference's away; follows reordered
+    beams."""
 
     def __init__(self, reference: PreTrainedModel, beta: float, attention_mask: torch.Tensor | None):
         self.reference, self.beta, self.mask = reference, beta, attention_mask
@@ -68,8 +71,8 @@ class QStarBeam(LoopDecoder):
         score: ``"likelihood"`` or ``"value"``.
         length_penalty: exponent of the length by which sums are divided; 0 as in the paper.
 
-    ``num_beams`` of a call, where given, goes before ``width``. Beams start from an empty cache and take no streamer. The
-    trace has ``logp``, each token's log-probability, and with a reference ``implicit_reward``.
+    ``num_beams`` of a call, where given, goes before ``width``. Beams start from an empty cache and take no streamer.
+    The trace has ``logp``, each token's log-probability, and with a reference ``implicit_reward``.
     """
 
     lossless: ClassVar[bool] = False
@@ -106,8 +109,8 @@ class QStarBeam(LoopDecoder):
         """Turns the call into a beam search of ``width`` beams.
 
         Raises:
-            BadInputError: a filled cache, several returned sequences without beams, or inputs that neither the reference nor
-                the trace would get.
+            BadInputError: a filled cache, several returned sequences without beams, or inputs that neither the
+                reference nor the trace would get.
         """
         config = call.config
         given = (config.num_beams or 1) > 1

@@ -1,19 +1,20 @@
 """R2R: a small model writes; a router hands the tokens that matter to the large one (arXiv 2505.21600).
 
-A small model mostly writes the large one's tokens, or harmless variants of them. A few tokens send the reasoning another way. At
-every step the small model chooses a token y; a router reads its last hidden state h, the embedding of y and its largest logits l,
-and says how likely y is *divergent*::
+A small model mostly writes the large one's tokens, or harmless variants of them. A few tokens send the reasoning
+another way. At every step the small model chooses a token y; a router reads its last hidden state h, the embedding of y
+and its largest logits l, and says how likely y is *divergent*::
 
     p = router(h, e_y, top-100 l)          y stays if p < threshold, else the large model writes this token
 
-The large model reads all tokens since its last turn in one forward. Both caches persist; what a step costs on average is
-``(1 - f) P_small + f P_large`` parameters, with f the large model's share of the tokens (``stats``, and the trace).
+The large model reads all tokens since its last turn in one forward. Both caches persist; what a step costs on average
+is ``(1 - f) P_small + f P_large`` parameters, with f the large model's share of the tokens (``stats``, and the trace).
 
     large.generate(**inputs, custom_generate=R2R(small, router="folder"))
 
 ``everytoken train r2r`` makes the labels and trains the router (``routing.training``); ``EntropyRouter`` and
-``AleatoricRouter`` are the baselines that need no training. A ``FeatureDraftForCausalLM`` can be the small model too: it reads
-the large one's hidden states where there are any and its own elsewhere (the large model then writes the first token).
+``AleatoricRouter`` are the baselines that need no training. A ``FeatureDraftForCausalLM`` can be the small model too:
+it reads the large one's hidden states where there are any and its own elsewhere (the large model then writes the first
+token).
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ from .speculative.drafting import DraftSession
 from .speculative.trees import TokenTree
 
 
-# -- routers -------------------------------------------------------------------------------------------------------------
+# -- routers -----------------------------------------------------------------------------------------------------------
 @runtime_checkable
 class Router(Protocol):
-    """``(hidden [N, D], embedding [N, E], logits [N, V]) -> [N]``: a value for each token, divergent from the threshold on."""
+    """``(hidden [N, D], embedding [N, E], logits [N, V]) -> [N]``: a value for each token, divergent from the threshold
+    on."""
 
     threshold: float
 
@@ -62,7 +64,8 @@ class EntropyRouter:
 class AleatoricRouter:
     """Baseline: expected entropy under a Dirichlet whose evidence are the largest (positive) logits.
 
-    With ``a_k = max(l_k, 0) + 1`` over the top K and ``a`` their sum: ``-sum_k a_k/a (digamma(a_k + 1) - digamma(a + 1))``.
+    With ``a_k = max(l_k, 0) + 1`` over the top K and ``a`` their sum: ``-sum_k a_k/a (digamma(a_k + 1) - digamma(a +
+    1))``.
 
     Args:
         threshold: nats.
@@ -91,8 +94,8 @@ class LearnedRouter:
         config = self.network.config
         if hidden.shape[-1] != config.state_size or embedding.shape[-1] != config.embedding_size:
             raise BadInputError(
-                f"The router reads states of size {config.state_size} and embeddings of size {config.embedding_size}; this "
-                f"small model has {hidden.shape[-1]} and {embedding.shape[-1]}.",
+                f"The router reads states of size {config.state_size} and embeddings of size {config.embedding_size}; "
+                f"this small model has {hidden.shape[-1]} and {embedding.shape[-1]}.",
                 "It was trained for another small model.",
             )
         with torch.inference_mode():
@@ -100,7 +103,8 @@ class LearnedRouter:
 
 
 def as_router(value: Any) -> Router:
-    """A router from what a user may pass: None (entropy), ``"entropy"``, ``"aleatoric"``, a folder, a network, or a router.
+    """A router from what a user may pass: None (entropy), ``"entropy"``, ``"aleatoric"``, a folder, a network, or a
+    router.
 
     Raises:
         BadInputError: nothing of the kind.
@@ -123,7 +127,7 @@ def as_router(value: Any) -> Router:
     )
 
 
-# -- the small model's side ----------------------------------------------------------------------------------------------
+# -- the small model's side --------------------------------------------------------------------------------------------
 class Writer:
     """A small causal language model that follows a text with a cache of its own."""
 
@@ -154,7 +158,8 @@ class Writer:
 
 
 class DraftWriter(Writer):
-    """A feature draft: what it has written since the large model's last turn is a chain below the last verified token."""
+    """A feature draft: what it has written since the large model's last turn is a chain below the last verified
+    token."""
 
     needs_target = True
 
@@ -192,7 +197,7 @@ def writer_for(small: PreTrainedModel, large: PreTrainedModel, vocab: int) -> Wr
     return DraftWriter(small, large, vocab) if is_feature_draft(small) else Writer(small, vocab)
 
 
-# -- decoding ------------------------------------------------------------------------------------------------------------
+# -- decoding ----------------------------------------------------------------------------------------------------------
 @dataclass
 class R2RStats(DecodingStats):
     """Counters of a call, and the sizes of the models that took part.
@@ -210,17 +215,18 @@ class R2R(Decoder):
 
     Args:
         small_model: a causal language model with the same tokenizer (or its hub id or folder), or a
-            ``FeatureDraftForCausalLM``. None is only allowed for the embedded model, whose draft ships with the package.
+            ``FeatureDraftForCausalLM``. None is only allowed for the embedded model, whose draft ships with the
+            package.
         router: a folder, a ``TokenRouter``, ``"entropy"``, ``"aleatoric"``, or any ``Router``; None routes by entropy.
-        threshold: value from which the large model writes the token; None is the router's own. 0 gives the large model's own
-            text, anything above 1 (for probabilities) the small model's.
+        threshold: value from which the large model writes the token; None is the router's own. 0 gives the large
+            model's own text, anything above 1 (for probabilities) the small model's.
         matcher: a ``Matcher`` in its initial state: the text stays inside what it allows.
 
-    Rows of a batch are decoded one after the other: the two models would lag in each row by another number of tokens. The
-    trace has ``source`` ("small" or "large") and ``divergence``, the router's value.
+    Rows of a batch are decoded one after the other: the two models would lag in each row by another number of tokens.
+    The trace has ``source`` ("small" or "large") and ``divergence``, the router's value.
 
-    ``stats``: ``target_forwards`` and ``draft_forwards`` of the large and the small model, ``proposed`` tokens of the small one and
-    how many were ``accepted``.
+    ``stats``: ``target_forwards`` and ``draft_forwards`` of the large and the small model, ``proposed`` tokens of the
+    small one and how many were ``accepted``.
     """
 
     stats_type: ClassVar[type[DecodingStats]] = R2RStats
@@ -278,8 +284,8 @@ class R2R(Decoder):
         }
 
     def check_call(self, call: DecodingCall[R2RStats]) -> None:
-        """Raises TokenizerMismatchError where the models have different vocabularies, BadInputError for a filled cache that a
-        feature draft has not seen, UnsupportedModelError for a cache without crop."""
+        """Raises TokenizerMismatchError where the models have different vocabularies, BadInputError for a filled cache
+        that a feature draft has not seen, UnsupportedModelError for a cache without crop."""
         try:
             check_same_vocabulary(call.model, self.small_model)
         except TokenizerMismatchError as error:

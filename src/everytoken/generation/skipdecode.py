@@ -1,19 +1,21 @@
 """SkipDecode: how many layers run is fixed by the position in the answer, and only falls (arXiv 2307.02628).
 
-Early exit by token breaks batches (every row leaves elsewhere) and caches (a later token needs keys of layers that an earlier one
-skipped). SkipDecode gives every position its depth in advance, the same for all rows of a batch and never more than before::
+Early exit by token breaks batches (every row leaves elsewhere) and caches (a later token needs keys of layers that an
+earlier one skipped). SkipDecode gives every position its depth in advance, the same for all rows of a batch and never
+more than before::
 
     b(t) = round(b_max - (b_max - b_min) min(t, T) / T)              layers run when token t of the answer is predicted
     layers(t) = {0 .. w-1}  and  {L - (b(t) - w) .. L-1}             warm-up layers at the bottom, the rest from the top
 
-The prompt runs with b(0). Layers between are skipped, not the last ones. As b falls, a layer that runs at t has run at every earlier
-position, so its keys are all there and nothing is ever recomputed: each layer's cache holds a prefix of the text.
+The prompt runs with b(0). Layers between are skipped, not the last ones. As b falls, a layer that runs at t has run at
+every earlier position, so its keys are all there and nothing is ever recomputed: each layer's cache holds a prefix of
+the text.
 
     model.generate(**inputs, custom_generate=SkipDecode(LinearDepth(20, 8, length=128)))
 
-A model has to be tuned for its schedule. ``skip_layers`` runs whole sequences as cached decoding would (a position that skips a layer
-carries its hidden state through and gives it no keys; it lies behind all that do, so causal attention cannot see it), and
-``SkipDecodeCallback`` brings that into any transformers or TRL trainer::
+A model has to be tuned for its schedule. ``skip_layers`` runs whole sequences as cached decoding would (a position that
+skips a layer carries its hidden state through and gives it no keys; it lies behind all that do, so causal attention
+cannot see it), and ``SkipDecodeCallback`` brings that into any transformers or TRL trainer::
 
     SFTTrainer(model, ..., callbacks=[SkipDecodeCallback(LinearDepth(20, 8, length=128))])
 """
@@ -80,8 +82,8 @@ class LinearDepth:
 
     @classmethod
     def for_speedup(cls, num_layers: int, speedup: float, length: int, warmup: int = 1) -> LinearDepth:
-        """A schedule whose mean depth over ``length`` tokens is about ``num_layers / speedup``, half of it at the end and one and
-        a half times as much at the start (as far as the model goes).
+        """A schedule whose mean depth over ``length`` tokens is about ``num_layers / speedup``, half of it at the end
+        and one and a half times as much at the start (as far as the model goes).
 
         Raises:
             BadInputError: a speed-up below 1, or one that leaves fewer layers than the warm-up.
@@ -207,8 +209,8 @@ class SkipDecode(LoopDecoder):
         speedup: nominal speed-up of that schedule.
         warmup: its warm-up layers.
 
-    Batches of ragged prompts are padded on the left, so that all rows are at the same position of their answers. A cache of an
-    earlier call can be continued as long as no layer that is to run has been skipped before.
+    Batches of ragged prompts are padded on the left, so that all rows are at the same position of their answers. A
+    cache of an earlier call can be continued as long as no layer that is to run has been skipped before.
 
     The trace has ``layers``: how many ran when the token was predicted.
     """
@@ -301,7 +303,7 @@ class SkipDecode(LoopDecoder):
         missing = [index for index in first if length and cache.get_seq_length(index) < length]
         if missing:
             raise BadInputError(
-                f"The cache lacks keys of layer {missing[0]}, which an earlier call skipped and this schedule would run.",
+                f"The cache lacks keys of layer {missing[0]}: an earlier call skipped it and this schedule runs it.",
                 "Go on with at most as many layers as the earlier call ended with, or start from an empty cache.",
             )
 
@@ -324,12 +326,12 @@ class SkipDecode(LoopDecoder):
         }
 
 
-# -- training ------------------------------------------------------------------------------------------------------------
+# -- training ----------------------------------------------------------------------------------------------------------
 def depths_of(schedule: DepthSchedule, labels: torch.Tensor) -> torch.Tensor:
     """The depth of every position of training rows ``[B, T]``, from their labels (-100: prompt or padding).
 
-    The position that predicts token t of an answer (counted from the first label that is not -100) gets ``depth(t)``, and all
-    before it ``depth(0)``; what follows an answer keeps falling, so that depths never rise.
+    The position that predicts token t of an answer (counted from the first label that is not -100) gets ``depth(t)``,
+    and all before it ``depth(0)``; what follows an answer keeps falling, so that depths never rise.
     """
     answer = labels != -100
     first = torch.where(answer.any(1), answer.int().argmax(1), labels.shape[1])
@@ -342,8 +344,8 @@ def depths_of(schedule: DepthSchedule, labels: torch.Tensor) -> torch.Tensor:
 def skip_layers(model: Any, schedule: DepthSchedule) -> Iterator[Any]:
     """Runs whole sequences as cached decoding would, for training and scoring.
 
-    ``model(input_ids=..., labels=...)`` takes each position's depth from the labels (see ``depths_of``); ``depths=[B, T]`` gives
-    them instead. Gradients flow through the layers that run.
+    ``model(input_ids=..., labels=...)`` takes each position's depth from the labels (see ``depths_of``); ``depths=[B,
+    T]`` gives them instead. Gradients flow through the layers that run.
 
     Raises:
         BadInputError: the schedule does not fit the model; a call has neither labels nor depths.

@@ -180,7 +180,9 @@ class Context:
         value = self.part(name, train)
         if not made and place is None:
             raise AssertionError("a part without a folder always runs")
-        model = made[0] if made else AutoModelForCausalLM.from_pretrained(place, dtype="auto").eval()
+        model = (
+            made[0] if made else AutoModelForCausalLM.from_pretrained(place, dtype="auto", use_safetensors=True).eval()
+        )
         return model, value
 
 

@@ -1,4 +1,4 @@
-"""T-REG's claims: a contrast of two prompts finds the tokens that carry the reward, and regularising by it helps DPO."""
+"""T-REG's claims: a contrast of two prompts finds the tokens that carry the reward, and regularising by it helps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TGDPO's claim: guided by the token rewards of a DPO-trained model, DPO does better than alone (controlled sentiment)."""
+"""TGDPO's claim: guided by the token rewards of a DPO-trained model, DPO does better than alone (sentiment)."""
 
 from __future__ import annotations
 

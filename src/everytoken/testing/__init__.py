@@ -1,1 +1,17 @@
-"""Conformance batteries: what every implementation of a contract promises, as tests that outside packages can run too."""
+"""Conformance batteries: what every implementation of a contract promises, as tests that other packages can run too.
+
+A battery is a class of pytest tests. Inherit it and say what is to be tested::
+
+    # tests/test_my_decoder.py of another package
+    from everytoken.testing.decoder import DecoderConformance
+    from mypackage import MyDecoder
+
+    class TestMyDecoder(DecoderConformance):
+        decoders = (MyDecoder,)
+
+- ``decoder.DecoderConformance``: decoders (``everytoken.decoding.base``);
+- ``matcher.MatcherConformance``: matchers (``everytoken.decoding.matcher``);
+- ``models``: tiny random models and a tokenizer to test with.
+
+pytest is needed where a battery is imported, not for ``everytoken`` itself.
+"""

@@ -42,23 +42,27 @@ def tiny_llama(
 
 
 def tiny_tokenizer(characters: str = "abcdefghijk", end: str = "\n", pad: str = "_") -> PreTrainedTokenizerFast:
-    """A tokenizer of single characters: ``end`` is token 0, ``pad`` token 1, then ``characters`` in order.
+    """A byte-level tokenizer of single ASCII characters: ``end`` is token 0, ``pad`` token 1, then ``characters`` in
+    order.
+
+    All other bytes have the tokens behind those, so no text is lost; a model of ``2 + len(characters)`` tokens never
+    writes them.
 
     Args:
         characters: what texts are made of.
         end: the end token's text.
         pad: the padding token's text; texts must not use it.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    vocabulary = {item: index for index, item in enumerate(dict.fromkeys(end + pad + characters))}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token=pad))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
-    core.decoder = decoders.Fuse()
+    rest = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {item: index for index, item in enumerate(dict.fromkeys([end, pad, *characters, *rest]))}
+    core = Tokenizer(models.BPE(vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=pad,
-        unk_token=pad,
         eos_token=end,
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],

@@ -47,8 +47,8 @@ class DynamicPrefill(LoopDecoder):
         keep_last: base tokens at the prompt's end that stay as they are (the next token depends on them most).
 
     What is returned is ``[B, T + new]``: the prompt's tokens stay the base tokenizer's. Everything after the prompt is
-    transformers' own loop, with the merged prompts as ``inputs_embeds``. The trace has ``pieces in the token`` for every token
-    of prompt and answer.
+    transformers' own loop, with the merged prompts as ``inputs_embeds``. The trace has ``pieces in the token`` for
+    every token of prompt and answer.
 
     Raises:
         BadInputError: a tokenizer without an embedder.
@@ -125,9 +125,7 @@ class DynamicPrefill(LoopDecoder):
     def applied(self, call: DecodingCall[DynamicPrefillStats]) -> AbstractContextManager[None]:
         return nullcontext()  # only the prompt is another
 
-    def finished(
-        self, call: DecodingCall[DynamicPrefillStats], sequences: torch.Tensor, new: list[list[int]]
-    ) -> None:
+    def finished(self, call: DecodingCall[DynamicPrefillStats], sequences: torch.Tensor, new: list[list[int]]) -> None:
         if not self.trace_enabled or len(new) != len(call.input_ids):
             return
         for tokens, prompt, pieces in zip(new, call.stats.prompts, call.stats.pieces, strict=True):
@@ -135,9 +133,7 @@ class DynamicPrefill(LoopDecoder):
             call.trace.append(TokenTrace(prompt + tokens, columns=columns, station=self.station))
 
     @classmethod
-    def examples(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> dict[str, Example]:
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
         from .hyper import MeanEmbedding
 
         assert tokenizer is not None

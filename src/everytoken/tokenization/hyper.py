@@ -133,8 +133,8 @@ class HyperEmbedding(nn.Module):
         source, weight, head = matrices(model)
         if weight.shape[1] != self.config.size or self.config.vocab_size not in (0, len(weight)):
             raise BadInputError(
-                f"This hypernetwork is for {self.config.vocab_size:,} embeddings of width {self.config.size}; the model "
-                f"has {len(weight):,} of width {weight.shape[1]}.",
+                f"This hypernetwork is for {self.config.vocab_size:,} embeddings of width {self.config.size}; the "
+                f"model has {len(weight):,} of width {weight.shape[1]}.",
                 "Train one with scripts/train_hypernetwork.py, or use MeanEmbedding(model).",
             )
         self._attached = (source, weight, head)

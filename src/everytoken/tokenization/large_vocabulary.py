@@ -1,15 +1,15 @@
-"""Generation over a vocabulary far larger than the model's own, through a nearest-neighbour index (arXiv 2411.18553, section 5).
+"""Generation over a vocabulary far larger than the model's own, by nearest neighbours (arXiv 2411.18553, section 5).
 
-The model's tokens are joined by any number of new ones, whose input and output embeddings an ``Embedder`` makes from their pieces. A
-softmax over all of them would cost what the vocabulary costs; instead an HNSW index over the output embeddings finds the ``top_k``
-tokens of largest inner product with the last hidden state::
+Any number of new tokens join the model's own. An ``Embedder`` makes their input and output embeddings from their
+pieces. A softmax over all tokens would cost as much as the vocabulary is large. Instead an HNSW index over the output
+embeddings finds the ``top_k`` tokens whose inner product with the last hidden state is largest::
 
     logits(t) = h . E_out(t)  for t in top_k(h),      next ~ softmax over those,      next input = E_in(next)
 
-Largest inner products are nearest neighbours once one more coordinate makes all keys equally long: (q, 0) and
-(e, sqrt(max|e|^2 - |e|^2)). Hidden states lie in a narrow cone far from all keys, where graphs search badly, so both sides are first
-turned by the states' second moment C (of a sample): q = C^(-1/2) h, e = C^(1/2) E_out. Inner products stay, and two tokens are now
-near each other if their logits are alike.
+Largest inner products are nearest neighbours once one more coordinate makes all keys equally long: ``(q, 0)`` and ``(e,
+sqrt(max|e|^2 - |e|^2))``. Hidden states lie in a narrow cone far from all keys, where graphs search badly. So both
+sides are first turned by the second moment C of a sample of states: ``q = C^(-1/2) h``, ``e = C^(1/2) E_out``. Inner
+products stay as they are, and two tokens are now near each other if their logits are alike.
 
 ::
 
@@ -72,10 +72,11 @@ class LargeVocabulary(Decoder):
         embedder: makes their embeddings.
         top_k: tokens looked up in each step.
         index: ``"hnsw"``, or ``"exact"`` (every inner product).
-        connectivity, expansion_add, expansion_search: of the HNSW graph: links a node, and candidates while building and searching.
+        connectivity, expansion_add, expansion_search: of the HNSW graph: links a node, and candidates while building
+            and searching.
 
-    Text is returned in the model's own tokens; rows are decoded one after the other. After a call ``steps`` counts forward
-    passes and ``chosen`` holds each row's tokens (as pieces). The trace has ``pieces in the token``.
+    Text is returned in the model's own tokens; rows are decoded one after the other. After a call ``steps`` counts
+    forward passes and ``chosen`` holds each row's tokens (as pieces). The trace has ``pieces in the token``.
 
     Raises:
         BadInputError: a new token without pieces, or a setting out of its range.
@@ -125,8 +126,8 @@ class LargeVocabulary(Decoder):
         """Makes all embeddings and the index; returns itself.
 
         Args:
-            sample: texts in the model's tokens, for the hidden states that the index is fitted to (about 2,000 tokens are enough);
-                default: the new tokens' pieces in a row, which finds less.
+            sample: texts in the model's tokens, for the hidden states that the index is fitted to (about 2,000 tokens
+                are enough); default: the new tokens' pieces in a row, which finds less.
             progress: show a bar.
 
         Raises:
@@ -155,7 +156,7 @@ class LargeVocabulary(Decoder):
 
             turn, self._turn = self._turns(model, sample)
             keys = (self._outputs.double().cpu() @ turn).float().numpy()
-            # a graph each: the model's own tokens and the new ones lie in clusters of their own, between which few links lead
+            # a graph each: the model's own tokens and the new ones lie in clusters with few links between them
             self._graphs = []
             for begin, end in ((0, self._size), (self._size, len(keys))):
                 if end > begin:
@@ -174,7 +175,9 @@ class LargeVocabulary(Decoder):
                     self._graphs.append(graph)
         return self
 
-    def _turns(self, model: PreTrainedModel, sample: Sequence[Sequence[int]] | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _turns(
+        self, model: PreTrainedModel, sample: Sequence[Sequence[int]] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """``C^(1/2)`` and ``C^(-1/2)`` of a sample's hidden states, ``[d, d]`` each."""
         if sample is None:
             flat = [piece for item in self.tokens[:SAMPLE] for piece in item][:SAMPLE] or list(
@@ -201,7 +204,15 @@ class LargeVocabulary(Decoder):
 
     @torch.no_grad()
     def nearest(self, hidden: torch.Tensor, exact: bool | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens of largest logits for hidden states ``[N, d]``: ``[N, k]`` numbers and logits, the largest first."""
+        """The tokens of largest logits, the largest first.
+
+        Args:
+            hidden: hidden states ``[N, d]``.
+            exact: compare with every token; default as ``index`` says.
+
+        Returns:
+            Numbers and logits, ``[N, k]`` each.
+        """
         exact = self.index == "exact" if exact is None else exact
         k = min(self.top_k, len(self))
         if exact:
@@ -225,8 +236,12 @@ class LargeVocabulary(Decoder):
         return float((true[:, :, None] == found[:, None, :]).any(-1).float().mean())
 
     def check_call(self, call: DecodingCall[LargeVocabularyStats]) -> None:
-        """Raises BadInputError for another model than the index was built for, a processor that looks at token ids, or scores of
-        the model's own vocabulary."""
+        """Refuses a call that the index cannot serve.
+
+        Raises:
+            BadInputError: the index was built for another model; a processor looks at token ids; or scores of the
+                model's own vocabulary are asked for.
+        """
         if self._model is not call.model:
             raise BadInputError("The index was built for another model, or not at all.", "Call build(model) first.")
         odd = [type(item).__name__ for item in call.processors if type(item).__name__ not in WARPERS]
@@ -236,7 +251,8 @@ class LargeVocabulary(Decoder):
             )
         if call.wants:
             raise BadInputError(
-                f"LargeVocabulary scores top_k tokens of another vocabulary; {' and '.join(call.wants)} cannot be given.",
+                "LargeVocabulary scores top_k tokens of another vocabulary; "
+                f"{' and '.join(call.wants)} cannot be given.",
                 "Leave it out.",
             )
 
@@ -253,7 +269,8 @@ class LargeVocabulary(Decoder):
             pieces = self.pieces(number)
             chosen.append(pieces)
             for piece in pieces:  # one by one, so that criteria stop inside a long token too
-                if row.append(piece, **{"pieces in the token": len(pieces)}):
+                entries: dict[str, Any] = {"pieces in the token": len(pieces)}
+                if row.append(piece, **entries):
                     return
             if number < self._size:
                 inputs = {"input_ids": torch.tensor([[number]], device=row.device)}
@@ -261,16 +278,14 @@ class LargeVocabulary(Decoder):
                 inputs = {"inputs_embeds": self._inputs[number - self._size][None, None].to(call.model.dtype)}
 
     @classmethod
-    def examples(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> dict[str, Example]:
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
         from .hyper import MeanEmbedding
 
         embedder = MeanEmbedding(model)
         size = model.config.get_text_config().vocab_size
-        pairs = [(first, second) for first in range(2, size) for second in range(2, size)]
+        pairs = [(first, second) for first in range(2, size) for second in range(first + 1, size)]
 
-        def build(tokens: list[tuple[int, ...]], **settings: Any) -> LargeVocabulary:
+        def build(tokens: Sequence[tuple[int, ...]], **settings: Any) -> LargeVocabulary:
             return cls(tokens, embedder, top_k=size, index="exact", **settings).build(model)
 
         refuses = frozenset(

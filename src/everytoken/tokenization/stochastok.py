@@ -33,8 +33,6 @@ from .base import Retokenized, token_bytes
 if TYPE_CHECKING:
     import torch
 
-    from ..core.vocabulary import TokenizerLike
-
     Ids = Sequence[int] | np.ndarray | torch.Tensor
 Example = dict[str, Any]
 """A row of a data set: its columns may hold anything."""
@@ -132,7 +130,7 @@ class StochasTok:
         BadInputError: expand_prop is negative or not finite, or the tokenizer cannot be spelt.
     """
 
-    tokenizer: TokenizerLike
+    tokenizer: Any  # a TokenizerLike; the command line reads these types, and must not load transformers for them
     expand_prop: float = 0.1
     seed: int = 0
     max_expansions: int | None = None

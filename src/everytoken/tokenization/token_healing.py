@@ -27,15 +27,15 @@ from .byte_view import ByteView
 
 @dataclass
 class TokenHealing(LoopDecoder):
-    """The cheap baseline, as ``custom_generate``: drop the prompt's last token and choose again among tokens that start with it.
+    """The cheap baseline, as ``custom_generate``: the prompt's last tokens are dropped and chosen again.
 
     Args:
         tokenizer: the model's.
         back: how many tokens to drop.
 
-    Rows returned start with the prompt's bytes, not always with its tokens; so nothing can be streamed, and a ``matcher`` has no
-    place to begin. Where a prompt's end is split into more tokens than are dropped, the bias stays. The trace has ``healed``:
-    whether a token spells what was dropped.
+    Rows returned start with the prompt's bytes, not always with its tokens; so nothing can be streamed, and a
+    ``matcher`` has no place to begin. Where a prompt's end is split into more tokens than are dropped, the bias stays.
+    The trace has ``healed``: whether a token spells what was dropped.
 
     Raises:
         BadInputError: nothing to drop, or a matcher.
@@ -68,7 +68,7 @@ class TokenHealing(LoopDecoder):
         """Drops the prompts' last tokens and lets the loop spell them anew.
 
         Raises:
-            BadInputError: a prompt that is not longer than what is dropped, or an end token among what is dropped.
+            BadInputError: a prompt that is not longer than what is dropped, or a special token among what is dropped.
         """
         for number, (ids, _) in enumerate(split_rows(call.input_ids, call.attention_mask)):
             if len(ids) <= self.back:
@@ -78,8 +78,12 @@ class TokenHealing(LoopDecoder):
         dropped = call.input_ids[:, -self.back :].tolist()
         ends = getattr(call.config, "_eos_token_tensor", None)
         stops = set() if ends is None else set(ends.flatten().tolist())
-        if any(token in stops for row in dropped for token in row):
-            raise BadInputError("The prompt's dropped end holds an end token.", "Leave it out of the prompt.")
+        for token in {token for row in dropped for token in row}:
+            if token in stops or not self.view.spell([token]):
+                raise BadInputError(
+                    f"The prompt's end holds token {token}, which cannot be spelled anew.",
+                    "Leave special tokens out of the prompt's end.",
+                )
         length = call.input_ids.shape[1] - self.back
         call.processors.insert(0, Healer(self.view, [self.view.spell(row) for row in dropped], length))
         call.input_ids = call.input_ids[:, :length]
@@ -103,9 +107,7 @@ class TokenHealing(LoopDecoder):
             call.trace.append(TokenTrace(tokens, columns={"healed": list(healed)}, station=self.station))
 
     @classmethod
-    def examples(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> dict[str, Example]:
+    def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
         assert tokenizer is not None
         # with one token a character there is one way to spell what was dropped
         refuses = frozenset({"past_key_values", "matcher"})

@@ -203,7 +203,7 @@ def test_verifiers(embedded):
     assert all(isinstance(answer, bool) for answer in answers)
 
 
-# -- the whole pipeline --------------------------------------------------------------------------------------------------
+# -- the whole pipeline ------------------------------------------------------------------------------------------------
 def last_letters(text):
     return text.strip()[-2:]
 

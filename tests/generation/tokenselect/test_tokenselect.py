@@ -30,7 +30,7 @@ def rotation_of(model):
     return Rotation(find_rotary(model), llama.apply_rotary_pos_emb)
 
 
-# -- the definition ------------------------------------------------------------------------------------------------------
+# -- the definition ----------------------------------------------------------------------------------------------------
 @given(seed=st.integers(0, 1000), heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]), count=st.integers(1, 60))
 def test_votes_sum_to_the_number_of_heads(seed, heads, count):
     torch.manual_seed(seed)
@@ -88,7 +88,7 @@ def test_a_planted_key_is_always_selected(seed, needle):
         assert select(settings, query, keys, rotation).tolist() == [needle]
 
 
-# -- against full attention ----------------------------------------------------------------------------------------------
+# -- against full attention --------------------------------------------------------------------------------------------
 def logits_of(model, decoder, prompt, new=6, **kwargs):
     output = model.generate(
         prompt, max_new_tokens=new, do_sample=False, custom_generate=decoder, return_dict_in_generate=True,
@@ -110,7 +110,8 @@ def test_a_selection_of_everything_is_full_attention(attention, chunk):
 
 
 def test_full_attention_when_the_top_k_covers_all_candidates():
-    """Just above the budget the selection path runs; with a top-k that leaves out one candidate only, little changes."""
+    """Just above the budget the selection path runs; with a top-k that leaves out one candidate only, little
+    changes."""
     model = tiny_llama(13, seed=1, layers=3)
     decoder = TokenSelect(top_k=59, n_init=1, n_local=5, chunk_size=5, score_dtype="float32", trace_enabled=True)
     ours, theirs = logits_of(model, decoder, PROMPT, new=2), logits_of(model, None, PROMPT, new=2)
@@ -205,7 +206,7 @@ def test_texts_beyond_the_trained_length():
     assert max(seen) == decoder.budget
 
 
-# -- the cache -----------------------------------------------------------------------------------------------------------
+# -- the cache ---------------------------------------------------------------------------------------------------------
 @given(sizes=st.lists(st.integers(1, 400), min_size=1, max_size=6), crop=st.integers(0, 5))
 def test_buffers_hold_what_was_put_in(sizes, crop):
     layer, whole = TokenSelectLayer(torch.bfloat16), []
@@ -250,7 +251,7 @@ def test_the_trace_counts_reads():
     assert total == pytest.approx(decoder.attended, rel=0.02)
 
 
-# -- bad input -----------------------------------------------------------------------------------------------------------
+# -- bad input ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

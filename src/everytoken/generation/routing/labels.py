@@ -1,11 +1,13 @@
-"""Labels for R2R's router: which tokens of the large model's answers would the small one have changed, and does it matter?
+"""Labels for R2R's router: which tokens of the large model's answers would the small one have changed, and does it
+matter?
 
 1. The large model answers the prompts, greedily.
-2. The small model reads each answer in one forward. Where its arg-max is the large model's token, the token is *identical*.
-3. At every mismatch the large model goes on from the text so far with the small model's token, and with its own, to the end of
-   the sentence.
-4. A verifier is given the common context and both continuations: *divergent* if they differ in meaning or conclusion, else
-   *neutral*.
+2. The small model reads each answer in one forward. Where its arg-max is the large model's token, the token is
+    *identical*.
+3. At every mismatch the large model goes on from the text so far with the small model's token, and with its own, to the
+   end of the sentence.
+4. A verifier is given the common context and both continuations: *divergent* if they differ in meaning or conclusion,
+   else *neutral*.
 """
 
 from __future__ import annotations
@@ -121,7 +123,11 @@ def answer(
 
 @torch.inference_mode()
 def _continue(
-    large: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[list[int]], max_new_tokens: int, stops: Sequence[str] | None
+    large: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[list[int]],
+    max_new_tokens: int,
+    stops: Sequence[str] | None,
 ) -> list[list[int]]:
     """Greedy continuations of a ragged batch, each up to its end token, or to the first of ``stops``."""
     from transformers import StoppingCriteriaList, StopStringCriteria

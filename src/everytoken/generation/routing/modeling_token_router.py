@@ -1,12 +1,12 @@
 """Token router: does this token of the small model send the reasoning another way? (R2R, arXiv 2505.21600)
 
-With the small model's last hidden state h, the embedding e_y of the token y that it chose, and its largest logits l in falling
-order::
+With the small model's last hidden state h, the embedding e_y of the token y that it chose, and its largest logits l in
+falling order::
 
     x = W_in [h ; e_y ; W_l l]          x <- x + MLP(LayerNorm(x)), several times          p = sigmoid(w LayerNorm(x))
 
-Inputs are normalised to unit root mean square first (a choice of ours: sizes of states and logits differ between models by
-orders of magnitude), and logits are taken relative to the largest.
+Inputs are normalised to unit root mean square first (a choice of ours: sizes of states and logits differ between models
+by orders of magnitude), and logits are taken relative to the largest.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Steps 1 to 4 of the paper make the labels, with one of the ``verifiers``. Then:
 
-5. Binary cross-entropy on "divergent", positives weighted by ``(#negative / #positive) * recall_factor``; AdamW; early stopping.
+5. Binary cross-entropy on "divergent", positives weighted by ``(#negative / #positive) * recall_factor``; AdamW; early
+    stopping.
 6. The threshold is the largest that still finds ``min_recall`` of the divergent tokens of held-out prompts.
 """
 
@@ -40,7 +41,7 @@ EXAMPLES = (
 )
 
 
-# -- the router ----------------------------------------------------------------------------------------------------------
+# -- the router --------------------------------------------------------------------------------------------------------
 def train_router(
     labels: Labels,
     config: TokenRouterConfig,
@@ -124,7 +125,7 @@ def threshold_for_share(scores: torch.Tensor, share: float) -> float:
     return float(scores.sort(descending=True).values[min(int(share * len(scores)), len(scores) - 1)])
 
 
-# -- `everytoken train r2r` ----------------------------------------------------------------------------------------------
+# -- `everytoken train r2r` --------------------------------------------------------------------------------------------
 @dataclass
 class R2RTraining:
     """Settings of ``everytoken train r2r``; ``--model`` is the large model.
@@ -203,7 +204,8 @@ def split_by_prompt(labels: Labels, share: float, seed: int) -> tuple[Labels, La
 
 
 def run(config: R2RTraining, context: TrainingContext) -> TrainingResult:
-    """The whole pipeline; labels are kept in the output folder, and a second run with the same settings goes on from them."""
+    """The whole pipeline; labels are kept in the output folder, and a second run with the same settings goes on from
+    them."""
     from ...core.loading import load_model, load_tokenizer
 
     prompts = read_prompts(context.data)
@@ -241,6 +243,7 @@ def run(config: R2RTraining, context: TrainingContext) -> TrainingResult:
             small = load_model(config.small, dtype="float32", packed=True)
         if config.verifier == "judge":
             verifier = JudgeVerifier(large, tokenizer)
+        assert verifier is not None
         labels = label(
             small,
             large,

@@ -1,7 +1,8 @@
 """Verifiers of R2R's labels: do two continuations of one text differ in what they say?
 
-``AnswerVerifier`` lets both continuations run to the end and compares what a function makes of them (for tasks that can be
-checked); ``SimilarityVerifier`` compares sentence embeddings; ``JudgeVerifier`` asks a language model, as the paper does.
+``AnswerVerifier`` lets both continuations run to the end and compares what a function makes of them (for tasks that can
+be checked); ``SimilarityVerifier`` compares sentence embeddings; ``JudgeVerifier`` asks a language model, as the paper
+does.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class AnswerVerifier:
 
 @dataclass
 class SimilarityVerifier:
-    """Divergent where the embeddings of the two sentences have a cosine below ``threshold``; needs the ``search`` extra."""
+    """Divergent where the embeddings of the two sentences have a cosine below ``threshold``; needs the ``search``
+    extra."""
 
     threshold: float = 0.9
     to_the_end: ClassVar[bool] = False

@@ -32,7 +32,7 @@ def check_draft_ships(config: PreTrainedConfig) -> Path:
     if folder is None:
         raise UnsupportedModelError(
             f"No draft model ships for this {config.get_text_config().model_type} model.",
-            "Pass draft_model=..., a small causal language model with the same tokenizer, or train a feature draft with "
+            "Pass a small causal language model with the same tokenizer, or train a feature draft with "
             "scripts/train_draft.py.",
         )
     return folder

@@ -9,8 +9,8 @@ class FeatureDraftConfig(LlamaConfig):
     """A Llama-shaped configuration of one decoder block plus what ties it to its target.
 
     Args:
-        feature_layers: indices into the target's ``hidden_states`` (0 is the embedding output, ``num_hidden_layers`` the
-            normalised last state) that the draft reads at every verified position.
+        feature_layers: indices into the target's ``hidden_states`` (0 is the embedding output, ``num_hidden_layers``
+            the normalised last state) that the draft reads at every verified position.
         draft_vocab_size: number of frequent tokens that the draft's head covers.
         target_vocab_size: vocabulary size of the target; logits are scattered into that size.
     """

@@ -1,7 +1,7 @@
 """The draft's side of speculative decoding: its cache, and forwards over the nodes of a tree.
 
-Works with any causal language model of transformers that shares the target's tokenizer, and with a ``FeatureDraftForCausalLM``,
-which is handed the target's hidden states at every verified position.
+Works with any causal language model of transformers that shares the target's tokenizer, and with a
+``FeatureDraftForCausalLM``, which is handed the target's hidden states at every verified position.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .trees import TokenTree
 class DraftSession:
     """The draft's side: its cache of committed text, and forwards over tree nodes.
 
-    The cache holds the committed text (root included) and, during a round, the tree nodes already run, in ``self.rows``.
-    ``commit`` drops those and remembers the new text; the next forward runs it first.
+    The cache holds the committed text (root included) and, during a round, the tree nodes already run, in
+    ``self.rows``. ``commit`` drops those and remembers the new text; the next forward runs it first.
     """
 
     def __init__(self, draft: Any, target: PreTrainedModel, vocab: int):
@@ -48,7 +48,8 @@ class DraftSession:
             self.tap.remove()
 
     def commit(self, tokens: list[int], position: int, path: list[int] | None = None) -> None:
-        """Tells the draft of new text that starts at ``position``; ``path`` are the tree nodes whose features are known."""
+        """Tells the draft of new text that starts at ``position``; ``path`` are the tree nodes whose features are
+        known."""
         if self.offset is None:
             self.offset = position
         drop = self.cache.get_seq_length() - self.base if self.base else 0

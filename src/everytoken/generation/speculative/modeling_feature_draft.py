@@ -1,12 +1,13 @@
 """Feature draft: one transformer block that predicts the target's next token from the target's own hidden states.
 
 A draft that sees only the text must redo in miniature what the target has just computed. This one reads it instead: at
-position ``i`` its input is the embedding of token ``x_i`` and the target's hidden states at ``i - 1`` (several layers), and
-its output predicts ``x_{i+1}``. Where the target has not been yet (inside a drafted tree), the draft's own output at
-``i - 1`` stands in for the missing states. This is the family of EAGLE (arXiv 2401.15077) and EAGLE-3 (arXiv 2503.01840).
+position ``i`` its input is the embedding of token ``x_i`` and the target's hidden states at ``i - 1`` (several layers),
+and its output predicts ``x_{i+1}``. Where the target has not been yet (inside a drafted tree), the draft's own output
+at ``i - 1`` stands in for the missing states. This is the family of EAGLE (arXiv 2401.15077) and EAGLE-3 (arXiv
+2503.01840).
 
-Embeddings and output head are the target's (the head restricted to the most frequent tokens), so the weights on disk are one
-block and a few projections. ``attach`` ties a draft to its target; without it the model cannot run.
+Embeddings and output head are the target's (the head restricted to the most frequent tokens), so the weights on disk
+are one block and a few projections. ``attach`` ties a draft to its target; without it the model cannot run.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class FeatureTap:
         norm = getattr(backbone, "norm", None)
         if blocks is None or norm is None:
             raise ValueError(
-                f"{type(target).__name__} has no `base_model.layers` and `base_model.norm`, which a feature draft reads. "
+                f"{type(target).__name__} has no `base_model.layers` and `base_model.norm`: a feature draft reads them. "
                 "Use a plain causal language model as draft instead."
             )
         self.layers = list(layers)
@@ -77,8 +78,9 @@ class FeatureTap:
 class FeatureDraftForCausalLM(LlamaPreTrainedModel, GenerationMixin):
     """A draft model for speculative decoding that reads its target's hidden states.
 
-    Use it with ``DySpec`` (which feeds ``features`` itself), or as ``assistant_model`` of transformers' assisted generation
-    after ``attach(target, follow=True)``: then features are picked up from the target's own forwards by position.
+    Use it with ``DySpec`` (which feeds ``features`` itself), or as ``assistant_model`` of transformers' assisted
+    generation after ``attach(target, follow=True)``: then features are picked up from the target's own forwards by
+    position.
     """
 
     config_class = FeatureDraftConfig
@@ -103,14 +105,14 @@ class FeatureDraftForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         self._follow: _Follower | None = None
         self.post_init()
 
-    # -- the tie to the target -------------------------------------------------------------------------------------------
+    # -- the tie to the target -----------------------------------------------------------------------------------------
     def attach(self, target: PreTrainedModel, follow: bool = False) -> FeatureDraftForCausalLM:
         """Takes embeddings and head rows from ``target`` (shared, not copied to disk).
 
         Args:
             target: the model to draft for; hidden size and vocabulary must match the configuration.
-            follow: also hook the target, so that plain ``forward(input_ids)`` calls find the target's features by position
-                (what transformers' assisted generation needs).
+            follow: also hook the target, so that plain ``forward(input_ids)`` calls find the target's features by
+                position (what transformers' assisted generation needs).
 
         Raises:
             ValueError: the target's hidden size or vocabulary is not the one that this draft was trained for.
@@ -150,7 +152,7 @@ class FeatureDraftForCausalLM(LlamaPreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module | None:
         return self._target[1] if self._target else None
 
-    # -- forward ---------------------------------------------------------------------------------------------------------
+    # -- forward -------------------------------------------------------------------------------------------------------
     def mix_inputs(
         self, embeds: torch.Tensor, features: torch.Tensor | None, hidden: torch.Tensor | None, has_features: Any = None
     ) -> torch.Tensor:
@@ -217,8 +219,9 @@ class FeatureDraftForCausalLM(LlamaPreTrainedModel, GenerationMixin):
             position_ids: ``[B, q]``; default continues the cache.
             past_key_values: a transformers cache of one layer.
             logits_to_keep: 0 for all positions, or the number of last ones.
-            reduced_logits: return ``[B, q, draft_vocab_size]`` in the order of ``draft_token_ids`` instead of scattering
-                into the target's vocabulary (tokens outside the draft's vocabulary get the dtype's lowest value).
+            reduced_logits: return ``[B, q, draft_vocab_size]`` in the order of ``draft_token_ids`` instead of
+                scattering into the target's vocabulary (tokens outside the draft's vocabulary get the dtype's lowest
+                value).
 
         Raises:
             RuntimeError: the draft is not attached to a target.

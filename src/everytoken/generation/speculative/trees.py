@@ -1,9 +1,9 @@
 """Drafted token trees, and how they grow: best slot first, or layer by layer (DySpec, arXiv 2410.11744).
 
-A *slot* is an open place for one more child of a node. Its value is the estimated chance that verification comes to test it.
-When sampling, slots are ranked by that value alone, which never looks at the token that will fill the slot: otherwise the
-tree's shape would betray the draws and the output would no longer follow the target. In greedy decoding nothing random has to
-be protected, and slots are ranked by the value of the node that would fill them.
+A *slot* is an open place for one more child of a node. Its value is the estimated chance that verification comes to
+test it. When sampling, slots are ranked by that value alone, which never looks at the token that will fill the slot:
+otherwise the tree's shape would betray the draws and the output would no longer follow the target. In greedy decoding
+nothing random has to be protected, and slots are ranked by the value of the node that would fill them.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ def grow_tree(
     """Grows ``tree`` (a root) to ``budget`` more nodes at most.
 
     Args:
-        expand: ``list of nodes -> list of (tokens, probs)``: the draft's candidates after each node, in drawing order (sampled
-            without replacement, or by falling probability); ``probs`` are under the full draft distribution.
+        expand: ``list of nodes -> list of (tokens, probs)``: the draft's candidates after each node, in drawing order
+            (sampled without replacement, or by falling probability); ``probs`` are under the full draft distribution.
         threshold: None for the fixed-size tree, or the least slot value to fill.
-        sampling: rank open slots by the slot's own value (which must not depend on the token that will fill it); otherwise
-            by the value of the node that would fill it.
+        sampling: rank open slots by the slot's own value (which must not depend on the token that will fill it);
+            otherwise by the value of the node that would fill it.
     """
     return (_grow_layers if threshold is not None else _grow_greedy)(
         tree, expand, budget, threshold or 0.0, max_depth, sampling

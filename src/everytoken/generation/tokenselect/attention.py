@@ -103,7 +103,7 @@ def find_rotary(model: PreTrainedModel) -> nn.Module:
     return next(iter(found.values()))
 
 
-# -- the definition ------------------------------------------------------------------------------------------------------
+# -- the definition ----------------------------------------------------------------------------------------------------
 def votes(query: torch.Tensor, keys: torch.Tensor, pool_size: int | None = None) -> torch.Tensor:
     """``S(i)``: the heads' softmax votes for each candidate, added; ``[C]`` float32.
 
@@ -122,7 +122,8 @@ def votes(query: torch.Tensor, keys: torch.Tensor, pool_size: int | None = None)
 
 
 def select(settings: TokenSelect, query: torch.Tensor, keys: torch.Tensor, rotation: Turn) -> torch.Tensor:
-    """The top-k of the candidates, sorted: positions in ``keys`` ``[H_kv, N, d]`` for an un-rotated query ``[H, d]``."""
+    """The top-k of the candidates, sorted: positions in ``keys`` ``[H_kv, N, d]`` for an un-rotated query ``[H,
+    d]``."""
     turned = rotation(query[None, :, None], settings.n_local)[0, :, 0]
     candidates = keys[:, settings.n_init : keys.shape[1] - settings.n_local]
     total = votes(turned, candidates, settings.pool_size)
@@ -143,7 +144,8 @@ def token_select_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers: ``query`` ``[B, H, T, d]``, ``key`` and ``value`` ``[B, H_kv, N, d]``, un-rotated.
+    """An attention function of transformers: ``query`` ``[B, H, T, d]``, ``key`` and ``value`` ``[B, H_kv, N, d]``,
+    un-rotated.
 
     ``attention_mask`` is the ``[B, N]`` padding mask, or None without padding.
     """
@@ -242,8 +244,10 @@ def _attend_compiled(
     kept: torch.Tensor,
     scaling: float | None,
 ) -> torch.Tensor:
-    """``_attend`` over the rows ``kept`` of ``[1, H_kv, N, d]``, for one query on a CPU: rotated keys are never written down."""
+    """``_attend`` over the rows ``kept`` of ``[1, H_kv, N, d]``, for one query on a CPU: rotated keys are never written
+    down."""
     turned = rotation(query, len(kept) - 1)[0, :, 0].unflatten(0, (key.shape[1], -1)).numpy()
+    assert rotation.table is not None
     cos, sin = (part[0].numpy() for part in rotation.table)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     heads = [

@@ -11,10 +11,11 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 
 class TokenSelectLayer(DynamicLayer):
-    """Un-rotated keys, and values, of one layer; ``keys`` and ``values`` are views of buffers that grow by half when full.
+    """Un-rotated keys, and values, of one layer; ``keys`` and ``values`` are views of buffers that grow by half when
+    full.
 
-    ``selected`` holds each row's last top-k (positions in the cache), ``asked`` the queries that chose them, ``reads`` how often
-    each cached token was attended by a decoding step (kept while ``counting``).
+    ``selected`` holds each row's last top-k (positions in the cache), ``asked`` the queries that chose them, ``reads``
+    how often each cached token was attended by a decoding step (kept while ``counting``).
     """
 
     def __init__(self, score_dtype: torch.dtype | None = None, counting: bool = False, **kwargs: Any):
@@ -84,7 +85,8 @@ class TokenSelectLayer(DynamicLayer):
 
 
 class TokenSelectCache(Cache):
-    """A cache of ``TokenSelectLayer``, one a layer of full attention; layers with a sliding window keep their usual kind."""
+    """A cache of ``TokenSelectLayer``, one a layer of full attention; layers with a sliding window keep their usual
+    kind."""
 
     def __init__(
         self, config: PreTrainedConfig, score_dtype: torch.dtype | None = torch.bfloat16, counting: bool = False

@@ -1,24 +1,27 @@
 """TokenSelect: each step attends to the few cached tokens that matter for it (arXiv 2411.02886).
 
-Attention over a long cache is sparse, and what matters is scattered. For the current query q (of a prefill chunk: its mean),
-every head h scores the *un-rotated* cached keys, a softmax turns its scores into votes, and the votes of all heads are added::
+Attention over a long cache is sparse, and what matters is scattered. For the current query q (of a prefill chunk: its
+mean), every head h scores the *un-rotated* cached keys, a softmax turns its scores into votes, and the votes of all
+heads are added::
 
     s_h(i) = R(n_local) q_h . k_kv(h),i                      R(p): rotary embedding of position p; no scaling
     S(i)   = sum_h softmax_i s_h(i)                          over candidates n_init <= i < N - n_local
     kept   = first n_init  +  top-k of S, in text order  +  last n_local
 
-Exact attention runs over what is kept, with rotary positions 0 .. M-1 given *within the selection*. So positions never exceed
-``n_init + top_k + n_local``, and a model reads far beyond the length it was trained for, without tuning. Up to that many tokens
-everything is kept and the result is ordinary attention. Prompts are read in chunks, with one selection a chunk and layer.
+Exact attention runs over what is kept, with rotary positions 0 .. M-1 given *within the selection*. So positions never
+exceed ``n_init + top_k + n_local``, and a model reads far beyond the length it was trained for, without tuning. Up to
+that many tokens everything is kept and the result is ordinary attention. Prompts are read in chunks, with one selection
+a chunk and layer.
 
 ::
 
     model.generate(**inputs, custom_generate=TokenSelect(top_k=2048))
 
-Keys are cached before rotation, in buffers that grow by half (transformers' dynamic cache copies itself at every token), with
-a low-precision copy for scoring: at 64k tokens reading the keys is what a step costs. All tokens stay in memory; time is saved,
-not memory. Choices of ours: scores in bfloat16 (``score_dtype="float32"`` is exact); a reused selection keeps its top-k and
-moves its local window along; the query that later ones are compared with is the one that made the selection.
+Keys are cached before rotation, in buffers that grow by half (transformers' dynamic cache copies itself at every
+token), with a low-precision copy for scoring: at 64k tokens reading the keys is what a step costs. All tokens stay in
+memory; time is saved, not memory. Choices of ours: scores in bfloat16 (``score_dtype="float32"`` is exact); a reused
+selection keeps its top-k and moves its local window along; the query that later ones are compared with is the one that
+made the selection.
 """
 
 from __future__ import annotations
@@ -50,13 +53,13 @@ class TokenSelect(LoopDecoder):
         n_init: first tokens, always kept (attention sinks).
         n_local: last tokens, always kept; the current one is among them.
         chunk_size: prompt tokens read at a time; at most ``n_local``.
-        tau: reuse a layer's last top-k while the cosine of its query and the current one (all heads as one vector) is at least
-            this; None never does. 0.9 is the paper's value.
+        tau: reuse a layer's last top-k while the cosine of its query and the current one (all heads as one vector) is
+            at least this; None never does. 0.9 is the paper's value.
         pool_size: odd number of neighbours over which votes are max-pooled, or None.
         score_dtype: precision of the scores: ``"bfloat16"``, ``"float32"``, or None for the model's own.
 
-    Works on any batch, padded on the left. The trace has a row for every token of prompt and answer: ``reads`` is the share of
-    decoding steps (all layers together) that attended to it, of those that could have.
+    Works on any batch, padded on the left. The trace has a row for every token of prompt and answer: ``reads`` is the
+    share of decoding steps (all layers together) that attended to it, of those that could have.
 
     ``stats`` counts ``proposed`` selections due and ``accepted`` selections reused.
     """
@@ -119,7 +122,7 @@ class TokenSelect(LoopDecoder):
         reused = self.stats.accepted / self.stats.proposed if self.stats.proposed else 0.0
         return {"share of tokens attended": share, "selections reused": reused}
 
-    # -- around a call ---------------------------------------------------------------------------------------------------
+    # -- around a call -------------------------------------------------------------------------------------------------
     def check_call(self, call: DecodingCall[TokenSelectStats]) -> None:
         """Raises BadInputError for a cache of another kind that holds something, or another size of chunks."""
         cache, chunk = call.model_kwargs.get("past_key_values"), call.config.prefill_chunk_size
@@ -128,9 +131,10 @@ class TokenSelect(LoopDecoder):
                 "TokenSelect caches keys before rotation and cannot go on from another cache.",
                 "Fill one of its own: past_key_values=decoder.new_cache(model).",
             )
-        if call.config.cache_implementation not in (None, "dynamic"):
+        kind = call.config.cache_implementation
+        if kind not in (None, "dynamic"):
             raise BadInputError(
-                f"TokenSelect has a cache of its own; cache_implementation={call.config.cache_implementation!r} was asked for.",
+                f"TokenSelect has a cache of its own; cache_implementation={kind!r} was asked for.",
                 "Leave it out.",
             )
         if chunk not in (None, self.chunk_size):
@@ -151,7 +155,8 @@ class TokenSelect(LoopDecoder):
 
     @contextmanager
     def attention(self, model: PreTrainedModel) -> Iterator[Rotation]:
-        """Switches a model's attention to this selection, and back; for use outside ``generate``. Yields the model's rotation.
+        """Switches a model's attention to this selection, and back; for use outside ``generate``. Yields the model's
+        rotation.
 
         ``stats`` counts what happens inside.
 
@@ -231,7 +236,7 @@ class TokenSelect(LoopDecoder):
 
     @classmethod
     def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:
-        few = {"top_k": 2, "n_init": 1, "n_local": 4, "score_dtype": "float32"}
+        few: dict[str, Any] = {"top_k": 2, "n_init": 1, "n_local": 4, "score_dtype": "float32"}
         return {
             "all tokens": Example(lambda **settings: cls(score_dtype="float32", **settings), exact=True),
             # chunks of a padded prompt begin elsewhere, and with them its selections

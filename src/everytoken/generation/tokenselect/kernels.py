@@ -10,8 +10,9 @@ from numba import njit
 def top_indices(values: np.ndarray, k: int) -> np.ndarray:
     """Positions of the ``k`` largest of ``[N]`` non-negative float32 numbers, in ascending order; of equals, the first.
 
-    A radix selection over the bits, which order such numbers as their values do: two counting passes and one that collects.
-    Votes are mostly zeros and denormal numbers, with which torch.topk takes twenty times as long, and unsorted.
+    A radix selection over the bits, which order such numbers as their values do: two counting passes and one that
+    collects. Votes are mostly zeros and denormal numbers, with which torch.topk takes twenty times as long, and
+    unsorted.
     """
     bits = values.view(np.uint32)
     high, low = np.zeros(1 << 16, np.int64), np.zeros(1 << 16, np.int64)
@@ -51,7 +52,8 @@ def attend_rotated(
     Args:
         query: ``[G, d]``, rotated.
         keys, values: ``[M, d]``, keys un-rotated; the j-th is rotated to position j.
-        cos, sin: ``[M, d]`` rotary tables whose two halves are equal (halves of a vector are rotated against each other).
+        cos, sin: ``[M, d]`` rotary tables whose two halves are equal (halves of a vector are rotated against each
+            other).
     """
     groups, size = query.shape
     length, half = keys.shape[0], size // 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
+from itertools import combinations
 
 from ..json_text import Json, inner
 from .places import further_items, prefix_items, property_schemas
@@ -53,6 +54,9 @@ def holds(schemas: SchemaRules, value: Json, schema: Schema, pointer: str, top: 
                 return False
             if any(name not in value for name in part.get("required", ())):
                 return False
+            naming, place = part.get("propertyNames", True), at(where, "propertyNames")
+            if not all(holds(schemas, name, naming, place) for name in value):
+                return False
             relaxed = [(part, where)]
             mode, schemas.options = schemas.options, replace(schemas.options, strict_mode=False)
             try:
@@ -67,6 +71,8 @@ def holds(schemas: SchemaRules, value: Json, schema: Schema, pointer: str, top: 
         if isinstance(value, list):
             low, high = lengths([(part, where)], "minItems", "maxItems")
             if not low <= len(value) <= (len(value) if high is None else high):
+                return False
+            if part.get("uniqueItems") is True and any(equal(a, b) for a, b in combinations(value, 2)):
                 return False
             prefix, rest = prefix_items(part), further_items(part)
             for place, item in enumerate(value):

@@ -14,7 +14,7 @@ import pytest
 
 from everytoken.constraints.grammar import Grammar, GrammarError
 
-from ..common import accepts, compile_, in_schema, random_text
+from ...common import accepts, compile_, in_schema, random_text
 
 SUITE = Path(os.environ.get("EVERYTOKEN_SUITE", Path(sys.prefix) / "json-schema-test-suite"))
 OPEN = {"strict_mode": False}
