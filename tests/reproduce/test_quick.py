@@ -151,7 +151,7 @@ def test_an_experiment_without_a_test_here(name):
     assert distinct(result, *result["runs"][0])
 
 
-# -- trainings -------------------------------------------------------------------------------------------------------
+# -- trainings --------------------------------------------------------------------------------------------------------
 @pytest.mark.reproduction("tdpo")
 def test_tdpo():
     """Losses that differ train models that differ, in more than the fifth digit."""

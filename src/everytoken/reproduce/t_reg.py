@@ -1,4 +1,4 @@
-"""T-REG's claims: a contrast of two prompts finds the tokens that carry the reward, and regularising by it helps."""
+"""T-REG's claims: contrasting two prompts finds the tokens that carry the reward, and that helps DPO."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TGDPO's claim: guided by the token rewards of a DPO-trained model, DPO does better than alone (sentiment)."""
+"""TGDPO's claim: token rewards of a DPO-trained model make DPO better than alone (controlled sentiment)."""
 
 from __future__ import annotations
 
