@@ -31,7 +31,9 @@ _ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\-]+"
 _QUOTED = r'"([ !#-\[\]-~]|\\[ -~])*"'
 _LITERAL = rf"\[({_IPV4}|IPv6:({_IPV6}))\]"
 _HEX = "%[0-9A-Fa-f]{2}"
-_UCS = r"\u00a0-\ud7ff\uf900-\ufdcf\ufdf0-\uffef\u{10000}-\u{1fffd}\u{20000}-\u{2fffd}\u{30000}-\u{3fffd}"
+_UCS = r"\u00a0-\ud7ff\uf900-\ufdcf\ufdf0-\uffef" + "".join(
+    rf"\u{{{plane:x}{'1000' if plane == 14 else '0000'}}}-\u{{{plane:x}fffd}}" for plane in range(1, 15)
+)
 _FUTURE = r"v[0-9A-Fa-f]+\.[A-Za-z0-9\-._~!$&'()*+,;=:]+"
 _VARIABLE = r"([A-Za-z0-9_]|%[0-9A-Fa-f]{2})(\.?([A-Za-z0-9_]|%[0-9A-Fa-f]{2}))*(:[1-9]\d{0,3}|\*)?"
 
