@@ -19,7 +19,7 @@ from .pushdown import Pushdown
 from .vocabulary import TokenizerInfo
 
 _log = logging.getLogger(__name__)
-_said = threading.Event()
+_prepared = threading.Event()
 Key = tuple[str | tuple[tuple[str, str], ...], ...]
 """What a compilation depends on: the kind of source, the source, options."""
 
@@ -57,14 +57,16 @@ def _use_every_kernel() -> None:
     matcher.longest_prefix("{")
 
 
-def _say_if_slow() -> None:
-    if not _said.is_set():
-        _said.set()
+def _prepare_kernels() -> None:
+    """Before the first grammar: where kernels are missing on disk, says so and compiles all of them, once for all."""
+    if not _prepared.is_set():
+        _prepared.set()
         if not kernels_kept():
             _log.warning(
-                "Compiling the grammar engine's kernels: about 20 seconds, once on this machine (kept on disk). "
-                "warm_kernels(background=True) does it ahead."
+                "Compiling the grammar engine's kernels: about 20 seconds, once on this machine (they are kept on "
+                "disk). warm_kernels(background=True) does it ahead."
             )
+            _use_every_kernel()
 
 
 class GrammarCompiler:
@@ -113,7 +115,7 @@ class GrammarCompiler:
             return compiled
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
-        _say_if_slow()
+        _prepare_kernels()
         return CompiledGrammar(Pushdown.from_grammar(grammar), self.tokenizer_info).warm(
             self.warm_seconds, self.max_threads
         )

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import combinations
 
 from ..formats import FORMATS, REFUSED_FORMATS
+from ..json_text import Json
 from .sets import TYPES, Place, Schema, SchemaObject, SchemaSets, at
 
 NOT_PATTERN, NOT_FORMAT, NOT_ENUM = "\0notPattern", "\0notFormat", "\0notEnum"
@@ -110,7 +111,7 @@ def _other_types(schema: SchemaObject) -> Iterator[Schema]:
         yield {"type": "number", NOT_INTEGER: True}
 
 
-def _other_values(values: list) -> Iterator[Schema]:
+def _other_values(values: list[Json]) -> Iterator[Schema]:
     """Values beside those listed: of each type, all but the listed ones."""
     simple = [value for value in values if not isinstance(value, (list, dict))]
     nested = [value for value in values if isinstance(value, (list, dict))]
@@ -126,7 +127,7 @@ def _other_values(values: list) -> Iterator[Schema]:
         yield {"type": kind, "allOf": unlike} if unlike else {"type": kind}
 
 
-def _unlike(value: list | dict) -> SchemaObject:
+def _unlike(value: list[Json] | dict[str, Json]) -> SchemaObject:
     """Arrays (objects) other than one."""
     size = len(value)
     options: list[Schema] = []
@@ -170,8 +171,10 @@ def _arrays(schemas: SchemaSets, schema: SchemaObject, pointer: str) -> Iterator
         yield {"type": "array", "maxItems": int(schema["minItems"]) - 1}
     if "maxItems" in schema:
         yield {"type": "array", "minItems": int(schema["maxItems"]) + 1}
-    prefix = schema.get("prefixItems", schema["items"] if isinstance(schema.get("items"), list) else [])
-    rest = schema.get("additionalItems" if isinstance(schema.get("items"), list) else "items", True)
+    older = isinstance(schema.get("items"), list)  # drafts before 2020-12
+    prefix: list[Schema] = schema["prefixItems"] if "prefixItems" in schema else schema["items"] if older else []
+    further = "additionalItems" if older else "items"
+    rest: Schema = schema[further] if further in schema else True
     for place, item in enumerate(prefix):
         yield {
             "type": "array", OPEN: True, "minItems": place + 1, "prefixItems": [True] * place + [{"not": item}],
