@@ -174,7 +174,7 @@ def _arrays(schemas: SchemaSets, schema: SchemaObject, pointer: str) -> Iterator
     older = isinstance(schema.get("items"), list)  # drafts before 2020-12
     prefix: list[Schema] = schema["prefixItems"] if "prefixItems" in schema else schema["items"] if older else []
     further = "additionalItems" if older else "items"
-    rest: Schema = schema[further] if further in schema else True
+    rest: Schema = schema.get(further, True)
     for place, item in enumerate(prefix):
         yield {
             "type": "array", OPEN: True, "minItems": place + 1, "prefixItems": [True] * place + [{"not": item}],
