@@ -16,7 +16,6 @@ from .common import CORPUS, byte_level, sentencepiece
 MARK = "\u2581"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 SPACES = [MARK * count for count in range(2, 6)]
-TURNS = "{% for m in messages %}<start>{{ m['content'] }}<end>{% endfor %}"
 
 
 def fast(backend, **roles):
@@ -87,13 +86,13 @@ def qwen():
     return fast(backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
-def marked_bpe(size, special, words=None):
-    """A BPE model over text with marked spaces, with byte fallback: ``(model, names in order)``."""
+def marked_bpe(size, special):
+    """A BPE model over text with marked spaces, with byte fallback."""
     from tokenizers import Tokenizer, models, trainers
 
     trained = Tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(vocab_size=size, limit_alphabet=70, show_progress=False)
-    trained.train_from_iterator(words or [MARK + word for line in CORPUS for word in line.split()], trainer)
+    trained.train_from_iterator([MARK + word for line in CORPUS for word in line.split()], trainer)
     state = json.loads(trained.to_str())["model"]
     names = list(
         dict.fromkeys([*special, *BYTES, MARK, *SPACES, "\n", *sorted(state["vocab"], key=state["vocab"].get)])

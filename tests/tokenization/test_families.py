@@ -78,7 +78,6 @@ def test_the_own_id_is_what_the_tokenizer_writes(name):
 
 
 def test_lone_surrogates_are_refused_by_name():
-    from everytoken.core.trace import TokenTrace  # noqa: F401  (imports nothing heavy)
     from everytoken.tokenization.base import bits_a_byte
     from everytoken.tokenization.dynamic_tokenization import DynamicTokenizer
     from everytoken.tokenization.ensemble import ByteEnsemble
@@ -160,8 +159,7 @@ def transplanter(method, tokenizer, name):
     same = method(strategy="retok", pad_to_multiple_of=1).transplant(model, tokenizer, tokenizer)
     with torch.inference_mode():
         old, new = model(ids).logits, same(ids).logits
-    used = [index for index, data in enumerate(token_bytes(tokenizer)[: rows_of(tokenizer)])]
-    assert torch.equal(old[..., used], new[..., used])
+    assert torch.allclose(old, new[..., : old.shape[-1]], atol=1e-5)  # one row more is another order of sums
     moved = method(strategy="retok").transplant(model, tokenizer, other)
     if tokenizer.eos_token_id is not None and other.eos_token_id is not None:
         before, after = model.get_input_embeddings().weight, moved.get_input_embeddings().weight
