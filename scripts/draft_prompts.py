@@ -76,9 +76,7 @@ magnets; sound; light; electricity; batteries; nuclear power; wind turbines; eng
 salt; soil; weather forecasts; hurricanes; glaciers; coral reefs; psychology; philosophy; justice; freedom; kindness;
 honesty; creativity; memory; curiosity; happiness; hospitals; surgery; dentistry; blindness; nutrition; yoga;
 marathons; hiking; camping; horses; cats; parrots; spiders; snakes; elephants; penguins; wolves; butterflies;
-mushrooms; roses""".replace("\n", " ").split(
-    ";"
-)
+mushrooms; roses""".replace("\n", " ").split(";")
 TOPICS = [topic.strip() for topic in TOPICS]
 
 
