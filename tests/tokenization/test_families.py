@@ -5,7 +5,6 @@ A method keeps its contract on every family, or refuses the family by name befor
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,6 +18,7 @@ from everytoken.tokenization.hyper import MeanEmbedding
 from everytoken.tokenization.token_healing import TokenHealing
 
 from ..conftest import tiny_llama
+from .common import check_steps
 from .families import FAMILIES, LOSSLESS, family
 
 TEXTS = [
@@ -141,12 +141,8 @@ def byte_method(method, tokenizer, name):
         model.forward = before
         return
     lm = method(tolerance=0.0).on(model, tokenizer, context_of(tokenizer))
-    for text in (b" hello", b"a  b", b"he w", "  \U0001d7d8".encode()[:3], "é\u3000".encode()):
-        for size in range(len(text) + 1):
-            found = np.exp(lm.next_byte_logprobs(text[:size]))
-            assert found.sum() == pytest.approx(1)
-        steps = sum(lm.next_byte_logprobs(text[:size])[text[size]] for size in range(len(text)))
-        assert steps == pytest.approx(lm.logprob(text), abs=2e-2), text
+    for text in (b" he", b"a  b", b"he w", "  \U0001d7d8".encode(), "\u3000é".encode()):
+        check_steps(lm, text)
     for unit in ("byte", "token"):
         assert len(lm.generate(" he", 4, unit=unit)) <= 4
 
