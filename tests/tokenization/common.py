@@ -113,8 +113,8 @@ def new_tokens(tokenizer):
 def check_steps(lm, text):
     """Byte after byte, the next byte's distribution is that of the masses of the texts one byte longer.
 
-    ``P(b | text) / P(c | text) = P(text b) / P(text c)``, for the text's next byte and the likeliest two others. What is
-    settled on the way must lose nothing, so this fails where a token crosses a settled place.
+    ``P(b | text) / P(c | text) = P(text b) / P(text c)``, for the text's next byte and the likeliest two others. What
+    is settled on the way must lose nothing, so this fails where a token crosses a settled place.
     """
     import numpy as np
     import pytest

@@ -191,7 +191,7 @@ def test_token_healing_on_every_family(name):
         return
     model = model_for(tokenizer)
     model.generation_config.eos_token_id = None
-    ids = torch.tensor([ids_of(tokenizer, "hello wor")])
+    ids = torch.tensor([ids_of(tokenizer, "hello 12, wor")])
     healed = model.generate(ids, max_new_tokens=4, do_sample=False, custom_generate=TokenHealing(tokenizer))
     assert spell(tokenizer, healed[0].tolist()).startswith(spell(tokenizer, ids[0].tolist()))
     ended = torch.tensor([[*ids[0].tolist(), tokenizer.eos_token_id]])
