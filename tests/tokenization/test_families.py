@@ -78,6 +78,7 @@ def test_the_own_id_is_what_the_tokenizer_writes(name):
 
 
 def test_lone_surrogates_are_refused_by_name():
+    from everytoken.core.scoring import turn_ids
     from everytoken.tokenization.base import bits_a_byte
     from everytoken.tokenization.dynamic_tokenization import DynamicTokenizer
     from everytoken.tokenization.ensemble import ByteEnsemble
@@ -98,6 +99,7 @@ def test_lone_surrogates_are_refused_by_name():
         lambda: DynamicTokenizer(tokenizer)([broken]),
         lambda: SupertokenTrainer(300).train([broken]),
         lambda: trace(tokenizer, broken),
+        lambda: turn_ids(tokenizer, broken),
     ):
         with pytest.raises(BadInputError, match=r"character 6 is a lone surrogate \(U\+D800\)"):
             call()
