@@ -113,8 +113,8 @@ def test_bad_input(tmp_path):
         (lambda: load_any_tokenizer(str(broken)), "no file of tiktoken ranks"),
         (lambda: load_any_tokenizer(str(other)), "no tokenizer file"),
         (lambda: read_tekken(tekken), "no tekken.json"),
-        (lambda: from_ranks({b"a": 0}), "lacks 255 single bytes"),
-        (lambda: from_ranks({bytes([b]): b for b in range(256)}, special_tokens={"<s>": 3}), "same id"),
+        (lambda: from_ranks({b"a": 0}, GPT2), "lacks 255 single bytes"),
+        (lambda: from_ranks({bytes([b]): b for b in range(256)}, GPT2, special_tokens={"<s>": 3}), "same id"),
     ):
         with pytest.raises(BadInputError, match=message):
             call()

@@ -77,7 +77,12 @@ def _check_new(out: Path) -> None:
 
 @app.command(epilog=EXAMPLES)
 def transplant(
-    to: Annotated[str, typer.Option(help="The new tokenizer: mistral, tekken, qwen, a file (ranks: FILE.tiktoken@FAMILY), a folder or a hub id.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="The new tokenizer: mistral, tekken, qwen, a file (ranks: FILE.tiktoken@FAMILY), a folder or a hub id."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the model and its new tokenizer.")],
     model: Annotated[
         str | None, typer.Option(help="Hub id, folder or .gguf file; default: the embedded model.")
