@@ -197,5 +197,6 @@ def test_token_healing_on_every_family(name):
     healed = model.generate(ids, max_new_tokens=4, do_sample=False, custom_generate=TokenHealing(tokenizer))
     assert spell(tokenizer, healed[0].tolist()).startswith(spell(tokenizer, ids[0].tolist()))
     ended = torch.tensor([[*ids[0].tolist(), tokenizer.eos_token_id]])
-    kept = model.generate(ended, max_new_tokens=4, do_sample=False, custom_generate=TokenHealing(tokenizer))
-    assert torch.equal(kept, model.generate(ended, max_new_tokens=4, do_sample=False))
+    arguments = {"attention_mask": torch.ones_like(ended), "max_new_tokens": 4, "do_sample": False}
+    kept = model.generate(ended, custom_generate=TokenHealing(tokenizer), **arguments)
+    assert torch.equal(kept, model.generate(ended, **arguments))

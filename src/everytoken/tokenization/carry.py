@@ -119,10 +119,8 @@ class MovedIds:
                 elif name == "bad_words_ids":
                     found[name] = self._words(value)
                 elif name == "force_words_ids":
-                    found[name] = [
-                        self._forced_words(item) if isinstance(item[0], list) else self._forced_words([item])[0]
-                        for item in value
-                    ]
+                    nested = [item if isinstance(item[0], list) else [item] for item in value]
+                    found[name] = [self._forced_words(item) for item in nested]
                 elif name == "sequence_bias":
                     pairs = value.items() if isinstance(value, dict) else value
                     moved = [(self.several(tokens), bias) for tokens, bias in pairs]

@@ -176,10 +176,10 @@ class LargeVocabulary(Decoder):
                         expansion_search=self.expansion_search,
                     )
                     vectors = np.concatenate([part, extra[:, None]], 1)
-                    for first in range(0, len(part), INDEXED):
-                        report("building the index", begin + first, len(keys))
-                        numbers = np.arange(begin + first, min(begin + first + INDEXED, end))
-                        graph.add(numbers, vectors[first : first + INDEXED])
+                    for place in range(begin, end, INDEXED):
+                        report("building the index", place, len(keys))
+                        numbers = np.arange(place, min(place + INDEXED, end))
+                        graph.add(numbers, vectors[numbers - begin])
                     self._graphs.append(graph)
         return self
 
