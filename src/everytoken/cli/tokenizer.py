@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from ..core.errors import BadInputError
+from .common import stages
 
 app = typer.Typer(
     help="Put another tokenizer under a model, or train one whose tokens span words.", no_args_is_help=True
@@ -76,7 +77,12 @@ def _check_new(out: Path) -> None:
 
 @app.command(epilog=EXAMPLES)
 def transplant(
-    to: Annotated[str, typer.Option(help="The new tokenizer: mistral, tekken, qwen, a file, a folder or a hub id.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="The new tokenizer: mistral, tekken, qwen, a file (ranks: FILE.tiktoken@FAMILY), a folder or a hub id."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the model and its new tokenizer.")],
     model: Annotated[
         str | None, typer.Option(help="Hub id, folder or .gguf file; default: the embedded model.")
@@ -90,6 +96,7 @@ def transplant(
 ) -> None:
     """Give a model another tokenizer: embeddings of shared tokens are kept, the others estimated (TokenAdapt)."""
     from ..core.loading import load_model, load_tokenizer
+    from ..tokenization.carry import with_chat_template
     from ..tokenization.foreign_tokenizers import load_any_tokenizer
     from ..tokenization.tokenadapt import TokenAdapt
 
@@ -100,7 +107,11 @@ def transplant(
     console.print("loading the model ...", style="dim")
     old, source = load_tokenizer(model), load_model(model, dtype=dtype)
     console.print(f"{len(old):,} tokens -> {len(new):,} tokens ...", style="dim", highlight=False)
-    fresh = method.transplant(source, old, new)
+    with stages(console) as report:
+        fresh = method.transplant(source, old, new, report)
+    new, note = with_chat_template(old, new)
     fresh.save_pretrained(out)
     new.save_pretrained(out)
+    if note is not None:
+        console.print(note, highlight=False)
     print(f"{method.summary().removesuffix('.')}; model and tokenizer written to {out}")

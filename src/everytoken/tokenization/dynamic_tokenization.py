@@ -37,7 +37,7 @@ import torch
 
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
-from ..core.vocabulary import backend_of, first_ids
+from ..core.vocabulary import backend_of, own_ids, utf8
 from .base import token_bytes
 from .embedding import Embedder, EmbeddingCache
 from .merging import PairMerger
@@ -157,7 +157,7 @@ class DynamicTokenizer:
                 f"reduction is a share of what is possible, 0 to 1; got {self.reduction}.", "Half of it is 0.5."
             )
         self._bytes = token_bytes(self.tokenizer)
-        self._ids = first_ids(self._bytes)
+        self._ids = own_ids(self.tokenizer)
         self._cut = getattr(backend_of(self.tokenizer), "pre_tokenizer", None)
         self._joined: OrderedDict[bytes, bool] = OrderedDict()
         self.cache = EmbeddingCache(self.cache_size)
@@ -267,6 +267,8 @@ class DynamicTokenizer:
         if isinstance(texts, str) or not len(texts):
             raise BadInputError("Give a list of texts, or of token ids.", 'dynamic(["a text", "another"])')
         if isinstance(texts[0], str):
+            for text in texts:
+                utf8(text)  # type: ignore[arg-type]  # a lone surrogate is refused by name
             rows = self.tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
         else:
             rows = [[int(item) for item in row] for row in texts]
