@@ -16,6 +16,7 @@ from ..core.errors import BadInputError
 from ..core.progress import Report
 from ..core.scoring import prompt_ids
 from .base import TrainingContext, TrainingResult
+from .checkpoints import newest_whole
 from .config import TrainConfig
 from .distributed import in_shards, load_unplaced, process_state, save_whole
 from .quiet import ReportSteps, without_printer
@@ -103,17 +104,16 @@ class TrainingSession:
         return texts
 
     def train(self, trainer: Any) -> None:
-        """Trains with progress, from the last checkpoint where there is one; an interruption leaves a checkpoint
+        """Trains with progress, from the last whole checkpoint where there is one; an interruption leaves a checkpoint
         behind.
         """
-        from transformers.trainer_utils import get_last_checkpoint
-
         without_printer(trainer).add_callback(ShowMetrics(self.context.report, f"training {self.name}", self.metrics))
-        last = get_last_checkpoint(str(self.checkpoints)) if self.config.resume and self.checkpoints.is_dir() else None
+        last, skipped = newest_whole(self.checkpoints, trainer.checkpoint_files) if self.config.resume else (None, [])
+        self.notes += skipped
         if last is not None:
             self.notes.append(f"Went on from {last}.")
         try:
-            trainer.train(resume_from_checkpoint=last)
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except KeyboardInterrupt:
             if trainer.state.global_step and self.config.save_steps:
                 trainer._save_checkpoint(trainer.model, None)
