@@ -200,8 +200,9 @@ def test_the_whole_loss_by_hand(tmp_path, embedded_tokenizer):
 def test_without_residual_the_second_pass_is_the_first(tmp_path, embedded_tokenizer):
     trainer = make(tmp_path, embedded_tokenizer, IFTSettings(residual=0.0, gamma=0.9))
     _, _, batch = loss_and_gradient(trainer)
-    losses, _, mask, predicted = trainer.token_losses(trainer.model, batch)
-    assert torch.equal(predicted, batch["input_ids"])
+    found = trainer.token_losses(trainer.model, batch)
+    losses, mask = found.losses, found.mask
+    assert torch.equal(found.predicted, batch["input_ids"])
     logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     logp = torch.log_softmax(logits[:, :-1], -1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
     assert torch.allclose(losses[mask], -logp[mask], atol=1e-5)
@@ -241,7 +242,7 @@ def test_detaching_changes_the_gradient_and_not_the_loss(tmp_path, embedded_toke
 def test_predictions_replace_targets_only(tmp_path, embedded_tokenizer):
     trainer = make(tmp_path, embedded_tokenizer, IFTSettings())
     _, _, batch = loss_and_gradient(trainer)
-    *_, predicted = trainer.token_losses(trainer.model, batch)
+    predicted = trainer.token_losses(trainer.model, batch).predicted
     kept = batch["labels"] == -100
     assert torch.equal(predicted[kept], batch["input_ids"][kept])
     assert not torch.equal(predicted[~kept], batch["input_ids"][~kept])

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 NO_KL = "it belongs to a KL term in the loss, and here the KL penalty is part of the reward"
+ONE_ADVANTAGE = "it reads one advantage a response, and every token has its own here"
 OWN_REFERENCE = "the reference is what the DPO model was trained from, and stays it"
 REFUSALS: Refusals = {
     "use_bias_correction_kl": (True, NO_KL),
@@ -61,7 +62,11 @@ REFUSALS: Refusals = {
     "ref_model_mixup_alpha": (0.6, OWN_REFERENCE),
     "ref_model_sync_steps": (512, OWN_REFERENCE),
     "multi_objective_aggregation": ("sum_then_normalize", "rewards are added up and belong to the last token"),
-    "off_policy_mask_threshold": (None, "it reads one advantage a response, and every token has its own here"),
+    "off_policy_mask_threshold": (None, ONE_ADVANTAGE),
+    "vespo_k_pos": (2.0, ONE_ADVANTAGE),
+    "vespo_lambda_pos": (3.0, ONE_ADVANTAGE),
+    "vespo_k_neg": (3.0, ONE_ADVANTAGE),
+    "vespo_lambda_neg": (2.0, ONE_ADVANTAGE),
     "cast_lm_head_to_fp32": (False, "it would change the policy's head and not those of the reference and DPO model"),
     "bf16_full_eval": (False, "it would round the policy and not the reference"),
     "fp16_full_eval": (False, "it would round the policy and not the reference"),
@@ -165,7 +170,7 @@ class RTOConfig(RTOSettings, GRPOConfig):
         if self.beta != 0:
             raise BadInputError(f"beta={self.beta} would charge the KL twice.", "Use init_kl_coef.")
         if self.loss_type == "vespo":
-            raise BadInputError("loss_type='vespo' reads one advantage a response, and every token has its own here.")
+            raise BadInputError(f"RTO does not support loss_type='vespo': {ONE_ADVANTAGE}.")
         if self.estimator == "gae" and self.scale_rewards != "group":
             raise BadInputError(
                 f"scale_rewards={self.scale_rewards!r} has no meaning with a critic: advantages are whitened.",
