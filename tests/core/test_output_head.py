@@ -122,8 +122,8 @@ def test_an_adapter_on_the_head_is_refused_and_a_trained_copy_is_taken_in_its_co
         copy.deepcopy(plain), peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     )
     with torch.no_grad():
-        saved.get_output_embeddings().weight.add_(1.0)
-    assert torch.equal(output_head(saved).weight, plain.lm_head.weight + 1)
+        saved.get_output_embeddings().weight.mul_(1.5)
+    assert torch.equal(output_head(saved).weight, plain.lm_head.weight * 1.5)
     ids, mask = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[False, True, True, True]])
     found = ImplicitReward(saved, beta=1.0).statistics(ids, mask)
     assert torch.allclose(found["ref_logps"], response_logps(plain, ids, mask), atol=1e-6)

@@ -67,7 +67,7 @@ remove_unused_columns report_to restore_callback_states_from_checkpoint resume_f
 save_on_each_node save_only_model save_steps save_strategy save_total_limit skip_memory_metrics tf32 torch_compile
 torch_compile_backend torch_compile_mode torch_empty_cache_steps trackio_bucket_id trackio_space_id
 trackio_static_space_id train_sampling_strategy use_cache use_cpu
-""".split()
+""".split()  # noqa: SIM905
 
 INHERITED = {
     "bf16": Changes(True),
@@ -215,7 +215,7 @@ GRPO = INHERITED | {
     "vllm_max_model_length vllm_tensor_parallel_size vllm_importance_sampling_correction "
     "vllm_importance_sampling_mode vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min "
     "vllm_importance_sampling_cap"
-).split()}  # fmt: skip
+).split()}  # fmt: skip # noqa: SIM905
 RTO = GRPO | {
     "critic_epochs": Changes(3, {"max_steps": 3}),
     "critic_lr": Changes(0.3, {"max_steps": 3}),

@@ -140,6 +140,8 @@ class TrainingSession:
         """
         out = self.context.out
         save_whole(trainer, out / "model")
+        if self.main:
+            name_base(out / "model", self.context.model)
         after = self.write_texts(trainer.accelerator.unwrap_model(trainer.model), prompts)
         files: list[Path] = []
         if self.main:
@@ -176,6 +178,22 @@ class TrainingSession:
                 shutil.rmtree(self.checkpoints)
         self.state.wait_for_everyone()
         return TrainingResult(figures, files, [*self.notes, f"Look at {out / 'report.html'}."])
+
+
+def name_base(folder: Path, model: str | None) -> None:
+    """Has a saved adapter name its base model as the user did: where it lay on this machine says nothing elsewhere.
+
+    Args:
+        folder: of the adapter; whole models are left as they are.
+        model: as for ``load_model``.
+    """
+    from ..core.loading import EMBEDDED
+
+    file = folder / "adapter_config.json"
+    if file.is_file():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = model or EMBEDDED
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _shown(prompt: Prompt) -> str:
