@@ -191,7 +191,8 @@ def exact_bytes() -> None:
     took, tokens = time.perf_counter() - began, len(tokenizer(out.decode("utf-8", "replace"))["input_ids"])
     rows.append({"what": "ByteLM, token by token behind the "
                          "prompt", "bytes per second": len(out) / took,
-                          "forwards a byte": (lm.forwards - before) / len(out), "forwards a token": (lm.forwards - before) / max(1, tokens)})  # fmt: skip
+                          "forwards a byte": (lm.forwards - before) / len(out),
+                          "forwards a token": (lm.forwards - before) / max(1, tokens)})  # fmt: skip
     if find_spec("genlm") is not None:
         theirs, took = asyncio.run(genlm(model, tokenizer, texts))
         wanted = [
@@ -202,7 +203,8 @@ def exact_bytes() -> None:
             for one, two in zip(curves, theirs, strict=True)
             for a, b in zip(one, two, strict=True)
         ]
-        rows.append({"what": "genlm-bytes, beam of 5", "bytes per second": size / took, "bits a byte": -np.mean(wanted) / np.log(2),
+        rows.append({"what": "genlm-bytes, beam of 5", "bytes per second": size / took,
+                     "bits a byte": -np.mean(wanted) / np.log(2),
                      "total variation to ByteLM": float(np.mean(apart))})  # fmt: skip
     report(
         "exact_bytes",

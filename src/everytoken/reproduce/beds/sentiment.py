@@ -1,12 +1,10 @@
-"""A test bed for preference optimisation on a CPU: a small language model of openings and what the embedded model makes
-of them.
+"""A test bed for preference optimisation on a CPU: a small language model continues openings, judged by a lexicon.
 
 Hundreds of optimiser steps, thousands of rollouts and several seeds are out of reach of the embedded 135M model on two
-cores. So it
-writes some thousand continuations once, and a Llama of about 3M weights learns them: the start of every arm (the "SFT
-model"), and the reference. Its vocabulary holds the frequent tokens of those texts only, a part of the embedded
-model's, so that the large model can still say something about every token. Rewards are VADER scores; openings of
-training and test share no subject.
+cores. So it writes some thousand continuations once, and a Llama of about 3M weights learns them: the start of every
+arm (the "SFT model"), and the reference. Its vocabulary holds the frequent tokens of those texts only, a part of the
+embedded model's, so that the large model can still say something about every token. Rewards are VADER scores; openings
+of training and test share no subject.
 
 The positive control is DPO on the bed's pairs, which raises the reward of controlled sentiment in its own paper (arXiv
 2305.18290).

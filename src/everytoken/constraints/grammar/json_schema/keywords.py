@@ -14,7 +14,8 @@ STRINGS_AND_NUMBERS = frozenset({
     "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
 })  # fmt: skip
 OBJECTS = frozenset({
-    "properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties", "maxProperties",
+    "properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties",
+    "maxProperties",
     "unevaluatedProperties",
 })  # fmt: skip
 ARRAYS = frozenset({
@@ -26,7 +27,8 @@ REFERENCES = frozenset({"$ref", "$defs", "definitions", "$id", "id", "$anchor", 
 SUPPORTED = COMBINATION | STRINGS_AND_NUMBERS | OBJECTS | ARRAYS | REFERENCES
 
 ANNOTATIONS = frozenset({
-    "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment", "$schema",
+    "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment",
+    "$schema",
     "$vocabulary", "contentMediaType", "contentEncoding", "contentSchema",
 })  # fmt: skip
 """They say nothing about which documents are valid."""
