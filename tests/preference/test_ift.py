@@ -68,9 +68,7 @@ NORMED = {
 )  # fmt: skip
 @settings(max_examples=80, deadline=None)
 def test_every_variant_is_that_of_the_authors_code(seed, gamma, side, norm, propagation):
-    """Sums forward or backward, turned round on the right with the smallest sum of the batch, then brought to an average
-    of 1.
-    """
+    """Sums ahead or behind, turned round on the right with the smallest sum of the batch, then brought to average 1."""
     losses, mask = losses_and_mask(seed)
     found = relation_weights(losses, mask, IFTSettings(gamma=gamma, side=side, norm=norm, propagation=propagation))
     sums = []
