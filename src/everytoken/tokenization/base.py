@@ -68,16 +68,19 @@ def bits_a_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
     import torch
 
     from ..core.logprobs import token_stats
+    from ..core.scoring import output_head
 
     size = len(utf8(text))
     ids, start, total = tokenizer(text, add_special_tokens=False)["input_ids"], start_token(tokenizer), 0.0
     if not ids:
         raise BadInputError("The tokenizer makes no tokens of this text.", "Give a text that is not empty.")
+    head = output_head(model)
     with torch.inference_mode():
         for begin in range(0, len(ids), window):
             row = torch.tensor([[start, *ids[begin : begin + window]]], device=model.device)
             hidden = model.base_model(input_ids=row).last_hidden_state[0, :-1]
-            total -= float(token_stats(hidden, model.get_output_embeddings().weight, row[0, 1:]).logps.sum())
+            stats = token_stats(hidden, head.weight, row[0, 1:], bias=head.bias, rule=head.rule)
+            total -= float(stats.logps.sum())
     return total / math.log(2) / size
 
 
