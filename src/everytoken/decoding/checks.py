@@ -158,20 +158,22 @@ def check_prompt(model: PreTrainedModel, length: int) -> None:
 # -- caches ------------------------------------------------------------------------------------------------------------
 def check_empty_cache(decoder: str, cache: Cache | None) -> None:
     """Raises BadInputError where ``past_key_values`` hold something already."""
-    if cache is not None and cache.get_seq_length() > 0:
+    if cache is not None and is_filled(cache):
         raise BadInputError(f"{decoder} starts from an empty cache.", "Leave past_key_values out.")
 
 
 def check_unread(cache: Cache, length: int) -> None:
     """Raises BadInputError where a cache leaves nothing to read of a prompt of ``length`` tokens."""
-    if cache.get_seq_length() >= length:
+    from .row_cache import cached_length
+
+    if cached_length(cache) >= length:
         raise BadInputError("The cache already holds the whole prompt.", "Pass at least one token beyond the cache.")
 
 
 def check_one_row(decoder: str, rows: int, streamer: Any, cache: Cache | None) -> None:
     """Raises BadInputError where a batch of several rows comes with a streamer or a cache of its own, which follow
     one."""
-    if rows > 1 and cache is not None and cache.get_seq_length() > 0:
+    if rows > 1 and cache is not None and is_filled(cache):
         raise BadInputError(f"{decoder} continues a filled cache for one row only.", "Pass the rows one at a time.")
     if rows > 1 and cache is not None and is_special(cache):
         raise BadInputError(
@@ -180,6 +182,14 @@ def check_one_row(decoder: str, rows: int, streamer: Any, cache: Cache | None) -
         )
     if rows > 1 and streamer is not None:
         raise BadInputError("A streamer follows one row only.", "Decode one prompt at a time.")
+
+
+def is_filled(cache: Cache) -> bool:
+    """Whether a cache holds anything; recurrent layers alone do not say how much."""
+    try:
+        return cache.get_seq_length() > 0
+    except ValueError:
+        return bool(cache.has_previous_state())
 
 
 def is_special(cache: Cache) -> bool:
