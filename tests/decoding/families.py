@@ -47,5 +47,47 @@ def all_families() -> list[str]:
     return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(EXCLUDED))
 
 
-FAMILIES: dict[str, dict[str, object]] = {}
-EXCLUDED: dict[str, str] = {}
+LATENT: dict[str, object] = {"num_key_value_heads": 4}
+MIXED = ["linear_attention", "full_attention"] * 2
+FAMILIES: dict[str, dict[str, object]] = {
+    **dict.fromkeys(
+        ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note_text", "glm4_moe_lite",
+         "glm_moe_dsa", "longcat_flash", "minicpm3", "youtu"),
+        LATENT,
+    ),
+    "bailing_hybrid": LATENT | {"layer_types": MIXED},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "codegen": {"rotary_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "window_size": WINDOW},
+    "gptj": {"rotary_dim": 8},
+    "granitemoehybrid": {"layer_types": MIXED},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": LATENT | {"layer_types": MIXED},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 2},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
+"""What a family needs beside ``SIZES``."""
+COMPOSITE = "reads images or sound as well: its language model is a family of its own"
+STATE = "plain generate keeps its state outside of past_key_values and cannot go on from it"
+EXCLUDED: dict[str, str] = {
+    **dict.fromkeys(
+        ("dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_assistant", "gemma4_unified",
+         "gemma4_unified_assistant", "git", "got_ocr2", "hyperclovax", "llama4", "mllama", "moshi",
+         "moss_transcribe_diarize", "musicgen", "musicgen_melody", "phi4_multimodal", "qwen3_5", "qwen3_5_moe",
+         "qwen4_exp", "whisper"),
+        COMPOSITE,
+    ),
+    "blt": "reads bytes in patches, through three models in one",
+    "cohere_compass_text": "its default configuration builds no model",
+    "dbrx": "its default configuration builds no model",
+    "falcon_h1": "the sizes of its state cannot be chosen by these fields",
+    "gemma3n_text": "layers share caches in a pattern that four layers cannot have",
+    "lfm2_moe": "its default configuration builds no model of four layers",
+    "qwen4_exp_text": "its default configuration builds no model",
+    "reformer": "its axial position embeddings have sizes of their own",
+    "xlstm": "plain generate does not run with these sizes",
+    "xmod": "needs a language to be chosen",
+    "zamba2": "its layers are listed one by one",
+}  # fmt: skip
+"""Families that are not built, and why."""
