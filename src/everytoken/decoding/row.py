@@ -172,7 +172,9 @@ def read_on(model: PreTrainedModel, cache: Cache, text: list[int], vocab: int) -
     token."""
     from .row_cache import RowCache
 
-    output = RowCache(model, cache).read(text)
+    held = RowCache(model, cache)
+    held.started = held.length > 0
+    output = held.read(text)
     logits: torch.Tensor = output["logits"]
     return logits[0, -1, :vocab].float()
 

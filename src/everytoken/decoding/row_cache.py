@@ -13,6 +13,7 @@ import functools
 import inspect
 import math
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -110,6 +111,31 @@ def _arguments_of(kind: type[PreTrainedModel]) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
 
 
+_measured: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _continues(model: PreTrainedModel) -> bool:
+    """Whether a model reads three tokens behind three others as if one by one; tried once, on the model itself.
+
+    Of the recurrent layers in transformers some take up their state for several tokens and some only for one, and no
+    attribute says which.
+    """
+    if model not in _measured:
+        vocab = model.config.get_text_config(decoder=True).vocab_size
+        text = [place % vocab for place in range(1, 7)]
+        logits = []
+        for steps in ((3, 6), (3, 4, 5, 6)):
+            cache = RowCache(model)
+            for end in steps:
+                output = cache._read(text[:end])
+            logits.append(output["logits"][0, -1].float())
+        scale = float(logits[1].abs().max())
+        tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+        _measured[model] = bool((logits[0] - logits[1]).abs().max() <= tolerance * max(scale, 1.0))
+    return _measured[model]
+
+
 # -- padding -----------------------------------------------------------------------------------------------------------
 def check_strippable(decoder: str, cache: Cache) -> None:
     """Raises BadInputError unless the padding that a filled cache begins with can be taken out of it."""
@@ -175,7 +201,8 @@ class RowCache:
         self.keeps = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
         self.plain = type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
         self.switch = rope_switch(model.config)
-        self.started = self.length > 0
+        self.started = False
+        self.recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.cache.layers)
         self._mark = self.length
         self._placed = torch.empty(0, dtype=torch.long, device=model.device)
         self._states: list[dict[str, Any] | None] = []
@@ -188,7 +215,8 @@ class RowCache:
         embedding they are read one at a time, because plain decoding turns each by its own length.
         """
         steps = [len(text)]
-        if self.started and self.switch is not None and len(text) > self.switch[0]:
+        crosses = self.switch is not None and len(text) > self.switch[0]
+        if self.started and len(text) - self.length > 1 and (crosses or not self.reads_on):
             steps = list(range(self.length + 1, len(text) + 1))
         output = None
         for end in steps:
@@ -196,6 +224,11 @@ class RowCache:
         self.started = True
         assert output is not None
         return output
+
+    @property
+    def reads_on(self) -> bool:
+        """Whether several tokens can be read behind others in one forward; some recurrent layers take one at a time."""
+        return not self.recurrent or _continues(self.model)
 
     def _read(self, text: list[int]) -> ModelOutput:
         device = self.model.device
@@ -273,6 +306,8 @@ class RowCache:
 
         A rotary embedding that changes with the text's length turns all tokens of a forward alike.
         """
+        if not self.reads_on:
+            return 0
         if self.switch is None:
             return math.inf
         last, ever = self.switch

@@ -32,7 +32,8 @@ from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.cache_utils import CacheLayerMixin
 
 from ..core.errors import BadInputError, UnsupportedModelError
 from ..core.trace import TokenTrace
@@ -131,18 +132,7 @@ def find_layers(model: PreTrainedModel) -> nn.ModuleList:
             f"{type(model).__name__} does not keep its decoder layers in base_model.layers.",
             "SkipDecode works with Llama-like models.",
         )
-    check_layer_kinds(model.config)
     return layers
-
-
-def check_layer_kinds(config: PreTrainedConfig) -> None:
-    """Raises UnsupportedModelError for a model that mixes layers of several kinds."""
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
-    if len(kinds) > 1:
-        raise UnsupportedModelError(
-            f"A {config.model_type} model mixes layers of the kinds {', '.join(sorted(kinds))}.",
-            "SkipDecode needs layers of one kind: what is cached is counted at the first of them.",
-        )
 
 
 def check_schedule(schedule: DepthSchedule, num_layers: int) -> None:
@@ -179,6 +169,45 @@ def rerouted(layers: nn.ModuleList, route: Route) -> Iterator[None]:
         for index, layer in enumerate(layers):
             stack.enter_context(_forward_of(layer, wrap(index, layer.forward)))
         yield
+
+
+def counts(cache: Cache, index: int) -> bool:
+    """Whether a layer of a cache counts its tokens; recurrent layers do not, and some have no cache."""
+    return index < len(cache.layers) and isinstance(cache.layers[index], CacheLayerMixin)
+
+
+def held(cache: Cache) -> int:
+    """Tokens that a cache holds: as many as in its fullest layer, since every token passes some layer that counts."""
+    return max(
+        (int(cache.get_seq_length(index)) for index in range(len(cache.layers)) if counts(cache, index)), default=0
+    )
+
+
+@contextmanager
+def measured_where_layers_run(cache: Cache, running: Callable[[int], bool]) -> Iterator[None]:
+    """Has masks fit the layers that run.
+
+    A model takes the sizes of a mask from the first layer of its kind, which may be a skipped one whose keys are fewer.
+    """
+    sizes, length = cache.get_mask_sizes, cache.get_seq_length
+
+    def get_mask_sizes(query_length: int, layer_idx: int) -> tuple[int, int]:
+        if counts(cache, layer_idx) and not running(layer_idx):
+            kind = type(cache.layers[layer_idx])
+            alike = (place for place, layer in enumerate(cache.layers) if type(layer) is kind and running(place))
+            layer_idx = next(alike, layer_idx)
+        return sizes(query_length, layer_idx)
+
+    def get_seq_length(layer_idx: int = 0) -> int:
+        if counts(cache, layer_idx) and running(layer_idx):
+            return length(layer_idx)
+        return held(cache) if layer_idx == 0 or counts(cache, layer_idx) else length(layer_idx)
+
+    cache.get_mask_sizes, cache.get_seq_length = get_mask_sizes, get_seq_length  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del cache.get_mask_sizes, cache.get_seq_length
 
 
 @contextmanager
@@ -250,14 +279,13 @@ class SkipDecode(LoopDecoder):
         return super().figures() | {"layers a forward": sum(self.layers_run) / max(len(self.layers_run), 1)}
 
     def check_model(self, config: PreTrainedConfig) -> None:
-        """Layers of one kind, and a schedule that they can follow.
+        """A schedule that the model's layers can follow.
 
         Raises:
-            UnsupportedModelError: layers of several kinds.
+            UnsupportedModelError: a model with an encoder.
             BadInputError: a schedule with more layers than the model has, one that rises, or an impossible speed-up.
         """
         super().check_model(config)
-        check_layer_kinds(config)
         layers = config.get_text_config().num_hidden_layers
         if self.schedule is not None:
             check_schedule(self.schedule, layers)
@@ -287,7 +315,7 @@ class SkipDecode(LoopDecoder):
         def see_position(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
             tokens: Any = kwargs.get("input_ids")
             tokens = kwargs["inputs_embeds"] if tokens is None else tokens
-            length = kwargs["past_key_values"].get_seq_length() + tokens.shape[1]
+            length = held(kwargs["past_key_values"]) + tokens.shape[1]
             now["depth"] = schedule.depth(length - prompt)
             stats.layers_run.append(0)
 
@@ -297,18 +325,28 @@ class SkipDecode(LoopDecoder):
             stats.layers_run[-1] += 1
             return run()
 
+        def running(index: int) -> bool:
+            return bool(runs(schedule, index, now["depth"], total))
+
         hook = model.base_model.register_forward_pre_hook(see_position, with_kwargs=True)
         try:
-            with rerouted(layers, route):
+            with rerouted(layers, route), measured_where_layers_run(cache, running):
                 yield
         finally:
             hook.remove()
 
     @staticmethod
-    def _check_cache(cache: Any, first: list[int]) -> None:
+    def _check_cache(cache: Cache, first: list[int]) -> None:
         """Refuses a filled cache in which a layer that is to run has been skipped."""
-        length = cache.get_seq_length()
-        missing = [index for index in first if length and cache.get_seq_length(index) < length]
+        length = held(cache)
+        missing = []
+        for index in first if length else []:
+            if counts(cache, index):
+                missing += [index] if cache.get_seq_length(index) < length else []
+            elif index >= 1 and not any(
+                counts(cache, below) and cache.get_seq_length(below) == length for below in range(1, index)
+            ):  # a recurrent layer does not count; it was skipped if all above the warm-up and below it were
+                missing.append(index)
         if missing:
             raise BadInputError(
                 f"The cache lacks keys of layer {missing[0]}: an earlier call skipped it and this schedule runs it.",

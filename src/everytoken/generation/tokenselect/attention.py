@@ -84,6 +84,7 @@ class Rotation:
         apply: ``(queries, keys, cos, sin) -> both rotated``.
         compute: the embedding's forward, ``(states, positions [1, T]) -> cos, sin``; its own by default.
         last: whether the last dimensions of a vector are rotated, and not the first.
+        halved: whether cosines and sines are given once for both halves of what is rotated.
     """
 
     def __init__(
@@ -92,16 +93,20 @@ class Rotation:
         apply: Callable[..., tuple[torch.Tensor, torch.Tensor]],
         compute: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
         last: bool = False,
+        halved: bool = False,
     ):
         self.rotary, self.apply, self.last = rotary, apply, last
         self.compute = rotary.forward if compute is None else compute
         probe = torch.zeros(1, 1, device=next(iter(rotary.buffers())).device)
         self.width = self.compute(probe, torch.zeros(1, 1, dtype=torch.long, device=probe.device))[0].shape[-1]
+        self.width *= 1 + halved
         self.table: tuple[torch.Tensor, torch.Tensor] | None = None
         self.compiled = False
         switch = rope_switch(rotary.config) if hasattr(rotary, "config") else None
         self.limit = min(int(getattr(rotary, "original_max_seq_len", 1024)), 1 << 30 if switch is None else switch[0])
-        if probe.device.type == "cpu":  # the kernel rotates one half of a vector against the other, as most models do
+        if (
+            probe.device.type == "cpu" and not halved
+        ):  # the kernel rotates one half of a vector against the other, as most models do
             x = torch.linspace(-1, 1, 4 * self.width).view(1, 1, 4, self.width)
             turned, half = self(x, 3), torch.cat([-x[..., self.width // 2 :], x[..., : self.width // 2]], -1)
             cos, sin = (part[:, 3:7] for part in self.table)  # type: ignore[attr-defined]

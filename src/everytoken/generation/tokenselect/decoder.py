@@ -236,9 +236,9 @@ class TokenSelect(LoopDecoder):
             if key is not None and plan.alone:
                 kwargs = kwargs | {"position_embeddings": handed[key].real}
             elif key is not None and plan.apply is not None:
-                place = (*key, plan.apply, plan.last)
+                place, item = (*key, plan.apply, plan.last, plan.halved), handed[key]
                 if place not in rotations:
-                    rotations[place] = Rotation(handed[key].rotary, plan.apply, handed[key].compute, plan.last)
+                    rotations[place] = Rotation(item.rotary, plan.apply, item.compute, plan.last, plan.halved)
                 rotation = rotations[place]
             elif plan.apply is not None:
                 raise UnsupportedModelError(

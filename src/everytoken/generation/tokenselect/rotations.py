@@ -9,6 +9,7 @@ positions is refused. The layers alone run, not the model.
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,13 +39,14 @@ class Plan:
         module: the layer's attention.
         alone: whether it is left alone.
         apply: how it rotates, or None where it does not.
-        last: whether the last dimensions of a vector are rotated, and not the first.
+        last, halved: what ``Rotation`` is told of it.
     """
 
     module: nn.Module
     alone: bool
     apply: Apply | None = None
     last: bool = False
+    halved: bool = False
 
 
 def plan_layers(model: PreTrainedModel) -> list[Plan]:
@@ -131,17 +133,19 @@ def _ask(name: str, module: nn.Module, rotaries: list[nn.Module], kind: str, siz
         return pair
 
     tolerance = 1e-4 if x.dtype == torch.float32 else 5e-2
-    for apply in (own, rotate_halves):
-        for last in (False, True):
-            try:
-                rotation = Rotation(rotary, apply, compute, last) if apply is not None else None
-                if rotation is not None and all(
-                    torch.allclose(rotation(before, start), after, atol=tolerance, rtol=tolerance)
-                    for before, after in ((plain.query, turned.query), (plain.key, turned.key))
-                ):
-                    return Plan(module, False, apply, last)
-            except (RuntimeError, TypeError, ValueError):  # a function of another form: it does not fit
-                continue
+    forms = itertools.product((own, rotate_halves), (False, True), (False, True))
+    for apply, last, halved in forms:
+        if apply is None:
+            continue
+        try:
+            rotation = Rotation(rotary, apply, compute, last, halved)
+            if all(
+                torch.allclose(rotation(before, start), after, atol=tolerance, rtol=tolerance)
+                for before, after in ((plain.query, turned.query), (plain.key, turned.key))
+            ):
+                return Plan(module, False, apply, last, halved)
+        except (RuntimeError, TypeError, ValueError, IndexError):  # a function of another form: it does not fit
+            continue
     raise UnsupportedModelError(
         f"TokenSelect does not know how {name} rotates its queries and keys.",
         "It works with models that rotate vectors, or parts of them, and do nothing else by position.",
