@@ -32,8 +32,14 @@ PROMPT = torch.randint(2, VOCAB, (1, 12), generator=torch.Generator().manual_see
 PADDED = torch.cat([torch.nn.functional.pad(PROMPT[:, :8], (4, 0)), PROMPT])
 SAME, ABSENT = "same", "no plain text"
 REASONS = {
-    "a": (r"takes none|cache_params|needs a cache that grows", "The method reads on from a cache; the family keeps its state elsewhere."),
-    "b": (r"0 rotary embeddings", "A selection is given rotary positions of its own; the family rotates nothing."),
+    "a": (
+        r"takes none|cache_params|needs a cache that grows",
+        "The method reads on from a cache of keys or states; the family keeps its state elsewhere, or none.",
+    ),
+    "b": (
+        r"0 rotary embeddings",
+        "A selection is given rotary positions of its own; the family has no rotary embedding, or none to ask.",
+    ),
     "c": (
         r"does not know how|has another form|are handed rotary|cannot read the attention|does not go through|is told",
         "A selection is given rotary positions of its own; the family rotates, or attends, in a way that cannot be "
@@ -43,8 +49,11 @@ REASONS = {
         r"does not keep its decoder layers|return more than hidden states",
         "Layers are skipped by handing hidden states past them; the family's layers exchange more than those.",
     ),
-    "e": (r"starts from an empty cache|take the padding out|does not say how many", "The cache's state includes padding."),
-}  # fmt: skip
+    "e": (
+        r"starts from an empty cache|take the padding out|does not say how many",
+        "Padding cannot be taken out of the family's cache, so a padded row's cache is not continued.",
+    ),
+}
 """Why a cell that plain ``generate`` serves may be refused: what the error says, and what in the method forbids it."""
 
 

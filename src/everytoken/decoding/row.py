@@ -173,7 +173,7 @@ def read_on(model: PreTrainedModel, cache: Cache, text: list[int], vocab: int) -
     from .row_cache import RowCache
 
     held = RowCache(model, cache)
-    held.started = held.length > 0
+    held.prompt = held.length or None
     output = held.read(text)
     logits: torch.Tensor = output["logits"]
     return logits[0, -1, :vocab].float()

@@ -126,7 +126,7 @@ def _continues(model: PreTrainedModel) -> bool:
         text = [place % vocab for place in range(1, 7)]
         logits = []
         for steps in ((3, 6), (3, 4, 5, 6)):
-            cache = RowCache(model)
+            cache = RowCache(model, prompt=3)
             for end in steps:
                 output = cache._read(text[:end])
             logits.append(output["logits"][0, -1].float())
@@ -184,6 +184,7 @@ class RowCache:
     Args:
         model: reads the text.
         cache: empty, or filled with the text's beginning.
+        prompt: tokens of the prompt, which are read together; None: as many as are read first.
 
     Attributes:
         cache: transformers' own object; it stays the same one.
@@ -191,8 +192,8 @@ class RowCache:
         trees: whether a tree of drafts can be read in one forward.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: Cache | None = None):
-        self.model = model
+    def __init__(self, model: PreTrainedModel, cache: Cache | None = None, prompt: int | None = None):
+        self.model, self.prompt = model, prompt
         self.cache = new_cache(model) if cache is None else cache
         self.length = cached_length(self.cache)
         self.trees = takes_trees(model, self.cache)
@@ -214,10 +215,12 @@ class RowCache:
         A prompt is read in one forward, as ``generate`` reads it. Where later tokens cross a change of the rotary
         embedding they are read one at a time, because plain decoding turns each by its own length.
         """
-        steps = [len(text)]
+        self.prompt = len(text) if self.prompt is None else self.prompt
+        steps, later = [len(text)], len(text) - max(self.length, self.prompt)
         crosses = self.switch is not None and len(text) > self.switch[0]
-        if self.started and len(text) - self.length > 1 and (crosses or not self.reads_on):
-            steps = list(range(self.length + 1, len(text) + 1))
+        if later > 0 and len(text) - self.length > 1 and (crosses or not self.reads_on):
+            steps = [self.prompt] if self.length < self.prompt else []
+            steps += range(len(text) - later + 1, len(text) + 1)
         output = None
         for end in steps:
             output = self._read(text[:end])

@@ -317,7 +317,7 @@ class R2R(Decoder):
         threshold = router.threshold if self.threshold is None else self.threshold
         vocab = check_same_vocabulary(call.model, self.small_model)
         large, stats = call.model, call.stats
-        cache = RowCache(large, row.cache)
+        cache = RowCache(large, row.cache, len(row.text))
         writer = writer_for(self.small_model, large, vocab)
         try:
             done = False
