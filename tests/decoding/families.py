@@ -13,7 +13,7 @@ SIZES: dict[str, object] = {
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": None,
     "pad_token_id": 0, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128, "n_inner": 32, "d_model": 32,
     "n_layers": 4, "n_heads": 4, "ffn_dim": 32, "decoder_layers": 4, "decoder_attention_heads": 4,
-    "decoder_ffn_dim": 32, "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32, "encoder_layers": 4, "encoder_attention_heads": 4, "encoder_ffn_dim": 32,
     "is_decoder": True, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1, "sliding_window": WINDOW,
     "tie_word_embeddings": False, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
@@ -21,7 +21,7 @@ SIZES: dict[str, object] = {
     "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "word_embed_proj_dim": 32,
     "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8, "shared_expert_intermediate_size": 16,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "num_heads": 4, "embedding_size": 32, "dim": 32,
+    "num_heads": 4, "embedding_size": 32, "dim": 32, "use_cache": True,
 }  # fmt: skip
 """What a configuration is told of these, if it has a field of the name."""
 

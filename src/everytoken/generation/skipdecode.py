@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,18 +122,25 @@ def speedup(schedule: DepthSchedule, num_layers: int, tokens: int) -> float:
 
 
 def find_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a Llama-like model.
+    """The decoder layers of a model, wherever it keeps them: the one list of as many alike as the model has layers.
 
     Raises:
         UnsupportedModelError: there is no such list.
     """
-    layers = getattr(model.base_model, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or len(layers) != model.config.get_text_config().num_hidden_layers:
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    name = type(model).__name__
+    found = [item for item in model.modules() if isinstance(item, nn.ModuleList) and len(item) == count]
+    found = [item for item in found if not any(item is not other and _holds(other, item) for other in found)]
+    if len(found) != 1:
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not keep its decoder layers in base_model.layers.",
-            "SkipDecode works with Llama-like models.",
+            f"{name} does not keep its decoder layers in one list of {count}.",
+            "SkipDecode works with stacks of layers.",
         )
-    return layers
+    return found[0]
+
+
+def _holds(outer: nn.Module, inner: nn.Module) -> bool:
+    return any(item is inner for item in outer.modules())
 
 
 def check_schedule(schedule: DepthSchedule, num_layers: int) -> None:
@@ -153,15 +161,25 @@ def check_schedule(schedule: DepthSchedule, num_layers: int) -> None:
 def rerouted(layers: nn.ModuleList, route: Route) -> Iterator[None]:
     """Has ``route(index, hidden states, run)`` decide about each layer; ``run()`` is the layer's own forward."""
 
+    beside: dict[str, tuple[Any, ...]] = {}  # what layers return beside hidden states, as the last that ran did
+
     def wrap(index: int, original: Forward) -> Forward:
         @functools.wraps(original)
-        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            output = route(index, hidden_states, lambda: original(hidden_states, *args, **kwargs))
-            if not isinstance(output, torch.Tensor):
-                raise UnsupportedModelError(
-                    "The model's layers return more than hidden states; they cannot be skipped."
-                )
-            return output
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            def run() -> torch.Tensor:
+                output = original(hidden_states, *args, **kwargs)
+                if isinstance(output, torch.Tensor):
+                    return output
+                if any(isinstance(item, torch.Tensor) for item in output[1:]):
+                    raise UnsupportedModelError(
+                        "The model's layers return more than hidden states; they cannot be skipped."
+                    )
+                beside["last"] = tuple(output[1:])
+                first: torch.Tensor = output[0]
+                return first
+
+            output = route(index, hidden_states, run)
+            return (output, *beside["last"]) if "last" in beside else output
 
         return forward
 
@@ -312,11 +330,13 @@ class SkipDecode(LoopDecoder):
         self._check_cache(cache, active_layers(schedule, 0, total))
         now = {"depth": schedule.depth(0)}
 
-        def see_position(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            tokens: Any = kwargs.get("input_ids")
-            tokens = kwargs["inputs_embeds"] if tokens is None else tokens
-            length = held(kwargs["past_key_values"]) + tokens.shape[1]
-            now["depth"] = schedule.depth(length - prompt)
+        inputs = inspect.signature(model.base_model.forward)
+
+        def see_position(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            given = inputs.bind_partial(*args, **kwargs).arguments
+            tokens = given.get("input_ids")
+            tokens = given["inputs_embeds"] if tokens is None else tokens
+            now["depth"] = schedule.depth(held(cache) + tokens.shape[1] - prompt)
             stats.layers_run.append(0)
 
         def route(index: int, hidden: torch.Tensor, run: Run) -> torch.Tensor:
