@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from everytoken.core.errors import BadInputError, UnsupportedModelError
 from everytoken.decoding.base import Decoder
@@ -121,7 +121,7 @@ class Family:
 
     def __init__(self, name: str):
         self.model = build(name)
-        self.model.generation_config.eos_token_id = None
+        self.model.generation_config = GenerationConfig(bos_token_id=1, pad_token_id=0)
         self.greedy = generate(self.model, PROMPT, 6)
         self.batch = generate(self.model, PADDED, 6)
         self.alone = generate(self.model, PADDED[:1, 4:], 6)

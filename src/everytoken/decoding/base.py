@@ -300,7 +300,7 @@ class Decoder:
         if cache is not None and longest < call.input_ids.shape[1]:
             from .row_cache import check_strippable
 
-            check_strippable(name, cache)
+            check_strippable(name, call.model, cache)
 
     def _check_common(self, call: DecodingCall[Any]) -> None:
         """What is checked alike for all decoders."""

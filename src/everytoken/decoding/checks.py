@@ -151,7 +151,7 @@ def check_prompt(model: PreTrainedModel, length: int) -> None:
     """Raises BadInputError for an empty prompt, or one that leaves no room in the model's context."""
     check_not_empty(length)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and length >= context:
+    if context is not None and 0 < context <= length:
         raise BadInputError(f"The prompt has {length} tokens; the model's context is {context}.", "Shorten the prompt.")
 
 

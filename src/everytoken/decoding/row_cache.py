@@ -59,6 +59,11 @@ def check_cached(reader: str, model: PreTrainedModel) -> None:
             f"{reader} reads on from past_key_values; {type(model).__name__} takes none.",
             "Models that keep their state elsewhere cannot be decoded by it.",
         )
+    if not model._supports_default_dynamic_cache():
+        raise UnsupportedModelError(
+            f"{reader} reads on from a cache of transformers; {type(model).__name__} takes none but its own.",
+            "Models that keep their state elsewhere cannot be decoded by it.",
+        )
 
 
 def check_rewindable(decoder: str, cache: Cache) -> None:
@@ -137,8 +142,14 @@ def _continues(model: PreTrainedModel) -> bool:
 
 
 # -- padding -----------------------------------------------------------------------------------------------------------
-def check_strippable(decoder: str, cache: Cache) -> None:
+def check_strippable(decoder: str, model: PreTrainedModel, cache: Cache) -> None:
     """Raises BadInputError unless the padding that a filled cache begins with can be taken out of it."""
+    embedded = any("position" in name.rpartition(".")[2] for name, _ in model.named_modules())
+    if cached_length(cache) > 0 and embedded and "position_ids" not in _arguments(model):
+        raise BadInputError(
+            f"{decoder} cannot take the padding out of this cache: {type(model).__name__} counted it as positions.",
+            "Pass the row without its padding.",
+        )
     odd = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in KNOWN})
     if odd:
         raise BadInputError(

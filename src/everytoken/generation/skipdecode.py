@@ -170,10 +170,6 @@ def rerouted(layers: nn.ModuleList, route: Route) -> Iterator[None]:
                 output = original(hidden_states, *args, **kwargs)
                 if isinstance(output, torch.Tensor):
                     return output
-                if any(isinstance(item, torch.Tensor) for item in output[1:]):
-                    raise UnsupportedModelError(
-                        "The model's layers return more than hidden states; they cannot be skipped."
-                    )
                 beside["last"] = tuple(output[1:])
                 first: torch.Tensor = output[0]
                 return first
@@ -310,6 +306,13 @@ class SkipDecode(LoopDecoder):
         else:
             LinearDepth.for_speedup(layers, self.speedup, 128, self.warmup)
 
+    def check_call(self, call: DecodingCall[SkipDecodeStats]) -> None:
+        """Raises BadInputError where attentions are asked for: a skipped layer has none."""
+        if call.config.output_attentions:
+            raise BadInputError(
+                "SkipDecode does not support output_attentions: skipped layers have none.", "Leave it out."
+            )
+
     @contextmanager
     def applied(self, call: DecodingCall[SkipDecodeStats]) -> Iterator[None]:
         model, stats, model_kwargs = call.model, call.stats, call.model_kwargs
@@ -330,7 +333,8 @@ class SkipDecode(LoopDecoder):
         self._check_cache(cache, active_layers(schedule, 0, total))
         now = {"depth": schedule.depth(0)}
 
-        inputs = inspect.signature(model.base_model.forward)
+        stack = next(item for item in model.modules() if any(child is layers for child in item.children()))
+        inputs = inspect.signature(stack.forward)
 
         def see_position(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             given = inputs.bind_partial(*args, **kwargs).arguments
@@ -348,12 +352,13 @@ class SkipDecode(LoopDecoder):
         def running(index: int) -> bool:
             return bool(runs(schedule, index, now["depth"], total))
 
-        hook = model.base_model.register_forward_pre_hook(see_position, with_kwargs=True)
+        hook = stack.register_forward_pre_hook(see_position, with_kwargs=True)
         try:
             with rerouted(layers, route), measured_where_layers_run(cache, running):
                 yield
         finally:
             hook.remove()
+            cache._layers_run = frozenset(filter(running, range(total)))
 
     @staticmethod
     def _check_cache(cache: Cache, first: list[int]) -> None:
@@ -363,9 +368,7 @@ class SkipDecode(LoopDecoder):
         for index in first if length else []:
             if counts(cache, index):
                 missing += [index] if cache.get_seq_length(index) < length else []
-            elif index >= 1 and not any(
-                counts(cache, below) and cache.get_seq_length(below) == length for below in range(1, index)
-            ):  # a recurrent layer does not count; it was skipped if all above the warm-up and below it were
+            elif index not in getattr(cache, "_layers_run", first):  # a recurrent layer does not count: a call notes it
                 missing.append(index)
         if missing:
             raise BadInputError(

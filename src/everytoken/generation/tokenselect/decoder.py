@@ -45,6 +45,7 @@ from ...decoding.base import Example
 from ...decoding.call import DecodingCall, DecodingStats
 from ...decoding.checks import is_filled
 from ...decoding.loop import LoopDecoder, model_lock
+from ...decoding.row_cache import check_cached
 from .attention import IMPLEMENTATION, LayerState, Rotation, TokenSelectStats, Turn, find_rotaries, still
 from .cache import TokenSelectCache, TokenSelectLayer
 from .rotations import Plan, at_rest, plan_layers
@@ -148,6 +149,7 @@ class TokenSelect(LoopDecoder):
                 "TokenSelect caches keys before rotation and cannot go on from another cache.",
                 "Fill one of its own: past_key_values=decoder.new_cache(model).",
             )
+        check_cached("TokenSelect", call.model)
         mask = call.attention_mask
         if mask is not None and not bool(mask[:, -1].all()):
             raise BadInputError("Padding must be on the left.", "Set padding_side='left' on the tokenizer.")
