@@ -128,7 +128,7 @@ def test_a_text_crosses_a_change_of_its_rotary_embedding(rope, decoder):
 
 def test_a_draft_with_a_shorter_context():
     """Its position embeddings end at 16: behind that the target writes alone."""
-    model, short = family("llama"), family("gpt2", n_positions=16)
+    model, short = family("llama"), family("gpt2", max_position_embeddings=16)
     assert close(generate(model, PROMPT, 12, DySpec(short)), generate(model, PROMPT, 12))
     mixed = R2R(short, threshold=100.0)
     output = generate(model, PROMPT, 12, mixed)

@@ -59,6 +59,11 @@ def check_cached(reader: str, model: PreTrainedModel) -> None:
             f"{reader} reads on from past_key_values; {type(model).__name__} takes none.",
             "Models that keep their state elsewhere cannot be decoded by it.",
         )
+    if any(hasattr(module, "recurrent_states") for module in model.modules()):
+        raise UnsupportedModelError(
+            f"{reader} takes tokens back in past_key_values; {type(model).__name__} keeps its state in its layers.",
+            "Models that keep their state elsewhere cannot be decoded by it.",
+        )
     if not model._supports_default_dynamic_cache():
         raise UnsupportedModelError(
             f"{reader} reads on from a cache of transformers; {type(model).__name__} takes none but its own.",
