@@ -192,10 +192,8 @@ def counts(cache: Cache, index: int) -> bool:
 
 def held(cache: Cache) -> int:
     """Tokens that a cache holds: as many as in its fullest layer, since every token passes some layer that counts."""
-    return max(
-        (int(cache.layers[index].get_seq_length()) for index in range(len(cache.layers)) if counts(cache, index)),
-        default=0,
-    )
+    counted = (cache.layers[index].get_seq_length() for index in range(len(cache.layers)) if counts(cache, index))
+    return max(map(int, counted), default=0)
 
 
 @contextmanager
