@@ -306,7 +306,13 @@ class SkipDecode(LoopDecoder):
             LinearDepth.for_speedup(layers, self.speedup, 128, self.warmup)
 
     def check_call(self, call: DecodingCall[SkipDecodeStats]) -> None:
-        """Raises BadInputError where attentions are asked for: a skipped layer has none."""
+        """Raises BadInputError where attentions are asked for (a skipped layer has none), UnsupportedModelError for a
+        model that reads its text anew for every token: earlier tokens would run with the layers of the last."""
+        if "past_key_values" not in inspect.signature(call.model.forward).parameters:
+            raise UnsupportedModelError(
+                f"SkipDecode needs a cache that grows; {type(call.model).__name__} takes no past_key_values.",
+                "Use a model that caches keys.",
+            )
         if call.config.output_attentions:
             raise BadInputError(
                 "SkipDecode does not support output_attentions: skipped layers have none.", "Leave it out."
@@ -337,8 +343,8 @@ class SkipDecode(LoopDecoder):
 
         def see_position(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             given = inputs.bind_partial(*args, **kwargs).arguments
-            tokens = given.get("input_ids")
-            tokens = given["inputs_embeds"] if tokens is None else tokens
+            names = ("input_ids", "inputs_embeds", "hidden_states")
+            tokens = next(given[name] for name in names if given.get(name) is not None)
             now["depth"] = schedule.depth(held(cache) + tokens.shape[1] - prompt)
             stats.layers_run.append(0)
 
