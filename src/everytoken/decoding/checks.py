@@ -233,7 +233,7 @@ def check_same_vocabulary(target: PreTrainedModel, draft: PreTrainedModel, slack
             "tokenizers.",
             "Speculative decoding needs a draft with the target's own tokenizer.",
         )
-    eos = [_as_set(model.config.get_text_config().eos_token_id) for model in (target, draft)]
+    eos = [_as_set(getattr(model.config.get_text_config(), "eos_token_id", None)) for model in (target, draft)]
     if eos[0] and eos[1] and not eos[0] & eos[1]:
         raise TokenizerMismatchError(
             f"Target and draft end a text with different tokens ({sorted(eos[0])} and {sorted(eos[1])}).",

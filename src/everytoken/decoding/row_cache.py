@@ -128,8 +128,8 @@ _measured: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 def _continues(model: PreTrainedModel) -> bool:
     """Whether a model reads three tokens behind three others as if one by one; tried once, on the model itself.
 
-    Of the recurrent layers in transformers some take up their state for several tokens and some only for one, and no
-    attribute says which.
+    Of the recurrent layers in transformers some take up their state for several tokens and some only for one, some
+    models refuse several, and no attribute says which.
     """
     if model not in _measured:
         vocab = model.config.get_text_config(decoder=True).vocab_size
@@ -137,8 +137,12 @@ def _continues(model: PreTrainedModel) -> bool:
         logits = []
         for steps in ((3, 6), (3, 4, 5, 6)):
             cache = RowCache(model, prompt=3)
-            for end in steps:
-                output = cache._read(text[:end])
+            try:
+                for end in steps:
+                    output = cache._read(text[:end])
+            except (AssertionError, IndexError, RuntimeError, ValueError):  # it says that it takes one
+                _measured[model] = False
+                return False
             logits.append(output["logits"][0, -1].float())
         scale = float(logits[1].abs().max())
         tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
@@ -219,7 +223,6 @@ class RowCache:
         self.plain = type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
         self.switch = rope_switch(model.config)
         self.started = False
-        self.recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.cache.layers)
         self._mark = self.length
         self._placed = torch.empty(0, dtype=torch.long, device=model.device)
         self._states: list[dict[str, Any] | None] = []
@@ -246,8 +249,8 @@ class RowCache:
 
     @property
     def reads_on(self) -> bool:
-        """Whether several tokens can be read behind others in one forward; some recurrent layers take one at a time."""
-        return not self.recurrent or _continues(self.model)
+        """Whether several tokens can be read behind others in one forward; some models take one at a time."""
+        return self.trees or _continues(self.model)
 
     def _read(self, text: list[int]) -> ModelOutput:
         device = self.model.device

@@ -116,7 +116,14 @@ def _ask(name: str, module: nn.Module, rotaries: list[nn.Module], kind: str, siz
     start = 3
     positions = torch.arange(start, start + 4, device=x.device)[None]
     rotary = rotaries[0]
-    real, rest = real_and_still(rotary, x, positions, kind)
+    for kind in (kind, *sorted(ALONE)):  # an embedding for windows alone has no angles for this kind
+        try:
+            real, rest = real_and_still(rotary, x, positions, kind)
+            break
+        except (KeyError, AttributeError):
+            continue
+    else:
+        raise UnsupportedModelError(f"TokenSelect does not know how {name} computes its rotary embedding.")
     turned, plain = (_see(name, module, x, given, positions) for given in (real, rest))
     if unknown := sorted(turned.told - HONOURED):
         raise UnsupportedModelError(
