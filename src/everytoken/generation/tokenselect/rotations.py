@@ -116,9 +116,10 @@ def _ask(name: str, module: nn.Module, rotaries: list[nn.Module], kind: str, siz
     start = 3
     positions = torch.arange(start, start + 4, device=x.device)[None]
     rotary = rotaries[0]
-    for kind in (kind, *sorted(ALONE)):  # an embedding for windows alone has no angles for this kind
+    for asked in (kind, *sorted(ALONE)):  # an embedding for windows alone has no angles for this kind
         try:
-            real, rest = real_and_still(rotary, x, positions, kind)
+            real, rest = real_and_still(rotary, x, positions, asked)
+            kind = asked
             break
         except (KeyError, AttributeError):
             continue
