@@ -48,7 +48,7 @@ from ...decoding.loop import LoopDecoder, model_lock
 from ...decoding.row_cache import check_cached
 from .attention import IMPLEMENTATION, LayerState, Rotation, TokenSelectStats, Turn, find_rotaries, still
 from .cache import TokenSelectCache, TokenSelectLayer
-from .rotations import Plan, at_rest, plan_layers
+from .rotations import CACHES, Plan, at_rest, plan_layers
 
 
 @dataclass
@@ -228,7 +228,8 @@ class TokenSelect(LoopDecoder):
             return stand_still
 
         def see(plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:
-            cache, given = kwargs.get("past_key_values"), kwargs.get("position_embeddings")
+            cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+            given = kwargs.get("position_embeddings")
             layer: TokenSelectLayer | None = None
             rotation: Turn = still
             if not plan.alone and isinstance(cache, TokenSelectCache):

@@ -23,6 +23,8 @@ from .attention import IMPLEMENTATION, Asked, Rotation, find_rotaries, rotate_ha
 
 ALONE = frozenset({"sliding_attention", "chunked_attention"})
 """Kinds of layers that attend to a window: they are left alone."""
+CACHES = ("past_key_values", "layer_past")
+"""What attention layers call the cache."""
 HONOURED = frozenset({
     "dropout", "scaling", "softcap", "s_aux", "sliding_window", "position_ids", "use_cache", "output_attentions",
     "is_causal",
@@ -84,7 +86,7 @@ def _attends(module: nn.Module) -> bool:
     """Whether a module is an attention layer that is handed rotary embeddings and a cache."""
     given = inspect.signature(module.forward).parameters
     inside = any(hasattr(child, "layer_idx") for name, child in module.named_modules() if name)
-    return "position_embeddings" in given and "past_key_values" in given and not inside
+    return "position_embeddings" in given and any(name in given for name in CACHES) and not inside
 
 
 def real_and_still(rotary: nn.Module, x: torch.Tensor, positions: torch.Tensor, kind: str) -> tuple[object, object]:
@@ -162,7 +164,8 @@ def _ask(name: str, module: nn.Module, rotaries: list[nn.Module], kind: str, siz
 
 def _see(name: str, module: nn.Module, x: torch.Tensor, given: object, positions: torch.Tensor) -> Asked:
     """A layer's queries and keys, as they reach its attention function."""
-    offered = {"hidden_states": x, "position_embeddings": given, "attention_mask": None, "past_key_values": None}
+    offered = {"hidden_states": x, "position_embeddings": given, "attention_mask": None}
+    offered |= dict.fromkeys(CACHES)
     offered |= {"position_ids": positions}
     known = inspect.signature(module.forward).parameters
     asked = Asked()
