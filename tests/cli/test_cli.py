@@ -382,7 +382,7 @@ def test_version():
 
 
 @pytest.mark.slow
-def test_try_xgrammar_and_awrs(tmp_path):
+def test_try_xgrammar_and_awrs(tmp_path, monkeypatch):
     schema = tmp_path / "answer.json"
     schema.write_text('{"type": "object", "properties": {"answer": {"enum": ["yes", "no"]}}, "required": ["answer"]}')
     trace = tmp_path / "t.jsonl"
@@ -395,7 +395,8 @@ def test_try_xgrammar_and_awrs(tmp_path):
     assert {"allowed", "source", "allowed_mass"} <= set(loaded.columns) and min(loaded.columns["allowed"]) >= 1
     (tmp_path / "checks.py").write_text("def lower(text):\n    return text == text.lower()\n")
     command = ["try", "awrs", "--constraint", "checks:lower", "--prompt", "Say hi.", "--max-new-tokens", 12, "--json"]
-    result = run(*command, PYTHONPATH=str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)  # as with python -m in that folder
+    result = run(*command)
     assert result.returncode == 0, result.stderr
     data = json.loads(result.stdout)
     assert data["texts"]["awrs"] == data["texts"]["awrs"].lower() and data["rows"]["awrs"]["tests a token"] >= 1

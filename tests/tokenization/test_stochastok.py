@@ -72,6 +72,7 @@ def test_token_bytes_spell_the_text(text, embedded_tokenizer):
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 @settings(max_examples=60, deadline=None)
+@pytest.mark.slow
 def test_any_text_is_spelt_by_its_tokens(text):
     from everytoken.core.loading import load_tokenizer
 
