@@ -1,8 +1,10 @@
-"""One layer's attention in a decoding step over a long cache: transformers' full attention, torch's kernel alone, TokenSelect.
+"""One layer's attention in a decoding step over a long cache: transformers' full attention, torch's kernel alone,
+TokenSelect.
 
-*Full* is what a step of transformers does on a CPU: append to the dynamic cache, then SDPA over everything. *Kernel* is that SDPA alone.
-TokenSelect appends to its own cache, scores all keys (a bfloat16 copy, or float32), votes, selects, and attends; *reused* is a step whose
-selection is taken from an earlier one (``tau``). By turns on one random cache; medians.
+*Full* is what a step of transformers does on a CPU: append to the dynamic cache, then SDPA over everything. *Kernel* is
+that SDPA alone. TokenSelect appends to its own cache, scores all keys (a bfloat16 copy, or float32), votes, selects,
+and attends; *reused* is a step whose selection is taken from an earlier one (``tau``). By turns on one random cache;
+medians.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""The grammar engine against xgrammar and llguidance: compile time, mask time per token, memory; and decoding end to end.
+"""The grammar engine against xgrammar and llguidance: compile time, mask time per token, memory; and decoding end to
+end.
 
-Every engine follows the same documents, token by token, with the same vocabulary: the embedded model's (49,152 tokens) and
-Qwen's (151,643, from the package dashscope). Each grammar is compiled anew in every round, so the first document of a round
-meets cold caches; masks of all rounds are pooled. Goals: median at or below the best peer, p99 within 2x, compile within 2x of
-xgrammar. AWRS is measured against masking with the same checker by ``everytoken reproduce awrs``.
+Every engine follows the same documents, token by token, with the same vocabulary: the embedded model's (49,152 tokens)
+and Qwen's (151,643, from the package dashscope). Each grammar is compiled anew in every round, so the first document of
+a round meets cold caches; masks of all rounds are pooled. Goals: median at or below the best peer, p99 within 2x,
+compile within 2x of xgrammar. AWRS is measured against masking with the same checker by ``everytoken reproduce awrs``.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ counted = [
 ]
 person = {
     "name": "Ada Lovelace-King", "age": 36, "email": "ada.king@analytical.org", "colour": "green",
-    "tags": ["mathematics", "engines", "poetry and science"], "address": {"street": "12 St James's Square", "city": "London", "zip": "20500"},
+    "tags": ["mathematics", "engines", "poetry and science"],
+    "address": {"street": "12 St James's Square", "city": "London", "zip": "20500"},
 }  # fmt: skip
 tree = {
     "value": 1.5,
@@ -125,7 +127,7 @@ CASES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-# -- one adapter an engine: compile(schema) -> new_matcher() -> (fill, accept) ---------------------------------------------
+# -- one adapter an engine: compile(schema) -> new_matcher() -> (fill, accept) ----------------------------------------
 def ours(info: TokenizerInfo) -> Any:
     def compile_(schema: Any) -> Any:
         compiled = GrammarCompiler(info, cache_limit=0).compile_grammar(Grammar.from_json_schema(schema))
@@ -298,7 +300,8 @@ def main() -> None:
     report(
         "constraints",
         rows,
-        f"{args.rounds} rounds: compile, then every document three times (first pass: cold caches). Compile time of the lazy "
+        f"{args.rounds} rounds: compile, then every document three times (first pass: cold caches). Compile time of "
+        f"the lazy "
         "engines (everytoken, llguidance) leaves work to the first masks; xgrammar does it ahead, on two threads.",
     )
 

@@ -1,4 +1,7 @@
-"""Start-up: `import everytoken`, the command line's help, and loading the embedded model after first use. Fresh processes."""
+"""Start-up: `import everytoken`, the command line's help, and loading the embedded model after first use.
+
+Fresh processes.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """The decoders of the station and their peers on the same prompts: one table, medians over repeats, every arm by turns.
 
-Peers: transformers' plain generate (with its linear layers packed for the CPU, and as it comes), assisted generation with the same draft,
-prompt lookup, beam search, and llama-cpp-python on the same GGUF file where it is installed (it reads 4-bit weights; all other arms
-float32). SkipDecode runs a model that was not tuned for it and R2R routes by entropy: their speed is measured here, not their text.
+Peers: transformers' plain generate (with its linear layers packed for the CPU, and as it comes), assisted generation
+with the same draft, prompt lookup, beam search, and llama-cpp-python on the same GGUF file where it is installed (it
+reads 4-bit weights; all other arms float32). SkipDecode runs a model that was not tuned for it and R2R routes by
+entropy: their speed is measured here, not their text.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ def main() -> None:
     report(
         "generation",
         rows,
-        f"{args.prompts} prompts, {args.tokens} new tokens, greedy, medians of {args.repeats}; {torch.get_num_threads()} threads. "
+        f"{args.prompts} prompts, {args.tokens} new tokens, greedy, medians of {args.repeats}; "
+        f"{torch.get_num_threads()} threads. "
         "In bfloat16 rounding depends on how many tokens share a forward, so texts may part ways where two tokens tie.",
     )
 

@@ -1,7 +1,8 @@
-"""A training step of every preference method against its own baseline: time and peak memory, each arm in a fresh process, same batches.
+"""A training step of every preference method against its own baseline: time and peak memory, each arm in a fresh
+process, same batches.
 
-Losses on pairs against TRL's DPO; IFT against TRL's SFT; RTO with a critic against PPO (the same trainer without the DPO reward, since TRL
-has no PPO any more), RTO without one against TRL's GRPO with a KL term.
+Losses on pairs against TRL's DPO; IFT against TRL's SFT; RTO with a critic against PPO (the same trainer without the
+DPO reward, since TRL has no PPO any more), RTO without one against TRL's GRPO with a KL term.
 """
 
 from __future__ import annotations
@@ -195,8 +196,10 @@ def main() -> None:
     report(
         "preference",
         rows,
-        f"{BATCH} pairs of {PROMPT} + {RESPONSE} tokens ({2 * BATCH} rows for SFT; {ROLLOUTS} rollouts of {NEW} tokens used twice), the embedded "
-        f"model in float32, medians of {2 * (STEPS - 1)} steps in two processes (rollouts: means of {STEPS - 2} in one); peak is the process's maximum resident set (models, "
+        f"{BATCH} pairs of {PROMPT} + {RESPONSE} tokens ({2 * BATCH} rows for SFT; {ROLLOUTS} rollouts of {NEW} "
+        f"tokens used twice), the embedded "
+        f"model in float32, medians of {2 * (STEPS - 1)} steps in two processes (rollouts: means of {STEPS - 2} in "
+        f"one); peak is the process's maximum resident set (models, "
         "gradients and AdamW's states included). Goal: 1.1 at most for losses on pairs.",
     )
 

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_schema_suite.py FOLDER     (scripts/fetch_suite.py fetches it; `make bench` does)
 
-An instance is judged by its text, ``json.dumps(..., ensure_ascii=False)``. *Refused* schemas raise an error; accepting an invalid
-instance is the only silent mistake that matters for generation. Writes docs/assets/schema-suite.md.
+An instance is judged by its text, ``json.dumps(..., ensure_ascii=False)``. *Refused* schemas raise an error; accepting
+an invalid instance is the only silent mistake that matters for generation. Writes docs/assets/schema-suite.md.
 """
 
 from __future__ import annotations

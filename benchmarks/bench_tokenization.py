@@ -1,8 +1,10 @@
-"""The tokenization station against its peers: StochasTok's literal form, counting anew for dynamic merges, genlm-bytes for exact bytes.
+"""The tokenization station against its peers: StochasTok's literal form, counting anew for dynamic merges, genlm-bytes
+for exact bytes.
 
     python benchmarks/bench_tokenization.py [stochastok] [merges] [bytes]
 
-genlm-bytes is measured where it is installed: ``pip install --no-deps genlm-bytes genlm-backend arsenal`` and ``pip install ipython``.
+genlm-bytes is measured where it is installed: ``pip install --no-deps genlm-bytes genlm-backend arsenal`` and
+``pip install ipython``.
 """
 
 from __future__ import annotations
@@ -125,7 +127,8 @@ def merges() -> None:
     report(
         "dynamic_merges",
         rows,
-        f"Lines of declarations in 24 languages, at most 128 tokens each; both give the same tokens. Pairs of {len(ids):,} tokens set up "
+        f"Lines of declarations in 24 languages, at most 128 tokens each; both give the same tokens. Pairs of "
+        f"{len(ids):,} tokens set up "
         f"in {whole:.2f} s.",
     )
 
@@ -167,7 +170,8 @@ def exact_bytes() -> None:
     bits = -np.mean(
         [row[byte] for text, curve in zip(texts, curves, strict=True) for byte, row in zip(text, curve, strict=True)]
     )
-    rows.append({"what": "ByteLM", "bytes per second": size / took, "forwards a byte": lm.forwards / size, "bits a byte": bits / np.log(2)})  # fmt: skip
+    rows.append({"what": "ByteLM", "bytes per second": size / took, "forwards a byte": lm.forwards / size,
+                 "bits a byte": bits / np.log(2)})  # fmt: skip
     began, naive, forwards = time.perf_counter(), [], 0
     for text in texts:  # the definition: everything anew for every prefix
         for place in range(0, len(text), 6):
@@ -185,7 +189,10 @@ def exact_bytes() -> None:
     began, before = time.perf_counter(), lm.forwards
     out = lm.generate(texts[0], 48, unit="token")
     took, tokens = time.perf_counter() - began, len(tokenizer(out.decode("utf-8", "replace"))["input_ids"])
-    rows.append({"what": "ByteLM, token by token behind the prompt", "bytes per second": len(out) / took, "forwards a byte": (lm.forwards - before) / len(out), "forwards a token": (lm.forwards - before) / max(1, tokens)})  # fmt: skip
+    rows.append({"what": "ByteLM, token by token behind the "
+                         "prompt", "bytes per second": len(out) / took,
+                          "forwards a byte": (lm.forwards - before) / len(out),
+                          "forwards a token": (lm.forwards - before) / max(1, tokens)})  # fmt: skip
     if find_spec("genlm") is not None:
         theirs, took = asyncio.run(genlm(model, tokenizer, texts))
         wanted = [
@@ -196,7 +203,9 @@ def exact_bytes() -> None:
             for one, two in zip(curves, theirs, strict=True)
             for a, b in zip(one, two, strict=True)
         ]
-        rows.append({"what": "genlm-bytes, beam of 5", "bytes per second": size / took, "bits a byte": -np.mean(wanted) / np.log(2), "total variation to ByteLM": float(np.mean(apart))})  # fmt: skip
+        rows.append({"what": "genlm-bytes, beam of 5", "bytes per second": size / took,
+                     "bits a byte": -np.mean(wanted) / np.log(2),
+                     "total variation to ByteLM": float(np.mean(apart))})  # fmt: skip
     report(
         "exact_bytes",
         rows,

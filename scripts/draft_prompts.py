@@ -59,25 +59,24 @@ RAW_TEMPLATES = [
     "The most important thing about {t} is that",
     "Recent research on {t} and {u} suggests",
 ]
-TOPICS = """photosynthesis; the Roman Empire; volcanoes; bicycles; machine learning; gravity; coffee; chess; the human heart; bees;
-renewable energy; jazz music; earthquakes; the French Revolution; baking bread; electric cars; the immune system; sailing; poetry; black holes;
-gardening; the stock market; dinosaurs; public speaking; swimming; the water cycle; democracy; antibiotics; mountains; the printing press;
-cooking pasta; databases; climate change; meditation; the solar system; basketball; vaccines; ancient Egypt; whales; photography;
-operating systems; tea; rivers; dreams; friendship; the Olympic Games; DNA; painting; trains; inflation;
-a lost dog; a brave knight; an old lighthouse; robots; time travel; a small village; the desert; winter; a magic garden; the ocean;
-sorting numbers; binary search; prime numbers; fractions; probability; triangles; linear equations; statistics; calculus; recursion;
-healthy eating; sleep; exercise; stress; teamwork; leadership; job interviews; saving money; remote work; time management;
-the internet; telephones; satellites; bridges; recycling; forests; insects; the Moon; elections; museums;
-the piano; football; tigers; wine; cheese; chocolate; tourism in Italy; Japanese culture; the Amazon rainforest; Antarctica;
-encryption; web browsers; video games; airplanes; steel; plastic; paper; clocks; maps; languages;
-grammar; novels; Shakespeare; architecture; fashion; weddings; birthdays; holidays; family traditions; schools;
-quantum physics; atoms; magnets; sound; light; electricity; batteries; nuclear power; wind turbines; engines;
-farming; fishing; rice; apples; salt; soil; weather forecasts; hurricanes; glaciers; coral reefs;
-psychology; philosophy; justice; freedom; kindness; honesty; creativity; memory; curiosity; happiness;
-hospitals; surgery; dentistry; blindness; nutrition; yoga; marathons; hiking; camping; horses;
-cats; parrots; spiders; snakes; elephants; penguins; wolves; butterflies; mushrooms; roses""".replace("\n", " ").split(
-    ";"
-)
+TOPICS = """photosynthesis; the Roman Empire; volcanoes; bicycles; machine learning; gravity; coffee; chess; the human
+heart; bees; renewable energy; jazz music; earthquakes; the French Revolution; baking bread; electric cars; the immune
+system; sailing; poetry; black holes; gardening; the stock market; dinosaurs; public speaking; swimming; the water
+cycle; democracy; antibiotics; mountains; the printing press; cooking pasta; databases; climate change; meditation;
+the solar system; basketball; vaccines; ancient Egypt; whales; photography; operating systems; tea; rivers; dreams;
+friendship; the Olympic Games; DNA; painting; trains; inflation; a lost dog; a brave knight; an old lighthouse;
+robots; time travel; a small village; the desert; winter; a magic garden; the ocean; sorting numbers; binary search;
+prime numbers; fractions; probability; triangles; linear equations; statistics; calculus; recursion; healthy eating;
+sleep; exercise; stress; teamwork; leadership; job interviews; saving money; remote work; time management; the
+internet; telephones; satellites; bridges; recycling; forests; insects; the Moon; elections; museums; the piano;
+football; tigers; wine; cheese; chocolate; tourism in Italy; Japanese culture; the Amazon rainforest; Antarctica;
+encryption; web browsers; video games; airplanes; steel; plastic; paper; clocks; maps; languages; grammar; novels;
+Shakespeare; architecture; fashion; weddings; birthdays; holidays; family traditions; schools; quantum physics; atoms;
+magnets; sound; light; electricity; batteries; nuclear power; wind turbines; engines; farming; fishing; rice; apples;
+salt; soil; weather forecasts; hurricanes; glaciers; coral reefs; psychology; philosophy; justice; freedom; kindness;
+honesty; creativity; memory; curiosity; happiness; hospitals; surgery; dentistry; blindness; nutrition; yoga;
+marathons; hiking; camping; horses; cats; parrots; spiders; snakes; elephants; penguins; wolves; butterflies;
+mushrooms; roses""".replace("\n", " ").split(";")
 TOPICS = [topic.strip() for topic in TOPICS]
 
 

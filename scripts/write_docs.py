@@ -85,8 +85,8 @@ def method_page(card: Card) -> str:
         ]
         for claim in up_to_date(result)["claims"]:
             lines.append(
-                f"| {claim['metric']} | {baseline_text(claim, ': ')} | {claim['method']}: {claim['method_value']:.4g} | "
-                f"**{formatted(claim)}** | {formatted_interval(claim) or claim['note']} | {claim['paper']} | "
+                f"| {claim['metric']} | {baseline_text(claim, ': ')} | {claim['method']}: {claim['method_value']:.4g} "
+                f"| **{formatted(claim)}** | {formatted_interval(claim) or claim['note']} | {claim['paper']} | "
                 f"{claim['verdict']} |"
             )
         lines += [
@@ -112,7 +112,7 @@ def modules_of(package: str) -> list[str]:
 
 
 def place_page(place: Place, cards: list[Card]) -> str:
-    """A floor's or a station's page: contract, methods, and the reference of every module that no method's page shows."""
+    """A floor's or a station's page: contract, methods, and the reference of modules that no method's page shows."""
     package = f"everytoken.{place.name}"
     lines = [f"# {place.name}", "", f"*{place.flow}*", ""]
     if not (ROOT / "src" / "everytoken" / place.name).is_dir():
@@ -163,7 +163,8 @@ def selection_table() -> str:
     arms, artifacts = result["runs"][0], result["artifacts"]["0"]
     full, ours = arms["full attention"], arms["TokenSelect"]
     lines = [
-        "| cached tokens | attention of a step, one layer, ms: full | TokenSelect | tokens a second: full | TokenSelect | pass keys: full | TokenSelect |",
+        "| cached tokens | attention of a step, one layer, ms: full | TokenSelect | tokens a second: full | "
+        "TokenSelect | pass keys: full | TokenSelect |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for label in ("8k", "16k", "32k", "64k"):
@@ -172,14 +173,16 @@ def selection_table() -> str:
         found = artifacts["pass keys found"][label]
         keys = [found[name].replace("0 of 0", "not run") for name in ("full attention", "TokenSelect")]
         lines.append(
-            f"| {label} | {steps[0]:.1f} | {steps[1]:.1f} ({steps[0] / steps[1]:.1f}x) | {speeds[0]:.2f} | {speeds[1]:.2f} "
-            f"({speeds[1] / speeds[0]:.1f}x) | {keys[0]} | {keys[1]} |"
+            f"| {label} | {steps[0]:.1f} | {steps[1]:.1f} ({steps[0] / steps[1]:.1f}x) | {speeds[0]:.2f} | "
+            f"{speeds[1]:.2f} ({speeds[1] / speeds[0]:.1f}x) | {keys[0]} | {keys[1]} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def draft_curve() -> str:
-    """Held-out agreement of the shipped draft over its training, from the file beside its weights; stage 2 follows stage 1."""
+    """Held-out agreement of the shipped draft over its training, from the file beside its weights; stage 2 follows
+    stage 1.
+    """
     path = ROOT / "src" / "everytoken" / "weights" / "dyspec-smollm2-135m" / "training.json"
     lines: dict[str, list[list[tuple[float, float]]]] = {}
     before = 0.0

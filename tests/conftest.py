@@ -1,4 +1,4 @@
-"""Small real models for fast tests: random Llamas of a few thousand weights, and the embedded model where it matters."""
+"""Small real models: random Llamas of a few thousand weights, and the embedded model where it matters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from everytoken.core.loading import cache_dir
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# the converted model is shared by all tests, read-only, while each test's cache is its own; the first that needs it converts it
+# the converted model is shared by all tests, read-only, while each test's cache is its own; the first that needs it
+# converts it
 os.environ.setdefault("EVERYTOKEN_MODELS", str(cache_dir() / "models"))
 # processes side by side: each on one thread, or their threads wait for each other
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -1,4 +1,5 @@
-"""Which quick reproductions a change calls for: those of the methods that it touches, or a rotation of eight where it touches a floor.
+"""Which quick reproductions a change calls for: those of the methods that it touches, or a rotation of eight where it
+touches a floor.
 
 Files are found from the cards and the import graph, so a new method is covered by its card alone.
 """

@@ -1,4 +1,6 @@
-"""The worked examples of CONTRIBUTING, in a copy of the tree: written as printed, tried, trained, measured, tested and checked."""
+"""The worked examples of CONTRIBUTING, in a copy of the tree: written as printed, tried, trained, measured, tested and
+checked.
+"""
 
 from __future__ import annotations
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 import types
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,32 @@ def test_commands_in_the_readme_exist():
     known = set(get_command(app).commands)
     used = set(re.findall(r"^everytoken (\w+)", "\n".join(blocks("README.md", "console")), re.M))
     assert used <= known
+
+
+def moved():
+    """The rows of "moving from 0.1": what stands in the first column and in the second."""
+    text = (ROOT / "docs" / "moving.md").read_text(encoding="utf-8")
+    return [row.strip("|").split("|") for row in text.splitlines() if row.startswith("| `")]
+
+
+def importable(path):
+    """Whether a dotted path below the package is a module, or a name in one."""
+    name = f"everytoken.{path}"
+    try:
+        if find_spec(name) is not None:
+            return True
+    except ModuleNotFoundError:
+        pass
+    module, _, attribute = name.rpartition(".")
+    try:
+        return hasattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError:
+        return False
+
+
+def test_what_has_moved_is_where_the_page_says():
+    dotted = re.compile(r"`([a-z_0-9]+(?:\.\w+)+)`")
+    assert len(moved()) > 30
+    for _, now in moved():
+        for path in dotted.findall(now):
+            assert importable(path), path

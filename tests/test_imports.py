@@ -54,7 +54,7 @@ def test_exports_resolve():
         everytoken.nonsense
 
 
-# -- the house -----------------------------------------------------------------------------------------------------------
+# -- the house --------------------------------------------------------------------------------------------------------
 def module_name(path):
     parts = path.relative_to(SOURCE).with_suffix("").parts
     return ".".join(["everytoken", *(parts[:-1] if parts[-1] == "__init__" else parts)])
@@ -126,7 +126,7 @@ def test_stations_do_not_import_each_other():
 
 
 def methods_of(module):
-    """The methods that a module belongs to: it holds what their cards name, or lies in a folder of a station that does."""
+    """The methods that a module belongs to: it holds what their cards name, or its folder does."""
     parts = module.split(".")
     folder = ".".join(parts[:-1]) if len(parts) > 3 else module
     return {

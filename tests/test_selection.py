@@ -1,4 +1,4 @@
-"""A change calls for the experiments of the methods that it touches, and a change to a floor for all of them in turn."""
+"""A change calls for the experiments of the methods that it touches; one to a floor for all in turn."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """everytoken: methods that treat each token of a language model as a decision, behind a few small contracts.
 
-Importing this package loads neither torch nor transformers. Public names are imported on first use; which there are, the cards of
-the methods and the files of the house say (``everytoken.catalog.exports``).
+Importing this package loads neither torch nor transformers. Public names are imported on first use. The cards of the
+methods and the files of the house say which names there are (``everytoken.catalog.exports``).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from .common import run
 RUNNER = CliRunner()
 
 
-# -- papers --------------------------------------------------------------------------------------------------------------
+# -- papers -----------------------------------------------------------------------------------------------------------
 def test_papers_lists_searches_and_filters():
     everything = json.loads(RUNNER.invoke(app, ["papers", "--json"]).stdout)
     assert [card["slug"] for card in everything] and len(everything) == len(load_catalog())
@@ -69,7 +69,7 @@ def test_help_has_real_examples(verb):
         assert "everytoken " in result.stdout
 
 
-# -- errors --------------------------------------------------------------------------------------------------------------
+# -- errors -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("arguments", "words", "code"),
     [
@@ -173,7 +173,7 @@ def test_unusable_cache(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-# -- try and compare -----------------------------------------------------------------------------------------------------
+# -- try and compare --------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_try_dyspec_streams_measures_and_traces(tmp_path):
     path = tmp_path / "trace.html"
@@ -311,7 +311,7 @@ def test_compare_in_one_run_with_a_plot(tmp_path):
     parse(str(plot))
 
 
-# -- doctor, scoreboard, completion --------------------------------------------------------------------------------------
+# -- doctor, scoreboard, completion -----------------------------------------------------------------------------------
 def test_doctor():
     result = run("doctor", "--json")
     findings = {item["what"]: item for item in json.loads(result.stdout)}
@@ -447,10 +447,12 @@ def test_train_r2r_from_a_configuration(tmp_path):
         "".join(json.dumps({"prompt": p}) + "\n" for p in ("ab", "cd", "ef", "gh", "ba"))
     )
     (tmp_path / "r2r.yaml").write_text(
-        f"small: {tmp_path / 'small'}\nverifier: builtins:hash\nmax_new_tokens: 6\nwidth: 16\nnum_blocks: 1\nepochs: 2\n"
+        f"small: {tmp_path / 'small'}\nverifier: builtins:hash\nmax_new_tokens: 6\n"
+        "width: 16\nnum_blocks: 1\nepochs: 2\n"
     )
     result = run(
-        "train", "r2r", "--model", tmp_path / "large", "--data", tmp_path / "prompts.jsonl", "--config", tmp_path / "r2r.yaml",
+        "train", "r2r", "--model", tmp_path / "large", "--data", tmp_path / "prompts.jsonl",
+        "--config", tmp_path / "r2r.yaml",
         "--set", "epochs=3", "--out", tmp_path / "router", "--json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -31,7 +31,8 @@ VERBS = {
     "compare": (["compare", "stochastok", "stochastok:expand_prop=1"], "bytes per token"),
     "data": (["data", "--help"], "sentiment"),
     "train": (
-        ["train", "tdpo", "--model", "{letters}", "--data", "{here}/pairs.jsonl", "--set", "steps=1", "--out", "{here}/out"],
+        ["train", "tdpo", "--model", "{letters}", "--data", "{here}/pairs.jsonl",
+         "--set", "steps=1", "--out", "{here}/out"],
         "written",
     ),
     "tokenizer": (

@@ -79,7 +79,9 @@ def test_tokens_follow_q_exactly(form, number):
 
 
 def test_pruned_candidates_count_their_mass():
-    """Tokens known to be impossible may be left out beforehand: the estimate is still of Z under the whole distribution."""
+    """Tokens known to be impossible may be left out beforehand: the estimate is still of Z under the whole
+    distribution.
+    """
     logps = np.log(np.array([0.4, 0.3, 0.2, 0.1]))
     pruned = np.where([True, True, False, True], logps, -np.inf)
     rng = np.random.default_rng(0)
@@ -170,7 +172,7 @@ def test_resampling_keeps_proportions():
     assert effective_sample_size(np.full(5, 0.2)) == pytest.approx(5) and effective_sample_size(np.eye(3)[0]) == 1
 
 
-# -- as a decoder, on a small real model ---------------------------------------------------------------------------------------
+# -- as a decoder, on a small real model ------------------------------------------------------------------------------
 VOCAB = [None, b"a", b"b", b"c", None]  # 0 pads, 4 ends
 INFO = TokenizerInfo(VOCAB, [4])
 
@@ -235,7 +237,9 @@ def test_smc_estimates_the_marginal_likelihood_without_bias(model):
 
 
 def test_weighted_particles_follow_the_posterior(model):
-    """E[sum of weights at a text] / E[sum of weights]: the model conditioned on the constraint, not locally renormalised."""
+    """E[sum of weights at a text] / E[sum of weights]: the model conditioned on the constraint, not locally
+    renormalised.
+    """
     prompt, length = [1, 2], 3
     total, texts = enumerate_texts(model, prompt, length, allowed)
     mass = dict.fromkeys(texts, 0.0)

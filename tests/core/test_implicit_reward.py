@@ -1,4 +1,6 @@
-"""Implicit rewards: telescoping, and the theory of DPO as a Q-function on a small decision process that can be enumerated."""
+"""Implicit rewards: telescoping, and the theory of DPO as a Q-function on a small decision process that can be
+enumerated.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from ..conftest import tiny_llama
 VOCAB, HORIZON, BETA = 3, 3, 0.5
 
 
-# -- from models ---------------------------------------------------------------------------------------------------------
+# -- from models ------------------------------------------------------------------------------------------------------
 def test_scores_are_log_ratios_at_the_answers_tokens():
     policy, reference = tiny_llama(11, seed=1), tiny_llama(11, seed=2)
     ids = torch.tensor([[3, 5, 8, 2, 6], [1, 4, 9, 9, 2]])
@@ -66,7 +68,7 @@ def test_errors():
         ImplicitReward(tiny_llama(11), tiny_llama(12))
 
 
-# -- the theory, on a tabular decision process ---------------------------------------------------------------------------
+# -- the theory, on a tabular decision process ------------------------------------------------------------------------
 ANSWERS = list(itertools.product(range(VOCAB), repeat=HORIZON))
 STATES = [prefix for length in range(HORIZON) for prefix in itertools.product(range(VOCAB), repeat=length)]
 

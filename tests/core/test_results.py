@@ -117,7 +117,8 @@ def test_students_point_agrees_with_scipy(freedom):
     assert student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=3e-3)
 
 
-# -- what cannot decide --------------------------------------------------------------------------------------------------
+# -- what cannot decide
+# --------------------------------------------------------------------------------------------------
 def test_one_pair_of_numbers_is_one_measurement():
     found = paired_interval([5.0], [1.0])
     assert found.value == pytest.approx(5.0)
@@ -216,7 +217,8 @@ def test_arms_must_match():
         paired_interval([[]], [[]])
 
 
-# -- claims --------------------------------------------------------------------------------------------------------------
+# -- claims
+# --------------------------------------------------------------------------------------------------------------
 def claim_of(**changes):
     return Claim(**{"metric": "recall", "method": "ours", "baseline": "theirs", "paper": "better"} | changes)
 

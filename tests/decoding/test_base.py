@@ -85,6 +85,8 @@ def test_what_a_decoder_lacks_is_said_from_the_configuration():
     SkipDecode(LinearDepth(2, 1)).check_model(config)
     with pytest.raises(BadInputError, match="the model has 2"):
         SkipDecode(LinearDepth(3, 1)).check_model(config)
+    with pytest.raises(BadInputError, match="impossible"):
+        SkipDecode(speedup=3.0).check_model(config)
     with pytest.raises(UnsupportedModelError, match="No draft model ships"):
         DySpec().check_model(config)
     with pytest.raises(UnsupportedModelError, match="encoder"):

@@ -89,7 +89,7 @@ def test_functions_of_a_rows_number_are_told_it():
     model = tiny_llama(9)
     prompts = torch.tensor([[1, 2], [1, 2], [3, 4]])
     arguments = dict(
-        max_new_tokens=4, do_sample=False, prefix_allowed_tokens_fn=lambda batch_id, text: [2 * batch_id, 2 * batch_id + 1]
+        max_new_tokens=4, do_sample=False, prefix_allowed_tokens_fn=lambda row, text: [2 * row, 2 * row + 1]
     )  # fmt: skip
     expected = model.generate(prompts, **arguments)
     assert model.generate(prompts, custom_generate=Plain(), **arguments).tolist() == expected.tolist()

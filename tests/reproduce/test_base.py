@@ -101,7 +101,7 @@ def test_a_quick_run_that_cannot_tell_arms_apart_says_only_that_it_ran():
     assert "one seed" in speed["note"]
 
 
-# -- going on after an interruption --------------------------------------------------------------------------------------
+# -- going on after an interruption ----------------------------------------------------------------------------------
 def test_an_interrupted_run_goes_on_where_it_stopped():
     seen = []
 
@@ -192,7 +192,8 @@ def run(context):
     return {"ours": {"speed": fast + 1}, "theirs": {"speed": context.part("slow", lambda: part("slow")) + 1}}
 
 claims = [Claim("speed", "ours", "theirs", "faster")]
-print(execute(Reproduction("killed", "a run that is killed", run, claims, seeds=2), console=Console(quiet=True))["runs"])
+print(execute(Reproduction("killed", "a run that is killed", run, claims, seeds=2),
+console=Console(quiet=True))["runs"])
 """
 
 
@@ -250,7 +251,7 @@ def test_parts_that_cannot_be_kept_are_refused(tmp_path):
     assert Context(0).part("a/b", lambda: (1, 2)) == [1, 2]
 
 
-# -- files ---------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------------------------
 def test_results_are_files_and_make_the_scoreboard(tmp_path):
     result = execute(toy(measure), console=QUIET)
     path = write(result, tmp_path / "results")
@@ -282,18 +283,43 @@ def test_lists_of_numbers_take_one_line(tmp_path):
 def test_files_of_0_1_are_read():
     """Their claims have neither interval nor verdict, and their direction only in what they call *holds*."""
     old = {
-        "name": "toy", "summary": "a toy", "quick": False, "model": "embedded", "date": "2026-11-24", "seeds": [0, 1],
-        "command": "everytoken reproduce toy --fresh --out /somewhere/results", "seconds": 3.0, "versions": {},
+        "name": "toy",
+        "summary": "a toy",
+        "quick": False,
+        "model": "embedded",
+        "date": "2026-11-24",
+        "seeds": [0, 1],
+        "command": "everytoken reproduce toy --fresh --out /somewhere/results",
+        "seconds": 3.0,
+        "versions": {},
         "machine": {"processor": "p", "cores": 2, "threads": 1, "gpu": None, "system": "s", "python": "3.11"},
         "claims": [
-            {"metric": m, "method": "ours", "baseline": "theirs", "kind": k, "method_value": 1.0, "baseline_value": 1.0,
-             "value": v, "by_seed": [v, v], "paper": "p", "why": "", "holds": h, "every_seed": h}
-            for m, k, v, h in (("speed", "ratio", 2.0, True), ("loss", "difference", -0.5, True), ("speed", "ratio", 2.0, False))
+            {
+                "metric": m,
+                "method": "ours",
+                "baseline": "theirs",
+                "kind": k,
+                "method_value": 1.0,
+                "baseline_value": 1.0,
+                "value": v,
+                "by_seed": [v, v],
+                "paper": "p",
+                "why": "",
+                "holds": h,
+                "every_seed": h,
+            }
+            for m, k, v, h in (
+                ("speed", "ratio", 2.0, True),
+                ("loss", "difference", -0.5, True),
+                ("speed", "ratio", 2.0, False),
+            )
         ],
-        "runs": [{"ours": {"speed": 2.0, "loss": 0.5}, "theirs": {"speed": 1.0, "loss": 1.0}},
-                 {"ours": {"speed": 2.1, "loss": 0.48}, "theirs": {"speed": 1.0, "loss": 1.0}}],
+        "runs": [
+            {"ours": {"speed": 2.0, "loss": 0.5}, "theirs": {"speed": 1.0, "loss": 1.0}},
+            {"ours": {"speed": 2.1, "loss": 0.48}, "theirs": {"speed": 1.0, "loss": 1.0}},
+        ],
         "artifacts": {},
-    }  # fmt: skip
+    }
     result = up_to_date(old)
     assert [claim["higher_is_better"] for claim in result["claims"]] == [True, False, False]
     assert [claim["verdict"] for claim in result["claims"]] == ["holds", "holds", "contradicted"]
@@ -358,7 +384,9 @@ MEASURED = [slug for slug, card in load_catalog().items() if card.reproduction a
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_shipped_results_are_sound(name):
-    """Full results, several seeds, versions and machine recorded; claims are those of the experiment over the file's runs."""
+    """Full results, several seeds, versions and machine recorded; claims are those of the experiment over the file's
+    runs.
+    """
     from everytoken.reproduce.base import measured_claims
 
     result, experiment = load_result(RESULTS / f"{name}.json"), find_card(name).load_reproduction()
@@ -389,7 +417,7 @@ def test_the_hnsw_claim_has_its_bar():
     assert "own tokens a step" not in claims
 
 
-# -- requests ------------------------------------------------------------------------------------------------------------
+# -- requests --------------------------------------------------------------------------------------------------------
 def test_bad_requests_come_before_the_work():
     def never(context):
         pytest.fail("ran")

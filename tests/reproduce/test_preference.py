@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("trl")
 
 
-# -- instruments ---------------------------------------------------------------------------------------------------------
+# -- instruments -----------------------------------------------------------------------------------------------------
 def test_area_under_curve_by_all_pairs():
     from everytoken.reproduce.cdpo import area_under_curve
 

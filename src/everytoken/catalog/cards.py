@@ -3,8 +3,9 @@
 A card's status is not written in it but derived from what exists: ``measured`` if a result file carries its name,
 ``implemented`` if its implementation can be found, else ``planned``.
 
-Packages outside this one add methods through the entry point group ``everytoken.cards``: each entry point names a folder of
-TOML cards inside its package (``mymethods = "mymethods.cards"``); the implementation paths in them are imported like ours.
+Packages outside this one add methods through the entry point group ``everytoken.cards``: each entry point names a
+folder of TOML cards inside its package (``mymethods = "mymethods.cards"``); the implementation paths in them are
+imported like ours.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Card:
         claim, figure: the claimed effect and its number.
         code: the authors' repository, or empty.
         authors: how many there are; None where not known for sure.
-        implementation, reproduction, training, trial: ``module:attribute``, empty while there is none. Training and trial are
-            needed only where the contract that the implementation keeps does not provide them.
+        implementation, reproduction, training, trial: ``module:attribute``, empty while there is none. Training and
+            trial are needed only where the contract that the implementation keeps does not provide them.
         exports: further public names of the method, each ``module:Name``; the implementation itself is always one.
     """
 
@@ -129,7 +130,7 @@ class Card:
 
     @property
     def trainable(self) -> bool:
-        """Whether ``everytoken train`` may know it: it names a ``training``, or its station can train what keeps its contract."""
+        """Whether ``everytoken train`` may know it: by its own ``training``, or by its station's contract."""
         if self.training or not self.implementation:
             return bool(self.training)
         try:
@@ -138,7 +139,7 @@ class Card:
             return False
 
     def load_training(self) -> Any:
-        """How it is trained: what the card names, else what its station makes of the implementation; raises as ``load`` does."""
+        """How it is trained: as the card names it, else as its station does; raises as ``load`` does."""
         found = None
         if self.training:
             found = _attribute(self, self.training)

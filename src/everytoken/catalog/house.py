@@ -1,8 +1,8 @@
 """The house: its floors and stations, one TOML file each.
 
-A floor is shared code (``core``, ``decoding``, ``training``); a station is a folder of methods. Their files stand beside the cards of
-the methods and are read the same way. Together they are the registry: the names that ``everytoken`` exports, the pages of the
-reference and the order of every list follow from them.
+A floor is shared code (``core``, ``decoding``, ``training``); a station is a folder of methods. Their files stand
+beside the cards of the methods and are read the same way. Together they are the registry: the names that ``everytoken``
+exports, the pages of the reference and the order of every list follow from them.
 """
 
 from __future__ import annotations

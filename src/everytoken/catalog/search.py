@@ -1,7 +1,7 @@
 """Search over cards: by words (BM25 with prefixes) and, with the ``search`` extra, by meaning (packaged MiniLM).
 
-By meaning, both rankings are merged by reciprocal rank, so an exact name always comes first and a paraphrase still finds its
-paper. Embeddings of the cards are cached beside the models, keyed by their text.
+By meaning, both rankings are merged by reciprocal rank, so an exact name always comes first and a paraphrase still
+finds its paper. Embeddings of the cards are cached beside the models, keyed by their text.
 """
 
 from __future__ import annotations

@@ -65,15 +65,16 @@ def check_column(card: Card, trials: list[Trial], column: str | None) -> None:
 
 
 def first_process() -> bool:
-    """Whether this is the first of the processes that ``accelerate launch`` started, or the only one: it alone speaks."""
+    """Whether this is the first process of ``accelerate launch``, or the only one: it alone speaks."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def leave_processes() -> None:
     """Ends the process group of ``accelerate launch``, where there is one, while Python still runs.
 
-    gloo's threads let go of a collective's tensors after the collective has ended (of the last barrier's too) and need the interpreter for
-    it. Where it is shutting down already they abort the process, and the launcher calls a finished training failed.
+    gloo's threads let go of a collective's tensors after the collective has ended (of the last barrier's too) and need
+    the interpreter for it. Where it is shutting down already they abort the process, and the launcher calls a finished
+    training failed.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
@@ -84,7 +85,9 @@ def leave_processes() -> None:
 
 @contextlib.contextmanager
 def stages(console: Console) -> Iterator[Report]:
-    """A progress bar for work in stages: yields ``report(stage, done, total)``; what follows a comma in the stage may change.
+    """A progress bar for work in stages: yields ``report(stage, done, total)``.
+
+    What follows a comma in the stage may change.
 
     Under ``accelerate launch`` only the first process shows it.
     """

@@ -25,7 +25,8 @@ from .output import check_ending, check_files
 
 EXAMPLES = (
     "Examples:  everytoken compare dyspec dyspec:threshold=none dyspec:budget=4  ·  "
-    "everytoken compare tdpo tdpo:variant=tdpo1 --plot tdpo.svg  ·  everytoken compare stochastok:expand_prop=0.1 stochastok:expand_prop=0.5"
+    "everytoken compare tdpo tdpo:variant=tdpo1 --plot tdpo.svg  ·  everytoken compare stochastok:expand_prop=0.1 "
+    "stochastok:expand_prop=0.5"
 )
 
 

@@ -61,8 +61,9 @@ def supertokens(
     tokenizer.save_pretrained(out)
     spanning = sum(words_in(token) > 1 for token in table)
     print(
-        f"{len(tokenizer):,} tokens, {spanning:,} of them span words; {size / max(1, counts[0]):.2f} bytes per token of "
-        f"{'held-out' if len(texts) > 20 else 'the training'} text, plain BPE {size / max(1, counts[1]):.2f}; written to {out}"
+        f"{len(tokenizer):,} tokens, {spanning:,} of them span words; {size / max(1, counts[0]):.2f} bytes per "
+        f"token of {'held-out' if len(texts) > 20 else 'the training'} text, "
+        f"plain BPE {size / max(1, counts[1]):.2f}; written to {out}"
     )
 
 

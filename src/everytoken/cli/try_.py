@@ -16,8 +16,10 @@ from .common import build_trial, check_column, emit_json, method_names, options_
 from .output import TRACES, check_ending, check_files
 
 EXAMPLES = (
-    "Examples:  everytoken try dyspec  ·  everytoken try dyspec --prompt 'Tell me about owls' --set budget=12 --trace owls.html  ·  "
-    "everytoken try stochastok --prompt 'unbelievable strawberries' --set expand_prop=0.5  ·  everytoken try tdpo --data pairs.jsonl  ·  "
+    "Examples:  everytoken try dyspec  ·  everytoken try dyspec --prompt 'Tell me about owls' --set budget=12 "
+    "--trace owls.html  ·  "
+    "everytoken try stochastok --prompt 'unbelievable strawberries' --set expand_prop=0.5  ·  everytoken try tdpo "
+    "--data pairs.jsonl  ·  "
     "everytoken try xgrammar --schema person.json  ·  everytoken try awrs --constraint checks:is_sql"
 )
 

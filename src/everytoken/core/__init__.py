@@ -1,1 +1,4 @@
-"""What every station uses: log-probabilities, traces, loading, seeding, errors. Nothing here imports torch at import time."""
+"""What every station uses: log-probabilities, traces, loading, seeding, errors.
+
+Nothing here imports torch at import time.
+"""

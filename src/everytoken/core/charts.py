@@ -1,6 +1,7 @@
 """Charts by matplotlib as SVG: for result files, pages and reports.
 
-Every chart brings its own light background, so that it reads the same in light and dark pages. The same data give the same
+Every chart brings its own light background, so that it reads the same in light and dark pages. The same data give the
+same
 file, byte for byte: no date, and ids that are derived from the content.
 """
 
@@ -24,7 +25,8 @@ Curves = Mapping[str, Sequence[Sequence[tuple[float, float]]]]
 """name -> one curve a seed, each a list of ``(x, y)``."""
 
 COLOURS = ("#0072b2", "#d55e00", "#007a5a", "#aa4499", "#8a6d00", "#5b6770", "#3d2c8d", "#b3003c")
-"""Told apart by most colour-blind readers (after Okabe and Ito), each with a contrast of at least 3 on the background."""
+"""Told apart by most colour-blind readers (after Okabe and Ito), each with a contrast of at least 3 on the background.
+"""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 PAPER, INK, GRID, MUTED = "#fcfcfd", "#1b1f24", "#dde1e6", "#7f8995"
 STYLE: dict[str, object] = {

@@ -1,9 +1,10 @@
 """Per-token log-probabilities, entropy and KL, and masked reductions.
 
-A vocabulary makes ``[B, T, V]`` the largest tensor of any training step, so nothing here builds it twice. ``token_stats``
-starts from hidden states and the output head and works through the tokens in chunks: the logits of one chunk exist at a time,
-forward and backward, and the statistics of a reference model are taken in the same pass. ``logps_from_logits`` and its
-siblings do the same for logits that exist already. All sums run in float32, whatever the inputs' type.
+A vocabulary makes ``[B, T, V]`` the largest tensor of any training step, so nothing here builds it twice.
+``token_stats`` starts from hidden states and the output head and works through the tokens in chunks: the logits of one
+chunk exist at a time, forward and backward, and the statistics of a reference model are taken in the same pass.
+``logps_from_logits`` and its siblings do the same for logits that exist already. All sums run in float32, whatever the
+inputs' type.
 
 Conventions: natural logarithms; ``forward`` KL is ``KL(ref || policy)``, ``reverse`` is ``KL(policy || ref)``.
 """
@@ -64,7 +65,8 @@ def token_stats(
         weight: ``[V, D]`` output head.
         labels: ``[N]`` token ids.
         bias: ``[V]`` or None.
-        ref_hidden, ref_weight, ref_bias: the same of a frozen reference model (its D may differ); no gradient flows there.
+        ref_hidden, ref_weight, ref_bias: the same of a frozen reference model (its D may differ); no gradient flows
+            there.
         entropy, forward_kl, reverse_kl: what to compute besides ``logps`` (KLs need the reference).
         chunk_size: tokens per chunk; default as many as fit into ``CHUNK_BYTES``.
 
@@ -168,7 +170,8 @@ class _TokenStats(torch.autograd.Function):
             need_q = [g is not None and bool(g[part].any()) for g in (g_forward, g_reverse)]
             log_q, rows = None, None
             if any(need_q):
-                # a loss may stop the gradient of some tokens' KL (TDPO2: the chosen side); they need no reference logits
+                # a loss may stop the gradient of some tokens' KL (TDPO2: the chosen side); they need no reference
+                # logits
                 used = torch.zeros_like(log_p[:, 0], dtype=torch.bool)
                 for g in (g_forward, g_reverse):
                     if g is not None:
@@ -222,7 +225,7 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.einsum("nv,nv->n", a, b)
 
 
-# -- from logits that exist already --------------------------------------------------------------------------------------
+# -- from logits that exist already -----------------------------------------------------------------------------------
 def _by_rows(function: Any, *logits: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
     """Applies a row function to ``[..., V]`` tensors chunk by chunk, recomputing in backward instead of storing."""
     shape, vocab = logits[0].shape[:-1], logits[0].shape[-1]
@@ -272,7 +275,7 @@ def kl_from_logits(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tens
     return _by_rows(row, p_logits, q_logits)
 
 
-# -- masked reductions ---------------------------------------------------------------------------------------------------
+# -- masked reductions ------------------------------------------------------------------------------------------------
 def masked_sum(values: torch.Tensor, mask: torch.Tensor, dim: int | None = -1) -> torch.Tensor:
     """Sum of ``values`` where ``mask``; masked entries may be NaN or infinite. ``dim=None`` sums everything."""
     kept = torch.where(mask.bool(), values.float(), torch.zeros((), device=values.device))

@@ -1,7 +1,7 @@
 """Claims, the intervals of what was measured, and verdicts.
 
-A claim compares two arms of an experiment, or one arm with a bar. A verdict comes from the 95% interval of what was measured,
-never from the sign of a median::
+A claim compares two arms of an experiment, or one arm with a bar. A verdict comes from the 95% interval of what was
+measured, never from the sign of a median::
 
     holds          the interval lies on the claimed side of the bar
     contradicted   it lies on the other side
@@ -12,10 +12,11 @@ The bar is the paper's where the paper gives one, else the neutral value (a rati
 Two things vary: the questions within a seed, and the seeds. Arms answer the same questions, so their values are paired.
 
 - Questions are resampled within each seed, the same ones for both arms (a paired bootstrap; Efron and Tibshirani 1993).
-- Seeds are resampled too where there are at least eight. Fewer cannot be: the means of three resampled seeds never leave
-  the range of the three, which holds the truth only three times in four. Their part of the interval is Student's.
-- What seeds differ by because their questions differ should count once: the variance of the questions is taken out of that
-  of the seeds (Davison and Hinkley 1997, section 3.8), and the less so the fewer the seeds, for then both are uncertain.
+- Seeds are resampled too where there are at least eight. Fewer cannot be: the means of three resampled seeds never
+leave the range of the three, which holds the truth only three times in four. Their part of the interval is Student's.
+- What seeds differ by because their questions differ should count once: the variance of the questions is taken out of
+that of the seeds (Davison and Hinkley 1997, section 3.8), and the less so the fewer the seeds, for then both are
+uncertain.
 - Both parts add up as in Zou and Donner (2008, doi:10.1002/sim.3095): the distances from the estimate, in quadrature.
 - Ratios are treated on the log scale, so the estimate is the geometric mean of the seeds' ratios.
 """
@@ -33,7 +34,9 @@ from .errors import BadInputError
 from .rng import numpy_generator
 
 Values = float | Sequence[float]
-"""One metric of one arm in one seed: a number, or one number a question (the same questions, in the same order, for all arms)."""
+"""One metric of one arm in one seed: a number, or one number a question (the same questions, in the same order, for all
+arms).
+"""
 Arms = dict[str, dict[str, Values]]
 """One seed's measurements: arm -> metric -> values."""
 Kind = Literal["ratio", "difference", "value"]
@@ -44,7 +47,9 @@ DRAWS = 10_000
 ENOUGH = 8
 """So many values can be resampled; the interval of fewer is Student's."""
 DECIDING = 6
-"""With fewer questions that differ from the bar, no sign test reaches 95%: five of five happen by chance once in sixteen."""
+"""With fewer questions that differ from the bar, no sign test reaches 95%: five of five happen by chance once in
+sixteen.
+"""
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
@@ -59,8 +64,8 @@ class Claim:
         kind: ``"ratio"`` (method / baseline), ``"difference"`` (method - baseline) or ``"value"`` (the method against
             ``threshold``).
         higher_is_better: direction of the metric.
-        threshold: the bar that the paper gives, in units of ``kind``: 2.0 for "at least twice", 1.02 with a metric that is
-            better when lower for "less than 2% worse". None where it gives none.
+        threshold: the bar that the paper gives, in units of ``kind``: 2.0 for "at least twice", 1.02 with a metric
+            that is better when lower for "less than 2% worse". None where it gives none.
         why: why our figure differs from the paper's (scale, hardware, data).
 
     Raises:
@@ -157,7 +162,8 @@ def paired_interval(
     """The estimate of a comparison and its 95% interval.
 
     Args:
-        method, baseline: a metric's values, one entry a seed; each a number, or ``[Q]`` with the same questions in both.
+        method, baseline: a metric's values, one entry a seed; each a number, or ``[Q]`` with the same questions in
+            both.
         bar: what the interval will be compared with; default the neutral value.
 
     Raises:
@@ -256,7 +262,8 @@ def number(value: float | None, kind: Kind) -> str:
     return f"{value:,.2f}x" if value < 100 else f"{value:,.0f}x"
 
 
-# -- the parts of an interval --------------------------------------------------------------------------------------------
+# -- the parts of an interval
+# --------------------------------------------------------------------------------------------
 def _pairs(method: Sequence[Values], baseline: Sequence[Values] | None, kind: Kind) -> list[Array]:
     """One array ``[2, Q]`` a seed: the method's values and the baseline's (zeros for a claim on a value)."""
     if (baseline is None) != (kind == "value"):

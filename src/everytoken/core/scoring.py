@@ -15,6 +15,7 @@ from .progress import Report, silent
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class PromptResponse(NamedTuple):
@@ -24,7 +25,7 @@ class PromptResponse(NamedTuple):
     response: Sequence[int]
 
 
-def plain_head(model: Any) -> Any:
+def plain_head(model: PreTrainedModel) -> Any:
     """The output head of a causal model whose logits are ``head(hidden)`` and nothing else.
 
     Raises:
@@ -50,7 +51,7 @@ def whole(parameter: Any) -> Any:
     return parameter.full_tensor() if parameter is not None and hasattr(parameter, "full_tensor") else parameter
 
 
-def head_weights(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+def head_weights(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The plain head's weight ``[V, D]`` and bias, gathered where they lie in shards.
 
     Raises:
@@ -60,13 +61,17 @@ def head_weights(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     return whole(head.weight), whole(getattr(head, "bias", None))
 
 
-def base_model(model: Any) -> Any:
+def base_model(model: PreTrainedModel) -> Any:
     """The model under a PEFT adapter; a model without one is its own."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def check_guide(
-    policy: Any, guide: Any, what: str = "guide", tokenizer: Any = None, guide_tokenizer: Any = None
+    policy: PreTrainedModel,
+    guide: PreTrainedModel,
+    what: str = "guide",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    guide_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """Refuses a guide that reads other tokens than the policy.
 
@@ -92,7 +97,7 @@ def check_guide(
         )
 
 
-def prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
     """Ids of a prompt: of a text as it is, of messages by the chat template, up to where the answer begins."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
@@ -109,7 +114,7 @@ def check_prompt(prompt: str) -> None:
         raise BadInputError("The prompt is empty.", 'Give some text: --prompt "Why is the sky blue?"')
 
 
-def turn_ids(tokenizer: Any, prompt: str) -> list[int]:
+def turn_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Ids of one prompt: as a turn of the user where the tokenizer has a chat template, else of the text as it is.
 
     Raises:
@@ -119,7 +124,7 @@ def turn_ids(tokenizer: Any, prompt: str) -> list[int]:
     return prompt_ids(tokenizer, [{"role": "user", "content": prompt}] if tokenizer.chat_template else prompt)
 
 
-def encode_prompt(tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, torch.Tensor]:
     """``generate``'s inputs for one prompt, as ``turn_ids`` has it."""
     import torch
 
@@ -128,7 +133,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
 
 
 def pad_rows(
-    rows: Sequence[PromptResponse], pad: int = 0, device: Any = None
+    rows: Sequence[PromptResponse], pad: int = 0, device: torch.device | str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows as right-padded tensors: ``ids``, ``attention_mask`` and ``mask`` (True on responses), all ``[B, T]``."""
     import torch
@@ -145,7 +150,7 @@ def pad_rows(
 
 
 def response_hidden(
-    model: Any, ids: torch.Tensor, mask: torch.Tensor, attention_mask: torch.Tensor | None = None
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The ``[N, D]`` last hidden states that predict the N tokens where ``mask``; never a row's first token."""
     kwargs: dict[str, Any] = {}
@@ -163,7 +168,7 @@ def response_hidden(
 
 
 def response_logps(
-    model: Any, ids: torch.Tensor, mask: torch.Tensor, attention_mask: torch.Tensor | None = None
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Log-probabilities ``[B, T]`` float32 of the tokens where ``mask``, at their own positions; 0 elsewhere.
 
@@ -185,7 +190,7 @@ def score_rows(
     rows: Sequence[PromptResponse],
     score: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     batch_size: int = 16,
-    device: Any = None,
+    device: torch.device | str | None = None,
     report: Report = silent,
 ) -> list[torch.Tensor]:
     """One ``[len(response)]`` tensor a row from a function on padded batches; rows of like length share a batch.
@@ -215,7 +220,7 @@ def score_rows(
     return [found[index] for index in range(len(rows))]
 
 
-def model_fingerprint(model: Any) -> str:
+def model_fingerprint(model: PreTrainedModel) -> str:
     """A hash of a model's architecture and weights (a strided sample of every tensor, and its sum), for caches."""
     import torch
 

@@ -1,4 +1,6 @@
-"""Settings given as text: ``key=value`` pairs typed by a dataclass, functions named by ``module:function``, files of the user's."""
+"""Settings given as text: ``key=value`` pairs typed by a dataclass, functions named by ``module:function``, files of
+the user's.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,8 @@ def load_function(path: str, what: str = "A function", example: str = "checks:is
         what, example: for the error.
 
     Raises:
-        BadInputError: no such module or attribute, or not callable (an object with a ``prefix`` method is a constraint).
+        BadInputError: no such module or attribute, or not callable (an object with a ``prefix`` method is a
+            constraint).
     """
     module_name, colon, name = path.partition(":")
     if not colon or not name:

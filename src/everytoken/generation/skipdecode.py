@@ -40,6 +40,11 @@ from ..decoding.base import Example
 from ..decoding.call import DecodingCall, DecodingStats
 from ..decoding.loop import LoopDecoder, by_row
 
+Run = Callable[[], torch.Tensor]
+"""A layer's own forward on the hidden states that it was called with."""
+Route = Callable[[int, torch.Tensor, Run], torch.Tensor]
+Forward = Callable[..., Any]
+
 
 @runtime_checkable
 class DepthSchedule(Protocol):
@@ -155,10 +160,10 @@ def check_schedule(schedule: DepthSchedule, num_layers: int) -> None:
 
 
 @contextmanager
-def rerouted(layers: nn.ModuleList, route: Callable[[int, torch.Tensor, Callable], torch.Tensor]) -> Iterator[None]:
+def rerouted(layers: nn.ModuleList, route: Route) -> Iterator[None]:
     """Has ``route(index, hidden states, run)`` decide about each layer; ``run()`` is the layer's own forward."""
 
-    def wrap(index: int, original: Callable) -> Callable:
+    def wrap(index: int, original: Forward) -> Forward:
         @functools.wraps(original)
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             output = route(index, hidden_states, lambda: original(hidden_states, *args, **kwargs))
@@ -177,7 +182,7 @@ def rerouted(layers: nn.ModuleList, route: Callable[[int, torch.Tensor, Callable
 
 
 @contextmanager
-def _forward_of(module: nn.Module, forward: Callable) -> Iterator[None]:
+def _forward_of(module: nn.Module, forward: Forward) -> Iterator[None]:
     """Replaces a module's forward, and puts back what was there (others patch it too)."""
     before = module.__dict__.get("forward")
     module.forward = forward  # type: ignore[method-assign]
@@ -249,12 +254,15 @@ class SkipDecode(LoopDecoder):
 
         Raises:
             UnsupportedModelError: layers of several kinds.
-            BadInputError: a schedule with more layers than the model has, or one that rises.
+            BadInputError: a schedule with more layers than the model has, one that rises, or an impossible speed-up.
         """
         super().check_model(config)
         check_layer_kinds(config)
+        layers = config.get_text_config().num_hidden_layers
         if self.schedule is not None:
-            check_schedule(self.schedule, config.get_text_config().num_hidden_layers)
+            check_schedule(self.schedule, layers)
+        else:
+            LinearDepth.for_speedup(layers, self.speedup, 128, self.warmup)
 
     @contextmanager
     def applied(self, call: DecodingCall[SkipDecodeStats]) -> Iterator[None]:
@@ -283,7 +291,7 @@ class SkipDecode(LoopDecoder):
             now["depth"] = schedule.depth(length - prompt)
             stats.layers_run.append(0)
 
-        def route(index: int, hidden: torch.Tensor, run: Callable) -> torch.Tensor:
+        def route(index: int, hidden: torch.Tensor, run: Run) -> torch.Tensor:
             if not runs(schedule, index, now["depth"], total):
                 return hidden
             stats.layers_run[-1] += 1
@@ -366,7 +374,7 @@ def skip_layers(model: Any, schedule: DepthSchedule) -> Iterator[Any]:
         now["depths"] = depths
         return original_forward(*args, **kwargs)
 
-    def route(index: int, hidden: torch.Tensor, run: Callable) -> torch.Tensor:
+    def route(index: int, hidden: torch.Tensor, run: Run) -> torch.Tensor:
         active = runs(schedule, index, now["depths"], len(layers))
         if bool(active.all()):
             return run()

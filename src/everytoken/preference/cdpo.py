@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.nn import functional as F
@@ -31,6 +31,9 @@ from ..core.progress import Report, silent
 from ..core.scoring import PromptResponse, check_guide, head_weights, model_fingerprint, response_hidden, score_rows
 from ..training.column_makers import ColumnMaker, ColumnSources, Example, TokenAnnotator
 from .base import PairScores, PreferenceOutput, log_ratios, weighted_log_ratios
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -164,8 +167,8 @@ class ContrastiveEstimator:
         TokenizerMismatchError: the two have vocabularies of different size.
     """
 
-    positive_model: Any
-    negative_model: Any
+    positive_model: PreTrainedModel
+    negative_model: PreTrainedModel
     alpha: float = 1.0
     batch_size: int = 16
     column: str = "contrast"
@@ -220,8 +223,8 @@ class RolloutOracle:
         batch_size: continuations a forward.
     """
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     correct: Callable[[str, str], bool]
     rollouts: int = 64
     max_new_tokens: int = 64

@@ -26,6 +26,7 @@ from ..training.distributed import process_state
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel
 
 SIDES = ("chosen", "rejected")
 
@@ -40,7 +41,7 @@ class ModelLogps:
         batch_size: rows a forward.
     """
 
-    model: Any
+    model: PreTrainedModel
     column: str = "guide_logps"
     batch_size: int = 16
 

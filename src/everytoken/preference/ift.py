@@ -159,7 +159,7 @@ class IFTTrainer(SupervisedTrainer):
     def logs_accuracy(self) -> bool:  # type: ignore[override]
         return self.ift.residual > 0 and self.ift.top_k == 1
 
-    def token_losses(self, model: Any, inputs: dict[str, Any]) -> TargetLosses:
+    def token_losses(self, model: torch.nn.Module, inputs: dict[str, Any]) -> TargetLosses:
         """The losses of the mixed pass, their relation weights, and the first pass's predictions."""
         ids, labels = inputs["input_ids"], inputs["labels"]
         mask = labels[:, 1:] != -100

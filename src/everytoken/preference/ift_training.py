@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 METRICS = {"loss": "loss", "nll": "nll", "entropy": ""}
 IFTTraining = derive_config("IFTTraining", TrainConfig, IFTSettings)
@@ -89,7 +90,9 @@ def train_ift(config: TrainConfig, context: TrainingContext) -> TrainingResult:
 
 
 @torch.no_grad()
-def demonstration_trace(trainer: IFTTrainer, tokenizer: Any, row: Mapping[str, Any], title: str) -> TokenTrace:
+def demonstration_trace(
+    trainer: IFTTrainer, tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], title: str
+) -> TokenTrace:
     """IFT's view of a tokenized demonstration (``input_ids``, ``labels``): loss, relation weight and prediction of
     every target.
     """

@@ -20,14 +20,15 @@ from .trainer import PreferenceTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @quiet_training()
 def train_quietly(
-    policy: Any,
-    reference: Any,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel | None,
     loss: PreferenceLoss | None,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     rows: Dataset | list[dict[str, Any]],
     annotators: Sequence[TokenAnnotator] | Callable[[Dataset], Sequence[TokenAnnotator]] = (),
     callbacks: Sequence[TrainerCallback] = (),

@@ -19,9 +19,10 @@ The idea and q are the paper's; where v stands, sums against means, and alpha ar
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.nn import functional as F
@@ -33,6 +34,9 @@ from ..core.scoring import PromptResponse, model_fingerprint, plain_head, respon
 from ..core.scoring import prompt_ids as wrapped_ids
 from ..training.column_makers import ColumnMaker, ColumnSources, Example, TokenAnnotator
 from .base import PairScores, PreferenceOutput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BETTER = "Answer as well as you can: helpful, correct, clear and kind.\n\n"
 WORSE = "Answer as badly as you can: unhelpful, wrong, confusing and unkind.\n\n"
@@ -91,6 +95,11 @@ class TREGLoss:
         if self.beta <= 0 or self.alpha < 0:
             raise BadInputError(f"T-REG needs beta > 0 and alpha >= 0; got {self.beta} and {self.alpha}.")
 
+    @property
+    def loss_at_start(self) -> float | None:
+        """Where policy and reference agree: DPO's log 2; SimPO reads no reference, so its value depends on the data."""
+        return math.log(2) if self.base == "dpo" else None
+
     def implicit_rewards(self, policy: PairScores, reference: PairScores) -> tuple[torch.Tensor, torch.Tensor]:
         """``h_t`` of chosen and rejected, two ``[B, T]`` tensors with gradient."""
         sides = (
@@ -144,8 +153,8 @@ class ContrastivePromptRewards:
         batch_size: rows a forward.
     """
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     better: str = BETTER
     worse: str = WORSE
     max_prompt_length: int | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,13 +13,22 @@ from ..core.logprobs import STATISTICS
 from ..core.trace import TokenTrace
 from .base import PairScores, PreferenceLoss, declared, trace_columns
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 Statistics = dict[str, torch.Tensor]
 """Name -> ``[len(response)]``, on the CPU."""
 
 
 @torch.no_grad()
 def credit_trace(
-    model: Any, reference: Any, tokenizer: Any, prompt: str, response: str, beta: float = 0.1, title: str = ""
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    response: str,
+    beta: float = 0.1,
+    title: str = "",
 ) -> TokenTrace:
     """A trace of ``response`` after ``prompt``: per token, the implicit reward ``beta (log pi - log ref)``, both
     log-probabilities, and the forward KL, KL(reference || policy).
@@ -35,7 +44,11 @@ def credit_trace(
 
 
 def _statistics(
-    model: Any, reference: Any, prompt: Sequence[int], response: Sequence[int], needs: frozenset[str] = frozenset()
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    prompt: Sequence[int],
+    response: Sequence[int],
+    needs: frozenset[str] = frozenset(),
 ) -> Statistics:
     ids = torch.tensor([[*prompt, *response]], device=model.device)
     mask = torch.zeros_like(ids, dtype=torch.bool)
@@ -45,7 +58,9 @@ def _statistics(
     return {name: values[0, len(prompt) :].cpu() for name, values in found.items()}
 
 
-def _trace(found: Statistics, tokenizer: Any, response: Sequence[int], beta: float, title: str) -> TokenTrace:
+def _trace(
+    found: Statistics, tokenizer: PreTrainedTokenizerBase, response: Sequence[int], beta: float, title: str
+) -> TokenTrace:
     trace = TokenTrace(list(response), title=title, station="preference")
     trace.add("implicit_reward", beta * (found["logps"] - found["ref_logps"]))
     trace.add("forward_kl", found["forward_kl"])
@@ -54,7 +69,11 @@ def _trace(found: Statistics, tokenizer: Any, response: Sequence[int], beta: flo
 
 @torch.no_grad()
 def pair_traces(
-    policy: Any, reference: Any, tokenizer: Any, row: Mapping[str, Any], loss: PreferenceLoss
+    policy: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    row: Mapping[str, Any],
+    loss: PreferenceLoss,
 ) -> list[TokenTrace]:
     """Traces of a tokenized pair, chosen and rejected: the implicit reward, the forward KL, and what the loss shows
     (``trace_columns``).

@@ -174,7 +174,7 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
 
     # -- data
     # ------------------------------------------------------------------------------------------------------------
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+    def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Any:
         """TRL's preparation (skipped for rows that are tokenized), checks of every row, and the columns that the loss
         takes.
         """
@@ -197,7 +197,7 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
         return dataset
 
     @staticmethod
-    def _check(dataset: Any, names: tuple[str, ...], dataset_name: str) -> None:
+    def _check(dataset: Dataset, names: tuple[str, ...], dataset_name: str) -> None:
         columns = [dataset[name] for name in names]
         check_rows([dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)], f"{dataset_name} data")
 
@@ -206,7 +206,7 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
         extra = [f"{side}_{name}" for name in (*self.data_columns, "ref_logps") for side in SIDES]
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *extra]))
 
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Any:
         """The reference's log-probabilities per token, as columns ``chosen_ref_logps`` and ``rejected_ref_logps``."""
         model = self.ref_model if self.ref_model is not None else self.accelerator.unwrap_model(self.model)
         model.to(self.accelerator.device)
@@ -223,7 +223,7 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
 
     # -- scoring
     # ---------------------------------------------------------------------------------------------------------
-    def score_pairs(self, model: Any, inputs: dict[str, Any]) -> tuple[PairScores, PairScores]:
+    def score_pairs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[PairScores, PairScores]:
         """Per-token statistics of a collated batch (chosen rows, then rejected): ``(policy, reference)``."""
         mask = inputs["completion_mask"][:, 1:].bool()
         labels = inputs["input_ids"][:, 1:][mask]
@@ -276,7 +276,7 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
             with reference_adapter(model):
                 return self.model(**kept, score={"mask": mask}), model
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         policy, reference = self.score_pairs(model, inputs)
         output = self.preference_loss(policy, reference)
         loss = output.losses.mean()

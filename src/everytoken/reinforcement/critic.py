@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..core.logprobs import masked_mean
 from ..core.scoring import base_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Critic(nn.Module):
@@ -19,7 +22,7 @@ class Critic(nn.Module):
         model: the model to copy (its output head is left out); make the critic before a trainer patches the model.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         base = base_model(model)
         self.body = copy.deepcopy(base.base_model)

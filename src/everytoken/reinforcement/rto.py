@@ -29,7 +29,7 @@ import copy
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -43,6 +43,9 @@ from ..training.finite_check import stopped
 from ..training.scored_forward import reference_adapter
 from .advantages import gae, group_advantages, last_token, whiten
 from .critic import Critic, value_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -165,10 +168,10 @@ class RTOTrainer(LaunchedMixin, GRPOTrainer):
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         *positional: Any,
-        dpo_model: Any = None,
-        ref_model: Any = None,
+        dpo_model: PreTrainedModel | None = None,
+        ref_model: PreTrainedModel | None = None,
         critic: Critic | None = None,
         **kwargs: Any,
     ):
@@ -270,7 +273,9 @@ class RTOTrainer(LaunchedMixin, GRPOTrainer):
         self._log("rto/token_reward", shaping.sum(-1) / counts, mode)
         return batch
 
-    def _frozen_logps(self, model: Any, ids: torch.Tensor, attention: torch.Tensor, length: int) -> torch.Tensor:
+    def _frozen_logps(
+        self, model: PreTrainedModel | None, ids: torch.Tensor, attention: torch.Tensor, length: int
+    ) -> torch.Tensor:
         """``[B, length]`` of the completions under a frozen model; None is the reference."""
         mask = torch.zeros_like(ids, dtype=torch.bool)
         mask[:, -length:] = attention[:, -length:].bool()
@@ -342,7 +347,7 @@ class RTOTrainer(LaunchedMixin, GRPOTrainer):
                     self.critic_optimizer.zero_grad()
         return whiten(advantages, mask, lambda moments: self.accelerator.reduce(moments, reduction="sum"))
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         loss = super()._compute_loss(model, inputs)
         if not torch.isfinite(loss):
             texts = [self.processing_class.batch_decode(inputs[name]) for name in ("prompt_ids", "completion_ids")]
@@ -355,7 +360,7 @@ class RTOTrainer(LaunchedMixin, GRPOTrainer):
     def _log(self, name: str, values: torch.Tensor, mode: str) -> None:
         self._metrics[mode][name].append(self.accelerator.gather(values.float()).mean().item())
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         state: dict[str, Any] = {"moments": self._moments}
         if self.critic is not None:  # gathered from its shards by all processes

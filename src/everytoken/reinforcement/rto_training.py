@@ -34,6 +34,7 @@ from .rto import RTOConfig, RTOSettings, RTOTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 METRICS = {"loss": "loss", "reward": "reward", "rto/kl": "KL", "rto/dpo_reward": "", "entropy": ""}
 DPO_TRAINING = "everytoken.preference.short_training:train_guide"
@@ -187,7 +188,13 @@ def sentiment(prompts: list[Prompt], completions: list[Prompt], **_: Any) -> lis
 
 @torch.no_grad()
 def rollout_trace(
-    policy: Any, reference: Any, dpo_model: Any, tokenizer: Any, prompt: Prompt, response: str, settings: RTOSettings
+    policy: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    dpo_model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    response: str,
+    settings: RTOSettings,
 ) -> TokenTrace:
     """RTO's token rewards of a response (without the sequence's own): the DPO reward, the KL charge, and their sum."""
     before = prompt_ids(tokenizer, prompt)

@@ -1,4 +1,6 @@
-"""AWRS's claims: a handful of tests per token instead of the whole vocabulary, and weights that undo masking's distortion."""
+"""AWRS's claims: a handful of tests per token instead of the whole vocabulary, and weights that undo masking's
+distortion.
+"""
 
 from __future__ import annotations
 
@@ -34,20 +36,22 @@ EXAMPLES = "Records of people, one JSON object each:\n" + "\n".join(map(json.dum
 PATTERN = r"[A-Z][A-Za-z0-9 ,;:'\-\n]*(\.( |\n)+[A-Z][A-Za-z0-9 ,;:'\-\n]*)*\."
 PROSE = ["Why is the sky blue? Answer in three sentences.", "Tell me about owls.", "What is bread made of?"]
 WHY_TESTS = (
-    "The baseline tests every token of the vocabulary with the same checker. The paper's constraints are costlier and its models "
-    "larger; the better the model follows the constraint by itself, the fewer tests: a 135M model does so less than theirs."
+    "The baseline tests every token of the vocabulary with the same checker. The paper's constraints are costlier and "
+    "its models larger; the better the model follows the constraint by itself, the fewer tests: a 135M model does so "
+    "less than theirs."
 )
 WHY_UNASKED = (
-    "Nothing in this prompt asks for JSON: the model puts next to no mass on what the schema allows, and AWRS draws until it finds "
-    "it. This is the case that masking is for."
+    "Nothing in this prompt asks for JSON: the model puts next to no mass on what the schema allows, and AWRS draws "
+    "until it finds it. This is the case that masking is for."
 )
 WHY_TIME = (
-    "The checker is this library's own, which answers in microseconds; at that price a mask of the grammar engine would be faster "
-    "still (see xgrammar). The dearer a test, the more this ratio approaches that of the numbers of tests."
+    "The checker is this library's own, which answers in microseconds; at that price a mask of the grammar engine "
+    "would be faster still (see xgrammar). The dearer a test, the more this ratio approaches that of the numbers of "
+    "tests."
 )
 WHY_SMC = (
-    "Divergence from the model conditioned on the constraint, on a toy where that is known exactly by enumeration: a text of three "
-    "letters whose last step punishes a tempting first one."
+    "Divergence from the model conditioned on the constraint, on a toy where that is known exactly by enumeration: a "
+    "text of three letters whose last step punishes a tempting first one."
 )
 
 
@@ -175,7 +179,10 @@ def run(context: Context) -> Arms:
 MASKING = "masking with the same checker"
 REPRODUCTION = Reproduction(
     name="awrs",
-    summary="the embedded model under a JSON schema and a regular expression: tests and time per token; a posterior known exactly",
+    summary=(
+        "the embedded model under a JSON schema and a regular expression: tests and time per token; a posterior known "
+        "exactly"
+    ),
     run=run,
     claims=[
         Claim(

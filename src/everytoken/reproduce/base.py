@@ -1,11 +1,11 @@
 """The harness: baseline and method in one process on the same work, several seeds, one result file.
 
-An experiment is a ``Reproduction``: what is claimed, and a function that runs one seed and returns measurements by arm. The
-harness runs the seeds, gives every claim an interval and a verdict (``core.results``), prints a table with the paper's figure
-and the reason for any difference, and writes ``results/NAME.json``.
+An experiment is a ``Reproduction``: what is claimed, and a function that runs one seed and returns measurements by arm.
+The harness runs the seeds, gives every claim an interval and a verdict (``core.results``), prints a table with the
+paper's figure and the reason for any difference, and writes ``results/NAME.json``.
 
-A seed that has finished is kept at once in the user's cache, and so is every ``Context.part`` within it. An interrupted run
-goes on where it stopped, and ends with what an unbroken one would have measured.
+A seed that has finished is kept at once in the user's cache, and so is every ``Context.part`` within it. An interrupted
+run goes on where it stopped, and ends with what an unbroken one would have measured.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class Context:
 
     Attributes:
         seed: this run's seed.
-        scale: ``"quick"`` (a smaller version, in a minute or two), ``"cpu"`` (at most 40 minutes a part and four hours a
-            claim on two cores) or ``"gpu"``.
+        scale: ``"quick"`` (a smaller version, in a minute or two), ``"cpu"`` (at most 40 minutes a part and four
+            hours a claim on two cores) or ``"gpu"``.
         model: as for ``load_model``; None is the embedded default.
         progress: call it with a line of text to report.
         artifacts: fill with anything worth keeping in the result file (curves, samples).
@@ -126,9 +126,9 @@ class Context:
     def part(self, name: str, function: Callable[[], T]) -> T:
         """What ``function`` returns, from an earlier, interrupted run where it had finished there.
 
-        The random numbers inside depend on the seed and the name only, and those after it do not depend on whether it ran.
-        What it adds to ``artifacts`` is kept too. Any other state that it changes (a ``random.Random`` of the experiment's
-        own) is not: make such generators inside.
+        The random numbers inside depend on the seed and the name only, and those after it do not depend on whether it
+        ran. What it adds to ``artifacts`` is kept too. Any other state that it changes (a ``random.Random`` of the
+        experiment's own) is not: make such generators inside.
 
         Args:
             name: the part's name, once a seed.
@@ -164,7 +164,7 @@ class Context:
         return kept["value"]
 
     def model_part(self, name: str, function: Callable[[], tuple[PreTrainedModel, T]]) -> tuple[PreTrainedModel, T]:
-        """As ``part``, for a function that also returns a causal language model: its weights are kept beside the rest."""
+        """As ``part``, for a function that also returns a causal language model, whose weights are kept too."""
         from transformers import AutoModelForCausalLM
 
         place = None if self.folder is None else self.folder / _file_name(name)
@@ -180,7 +180,9 @@ class Context:
         value = self.part(name, train)
         if not made and place is None:
             raise AssertionError("a part without a folder always runs")
-        model = made[0] if made else AutoModelForCausalLM.from_pretrained(place, dtype="auto").eval()
+        model = (
+            made[0] if made else AutoModelForCausalLM.from_pretrained(place, dtype="auto", use_safetensors=True).eval()
+        )
         return model, value
 
 
@@ -358,7 +360,9 @@ def public_model(model: str | None) -> str:
 
 
 def public_command(argv: Sequence[str]) -> str:
-    """The command that was run, without what says nothing about the measurement: where its output went, and where files lay."""
+    """The command that was run, without what says nothing about the measurement: where its output went, and where files
+    lay.
+    """
     if list(argv[1:2]) != ["reproduce"]:
         return ""
     words, skipped = ["everytoken"], False
@@ -372,7 +376,7 @@ def public_command(argv: Sequence[str]) -> str:
 
 
 def _kept(experiment: Reproduction, scale: Scale, model: str | None) -> Path:
-    """Where an experiment's finished seeds and parts are kept: another place for another version, model or source text."""
+    """Where finished seeds and parts are kept: another place for another version, model or source text."""
     from ..core.loading import cache_dir
 
     try:

@@ -1,7 +1,9 @@
-"""cDPO's claims: contrastive estimation finds the tokens that doom a line of reasoning, and weighting DPO by it reasons better.
+"""cDPO's claims: contrastive estimation finds the tokens that doom a line of reasoning, and weighting DPO by it reasons
+better.
 
-Worked sums by a small model from scratch: it writes ``32+54=86;86+...#...``, one token a character, and is right about half of the time.
-Its own correct and incorrect traces tune p+ and p-; rollouts from every prefix of wrong traces say which tokens were critical.
+Worked sums by a small model from scratch: it writes ``32+54=86;86+...#...``, one token a character, and is right about
+half of the time. Its own correct and incorrect traces tune p+ and p-; rollouts from every prefix of wrong traces say
+which tokens were critical.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
     Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 WHY = (
-    "The paper tunes 7 B to 13 B models on GSM8K and MATH500; here a model of under a million weights adds numbers, so that 64 rollouts from "
-    "every prefix can be had."
+    "The paper tunes 7 B to 13 B models on GSM8K and MATH500; here a model of under a million weights adds numbers, so "
+    "that 64 rollouts from every prefix can be had."
 )
 
 
@@ -164,10 +166,14 @@ def run(context: Context) -> Arms:
     arms = context.part("critical tokens", lambda: critical(context, model, tokenizer, sizes, estimator))
 
     pairs = [
-        {"prompt": p, "prompt_ids": tokenizer(p)["input_ids"], "chosen_ids": tokenizer(right[p] + "\n")["input_ids"],
-         "rejected_ids": tokenizer(t)["input_ids"]}
+        {
+            "prompt": p,
+            "prompt_ids": tokenizer(p)["input_ids"],
+            "chosen_ids": tokenizer(right[p] + "\n")["input_ids"],
+            "rejected_ids": tokenizer(t)["input_ids"],
+        }
         for p, t in negatives
-    ]  # fmt: skip
+    ]
     context.artifacts["pairs"] = len(pairs)
     valid = questions(context.seed, "valid", 256)
     test = questions(context.seed, "test", 64 if context.quick else 512)
@@ -184,10 +190,20 @@ def run(context: Context) -> Arms:
         for lr in rates:  # each loss gets the learning rate that suits it, by other questions than the test's
             context.progress(f"{name}: {sizes.steps} steps on {len(pairs)} pairs, learning rate {lr}")
             trainer = train_quietly(
-                copy.deepcopy(model), copy.deepcopy(model), loss, tokenizer, pairs, annotators, per_device_train_batch_size=16,
-                max_steps=sizes.steps, learning_rate=lr, lr_scheduler_type="constant_with_warmup", warmup_steps=5,
-                seed=context.seed, data_seed=context.seed,
-            )  # fmt: skip
+                copy.deepcopy(model),
+                copy.deepcopy(model),
+                loss,
+                tokenizer,
+                pairs,
+                annotators,
+                per_device_train_batch_size=16,
+                max_steps=sizes.steps,
+                learning_rate=lr,
+                lr_scheduler_type="constant_with_warmup",
+                warmup_steps=5,
+                seed=context.seed,
+                data_seed=context.seed,
+            )
             accuracy = mean(graded(trainer.model, tokenizer, valid, sample=False))
             context.artifacts.setdefault("validation", {})[f"{name} {lr}"] = accuracy
             if accuracy > best:
@@ -202,7 +218,10 @@ def run(context: Context) -> Arms:
 
 REPRODUCTION = Reproduction(
     name="cdpo",
-    summary="worked sums: contrastive estimation against 64 rollouts from every prefix of wrong traces; then cDPO and DPO at equal steps",
+    summary=(
+        "worked sums: contrastive estimation against 64 rollouts from every prefix of wrong traces; then cDPO and DPO "
+        "at equal steps"
+    ),
     run=run,
     claims=[
         Claim("AUC for critical tokens", "contrast", "entropy", "finds critical tokens", kind="difference", why=WHY),

@@ -1,4 +1,6 @@
-"""Dynamic tokenization's claims: shorter prompts in many languages at little loss, and generation over a vocabulary of any size."""
+"""Dynamic tokenization's claims: shorter prompts in many languages at little loss, and generation over a vocabulary of
+any size.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,20 @@ if TYPE_CHECKING:
 
     from ..tokenization.embedding import Embedder
 
-MEASURED = ("German", "French", "Spanish", "Italian", "Polish", "Finnish", "Turkish", "Russian", "Greek", "Hindi", "Indonesian", "Vietnamese")  # fmt: skip
+MEASURED = (
+    "German",
+    "French",
+    "Spanish",
+    "Italian",
+    "Polish",
+    "Finnish",
+    "Turkish",
+    "Russian",
+    "Greek",
+    "Hindi",
+    "Indonesian",
+    "Vietnamese",
+)
 """Languages that are measured, on the second half of their declaration."""
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
 """Shares of the possible reduction."""
@@ -28,12 +43,19 @@ PREFIX, REST = 192, 96
 LARGE = 70_000
 """New tokens of the large vocabulary, beside the model's own 49,152."""
 WHY = (
-    "The hypernetwork was trained here in half an hour on two cores, for a 135M English model; the paper uses hypernetworks trained at "
-    "scale for XLM-R and Mistral-7B, and reports task accuracy. Bits of the text after a merged prefix, in twelve languages."
+    "The hypernetwork was trained here in half an hour on two cores, for a 135M English model; the paper uses "
+    "hypernetworks trained at scale for XLM-R and Mistral-7B, and reports task accuracy. Bits of the text after a "
+    "merged prefix, in twelve languages."
 )
-WHY_SHORTER = "The model's English tokenizer cuts other languages finely, so more can be merged. Held-out halves of a declaration."
+WHY_SHORTER = (
+    "The model's English tokenizer cuts other languages finely, so more can be merged. Held-out halves of a "
+    "declaration."
+)
 WHY_MEAN = "The paper's baseline is also the mean of the pieces (FVT)."
-WHY_TIME = "Merging and embedding are counted. 512-token prompts merged to whole pre-tokens, one a language, the two by turns, on a machine that other runs shared."
+WHY_TIME = (
+    "Merging and embedding are counted. 512-token prompts merged to whole pre-tokens, one a language, the two by "
+    "turns, on a machine that other runs shared."
+)
 WHY_RECALL = (
     "The paper uses ScaNN; here an HNSW graph, fitted to hidden states of other texts. Top-1 on held-out English prose."
 )
@@ -207,7 +229,7 @@ def large_vocabulary(
     for row in held:
         out = model.generate(
             torch.tensor([row[:96]]), max_new_tokens=48, do_sample=False, pad_token_id=0, custom_generate=decoder
-        )  # fmt: skip
+        )
         steps, new = steps + decoder.steps, new + out.shape[1] - 96
         texts.append(tokenizer.decode(out[0, 96:]))
     context.artifacts["generated over the large vocabulary"] = texts
@@ -226,26 +248,43 @@ def curve_svg(result: Result) -> str:
 
 REPRODUCTION = Reproduction(
     name="dynamic-tokenization",
-    summary="the embedded model reads prefixes in twelve languages with merged tokens; bits per byte of what follows, prefill time, "
-    "and generation over more than 100,000 tokens",
+    summary=(
+        "the embedded model reads prefixes in twelve languages with merged tokens; bits per byte of what follows, "
+        "prefill time, and generation over more than 100,000 tokens"
+    ),
     run=run,
     claims=[
         Claim(
-            "positions", "hypernetwork", "", "over 20% fewer", kind="value", higher_is_better=False, threshold=0.8,
+            "positions",
+            "hypernetwork",
+            "",
+            "over 20% fewer",
+            kind="value",
+            higher_is_better=False,
+            threshold=0.8,
             why=WHY_SHORTER,
         ),
         *(
             Claim(
-                f"bits a byte, {share} merged", "hypernetwork", "no merging", "under 2% loss", higher_is_better=False,
-                threshold=1.02, why=WHY,
+                f"bits a byte, {share} merged",
+                "hypernetwork",
+                "no merging",
+                "under 2% loss",
+                higher_is_better=False,
+                threshold=1.02,
+                why=WHY,
             )
             for share in ("50%", "100%")
         ),
-        Claim("bits a byte, 100% merged", "hypernetwork", "mean of pieces", "lower", higher_is_better=False, why=WHY_MEAN),
-        Claim("prefill seconds", "hypernetwork", "no merging", "up to 40% shorter", higher_is_better=False, why=WHY_TIME),
+        Claim(
+            "bits a byte, 100% merged", "hypernetwork", "mean of pieces", "lower", higher_is_better=False, why=WHY_MEAN
+        ),
+        Claim(
+            "prefill seconds", "hypernetwork", "no merging", "up to 40% shorter", higher_is_better=False, why=WHY_TIME
+        ),
         Claim("top-1 found", "HNSW", "", "0.95 and more", kind="value", threshold=0.95, why=WHY_RECALL),
         Claim("milliseconds a lookup", "HNSW", "exact search", "faster", higher_is_better=False, why=WHY_RECALL),
     ],
     seeds=1,
     extra=("tokenizers", "usearch"),
-)  # fmt: skip
+)

@@ -1,4 +1,6 @@
-"""DySpec's claims: more tokens a second than plain decoding, and longer accepted paths than fixed trees of the same size."""
+"""DySpec's claims: more tokens a second than plain decoding, and longer accepted paths than fixed trees of the same
+size.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,13 @@ PROMPTS = [
     "Tell me a story about a fox who wanted to learn to read.",
 ]
 WHY_SPEED = (
-    "The paper's 9.1x is a 70B target offloaded to CPU memory, where a forward over hundreds of nodes costs what one token "
-    "costs; a 135M target on two cores pays 1.35x for 8 tokens and 1.7x for 16, which bounds the gain and the useful budget, and "
-    "the shipped draft was trained for 44 minutes on 2 cores."
+    "The paper's 9.1x is a 70B target offloaded to CPU memory, where a forward over hundreds of nodes costs what one "
+    "token costs; a 135M target on two cores pays 1.35x for 8 tokens and 1.7x for 16, which bounds the gain and the "
+    "useful budget, and the shipped draft was trained for 44 minutes on 2 cores."
 )
 WHY_PACKED = (
-    "All arms but this one run with linear layers packed for the CPU (core.packing), which speeds plain decoding up as well; "
-    "against transformers as it comes, both gains multiply."
+    "All arms but this one run with linear layers packed for the CPU (core.packing), which speeds plain decoding up as "
+    "well; against transformers as it comes, both gains multiply."
 )
 WHY_SHAPE = "Same draft and number of nodes; the paper compares with Sequoia and SpecInfer trees on 7B models."
 

@@ -1,4 +1,6 @@
-"""Exact byte probabilities' claims: prompts cut inside a token are completed as if they were not, and models of two vocabularies add up."""
+"""Exact byte probabilities' claims: prompts cut inside a token are completed as if they were not, and models of two
+vocabularies add up.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,13 @@ if TYPE_CHECKING:
 NEXT = 4
 """Bytes to complete."""
 WHY = (
-    "The paper completes code (with a prefix and a suffix) with models of 7B and more; here a 135M model completes English "
-    "technical prose cut at random places inside tokens, from the prefix alone."
+    "The paper completes code (with a prefix and a suffix) with models of 7B and more; here a 135M model completes "
+    "English technical prose cut at random places inside tokens, from the prefix alone."
 )
 WHY_ENSEMBLE = (
-    "The paper ensembles models of 7B and more on tasks. Here the second model is a small one with a vocabulary of 4,096 tokens of its own, "
-    "trained on other parts of the same prose for a minute; weights 0.8 and 0.2; bits of held-out prose."
+    "The paper ensembles models of 7B and more on tasks. Here the second model is a small one with a vocabulary of "
+    "4,096 tokens of its own, trained on other parts of the same prose for a minute; weights 0.8 and 0.2; bits of "
+    "held-out prose."
 )
 WHY_BITS = "The paper reports accuracy only. Bits of the true next bytes, given the text before the cut."
 

@@ -1,7 +1,9 @@
-"""IFT's claims: with the same demonstrations, a policy does better on its own than after supervised tuning (Frozen Lake, and text).
+"""IFT's claims: with the same demonstrations, a policy does better on its own than after supervised tuning (Frozen
+Lake, and text).
 
-Frozen Lake is gymnasium's: a map of safe ice, holes and a goal; an episode succeeds if the agent reaches the goal. A small transformer
-reads a random map and writes moves; demonstrations are shortest paths. Text: the embedded model writes words in capitals.
+Frozen Lake is gymnasium's: a map of safe ice, holes and a goal; an episode succeeds if the agent reaches the goal. A
+small transformer reads a random map and writes moves; demonstrations are shortest paths. Text: the embedded model
+writes words in capitals.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ if TYPE_CHECKING:
 MOVES = "LDRU"  # gymnasium's actions 0 to 3
 SIZE = 5
 WHY = (
-    "The paper tunes Mistral-7B on UltraChat and UltraFeedback, and shows Frozen Lake as an illustration; here a small transformer learns "
-    "shortest paths on random maps, and the embedded 135M model to write words in capitals, both tuned for the same steps on the same rows."
+    "The paper tunes Mistral-7B on UltraChat and UltraFeedback, and shows Frozen Lake as an illustration; here a small "
+    "transformer learns shortest paths on random maps, and the embedded 135M model to write words in capitals, both "
+    "tuned for the same steps on the same rows."
 )
 
 
@@ -101,10 +104,19 @@ def tune(
                 context.progress(f"{name}: step {state.global_step} of {steps}")
 
     with tempfile.TemporaryDirectory() as folder:
-        args = SFTConfig(**quiet_arguments(
-            folder, per_device_train_batch_size=batch, max_steps=steps, learning_rate=lr, lr_scheduler_type="cosine",
-            warmup_steps=max(1, steps // 10), seed=context.seed, data_seed=context.seed, completion_only_loss=True,
-        ))  # fmt: skip
+        args = SFTConfig(
+            **quiet_arguments(
+                folder,
+                per_device_train_batch_size=batch,
+                max_steps=steps,
+                learning_rate=lr,
+                lr_scheduler_type="cosine",
+                warmup_steps=max(1, steps // 10),
+                seed=context.seed,
+                data_seed=context.seed,
+                completion_only_loss=True,
+            )
+        )
         trainer = IFTTrainer(
             model,
             ift=settings,
@@ -144,7 +156,9 @@ def run(context: Context) -> Arms:
 
 
 def capitals(context: Context, settings: dict[str, IFTSettings]) -> Arms:
-    """Words of three to five letters in capitals, by the embedded model; exact match of its own greedy answers on words never seen."""
+    """Words of three to five letters in capitals, by the embedded model; exact match of its own greedy answers on words
+    never seen.
+    """
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     from ..core.loading import load_model, load_tokenizer
@@ -174,7 +188,10 @@ def capitals(context: Context, settings: dict[str, IFTSettings]) -> Arms:
 
 REPRODUCTION = Reproduction(
     name="ift",
-    summary="SFT and IFT on the same demonstrations for equal steps: Frozen Lake under its own rollouts, and words in capitals by the embedded model",
+    summary=(
+        "SFT and IFT on the same demonstrations for equal steps: Frozen Lake under its own rollouts, and words in "
+        "capitals by the embedded model"
+    ),
     run=run,
     claims=[
         Claim("Frozen Lake success, greedy", "IFT", "SFT", "comparable or better", kind="difference", why=WHY),

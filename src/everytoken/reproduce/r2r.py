@@ -1,8 +1,8 @@
 """R2R's claim: the large model's accuracy for a small part of its tokens, and a better use of them than entropy makes.
 
-Two models are trained on the spot on sums with every running total written out (digits from the last to the first, as they are
-carried). Between steps any of three separators may stand: a choice that is uncertain but harmless, which entropy cannot tell from a
-carry. Whether an answer is right can be checked, so labels come from the whole answer.
+Two models are trained on the spot on sums with every running total written out (digits from the last to the first, as
+they are carried). Between steps any of three separators may stand: a choice that is uncertain but harmless, which
+entropy cannot tell from a carry. Whether an answer is right can be checked, so labels come from the whole answer.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 CHARACTERS = "0123456789+=;,#> "
 SEPARATORS = (";", ", ", "> ")
 WHY = (
-    "The paper routes between R1-1.5B and R1-32B on AIME, GPQA and LiveCodeBench (1.6x the accuracy of a 7B model at 5.6B "
-    "parameters a token); here two models of {} weights add four two-digit numbers."
+    "The paper routes between R1-1.5B and R1-32B on AIME, GPQA and LiveCodeBench (1.6x the accuracy of a 7B model at "
+    "5.6B parameters a token); here two models of {} weights add four two-digit numbers."
 )
 WHY_SPEED = (
-    "The paper's 2.8x compares 1.5B with 32B parameters on GPUs. Here a forward of either model is mostly Python and small kernels, so the "
-    "large one costs a few times the small one, not hundreds of times, and the router's own forward counts."
+    "The paper's 2.8x compares 1.5B with 32B parameters on GPUs. Here a forward of either model is mostly Python and "
+    "small kernels, so the large one costs a few times the small one, not hundreds of times, and the router's own "
+    "forward counts."
 )
 
 
@@ -73,15 +74,20 @@ def run(context: Context) -> Arms:
     large, small = models["large"], models["small"]
     batches = answer_batches(rng, lambda r: worked_sum(r, terms, SEPARATORS), tokenizer, 64)
     checks = [worked_sum(random.Random(seed), terms, SEPARATORS)[0] for seed in range(60)]
-    # learning is sudden and its moment differs by seed: the large model goes on until it can add, the small one stops when it
-    # gets a third of the answers right, for later there would be no gap to close
+    # learning is sudden and its moment differs by seed: the large model goes on until it can add, the small one stops
+    # when it gets a third of the answers right, for later there would be no gap to close
     trained = {"large": fit(large, batches, 60 if context.quick else 600, 2e-3, context.progress, "the large model")}
     while not context.quick and trained["large"] < 1800 and solved(large, tokenizer, checks) < 0.95:
         trained["large"] += fit(large, batches, 300, 2e-3, context.progress, "the large model, again")
     trained["small"] = fit(
-        small, batches, 60 if context.quick else 700, 3e-3, context.progress, "the small model",
+        small,
+        batches,
+        60 if context.quick else 700,
+        3e-3,
+        context.progress,
+        "the small model",
         enough=lambda: solved(small, tokenizer, checks) >= 1 / 3,
-    )  # fmt: skip
+    )
     context.artifacts["steps of training"] = trained
 
     seen = [worked_sum(rng, terms, SEPARATORS)[0] for _ in range(24 if context.quick else 250)]
@@ -170,15 +176,34 @@ def curve_svg(result: Result) -> str:
 
 REPRODUCTION = Reproduction(
     name="r2r",
-    summary="worked sums by a large model (0.9M weights), a small one, and both routed by R2R and by entropy at an equal share",
+    summary=(
+        "worked sums by a large model (0.9M weights), a small one, and both routed by R2R and by entropy at an equal "
+        "share"
+    ),
     run=run,
     claims=[
-        Claim("accuracy", "R2R", "small model", "most of the gap closed", kind="difference", why=WHY.format("0.9M and 0.2M")),
+        Claim(
+            "accuracy",
+            "R2R",
+            "small model",
+            "most of the gap closed",
+            kind="difference",
+            why=WHY.format("0.9M and 0.2M"),
+        ),
         Claim("accuracy", "R2R", "large model", "comparable", kind="difference", why="At the threshold of 95% recall."),
         Claim("large model's share", "R2R", "", "0.11 to 0.15", kind="value", higher_is_better=False, threshold=0.15),
-        Claim("accuracy", "R2R", "entropy routing", "higher", kind="difference", why="At R2R's share of the large model's tokens."),
-        Claim("parameters a token", "R2R", "large model", "5.6B of 32B", higher_is_better=False, why="The router counts."),
+        Claim(
+            "accuracy",
+            "R2R",
+            "entropy routing",
+            "higher",
+            kind="difference",
+            why="At R2R's share of the large model's tokens.",
+        ),
+        Claim(
+            "parameters a token", "R2R", "large model", "5.6B of 32B", higher_is_better=False, why="The router counts."
+        ),
         Claim("tokens per second", "R2R", "large model", "2.8x", why=WHY_SPEED),
     ],
     seeds=3,
-)  # fmt: skip
+)

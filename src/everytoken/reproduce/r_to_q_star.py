@@ -1,8 +1,10 @@
-"""Claims of "From r to Q*": implicit rewards find a planted error, and wider beams over the DPO policy find better answers.
+"""Claims of "From r to Q*": implicit rewards find a planted error, and wider beams over the DPO policy find better
+answers.
 
-The embedded model is trained with DPO for a few steps on its own continuations of openings, the more positive one preferred (a
-lexicon judges). Then (a) one word of a positive continuation is replaced by a negative one, and tokens are ranked by implicit reward;
-(b) beams of several widths are searched under the policy and under the model that it came from.
+The embedded model is trained with DPO for a few steps on its own continuations of openings, the more positive one
+preferred (a lexicon judges). Then (a) one word of a positive continuation is replaced by a negative one, and tokens are
+ranked by implicit reward; (b) beams of several widths are searched under the policy and under the model that it came
+from.
 """
 
 from __future__ import annotations
@@ -54,19 +56,21 @@ WORDS = [
 ]
 WIDTHS = (1, 3, 5, 10)
 WHY_CREDIT = (
-    "The paper shows planted errors in one summarisation example. Here one word of a positive continuation becomes the negative one that the "
-    "base model finds likeliest there; chance is one in about twenty tokens."
+    "The paper shows planted errors in one summarisation example. Here one word of a positive continuation becomes the "
+    "negative one that the base model finds likeliest there; chance is one in about twenty tokens."
 )
 WHY_BEAM = (
-    "The paper's 10 to 15 points of GPT-4 win rate are for a 6.9B policy on TL;DR after full training; here the reward is a lexicon's score "
-    "of 20 tokens, after a few steps of DPO that move a 135M model little."
+    "The paper's 10 to 15 points of GPT-4 win rate are for a 6.9B policy on TL;DR after full training; here the reward "
+    "is a lexicon's score of 20 tokens, after a few steps of DPO that move a 135M model little."
 )
 
 
 def planted(
     reward: ImplicitReward, tokenizer: PreTrainedTokenizerBase, cases: list[tuple[str, str, tuple[int, int]]]
 ) -> dict[str, list[int]]:
-    """The rank (0 first) of the worst corrupted token among a continuation's tokens: by implicit reward, and by log-probabilities."""
+    """The rank (0 first) of the worst corrupted token among a continuation's tokens: by implicit reward, and by
+    log-probabilities.
+    """
     ranks: dict[str, list[int]] = {"implicit reward": [], "policy log-probability": [], "base log-probability": []}
     for prompt, text, (start, end) in cases:
         before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -93,7 +97,8 @@ def planted(
 def corrupt(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, rng: random.Random
 ) -> tuple[str, tuple[int, int]] | None:
-    """Replaces one inner word by the negative one that the base model finds likeliest there, so that its improbability does not give it
+    """Replaces one inner word by the negative one that the base model finds likeliest there, so that its improbability
+    does not give it
     away: the text and the place of the new word; None without such a word."""
     words = list(re.finditer(r"(?<= )[a-z]{4,}(?= )", text))
     if not words:
@@ -126,9 +131,16 @@ def run(context: Context) -> Arms:
     policy = load_model(context.model, dtype="float32", packed=True)
     context.progress(f"DPO, {steps} steps")
     train_quietly(
-        policy, base, DPOLoss(beta=0.1), tokenizer, rows, per_device_train_batch_size=batch, max_steps=steps, learning_rate=5e-5,
+        policy,
+        base,
+        DPOLoss(beta=0.1),
+        tokenizer,
+        rows,
+        per_device_train_batch_size=batch,
+        max_steps=steps,
+        learning_rate=5e-5,
         seed=context.seed,
-    )  # fmt: skip
+    )
 
     rng = random.Random(context.seed)
     torch.manual_seed(context.seed)
@@ -184,13 +196,41 @@ REPRODUCTION = Reproduction(
     summary="a DPO-trained policy: rank of a planted error by implicit reward, and reward of beams of width 1 to 10",
     run=run,
     claims=[
-        Claim("planted error among the lowest 1", "implicit reward", "base log-probability", "credit lands on it", kind="difference", why=WHY_CREDIT),
-        Claim("planted error among the lowest 3", "implicit reward", "base log-probability", "credit lands on it", kind="difference"),
+        Claim(
+            "planted error among the lowest 1",
+            "implicit reward",
+            "base log-probability",
+            "credit lands on it",
+            kind="difference",
+            why=WHY_CREDIT,
+        ),
+        Claim(
+            "planted error among the lowest 3",
+            "implicit reward",
+            "base log-probability",
+            "credit lands on it",
+            kind="difference",
+        ),
         Claim("reward", "DPO policy, 5 beams", "DPO policy, 1 beams", "higher", kind="difference", why=WHY_BEAM),
         Claim("reward", "DPO policy, 5 beams", "DPO policy, sampled", "10 to 15 points of win rate", kind="difference"),
-        Claim("reward", "DPO policy, 10 beams", "DPO policy, 5 beams", "lower", kind="difference", higher_is_better=False, why="Degeneration of wide beams."),
-        Claim("reward", "DPO policy, 5 beams", "base model, 5 beams", "higher", kind="difference", why="What DPO adds at the same width."),
+        Claim(
+            "reward",
+            "DPO policy, 10 beams",
+            "DPO policy, 5 beams",
+            "lower",
+            kind="difference",
+            higher_is_better=False,
+            why="Degeneration of wide beams.",
+        ),
+        Claim(
+            "reward",
+            "DPO policy, 5 beams",
+            "base model, 5 beams",
+            "higher",
+            kind="difference",
+            why="What DPO adds at the same width.",
+        ),
     ],
     seeds=3,
     extra=("train", "trl"),
-)  # fmt: skip
+)

@@ -1,4 +1,6 @@
-"""RTO's claim: with a DPO model's token rewards, PPO reaches its final reward in a fraction of the rollouts (controlled sentiment)."""
+"""RTO's claim: with a DPO model's token rewards, PPO reaches its final reward in a fraction of the rollouts (controlled
+sentiment).
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ if TYPE_CHECKING:
 
 ARMS = {"PPO": ("gae", 0.0), "RTO": ("gae", 0.05), "GRPO": ("group", 0.0), "RTO, no critic": ("group", 0.05)}
 WHY = (
-    "The paper's figure (about an eighth of the data) is for 8 B models and a learned reward; here a language model of 3M weights, VADER as "
-    "the reward, and a DPO model trained for 120 steps. Reward is the mean of the rollouts themselves, smoothed over six batches."
+    "The paper's figure (about an eighth of the data) is for 8 B models and a learned reward; here a language model of "
+    "3M weights, VADER as the reward, and a DPO model trained for 120 steps. Reward is the mean of the rollouts "
+    "themselves, smoothed over six batches."
 )
 SMOOTH = 6
 
@@ -59,12 +62,26 @@ def rollouts(
             context.progress(f"{name} batch {len(rewards)} of {batches}: reward {rewards[-1]:+.3f}")
 
     with tempfile.TemporaryDirectory() as folder:
-        args = RTOConfig(**quiet_arguments(
-            folder, per_device_train_batch_size=size, num_generations=8, max_completion_length=20,
-            num_iterations=2, max_steps=2 * batches, learning_rate=1.5e-4, lr_scheduler_type="constant_with_warmup", warmup_steps=4,
-            seed=context.seed, data_seed=context.seed, estimator=estimator, dpo_reward_scale=scale, critic_lr=1e-3, critic_epochs=2,
-            shuffle_dataset=True,
-        ))  # fmt: skip
+        args = RTOConfig(
+            **quiet_arguments(
+                folder,
+                per_device_train_batch_size=size,
+                num_generations=8,
+                max_completion_length=20,
+                num_iterations=2,
+                max_steps=2 * batches,
+                learning_rate=1.5e-4,
+                lr_scheduler_type="constant_with_warmup",
+                warmup_steps=4,
+                seed=context.seed,
+                data_seed=context.seed,
+                estimator=estimator,
+                dpo_reward_scale=scale,
+                critic_lr=1e-3,
+                critic_epochs=2,
+                shuffle_dataset=True,
+            )
+        )
         trainer = RTOTrainer(
             work.writer.model(),
             reward_funcs=score,
@@ -129,18 +146,34 @@ REPRODUCTION = Reproduction(
     run=run,
     claims=[
         Claim(
-            "rollouts to the baseline's final reward", "RTO", "PPO", "about 1/8 of the data", higher_is_better=False, why=WHY
+            "rollouts to the baseline's final reward",
+            "RTO",
+            "PPO",
+            "about 1/8 of the data",
+            higher_is_better=False,
+            why=WHY,
         ),
         Claim("reward on held-out openings", "RTO", "PPO", "above PPO", kind="difference", why=WHY),
         Claim(
-            "rollouts to the baseline's final reward", "RTO, no critic", "GRPO", "(no critic: not in the paper)",
-            higher_is_better=False, why=WHY,
+            "rollouts to the baseline's final reward",
+            "RTO, no critic",
+            "GRPO",
+            "(no critic: not in the paper)",
+            higher_is_better=False,
+            why=WHY,
         ),
-        Claim("reward on held-out openings", "RTO, no critic", "GRPO", "(no critic: not in the paper)", kind="difference", why=WHY),
+        Claim(
+            "reward on held-out openings",
+            "RTO, no critic",
+            "GRPO",
+            "(no critic: not in the paper)",
+            kind="difference",
+            why=WHY,
+        ),
     ],
     extra=("train", "trl"),
     bed="sentiment",
-)  # fmt: skip
+)
 
 
 def curve_svg(result: Result) -> str:

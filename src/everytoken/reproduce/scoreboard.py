@@ -11,16 +11,16 @@ from .base import Result, baseline_text
 
 HEAD = """# Scoreboard
 
-Baseline and method are measured in one run on the same work, by `everytoken reproduce NAME`. A verdict comes from the 95%
-interval of the comparison (paired, over questions and seeds), and never from the sign of a median:
+Baseline and method are measured in one run on the same work, by `everytoken reproduce NAME`. A verdict comes from the
+95% interval of the comparison (paired, over questions and seeds), and never from the sign of a median:
 
 - **holds**: the interval lies on the claimed side of the bar (the paper's where it gives one, else no difference);
 - **contradicted**: it lies on the other side, at this scale;
 - *undecided*: it contains the bar, or too little was measured to say. Two or three seeds without values by question
   decide only what is large beside what the seeds differ by.
 
-"Reproduced" is said of what *holds* only. Everything runs on small models and two processor cores; the reasons why figures
-differ from the papers' are behind each line. `everytoken scoreboard` writes this page from `results/*.json`.
+"Reproduced" is said of what *holds* only. Everything runs on small models and two processor cores; the reasons why
+figures differ from the papers' are behind each line. `everytoken scoreboard` writes this page from `results/*.json`.
 """
 SHOWN: dict[Verdict, str] = {
     "holds": "**holds**",

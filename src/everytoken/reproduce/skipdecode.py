@@ -1,7 +1,7 @@
 """SkipDecode's claim: two to five times fewer layers a token with little loss, where plain truncation loses more.
 
-A model is trained on the spot to write sums with every running total, then tuned for a few steps for each depth: with SkipDecode's
-schedule, and as a truncated model of the same average depth. One more arm is not tuned at all.
+A model is trained on the spot to write sums with every running total, then tuned for a few steps for each depth: with
+SkipDecode's schedule, and as a truncated model of the same average depth. One more arm is not tuned at all.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 CHARACTERS = "0123456789+=;#"
 SPEEDUPS = (2, 3, 4)
 WHY = (
-    "The paper tunes OPT-1.3B and 6.7B on E2E, TL;DR and CNN-DM; here a model of 0.6M weights and 8 layers, trained for minutes, writes worked "
-    "sums. Each layer is an eighth of it, so each one missing weighs more. (A data-to-text task in the manner of E2E was tried first: in the "
+    "The paper tunes OPT-1.3B and 6.7B on E2E, TL;DR and CNN-DM; here a model of 0.6M weights and 8 layers, trained "
+    "for minutes, writes worked "
+    "sums. Each layer is an eighth of it, so each one missing weighs more. (A data-to-text task in the manner of E2E "
+    "was tried first: in the "
     "minutes there were, the full model learnt its sentences and not its attributes, and every arm scored alike.)"
 )
 WHY_SPEED = (
-    "Decoding of a batch of 16 on two cores: embedding, head, sampling and Python cost the same at any depth, so the ratio stays "
+    "Decoding of a batch of 16 on two cores: embedding, head, sampling and Python cost the same at any depth, so the "
+    "ratio stays "
     "below the nominal one."
 )
 
@@ -114,18 +117,30 @@ def run(context: Context) -> Arms:
 
 REPRODUCTION = Reproduction(
     name="skipdecode",
-    summary="worked sums by an 8-layer model tuned for SkipDecode's schedules, against full depth and truncation to the same mean depth",
+    summary=(
+        "worked sums by an 8-layer model tuned for SkipDecode's schedules, against full depth and truncation to the "
+        "same mean depth"
+    ),
     run=run,
     claims=[
         *(
             Claim(
-                "tokens per second", f"SkipDecode {ratio}x", "full depth", f"{ratio}x nominal", why=WHY_SPEED if ratio == 2 else ""
+                "tokens per second",
+                f"SkipDecode {ratio}x",
+                "full depth",
+                f"{ratio}x nominal",
+                why=WHY_SPEED if ratio == 2 else "",
             )
             for ratio in SPEEDUPS
         ),
         *(
             Claim(
-                "ROUGE-L", f"SkipDecode {ratio}x", "full depth", "negligible loss up to 4x or 5x", kind="difference", why=WHY if ratio == 2 else ""
+                "ROUGE-L",
+                f"SkipDecode {ratio}x",
+                "full depth",
+                "negligible loss up to 4x or 5x",
+                kind="difference",
+                why=WHY if ratio == 2 else "",
             )
             for ratio in SPEEDUPS
         ),
@@ -135,7 +150,11 @@ REPRODUCTION = Reproduction(
         ),
         *(
             Claim(
-                metric, f"SkipDecode {ratio}x", f"truncated {ratio}x", "better", kind="difference",
+                metric,
+                f"SkipDecode {ratio}x",
+                f"truncated {ratio}x",
+                "better",
+                kind="difference",
                 why="The same mean depth and the same steps of tuning." if (ratio, metric) == (2, "ROUGE-L") else "",
             )
             for metric in ("ROUGE-L", "exact match")
@@ -144,4 +163,4 @@ REPRODUCTION = Reproduction(
         Claim("exact match", "SkipDecode 2x", "not tuned 2x", "tuning is needed", kind="difference"),
     ],
     seeds=3,
-)  # fmt: skip
+)

@@ -1,8 +1,9 @@
 """StochasTok's claims: subword language games and multi-digit addition become learnable.
 
-Small models from scratch, as in the paper (only smaller): a byte-level BPE and a Llama of a million weights are trained on
-English prose that ships with Python, with and without StochasTok, on the same batches; then both are fine-tuned *without*
-StochasTok on a language game over words, and tested on words that neither the fine-tuning nor its prompts ever showed.
+Small models from scratch, as in the paper (only smaller): a byte-level BPE and a Llama of a million weights are trained
+on English prose that ships with Python, with and without StochasTok, on the same batches; then both are fine-tuned
+*without* StochasTok on a language game over words, and tested on words that neither the fine-tuning nor its prompts
+ever showed.
 Addition: numbers are single tokens; a model sees part of all sums, and is tested on the others.
 """
 
@@ -28,14 +29,20 @@ if TYPE_CHECKING:
     from ..tokenization.stochastok import StochasTok
 
 ARMS = (("fixed tokens", 0.0), ("StochasTok", 0.1))
-WHY_SPELLING = "The mechanism in isolation: 400 made-up words in lists said twice, and questions about 280 of them; chance is about 4%."
+WHY_SPELLING = (
+    "The mechanism in isolation: 400 made-up words in lists said twice, and questions about 280 of them; chance is "
+    "about 4%."
+)
 WHY_GAME = (
-    "The paper pretrains 50M weights on OpenWebText; here it is one million weights on a megabyte or two of prose, minutes "
+    "The paper pretrains 50M weights on OpenWebText; here it is one million weights on a megabyte or two of prose, "
+    "minutes "
     "instead of days; both models stay at the chance of 25%, so the game decides nothing at this scale."
 )
 WHY_SUM = (
-    "Sums of two numbers below 100 as three tokens, half of them seen, at a fixed number of steps: with so few tokens a plain "
-    "model can memorise its way to the rule, and splitting costs it steps; the paper's numbers are longer and its training too."
+    "Sums of two numbers below 100 as three tokens, half of them seen, at a fixed number of steps: with so few tokens "
+    "a plain "
+    "model can memorise its way to the rule, and splitting costs it steps; the paper's numbers are longer and its "
+    "training too."
 )
 IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
@@ -80,7 +87,7 @@ def bpe(text: str, size: int) -> Tokenizer:
     return tokenizer
 
 
-# -- the language game ---------------------------------------------------------------------------------------------------
+# -- the language game -----------------------------------------------------------------------------------------------
 def question(words: list[str], rng: random.Random) -> tuple[str, list[str], int]:
     """One multiple-choice question over ``words``: text, four options, index of the right one."""
     while True:
@@ -184,7 +191,7 @@ def game(context: Context) -> dict[str, list[float]]:
     return scores
 
 
-# -- spelling and addition -----------------------------------------------------------------------------------------------
+# -- spelling and addition -------------------------------------------------------------------------------------------
 def bare(vocabulary: list[bytes | None], prop: float, seed: int) -> StochasTok:
     """A StochasTok over a made-up vocabulary, without a tokenizer."""
     from ..tokenization.stochastok import StochasTok, split_table
@@ -211,7 +218,8 @@ def batches(draw: Callable[[], IntArray], stochastok: StochasTok) -> Batches:
 
 
 def spelling(context: Context) -> dict[str, list[float]]:
-    """Right (1.0) or wrong (0.0) in naming the i-th letter of words (single tokens) whose letters no question has ever asked for.
+    """Right (1.0) or wrong (0.0) in naming the i-th letter of words (single tokens) whose letters no question has ever
+    asked for.
 
     Pretraining texts are lists of words, said twice: text in which nothing but a split shows what a word is made of.
     """

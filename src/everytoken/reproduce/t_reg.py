@@ -1,4 +1,4 @@
-"""T-REG's claims: a contrast of two prompts finds which tokens carry the reward, and regularising by it improves DPO."""
+"""T-REG's claims: contrasting two prompts finds the tokens that carry the reward, and that helps DPO."""
 
 from __future__ import annotations
 
@@ -82,16 +82,33 @@ def fresh_rows(work: Work, context: Context) -> list[PromptResponse]:
 
 REPRODUCTION = Reproduction(
     name="t-reg",
-    summary="T-REG and DPO from one start on the same sentiment pairs, equal steps; tokens' rewards against a sentiment lexicon",
+    summary=(
+        "T-REG and DPO from one start on the same sentiment pairs, equal steps; tokens' rewards against a sentiment "
+        "lexicon"
+    ),
     run=run,
     claims=[
-        Claim("reward at equal KL", "T-REG", "DPO", "up to +3.8 points (AlpacaEval 2)", kind="difference", why=WHY + TEACHER),
+        Claim(
+            "reward at equal KL",
+            "T-REG",
+            "DPO",
+            "up to +3.8 points (AlpacaEval 2)",
+            kind="difference",
+            why=WHY + TEACHER,
+        ),
         Claim("reward at the end", "T-REG", "DPO", "higher", kind="difference", why=WHY + TEACHER),
         Claim(
-            "rank correlation with the lexicon", "T-REG", "DPO", "a contrast of prompts finds token rewards", kind="difference",
-            why="q of the embedded model under two prompts, against the implicit reward of the DPO arm, on held-out words that the lexicon knows.",
+            "rank correlation with the lexicon",
+            "T-REG",
+            "DPO",
+            "a contrast of prompts finds token rewards",
+            kind="difference",
+            why=(
+                "q of the embedded model under two prompts, against the implicit reward of the DPO arm, on held-out "
+                "words that the lexicon knows."
+            ),
         ),
     ],
     extra=("train", "trl"),
     bed="sentiment",
-)  # fmt: skip
+)

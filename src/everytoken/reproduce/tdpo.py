@@ -22,18 +22,27 @@ def run(context: Context) -> Arms:
 
 REPRODUCTION = Reproduction(
     name="tdpo",
-    summary="DPO, TDPO1 and TDPO2 from one start on the same sentiment pairs, equal steps; reward against sequential KL",
+    summary=(
+        "DPO, TDPO1 and TDPO2 from one start on the same sentiment pairs, equal steps; reward against sequential KL"
+    ),
     run=run,
     claims=[
         Claim("KL at the end", "TDPO2", "DPO", "lower at like reward", higher_is_better=False, why=WHY),
         Claim("reward at the end", "TDPO2", "DPO", "like DPO's", kind="difference", why=WHY),
         Claim("reward at equal KL", "TDPO2", "DPO", "higher", kind="difference", why=WHY),
         Claim(
-            "reward at half that KL", "TDPO2", "DPO", "higher", kind="difference",
-            why="The same curves earlier on (added after seeing them): TDPO2's step costs less KL, until it stops gaining.",
+            "reward at half that KL",
+            "TDPO2",
+            "DPO",
+            "higher",
+            kind="difference",
+            why=(
+                "The same curves earlier on (added after seeing them): TDPO2's step costs less KL, until it stops "
+                "gaining."
+            ),
         ),
         Claim("reward at equal KL", "TDPO2", "TDPO1", "TDPO2 above TDPO1", kind="difference", why=WHY),
     ],
     extra=("train", "trl"),
     bed="sentiment",
-)  # fmt: skip
+)

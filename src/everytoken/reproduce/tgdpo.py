@@ -1,4 +1,4 @@
-"""TGDPO's claim: guided by a DPO-trained model's token rewards, DPO does better than DPO alone (controlled sentiment)."""
+"""TGDPO's claim: token rewards of a DPO-trained model make DPO better than alone (controlled sentiment)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def run(context: Context) -> Arms:
 
 REPRODUCTION = Reproduction(
     name="tgdpo",
-    summary="DPO gives the guide; TGDPO and DPO from one start on the same sentiment pairs, equal steps; reward against sequential KL",
+    summary=(
+        "DPO gives the guide; TGDPO and DPO from one start on the same sentiment pairs, equal steps; reward against "
+        "sequential KL"
+    ),
     run=run,
     claims=[
         Claim("reward at equal KL", "TGDPO", "DPO", "higher win rates (up to +7.5)", kind="difference", why=WHY),

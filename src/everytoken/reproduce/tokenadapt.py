@@ -1,4 +1,6 @@
-"""TokenAdapt's claim: after a change of tokenizer, perplexity is far lower than with other ways to make the new embeddings."""
+"""TokenAdapt's claim: after a change of tokenizer, perplexity is far lower than with other ways to make the new
+embeddings.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,18 @@ ARMS: dict[str, dict[str, Any]] = {
     "TokenAdapt": {},
 }
 WHY = (
-    "A 135M model with tied embeddings, and a MiniLM sentence embedder in place of a larger one; the paper's models are up to 8B. "
+    "A 135M model with tied embeddings, and a MiniLM sentence embedder in place of a larger one; the paper's models "
+    "are up to 8B. "
     "Mistral's SentencePiece and Tekken tokenizers, English technical prose."
 )
 WHY_TUNED = (
-    "The paper reports zero-shot figures. 24 steps of AdamW on the tied embeddings alone, 512 tokens each; at 1e-3 every arm had become "
+    "The paper reports zero-shot figures. 24 steps of AdamW on the tied embeddings alone, 512 tokens each; at 1e-3 "
+    "every arm had become "
     "worse than it was zero-shot, so the step here is 1e-4."
 )
 WHY_SUPER = (
-    "The paper gives no figure to compare with, nor its distribution of chunk sizes (here 0.4, 0.3, 0.2 and 0.1 for one to four words). "
+    "The paper gives no figure to compare with, nor its distribution of chunk sizes (here 0.4, 0.3, 0.2 and 0.1 for "
+    "one to four words). "
     "8,192 tokens each, trained on 2 MB of English technical prose, measured on held-out prose."
 )
 
@@ -123,8 +128,11 @@ def _claim(metric: str, method: str, baseline: str, paper: str, why: str = WHY) 
 
 REPRODUCTION = Reproduction(
     name="tokenadapt",
-    summary="the embedded model under Mistral's tokenizers: zero-shot perplexity per byte of held-out prose, then after a little "
-    "tuning; and supertokens against BPE",
+    summary=(
+        "the embedded model under Mistral's tokenizers: zero-shot perplexity per byte of held-out prose, then after a "
+        "little "
+        "tuning; and supertokens against BPE"
+    ),
     run=run,
     claims=[
         _claim("mistral: perplexity a byte", "TokenAdapt", "ReTok", "lower; at least 2x better in aggregate"),

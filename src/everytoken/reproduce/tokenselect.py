@@ -20,17 +20,24 @@ if TYPE_CHECKING:
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 HEAD = "There is an important piece of information hidden inside a lot of irrelevant text. Find it and memorize it. "
 WHY_ATTENTION = (
-    "The paper measures Llama-3-8B on an A100 at up to 128k tokens against SDPA. Here a step of full attention is what transformers does "
-    "on a CPU: append to the dynamic cache, which copies it, and read all keys and values; TokenSelect appends in place, reads "
+    "The paper measures Llama-3-8B on an A100 at up to 128k tokens against SDPA. Here a step of full attention is what "
+    "transformers does "
+    "on a CPU: append to the dynamic cache, which copies it, and read all keys and values; TokenSelect appends in "
+    "place, reads "
     "a bfloat16 copy of the keys once, and attends to 2,688 tokens. Both alone on the same random cache."
 )
-WHY_KERNEL = "The same without the caches' own work: torch's grouped-query SDPA against scoring, voting, gathering and attending."
+WHY_KERNEL = (
+    "The same without the caches' own work: torch's grouped-query SDPA against scoring, voting, gathering and "
+    "attending."
+)
 WHY_END = (
-    "A step of a 135M model is mostly linear layers and Python at 8k tokens and mostly attention at 64k; the paper's 2.28x is a whole "
+    "A step of a 135M model is mostly linear layers and Python at 8k tokens and mostly attention at 64k; the paper's "
+    "2.28x is a whole "
     "request, prefill included, on a GPU."
 )
 WHY_NEEDLE = (
-    "The paper reports InfiniteBench, RULER and LongBench; here a five-digit pass key at three depths of a repetitive text, the answer begun "
+    "The paper reports InfiniteBench, RULER and LongBench; here a five-digit pass key at three depths of a repetitive "
+    "text, the answer begun "
     "for the model, which was trained on 8,192 tokens."
 )
 
@@ -207,13 +214,32 @@ def run(context: Context) -> Arms:
 LABELS = ("8k", "16k", "32k", "64k")
 REPRODUCTION = Reproduction(
     name="tokenselect",
-    summary="attention of a decoding step, decoding speed and a pass key at 8k to 64k tokens, full attention against TokenSelect",
+    summary=(
+        "attention of a decoding step, decoding speed and a pass key at 8k to 64k tokens, full attention against "
+        "TokenSelect"
+    ),
     run=run,
     claims=[
-        Claim("attention step at 64k, ms", "TokenSelect", "full attention", "1/23.84 at most", higher_is_better=False, why=WHY_ATTENTION),
-        Claim("attention kernel at 64k, ms", "TokenSelect", "full attention", "1/23.84 at most", higher_is_better=False, why=WHY_KERNEL),
+        Claim(
+            "attention step at 64k, ms",
+            "TokenSelect",
+            "full attention",
+            "1/23.84 at most",
+            higher_is_better=False,
+            why=WHY_ATTENTION,
+        ),
+        Claim(
+            "attention kernel at 64k, ms",
+            "TokenSelect",
+            "full attention",
+            "1/23.84 at most",
+            higher_is_better=False,
+            why=WHY_KERNEL,
+        ),
         *(
-            Claim(f"attention step at {label}, ms", "TokenSelect", "full attention", "none given", higher_is_better=False)
+            Claim(
+                f"attention step at {label}, ms", "TokenSelect", "full attention", "none given", higher_is_better=False
+            )
             for label in LABELS[:3]
         ),
         *(
@@ -226,9 +252,22 @@ REPRODUCTION = Reproduction(
             )
             for label in LABELS
         ),
-        Claim("tokens per second behind 64k", "TokenSelect, tau 0.9", "full attention", "none given", why="Selections reused while queries stay alike."),
+        Claim(
+            "tokens per second behind 64k",
+            "TokenSelect, tau 0.9",
+            "full attention",
+            "none given",
+            why="Selections reused while queries stay alike.",
+        ),
         Claim("pass keys found at 8k", "TokenSelect", "full attention", "as good", kind="difference", why=WHY_NEEDLE),
-        Claim("pass keys found at 16k", "TokenSelect", "full attention", "better", kind="difference", why="Twice the trained length: full attention has never seen such positions."),
+        Claim(
+            "pass keys found at 16k",
+            "TokenSelect",
+            "full attention",
+            "better",
+            kind="difference",
+            why="Twice the trained length: full attention has never seen such positions.",
+        ),
     ],
     seeds=1,
-)  # fmt: skip
+)

@@ -50,11 +50,16 @@ PROMPTS = [
     "Write the JSON record of a famous painter.",
 ]
 WHY_MASK = (
-    "The paper's baselines are other engines, on grammars of their own; here the baseline is the same automaton with neither the "
-    "split nor memory: every token is run from the stack at every step (prefixes shared in a trie). Against today's xgrammar and "
+    "The paper's baselines are other engines, on grammars of their own; here the baseline is the same automaton with "
+    "neither the "
+    "split nor memory: every token is run from the stack at every step (prefixes shared in a trie). Against today's "
+    "xgrammar and "
     "llguidance see benchmarks/bench_constraints.py."
 )
-WHY_END = "One request on two CPU cores; the paper measures a serving engine on a GPU, where a forward pass takes milliseconds."
+WHY_END = (
+    "One request on two CPU cores; the paper measures a serving engine on a GPU, where a forward pass takes "
+    "milliseconds."
+)
 
 
 def mask_times(
@@ -158,7 +163,10 @@ def run(context: Context) -> Arms:
 
 REPRODUCTION = Reproduction(
     name="xgrammar",
-    summary="masks along documents with and without the split, and the embedded model writing JSON freely, masked, and with jumps",
+    summary=(
+        "masks along documents with and without the split, and the embedded model writing JSON freely, masked, and "
+        "with jumps"
+    ),
     run=run,
     claims=[
         Claim(

@@ -19,6 +19,7 @@ from .distributed import in_shards
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -67,8 +68,8 @@ class ColumnSources:
     """
 
     load: Callable[[], Any]
-    reference: Any
-    tokenizer: Any
+    reference: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase
     rows: Dataset
     batch_size: int = 4
     seed: int = 0

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..core.errors import UnsupportedModelError
 from .scored_forward import add_scored_forward
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
 
 def on_cpu() -> bool:
@@ -72,7 +76,7 @@ def load_unplaced(name: str | None, **kwargs: Any) -> Any:
     return load_model(name, device="cpu" if in_shards() else None, **kwargs)
 
 
-def frozen(model: Any, accelerator: Any = None) -> Any:
+def frozen(model: PreTrainedModel, accelerator: Accelerator | None = None) -> Any:
     """A model that only scores, where it will be used: on this process's device, or in shards. The same object.
 
     Args:
@@ -82,7 +86,7 @@ def frozen(model: Any, accelerator: Any = None) -> Any:
     return shard(model, accelerator) if in_shards() else model.to(process_state().device)
 
 
-def shard(model: Any, accelerator: Any = None) -> Any:
+def shard(model: torch.nn.Module, accelerator: Accelerator | None = None) -> Any:
     """Puts a model into shards, layer by layer; a causal model gets the forward that scores."""
     from accelerate import Accelerator
     from accelerate.utils import fsdp2_prepare_model

@@ -7,7 +7,7 @@ the scored positions meet the head, in chunks.
 from __future__ import annotations
 
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,8 +15,11 @@ from ..core.errors import UnsupportedModelError
 from ..core.logprobs import CHUNK_BYTES, STATISTICS, token_stats
 from ..core.scoring import base_model, head_weights, plain_head
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def add_scored_forward(model: Any) -> None:
+
+def add_scored_forward(model: PreTrainedModel) -> None:
     """Adds ``score=`` to a causal model's forward (under a PEFT adapter, to the model's own). With M =
     ``score["mask"]``, ``[B, T - 1]`` over tokens 1 to T - 1:
 
@@ -62,7 +65,7 @@ def add_scored_forward(model: Any) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def input_embeddings(model: Any) -> Any:
+def input_embeddings(model: PreTrainedModel) -> Any:
     """The input embedding module.
 
     Raises:
@@ -77,7 +80,7 @@ def input_embeddings(model: Any) -> Any:
     return found
 
 
-def reference_adapter(policy: Any) -> Any:
+def reference_adapter(policy: PreTrainedModel) -> Any:
     """A context in which a PEFT policy is its own reference: the adapter ``ref`` where there is one, else none."""
     from trl.trainer.utils import use_adapter
 

@@ -24,6 +24,7 @@ from .report import training_report
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import LoraConfig
+    from transformers import PreTrainedModel
 
     from ..core.trace import TokenTrace
 
@@ -82,7 +83,7 @@ class TrainingSession:
         parts = rows.train_test_split(test_size=held, seed=self.config.seed)
         return parts["train"], parts["test"]
 
-    def write_texts(self, model: Any, prompts: Sequence[Prompt]) -> list[str]:
+    def write_texts(self, model: PreTrainedModel, prompts: Sequence[Prompt]) -> list[str]:
         """Greedy continuations, by the processes that read."""
         if not self.reads:
             return []

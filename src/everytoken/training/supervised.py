@@ -8,7 +8,7 @@ row's loss is the mean of ``weight * loss`` over its target tokens, and a batch'
 from __future__ import annotations
 
 import tempfile
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from trl import SFTTrainer
@@ -21,6 +21,9 @@ from .distributed import LaunchedMixin, in_shards
 from .finite_check import stopped
 from .quiet import ReportSteps, quiet_arguments, without_printer
 from .scored_forward import add_scored_forward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class TargetLosses(NamedTuple):
@@ -71,7 +74,7 @@ class SupervisedTrainer(LaunchedMixin, SFTTrainer):
         super().__init__(*positional, **kwargs)
         add_scored_forward(self.accelerator.unwrap_model(self.model))
 
-    def token_losses(self, model: Any, inputs: dict[str, Any]) -> TargetLosses:
+    def token_losses(self, model: torch.nn.Module, inputs: dict[str, Any]) -> TargetLosses:
         """The cross-entropy of every target, each with weight 1."""
         ids, labels = inputs["input_ids"], inputs["labels"]
         mask = labels[:, 1:] != -100
@@ -81,7 +84,7 @@ class SupervisedTrainer(LaunchedMixin, SFTTrainer):
 
     def compute_loss(
         self,
-        model: Any,
+        model: torch.nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -139,8 +142,8 @@ def on_targets(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 @quiet_training()
 def tune_copy(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     rows: list[dict[str, list[int]]],
     *,
     steps: int,

@@ -22,7 +22,9 @@ def test_warming_and_memory(info):
 
 
 def test_long_strings_share_entries(info):
-    """A string of up to 2,000 characters has thousands of nodes, but hardly more entries than the longest token has bytes."""
+    """A string of up to 2,000 characters has thousands of nodes, but hardly more entries than the longest token has
+    bytes.
+    """
     compiled = compile_(Grammar.from_json_schema({"type": "string", "maxLength": 2000}), info)
     assert compiled.pushdown.size > 20_000
     assert len(set(compiled.classes)) < 40 * (info.longest + 2)

@@ -85,7 +85,7 @@ def test_the_mask_of_a_union_is_the_or_of_the_masks(first, second, steps):
         assert all(matcher.accept_token(shared[0]) for matcher in matchers)
 
 
-# -- a real vocabulary ---------------------------------------------------------------------------------------------------
+# -- a real vocabulary ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("grammar", ["person", "json", "tags", "regex", "recursive", "counted", "any bytes"])
 def test_every_token_of_a_real_vocabulary(info, embedded_tokenizer, grammar):
     """Masks (tries, shared entries, covered subtrees, remembered frames) equal one plain run per token."""
@@ -214,9 +214,10 @@ STEPPED = [
 def test_masks_equal_other_engines_step_by_step(info, embedded_tokenizer, name, case):
     """Token for token along real documents, but for differences that are explained here.
 
-    llguidance forbids U+007F in strings, which JSON allows; where only one text is possible it allows the canonical token alone,
-    not its prefixes, which spell the same text. In strings with a length xgrammar allows raw control characters, which JSON
-    forbids, and both write escapes by their own rules. llguidance knows fewer escapes, xgrammar no -0.
+    llguidance forbids U+007F in strings, which JSON allows; where only one text is possible it allows the canonical
+    token alone, not its prefixes, which spell the same text. In strings with a length xgrammar allows raw control
+    characters, which JSON forbids, and both write escapes by their own rules. llguidance knows fewer escapes, xgrammar
+    no -0.
     """
     schema, documents = STEPPED[case]
     compiled = compile_(Grammar.from_json_schema(schema), info)
@@ -244,7 +245,7 @@ def test_masks_equal_other_engines_step_by_step(info, embedded_tokenizer, name, 
     assert compared > 8
 
 
-# -- what a matcher promises ---------------------------------------------------------------------------------------------------
+# -- what a matcher promises ------------------------------------------------------------------------------------------
 def test_it_keeps_the_contract(person):
     assert isinstance(GrammarMatcher(person), Matcher)
 

@@ -1,4 +1,6 @@
-"""The kernels against the readable reference: masks, single tokens, texts, ends, rollbacks and forks on random grammars."""
+"""The kernels against the readable reference: masks, single tokens, texts, ends, rollbacks and forks on random
+grammars.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,10 @@
-"""Which tokens are allowed: tokens settled ahead of time, for what a context tells, and what a grammar's tables tell beforehand.
+"""Which tokens are allowed: tokens settled ahead of time, for what a context tells, and what a grammar's tables tell
+beforehand.
 
-``settle`` runs stacks over a trie of tokens. Sets are kept by depth, so a prefix shared by many tokens is matched once. Where a
-node goes on in the same way for every byte (or every character) of a subtree, for as many steps as the subtree is high (a loop, or
+``settle`` runs stacks over a trie of tokens. Sets are kept by depth, so a prefix shared by many tokens is matched
+once. Where a
+node goes on in the same way for every byte (or every character) of a subtree, for as many steps as the subtree is
+high (a loop, or
 a counted repetition), all its tokens are accepted without a look: ``steady_runs`` finds these nodes.
 """
 
@@ -44,7 +47,8 @@ def walk(
         depend: receives the trie nodes of tokens that survive only below an unknown frame.
 
     Returns:
-        ``(accepted, dependent)``: how many tokens, how many trie nodes; ``accepted`` is OVERFLOW, CROWDED or AMBIGUOUS instead.
+        ``(accepted, dependent)``: how many tokens, how many trie nodes; ``accepted`` is OVERFLOW, CROWDED or
+        AMBIGUOUS instead.
     """
     byte_of, depth_of, skip, height = trie.byte, trie.depth, trie.skip, trie.height
     token_ptr, token_ids, subtree, characters = trie.token_ptr, trie.token_ids, trie.subtree, trie.characters
@@ -198,8 +202,10 @@ def settle(
 
     Args:
         size: of the vocabulary.
-        known: ``[W]`` uint32, tokens known to be allowed in all these contexts (``settled`` of them); the trie has the rest.
-        contexts: for each context, at ``pointers[k] .. pointers[k + 1]``: a node, then the nodes that the frames below it return
+        known: ``[W]`` uint32, tokens known to be allowed in all these contexts (``settled`` of them); the trie has
+        the rest.
+        contexts: for each context, at ``pointers[k] .. pointers[k + 1]``: a node, then the nodes that the frames
+        below it return
             to, from the top; a last BOTTOM says that nothing is below them, otherwise what is there is unknown.
 
     Returns:
@@ -294,7 +300,8 @@ def closing_nodes(packed: PackedTables) -> Bools:
 def lookahead_classes(packed: PackedTables, rounds: int) -> UInt64s:
     """Numbers nodes so that equal numbers mean equal behaviour for at least ``rounds`` bytes (by 64-bit hashes).
 
-    Long counted repetitions are chains of nodes that differ only in how far the end is: all that are further from it than the
+    Long counted repetitions are chains of nodes that differ only in how far the end is: all that are further from it
+    than the
     longest token share one mask.
     """
     tables = Tables(*packed)
@@ -340,9 +347,11 @@ def steady_runs(
     """What goes on in the same way for a while from each node.
 
     Args:
-        plain: ``[N, 4]`` uint64, receives the bytes that lead to the node's main target (the one that most bytes lead to).
+        plain: ``[N, 4]`` uint64, receives the bytes that lead to the node's main target (the one that most bytes
+        lead to).
         wide: receives whether every non-ASCII character leads to it as well.
-        run: receives for how many characters in a row, of those bytes (and, if ``wide``, non-ASCII characters), this can be
+        run: receives for how many characters in a row, of those bytes (and, if ``wide``, non-ASCII characters), this
+        can be
             repeated: ENDLESS in a loop.
     """
     size = run.shape[0]

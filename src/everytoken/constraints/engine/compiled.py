@@ -1,6 +1,7 @@
 """A grammar compiled for one vocabulary: which tokens are allowed on a stack, found once and remembered.
 
-The tokens allowed at a node of the automaton fall into those that the node alone decides and those that depend on the frames
+The tokens allowed at a node of the automaton fall into those that the node alone decides and those that depend on
+the frames
 below it. A context is a node and as many frames as its tokens depend on; an entry holds what is known of one.
 """
 
@@ -27,7 +28,8 @@ from .vocabulary import TokenizerInfo
 CONTEXTS = 1 << 12
 """Contexts remembered for a grammar."""
 SITES, FEW, CHUNK = 32, 8, 32
-"""Ahead of time, dependent tokens are settled for up to ``SITES`` places that a node may return to, and further down as long
+"""Ahead of time, dependent tokens are settled for up to ``SITES`` places that a node may return to, and further down
+as long
 as at most ``FEW`` contexts have any left. ``CHUNK`` nodes are settled at a time."""
 
 
@@ -110,7 +112,7 @@ class CompiledGrammar:
                 self._shared = Arena()
             return self._shared
 
-    # -- entries ---------------------------------------------------------------------------------------------------------
+    # -- entries ------------------------------------------------------------------------------------------------------
     def entry(self, arena: Arena, node: int, frame: int) -> Entry:
         """The tokens allowed on one stack: as much of it is looked at as they depend on."""
         found = self._entries.get(self.classes[node])

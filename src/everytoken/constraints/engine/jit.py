@@ -1,9 +1,11 @@
 """How the kernels are compiled: by numba, once, and kept on disk between processes.
 
-numba keeps compiled code in ``__pycache__`` beside the module; where that is not writable in the user's cache folder; and with
+numba keeps compiled code in ``__pycache__`` beside the module; where that is not writable in the user's cache
+folder; and with
 ``NUMBA_CACHE_DIR`` in that folder. Where none of them can be written each process compiles for itself.
 
-numba notices a change of the file in which a function stands, but not of the functions that it calls in other files: it would go on
+numba notices a change of the file in which a function stands, but not of the functions that it calls in other files:
+it would go on
 running the old machine code. Here every kernel's stamp covers the sources of all kernels.
 """
 

@@ -1,15 +1,19 @@
 """How the states of a grammar's automaton lie in memory.
 
-A *stack* is a node and the frame below it; a *frame* is a node to return to and the frame below that one. Frames live in an arena,
-two arrays ``frame_node`` and ``frame_parent``, and are never changed: stacks share their lower parts, branching copies nothing, and
+A *stack* is a node and the frame below it; a *frame* is a node to return to and the frame below that one. Frames
+live in an arena,
+two arrays ``frame_node`` and ``frame_parent``, and are never changed: stacks share their lower parts, branching
+copies nothing, and
 rolling back is forgetting. Parents come before their children. Each frame has one place, which a hash table finds.
 
-The state of a matcher is a set of stacks: a slice of three arrays. ``stack_node`` and ``stack_frame`` are the stack; ``stack_below``
+The state of a matcher is a set of stacks: a slice of three arrays. ``stack_node`` and ``stack_frame`` are the stack;
+``stack_below``
 is 1 where an unknown frame was popped on the way there. Below a stack's own frames there is
 
     BOTTOM    the end of the grammar: popping it completes the text
     UNKNOWN   nothing known: popping it is what makes a token context-dependent
-    BELOW     some caller, any caller: after an unknown pop the text goes on at one of the places that can follow the rule
+    BELOW     some caller, any caller: after an unknown pop the text goes on at one of the places that can follow the
+    rule
 """
 
 from __future__ import annotations
@@ -21,7 +25,8 @@ from .tables import BOTTOM, Int32s, Int64s, UInt8s
 
 UNKNOWN, BELOW = -2, -3
 OVERFLOW, CROWDED, AMBIGUOUS = -7, -8, -9
-"""Returned when a buffer is too small (the caller grows it and calls again), when too many places can follow a rule, and when
+"""Returned when a buffer is too small (the caller grows it and calls again), when too many places can follow a rule,
+and when
 a set would hold more than ``MAX_STACKS``."""
 MAX_STACKS = 2048
 

@@ -75,7 +75,7 @@ class GrammarMatcher:
         self._arena = compiled.arena()
         self._step = _Step(self._arena.state(self.START), False, None)
 
-    # -- what may come next ----------------------------------------------------------------------------------------------
+    # -- what may come next -------------------------------------------------------------------------------------------
     def _mask(self, state: State) -> Int32s:
         """``[W]`` int32: the tokens that go on with the text (stop tokens aside)."""
         if state.mask is not None:
@@ -194,7 +194,7 @@ class GrammarMatcher:
         """Whether the text so far is a complete one."""
         return self._can_end(self._step.state)
 
-    # -- moving ----------------------------------------------------------------------------------------------------------
+    # -- moving -------------------------------------------------------------------------------------------------------
     def accept_token(self, token_id: int) -> bool:
         """Moves on; False (and no change) if the token is not allowed."""
         token_id = int(token_id)
@@ -291,7 +291,8 @@ class GrammarMatcher:
         return self.terminate_without_stop_token and self._can_end(self._step.state)
 
     def find_jump_forward_string(self) -> str:
-        """The text that must come next because nothing else is possible (up to 4,096 bytes; empty if there is a choice)."""
+        """The text that must come next because nothing else is possible (up to 4,096 bytes; empty if there is a
+        choice)."""
         if self.is_terminated():
             return ""
         arena = self._arena

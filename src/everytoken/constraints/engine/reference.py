@@ -1,9 +1,11 @@
 """The engine in plain Python: what the kernels compute, without what makes them fast. It is their oracle in the tests.
 
-A stack is a tuple of nodes: where the text stands in the innermost rule, then where each calling rule goes on. A state is the set
+A stack is a tuple of nodes: where the text stands in the innermost rule, then where each calling rule goes on. A
+state is the set
 of all stacks that the text so far allows.
 
-    close(S)      S, and what is reached without reading: a call pushes the called rule's first node, a finished rule pops
+    close(S)      S, and what is reached without reading: a call pushes the called rule's first node, a finished rule
+    pops
     read(S, b)    the stacks after byte b: one edge from each closed stack
     allowed(S)    the tokens all of whose bytes can be read
 

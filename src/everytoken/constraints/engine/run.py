@@ -119,7 +119,8 @@ def advance(
     """Reads bytes for good: frames that stay in use get their one place in the arena.
 
     Returns:
-        ``(count, top, read)``: the new set is in ``stack_node[:count]``. ``read`` bytes were read before the set died (all of
+        ``(count, top, read)``: the new set is in ``stack_node[:count]``. ``read`` bytes were read before the set
+        died (all of
         them if it did not). ``count`` is OVERFLOW or AMBIGUOUS if there is no room; then only free room has changed.
     """
     tables = Tables(*packed)

@@ -1,7 +1,9 @@
 """The two structures that the kernels read: a grammar's automaton and a vocabulary's trie, both as flat arrays.
 
-Inside the kernels they are named tuples. From Python a plain tuple reaches compiled code a microsecond sooner, which is a fifth of
-what accepting a token takes, so kernels that Python calls take ``packed()`` tuples and begin with ``Tables(*packed)``. The kernels do
+Inside the kernels they are named tuples. From Python a plain tuple reaches compiled code a microsecond sooner, which
+is a fifth of
+what accepting a token takes, so kernels that Python calls take ``packed()`` tuples and begin with
+``Tables(*packed)``. The kernels do
 not check bounds: ``Pushdown.check`` does, where tables come from outside.
 """
 
@@ -32,7 +34,8 @@ PackedTrie = tuple[UInt8s, Int32s, Int32s, Int32s, Int32s, UInt64s, Bools, Int32
 class Tables(NamedTuple):
     """A pushdown automaton over bytes with N nodes, E edges, C calls and R rules; node 0 starts the root rule.
 
-    The edges of node n lie at ``edge_ptr[n] .. edge_ptr[n + 1]``, its calls at ``call_ptr[n] .. call_ptr[n + 1]``, and what
+    The edges of node n lie at ``edge_ptr[n] .. edge_ptr[n + 1]``, its calls at ``call_ptr[n] .. call_ptr[n + 1]``,
+    and what
     follows rule r at ``follow_ptr[r] .. follow_ptr[r + 1]``.
 
     Attributes:
@@ -47,7 +50,8 @@ class Tables(NamedTuple):
         node_rule: ``[N]``, the rule to which a node belongs.
         follow_ptr: ``[R + 1]``, where each rule's places start.
         follow_to: the nodes at which a text can go on after a rule.
-        plain: ``[N, 4]``, the set of bytes (as bits) that lead to the node's main target (see ``analysis.steady_runs``).
+        plain: ``[N, 4]``, the set of bytes (as bits) that lead to the node's main target (see
+        ``analysis.steady_runs``).
         wide: ``[N]``, whether every non-ASCII character leads there too.
         run: ``[N]``, for how many characters this can be repeated.
     """
@@ -90,7 +94,8 @@ class Trie(NamedTuple):
         token_ptr: ``[M + 1]``; the tokens that end at node m are ``token_ids[token_ptr[m] : token_ptr[m + 1]]``.
         token_ids: ``[T]``.
         subtree: ``[M, 4]``, the set of bytes (as bits) at a node and below it.
-        characters: ``[M]``, whether these are UTF-8 when a character starts at the node; the last one may be unfinished.
+        characters: ``[M]``, whether these are UTF-8 when a character starts at the node; the last one may be
+        unfinished.
         height: ``[M]``, how many bytes the longest token through a node adds, the node's own byte included.
         levels: the largest depth plus 1.
     """

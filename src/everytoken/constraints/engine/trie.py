@@ -22,9 +22,11 @@ def build_trie(
     characters: Bools,
     height: Int32s,
 ) -> int:
-    """Trie nodes in preorder from sorted distinct byte strings; ``shared[k]`` is the length of the prefix that k has in common with k - 1.
+    """Trie nodes in preorder from sorted distinct byte strings; ``shared[k]`` is the length of the prefix that k has
+    in common with k - 1.
 
-    ``subtree`` receives the bytes of a node and of all below it, ``characters`` whether they are UTF-8 (the last character may
+    ``subtree`` receives the bytes of a node and of all below it, ``characters`` whether they are UTF-8 (the last
+    character may
     be unfinished) when a character starts at the node, ``height`` how many bytes its longest token adds from it on.
     """
     path = np.empty(1 << 16, np.int64)
@@ -67,7 +69,8 @@ def build_trie(
 
 @inlined
 def utf8_after(state: int, byte: int) -> int:
-    """UTF-8's decoder: 0 between characters; 1, 2, 3 bytes to come; 4 to 7 the same with a restricted next byte. -1: invalid."""
+    """UTF-8's decoder: 0 between characters; 1, 2, 3 bytes to come; 4 to 7 the same with a restricted next byte. -1:
+    invalid."""
     if state == 0:
         if byte < 0x80:
             return 0
@@ -99,7 +102,8 @@ def utf8_after(state: int, byte: int) -> int:
 
 @kernel
 def extract(nodes: Int32s, packed_trie: PackedTrie) -> tuple[UInt8s, Int32s, Int32s, Int32s, Int32s, int]:
-    """The trie of the tokens at some nodes (in preorder) alone: ``(byte, depth, skip, token_ptr, token_ids, levels)``."""
+    """The trie of the tokens at some nodes (in preorder) alone: ``(byte, depth, skip, token_ptr, token_ids,
+    levels)``."""
     trie = Trie(*packed_trie)
     byte_of, depth_of, skip, token_ptr, token_ids = trie.byte, trie.depth, trie.skip, trie.token_ptr, trie.token_ids
     room = min(byte_of.shape[0], nodes.shape[0] * trie.levels)

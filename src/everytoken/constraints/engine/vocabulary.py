@@ -1,7 +1,8 @@
 """A tokenizer as the constraints see it: the bytes of every token, and a trie of them.
 
 Byte tables are exact for byte-level BPE, SentencePiece (with byte fallback), WordPiece and tiktoken-style vocabularies
-(``core.vocabulary``). Special tokens spell nothing: they are never allowed, but for the stop tokens where the text may end.
+(``core.vocabulary``). Special tokens spell nothing: they are never allowed, but for the stop tokens where the text
+may end.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Automata over bytes: from expressions to nondeterministic, to deterministic, and their intersections and differences.
 
-A rule's automaton has two kinds of edges: byte ranges, and calls of other rules. Calls are symbols like any other while an
+A rule's automaton has two kinds of edges: byte ranges, and calls of other rules. Calls are symbols like any other
+while an
 automaton is made deterministic, so only the choice between reading a byte and calling a rule stays open until run time.
 """
 
@@ -210,7 +211,7 @@ class Builder:
                 self.empties[states[index]].append(end)
         return end
 
-    # -- to a deterministic automaton ------------------------------------------------------------------------------------
+    # -- to a deterministic automaton ---------------------------------------------------------------------------------
     def closure(self, states: Iterable[int]) -> frozenset[int]:
         seen = set(states)
         pending = list(seen)
@@ -363,7 +364,8 @@ def build(item: Any, inline: Callable[[str], Any | None] = lambda _name: None) -
 
 
 def _chain(unit: Automaton, low: int, high: int) -> Automaton:
-    """Copies of an automaton one after the other, each one's end the next one's start; deterministic if the copies are."""
+    """Copies of an automaton one after the other, each one's end the next one's start; deterministic if the copies
+    are."""
     inner = len(unit) - 1  # the end of a copy is the start of the next
     end = unit.finals.index(True)
     local = [state if state <= end else state - 1 for state in range(len(unit))]
@@ -427,7 +429,8 @@ def trie(words: Iterable[bytes]) -> Automaton:
 
 
 def trim(automaton: Automaton, productive: Callable[[str], bool] = lambda _name: True) -> Automaton:
-    """Drops states that cannot be reached, or from which nothing can be accepted; calls of unproductive rules go too."""
+    """Drops states that cannot be reached, or from which nothing can be accepted; calls of unproductive rules go
+    too."""
     size = len(automaton)
     back: list[list[int]] = [[] for _ in range(size)]
     for state in range(size):
@@ -465,7 +468,7 @@ def trim(automaton: Automaton, productive: Callable[[str], bool] = lambda _name:
     return output
 
 
-# -- regular languages only: products --------------------------------------------------------------------------------------
+# -- regular languages only: products ---------------------------------------------------------------------------------
 def combine(
     first: Automaton, second: Automaton, accept: Callable[[bool, bool], bool], limit: int = 200_000
 ) -> Automaton:
@@ -533,7 +536,8 @@ def is_deterministic(automaton: Automaton) -> bool:
 
 
 def minimise(automaton: Automaton, rounds: int = 200) -> Automaton:
-    """Joins equivalent states of a deterministic automaton; gives up (unchanged) where refinement takes too many rounds."""
+    """Joins equivalent states of a deterministic automaton; gives up (unchanged) where refinement takes too many
+    rounds."""
     groups = [int(final) for final in automaton.finals]
     count = len(set(groups))
     for _ in range(rounds):

@@ -3,7 +3,8 @@
     root  ::= "{" pair ("," pair)* "}"      # comments run to the end of the line
     pair  ::= [a-z]+ ":" [^,}\\n]{1,20}
 
-Literals (``"..."``, with the usual escapes), character classes, rule names, groups, ``|``, ``* + ?`` and repetition ranges
+Literals (``"..."``, with the usual escapes), character classes, rule names, groups, ``|``, ``* + ?`` and repetition
+ranges
 ``{n} {n,} {n,m}``, ``.`` for any character. A rule ends where the next ``name ::=`` begins; line breaks do not matter.
 """
 

@@ -1,6 +1,7 @@
 """What a grammar is made of: a small algebra of expressions over bytes, characters and rules.
 
-Parsers (EBNF, regular expressions, JSON Schema, structural tags) produce these; ``automata`` turns them into automata over bytes.
+Parsers (EBNF, regular expressions, JSON Schema, structural tags) produce these; ``automata`` turns them into
+automata over bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from ...core.errors import BadInputError
 Range = tuple[int, int]
 LAST_CHAR = 0x10FFFF
 TEXT_START, TEXT_END = 256, 257
-"""Virtual symbols around the text, by which anchors (``^``, ``$``) are expressed; ``automata.strip_marks`` removes them."""
+"""Virtual symbols around the text, by which anchors (``^``, ``$``) are expressed; ``automata.strip_marks`` removes
+them."""
 
 
 class GrammarError(BadInputError):
@@ -75,7 +77,8 @@ class Ref:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """A transition graph whose edges are expressions: ``edges`` are ``(source, expression, target)``; state 0 starts."""
+    """A transition graph whose edges are expressions: ``edges`` are ``(source, expression, target)``; state 0
+    starts."""
 
     size: int
     edges: tuple[tuple[int, Expression, int], ...]

@@ -1,4 +1,5 @@
-"""A grammar: named rules and the one to start from, made from EBNF, a regular expression, a JSON Schema, tags or choices."""
+"""A grammar: named rules and the one to start from, made from EBNF, a regular expression, a JSON Schema, tags or
+choices."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ class Grammar:
     rules: Rules
     root: str = "root"
 
-    # -- ways to make one ------------------------------------------------------------------------------------------------
+    # -- ways to make one ---------------------------------------------------------------------------------------------
     @classmethod
     def from_ebnf(cls, source: str, root_rule_name: str = "root") -> Grammar:
         """From EBNF text (see ``grammar.ebnf``).
@@ -61,7 +62,8 @@ class Grammar:
             schema: a dict, a bool, or JSON text.
 
         Raises:
-            GrammarError: an invalid, unsatisfiable or (unless ``strict=False``) unsupported schema, with a JSON pointer.
+            GrammarError: an invalid, unsatisfiable or (unless ``strict=False``) unsupported schema, with a JSON
+            pointer.
         """
 
         return cls(schema_rules(schema, **options))

@@ -43,7 +43,8 @@ def _split(bound: Decimal) -> tuple[str, str]:
 
 
 def _whole(digits: str, above: bool, tail: Expression, equal: Expression) -> Graph:
-    """Numbers of as many digits: those that differ upwards (or downwards), then ``tail``; the same digits, then ``equal``.
+    """Numbers of as many digits: those that differ upwards (or downwards), then ``tail``; the same digits, then
+    ``equal``.
 
     States: i digits equal so far; then, already different, so many digits to go; the end.
     """

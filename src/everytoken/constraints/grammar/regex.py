@@ -1,7 +1,8 @@
 """Regular expressions in the flavour of ECMAScript and JSON Schema, as expressions over characters.
 
 Everything regular is supported: classes, escapes, ``\\d \\w \\s`` and their negations, Unicode properties by category
-(``\\p{L}``), groups, alternation, greedy and lazy quantifiers (the language is the same), anchors anywhere. Back references,
+(``\\p{L}``), groups, alternation, greedy and lazy quantifiers (the language is the same), anchors anywhere. Back
+references,
 look-around and word boundaries are not regular, or not worth their size: they are refused by name and position.
 """
 
@@ -66,8 +67,10 @@ def category(name: str) -> tuple[Range, ...]:
 
 
 LONG_CATEGORIES = {
-    "Letter": "L", "Lowercase_Letter": "Ll", "Uppercase_Letter": "Lu", "Mark": "M", "Number": "N", "Decimal_Number": "Nd",
-    "digit": "Nd", "Punctuation": "P", "punct": "P", "Symbol": "S", "Separator": "Z", "Space_Separator": "Zs", "Other": "C",
+    "Letter": "L", "Lowercase_Letter": "Ll", "Uppercase_Letter": "Lu", "Mark": "M", "Number": "N",
+    "Decimal_Number": "Nd",
+    "digit": "Nd", "Punctuation": "P", "punct": "P", "Symbol": "S", "Separator": "Z", "Space_Separator": "Zs",
+    "Other": "C",
     "Control": "Cc", "cntrl": "Cc", "Alphabetic": "L",
 }  # fmt: skip
 

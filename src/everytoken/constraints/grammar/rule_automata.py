@@ -156,7 +156,8 @@ def _bound_repeats(item: Expression, rules: Rules) -> Expression:
         return seq(*(power(k) for k in range(n.bit_length()) if n >> k & 1))
 
     def at_most(n: int) -> Expression:
-        """Up to n times, every count in one way only: below the top bit any bits, or the top bit and at most the rest."""
+        """Up to n times, every count in one way only: below the top bit any bits, or the top bit and at most the
+        rest."""
         if n == 0:
             return seq()
         top = n.bit_length() - 1
@@ -233,7 +234,8 @@ def _refuse_left_recursion(automata: dict[str, Automaton]) -> None:
                     cycle = [*cycle[cycle.index(other) :], other] if other in cycle else [other]
                     raise GrammarError(
                         f"The grammar is left-recursive: {' -> '.join(cycle)} without reading anything in between.",
-                        "Write a list as: item (separator item)*. Only direct left recursion (a ::= a x | y) is rewritten for you.",
+                        "Write a list as: item (separator item)*. Only direct left recursion (a ::= a x | y) is "
+                        "rewritten for you.",
                     )
                 if other not in state:
                     state[other] = 1

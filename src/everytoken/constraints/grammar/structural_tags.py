@@ -1,6 +1,7 @@
 """Structural tags: free text until a trigger, then a grammar, then free text again (tool calls in chat formats).
 
-The free part is the Aho-Corasick automaton of the triggers: it follows any text and notices, byte by byte, when one of them
+The free part is the Aho-Corasick automaton of the triggers: it follows any text and notices, byte by byte, when one
+of them
 has just been completed.
 """
 
@@ -13,7 +14,8 @@ from .expressions import Bytes, ByteSet, Expression, GrammarError, Graph, Seq, a
 
 
 def aho_corasick(words: Sequence[bytes]) -> tuple[list[dict[int, int]], dict[int, bytes]]:
-    """``(goto, completed)``: full transitions but those to the start state, and the word completed on entering a state."""
+    """``(goto, completed)``: full transitions but those to the start state, and the word completed on entering a
+    state."""
     goto: list[dict[int, int]] = [{}]
     completed: dict[int, bytes] = {}
     for word in words:

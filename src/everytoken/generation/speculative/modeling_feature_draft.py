@@ -45,7 +45,8 @@ class FeatureTap:
         norm = getattr(backbone, "norm", None)
         if blocks is None or norm is None:
             raise ValueError(
-                f"{type(target).__name__} has no `base_model.layers` and `base_model.norm`: a feature draft reads them. "
+                f"{type(target).__name__} has no `base_model.layers` and `base_model.norm`: a feature draft reads "
+                f"them. "
                 "Use a plain causal language model as draft instead."
             )
         self.layers = list(layers)
@@ -259,7 +260,7 @@ class FeatureDraftForCausalLM(LlamaPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, past_key_values: Any = None, **kwargs: Any
-    ) -> dict:
+    ) -> dict[str, Any]:
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         return {
             "input_ids": input_ids[:, past_length:],
@@ -285,16 +286,16 @@ class _Follower:
             backbone.register_forward_hook(self._after, with_kwargs=True),
         ]
 
-    def _before(self, _module: nn.Module, _args: Any, kwargs: dict) -> None:
+    def _before(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
         self._start = cache.get_seq_length() if cache is not None else 0
 
-    def _after(self, _module: nn.Module, args: Any, kwargs: dict, _output: Any) -> None:
+    def _after(self, _module: nn.Module, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         self.features = _write(self.features, self._start, self.tap.last)
         self.feature_ids = _write(self.feature_ids, self._start, ids)
 
-    def lookup(self, draft: FeatureDraftForCausalLM, input_ids: torch.Tensor, start: int) -> tuple:
+    def lookup(self, draft: FeatureDraftForCausalLM, input_ids: torch.Tensor, start: int) -> tuple[Any, ...]:
         """States one position before each of ``input_ids``, which begin at absolute position ``start``."""
         batch, length = input_ids.shape
         self.state_ids = _write(self.state_ids, start, input_ids)

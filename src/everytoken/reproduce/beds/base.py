@@ -1,8 +1,8 @@
 """The contract of a test bed: a start, data, a measurement, and something known to help.
 
-Before a method is judged on a bed, the bed has to show that it can decide: a positive control (something known to help) must
-help, and the start must neither sit at chance nor at the ceiling. ``control`` makes an experiment of that, which runs, keeps
-its parts and gets its verdicts like any other::
+Before a method is judged on a bed, the bed has to show that it can decide: a positive control (something known to help)
+must help, and the start must neither sit at chance nor at the ceiling. ``control`` makes an experiment of that, which
+runs, keeps its parts and gets its verdicts like any other::
 
     everytoken reproduce sums --control
 """

@@ -1,7 +1,9 @@
-"""Reward against divergence for losses on the sentiment bed: one way to run an arm, shared by TDPO, TGDPO, T-REG and RTO.
+"""Reward against divergence for losses on the sentiment bed: one way to run an arm, shared by TDPO, TGDPO, T-REG and
+RTO.
 
-All arms of a seed start from one model and see the same pairs in the same order for the same number of steps; every so often the policy
-writes continuations of held-out openings, and their mean VADER score and KL(policy || reference) a response make a point of the curve.
+All arms of a seed start from one model and see the same pairs in the same order for the same number of steps; every so
+often the policy writes continuations of held-out openings, and their mean VADER score and KL(policy || reference) a
+response make a point of the curve.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
     from ...training.column_makers import TokenAnnotator
 
 WHY = (
-    "The paper trains models of 7 B (TDPO: GPT-2 Large) on web-scale preferences; here a language model of 3M weights, taught by the "
-    "embedded 135M model, learns from its own continuations of short openings, judged by a lexicon."
+    "The paper trains models of 7 B (TDPO: GPT-2 Large) on web-scale preferences; here a language model of 3M weights, "
+    "taught by the embedded 135M model, learns from its own continuations of short openings, judged by a lexicon."
 )
 Curve = list[tuple[float, Values]]
 """Mean KL and the reward of every held-out opening, from the start on."""
@@ -63,7 +65,9 @@ def measure(work: Work, model: PreTrainedModel, seed: int) -> tuple[float, list[
 def train_arm(
     context: Context, work: Work, name: str, loss: PreferenceLoss, annotators: Sequence[TokenAnnotator] = ()
 ) -> tuple[PreTrainedModel, Curve]:
-    """Trains a copy of the start; returns it and its curve (the start included). An interrupted run keeps finished arms."""
+    """Trains a copy of the start; returns it and its curve (the start included). An interrupted run keeps finished
+    arms.
+    """
     from transformers import TrainerCallback
 
     from ...preference.short_training import train_quietly
@@ -85,10 +89,21 @@ def train_arm(
     def train() -> tuple[PreTrainedModel, Curve]:
         curve.append(measure(work, work.start, context.seed))
         trainer = train_quietly(
-            work.writer.model(), work.start, loss, work.writer.tokenizer, work.rows, annotators, [Watch()],
-            per_device_train_batch_size=work.size.batch, max_steps=work.size.steps, learning_rate=work.lr,
-            lr_scheduler_type="constant_with_warmup", warmup_steps=5, seed=context.seed, data_seed=context.seed,
-        )  # fmt: skip
+            work.writer.model(),
+            work.start,
+            loss,
+            work.writer.tokenizer,
+            work.rows,
+            annotators,
+            [Watch()],
+            per_device_train_batch_size=work.size.batch,
+            max_steps=work.size.steps,
+            learning_rate=work.lr,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=5,
+            seed=context.seed,
+            data_seed=context.seed,
+        )
         return trainer.model, curve
 
     model, found = context.model_part(f"training {name}", train)

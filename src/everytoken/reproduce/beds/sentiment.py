@@ -1,11 +1,13 @@
-"""A test bed for preference optimisation on a CPU: a small language model of openings and what the embedded model makes of them.
+"""A test bed for preference optimisation on a CPU: a small language model continues openings, judged by a lexicon.
 
-Hundreds of optimiser steps, thousands of rollouts and several seeds are out of reach of the embedded 135M model on two cores. So it
-writes some thousand continuations once, and a Llama of about 3M weights learns them: the start of every arm (the "SFT model"), and the
-reference. Its vocabulary holds the frequent tokens of those texts only, a part of the embedded model's, so that the large model
-can still say something about every token. Rewards are VADER scores; openings of training and test share no subject.
+Hundreds of optimiser steps, thousands of rollouts and several seeds are out of reach of the embedded 135M model on two
+cores. So it writes some thousand continuations once, and a Llama of about 3M weights learns them: the start of every
+arm (the "SFT model"), and the reference. Its vocabulary holds the frequent tokens of those texts only, a part of the
+embedded model's, so that the large model can still say something about every token. Rewards are VADER scores; openings
+of training and test share no subject.
 
-The positive control is DPO on the bed's pairs, which raises the reward of controlled sentiment in its own paper (arXiv 2305.18290).
+The positive control is DPO on the bed's pairs, which raises the reward of controlled sentiment in its own paper (arXiv
+2305.18290).
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class Pair(TypedDict):
 
 
 class Sizes(NamedTuple):
-    """How much is done at a scale: optimiser steps, pairs a step, pairs, held-out samples, steps between measurements."""
+    """How much is done: optimiser steps, pairs a step, pairs, held-out samples, steps between measurements."""
 
     steps: int
     batch: int
@@ -160,10 +162,19 @@ class SentimentBed:
         writer, size = small_writer(context), sizes(context)
         context.progress("DPO")
         return train_quietly(
-            writer.model(), writer.model(), DPOLoss(beta=0.1), writer.tokenizer, self.rows(context),
-            per_device_train_batch_size=size.batch, max_steps=size.steps, learning_rate=3e-4, warmup_steps=5,
-            lr_scheduler_type="constant_with_warmup", seed=context.seed, data_seed=context.seed,
-        ).model  # fmt: skip
+            writer.model(),
+            writer.model(),
+            DPOLoss(beta=0.1),
+            writer.tokenizer,
+            self.rows(context),
+            per_device_train_batch_size=size.batch,
+            max_steps=size.steps,
+            learning_rate=3e-4,
+            warmup_steps=5,
+            lr_scheduler_type="constant_with_warmup",
+            seed=context.seed,
+            data_seed=context.seed,
+        ).model
 
 
 def held_out(context: Context) -> list[str]:
@@ -232,7 +243,9 @@ def written(context: Context, prompts: list[str], path: Path) -> list[str]:
 
 @dataclass
 class TeacherRewards:
-    """An annotator of the large model's vocabulary for the small model's tokens: ids are translated, values are the same tokens'."""
+    """An annotator of the large model's vocabulary for the small model's tokens: ids are translated, values are the
+    same tokens'.
+    """
 
     annotator: TokenAnnotator
     writer: SmallWriter

@@ -118,7 +118,9 @@ def answer_batches(
     tokenizer: PreTrainedTokenizerBase,
     size: int,
 ) -> Batches:
-    """Endless ``(ids, labels)`` of ``example(rng) -> (prompt, answer)``; the loss is on the answer, padding on the right."""
+    """Endless ``(ids, labels)`` of ``example(rng) -> (prompt, answer)``; the loss is on the answer, padding on the
+    right.
+    """
     while True:
         pairs = [example(rng) for _ in range(size)]
         rows = [[tokenizer(text)["input_ids"] for text in pair] for pair in pairs]
@@ -135,10 +137,11 @@ def answer_batches(
 def pruned_tokenizer(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], min_count: int = 1
 ) -> tuple[PreTrainedTokenizerFast, list[int]]:
-    """A byte-level BPE tokenizer of only the tokens which ``texts`` use ``min_count`` times, and the old id of each new one.
+    """A byte-level BPE tokenizer of only the tokens which ``texts`` use ``min_count`` times, and the old id of each new
+    one.
 
-    With ``min_count`` 1 the texts encode as before: a merge that never fired in them can be left out. Rarer words, and any other text,
-    are spelt with shorter tokens. Special tokens stay.
+    With ``min_count`` 1 the texts encode as before: a merge that never fired in them can be left out. Rarer words, and
+    any other text, are spelt with shorter tokens. Special tokens stay.
     """
     import json
     from collections import Counter

@@ -1,4 +1,5 @@
-"""A test bed for reasoning on a CPU: a small model writes worked sums, one token a character, and is right about half of the time.
+"""A test bed for reasoning on a CPU: a small model writes worked sums, one token a character, and is right about half
+of the time.
 
 It writes ``32+54=86;86+...#...``, numbers from their last digit, as sums are carried. Whether an answer is right can be
 checked, every step of it can be wrong, and rollouts cost so little that each prefix can have dozens.

@@ -10,12 +10,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...core.errors import BadInputError, require
 from ...core.progress import Report, silent
 from ...core.scoring import prompt_ids
 from .base import DataKind, MadeRows, load_seeded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TASKS: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
@@ -77,8 +80,8 @@ def is_correct(dataset: Any, item: dict[str, Any], response: str) -> bool:
 
 
 def sample_traces(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     dataset: Any,
     samples: int,
     max_new_tokens: int = 48,
@@ -122,7 +125,7 @@ def messages_of(question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}]
 
 
-def prompt_of(tokenizer: Any, question: str) -> list[int]:
+def prompt_of(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
     """Ids of a question, by the chat template where there is one."""
     return prompt_ids(tokenizer, messages_of(question) if tokenizer.chat_template else question + "\n")
 

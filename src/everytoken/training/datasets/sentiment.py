@@ -10,11 +10,14 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...core.errors import BadInputError, require
 from ...core.progress import Report, silent
 from .base import DataKind, MadeRows, load_seeded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SUBJECTS = [
     "The film",
@@ -79,7 +82,12 @@ def positivity(texts: list[str]) -> list[float]:
 
 
 def continuation_ids(
-    model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int = 20, batch: int = 64, sample: bool = True
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    max_new_tokens: int = 20,
+    batch: int = 64,
+    sample: bool = True,
 ) -> list[list[int]]:
     """The new token ids of one continuation for every prompt, in order: sampled (temperature 1) or greedy; padded
     behind an end token.
@@ -99,7 +107,12 @@ def continuation_ids(
 
 
 def continuations(
-    model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int = 20, batch: int = 64, sample: bool = True
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    max_new_tokens: int = 20,
+    batch: int = 64,
+    sample: bool = True,
 ) -> list[str]:
     """``continuation_ids`` as texts."""
     return tokenizer.batch_decode(
@@ -108,8 +121,8 @@ def continuations(
 
 
 def sentiment_pairs(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     count: int,
     margin: float = 0.2,
     max_new_tokens: int = 20,

@@ -20,7 +20,7 @@ SUITE = Path(os.environ.get("EVERYTOKEN_SUITE", Path(sys.prefix) / "json-schema-
 OPEN = {"strict_mode": False}
 
 
-# -- keywords ----------------------------------------------------------------------------------------------------------------
+# -- keywords ---------------------------------------------------------------------------------------------------------
 def test_any_value_and_no_value():
     for value in ({}, [], "x", 1.5, -0.0, None, True, {"a": [{"b": "\u00e9\n"}]}, [[[]]], "\\u"):
         assert in_schema(True, value) and in_schema({}, value)
@@ -174,6 +174,15 @@ def test_enumerations_are_filtered_by_the_rest_of_the_schema():
         compile_(Grammar.from_json_schema({"const": 1, "type": "string"}))
 
 
+def test_enumerated_objects_and_arrays_obey_every_keyword():
+    named = {"enum": [{"a": 1}, {"ab": 1}], "propertyNames": {"maxLength": 1}}
+    assert in_schema(named, {"a": 1}) and not in_schema(named, {"ab": 1})
+    distinct = {"enum": [[1, 2], [1, 1.0]], "uniqueItems": True}
+    assert in_schema(distinct, [1, 2]) and not in_schema(distinct, [1, 1.0])
+    further = {"enum": [{"a": 1}, {"b": 1}], "properties": {"a": {}}, "unevaluatedProperties": False}
+    assert in_schema(further, {"a": 1}) and not in_schema(further, {"b": 1})
+
+
 def test_combinations():
     schema = {"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 3}], "maxLength": 2}
     assert (
@@ -282,7 +291,7 @@ def test_white_space_and_layout():
         Grammar.from_json_schema(True, indent=-1)
 
 
-# -- what cannot be done is said ---------------------------------------------------------------------------------------------
+# -- what cannot be done is said --------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("schema", "where", "message"),
     [
@@ -334,7 +343,7 @@ def test_annotations_are_fine():
     )
 
 
-# -- oracles -------------------------------------------------------------------------------------------------------------------
+# -- oracles ----------------------------------------------------------------------------------------------------------
 SCHEMAS = [
     True,
     {"type": "object", "properties": {"a": {"type": "integer", "minimum": -5, "exclusiveMaximum": 12}, "b": {"type": "string", "pattern": "^x[0-9]{2,4}$"}}, "required": ["b"]},

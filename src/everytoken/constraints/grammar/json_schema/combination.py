@@ -85,7 +85,8 @@ def exclusive_branches(schemas: SchemaRules, options: list[Place], pointer: str)
     for (first, where), (second, other) in combinations(options, 2):
         if not disjoint(schemas, [(first, where)], [(second, other)]):
             schemas.unsupported(
-                pointer, f"oneOf whose branches {where.rsplit('/', 1)[-1]} and {other.rsplit('/', 1)[-1]} may both hold",
+                pointer, f"oneOf whose branches {where.rsplit('/', 1)[-1]} and {other.rsplit('/', 1)[-1]} may both "
+                         f"hold",
                 "Use anyOf, or give the branches a required property with different const values.",
             )  # fmt: skip
             break

@@ -1,6 +1,7 @@
 """What every keyword of JSON Schema is here: supported, without effect on documents, or refused.
 
-``tests/constraints/grammar/json_schema/test_keywords.py`` compares these lists with the code, with the standard's own schemas and
+``tests/constraints/grammar/json_schema/test_keywords.py`` compares these lists with the code, with the standard's
+own schemas and
 with the table of docs/constraints.md, and shows for each supported keyword a document that it excludes.
 """
 
@@ -13,7 +14,8 @@ STRINGS_AND_NUMBERS = frozenset({
     "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
 })  # fmt: skip
 OBJECTS = frozenset({
-    "properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties", "maxProperties",
+    "properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties",
+    "maxProperties",
     "unevaluatedProperties",
 })  # fmt: skip
 ARRAYS = frozenset({
@@ -25,7 +27,8 @@ REFERENCES = frozenset({"$ref", "$defs", "definitions", "$id", "id", "$anchor", 
 SUPPORTED = COMBINATION | STRINGS_AND_NUMBERS | OBJECTS | ARRAYS | REFERENCES
 
 ANNOTATIONS = frozenset({
-    "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment", "$schema",
+    "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment",
+    "$schema",
     "$vocabulary", "contentMediaType", "contentEncoding", "contentSchema",
 })  # fmt: skip
 """They say nothing about which documents are valid."""

@@ -116,7 +116,8 @@ def in_order(
 
 
 def any_order(
-    schemas: SchemaRules, entries: list[Entry], required: set[str], extra: Expression | None, between: Expression, low: int, high: int | None,
+    schemas: SchemaRules, entries: list[Entry], required: set[str], extra: Expression | None, between: Expression,
+    low: int, high: int | None,
     counted: bool, pointer: str,
 ) -> Filled | None:  # fmt: skip
     if len(entries) > MAX_ANY_ORDER:

@@ -14,14 +14,17 @@ class SchemaOptions:
 
     Attributes:
         any_whitespace: white space anywhere between tokens, as JSON allows; otherwise exactly ``separators``.
-        max_whitespace: with ``any_whitespace``, at most so many blanks at a place (models can loop in them); None: no limit.
-        indent: pretty-print with so many spaces a level, as ``json.dumps(indent=...)`` (implies no other white space); such
+        max_whitespace: with ``any_whitespace``, at most so many blanks at a place (models can loop in them); None:
+        no limit.
+        indent: pretty-print with so many spaces a level, as ``json.dumps(indent=...)`` (implies no other white
+        space); such
             documents are nested at most 12 levels deep.
         separators: between items and after keys; default ``(", ", ": ")``, or ``(",", ": ")`` with ``indent``.
         strict_mode: objects that list ``properties`` (and arrays that list ``prefixItems``) are closed unless they say
             otherwise, as in structured-output services; False reads the schema as the standard does.
         strict: unsupported keywords raise; False warns and ignores them.
-        property_order: ``"schema"`` writes properties in the schema's order (further ones at the end); ``"any"`` allows every
+        property_order: ``"schema"`` writes properties in the schema's order (further ones at the end); ``"any"``
+        allows every
             order, for up to 10 properties an object.
     """
 

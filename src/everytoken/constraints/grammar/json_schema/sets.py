@@ -39,7 +39,7 @@ class SchemaSets:
         self.flat: dict[int, tuple[int, ...]] = {}
         self._collect_resources()
 
-    # -- bookkeeping -----------------------------------------------------------------------------------------------------
+    # -- bookkeeping --------------------------------------------------------------------------------------------------
     def fail(self, pointer: str, message: str, hint: str | None = None) -> NoReturn:
         raise GrammarError(f"Schema at {pointer or '#'}: {message}", hint)
 
@@ -112,7 +112,7 @@ class SchemaSets:
                 if close:
                     self.unsupported(pointer, f"the unknown keyword {key!r}", f"Did you mean {close[0]!r}?")
 
-    # -- sets of sub-schemas ---------------------------------------------------------------------------------------------
+    # -- sets of sub-schemas ------------------------------------------------------------------------------------------
     def flatten(self, index: int, path: tuple[int, ...] = ()) -> tuple[int, ...]:
         """A sub-schema and all that ``$ref`` and ``allOf`` bring along."""
         if index in self.flat:
@@ -250,6 +250,7 @@ def escaped(name: str) -> str:
 
 
 def at(pointer: str, part: str) -> str:
-    """A JSON pointer one step further; the middle of very long ones is left out (nested schemas would cost quadratic memory)."""
+    """A JSON pointer one step further; the middle of very long ones is left out (nested schemas would cost quadratic
+    memory)."""
     longer = f"{pointer}/{part}"
     return longer if len(longer) < 400 else f"{longer[:100]}/.../{longer[-200:].partition('/')[2]}"

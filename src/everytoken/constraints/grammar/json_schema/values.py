@@ -15,7 +15,8 @@ from .strings_and_numbers import bounds, lengths, string_automaton
 
 
 def satisfies(schemas: SchemaRules, value: Json, parts: Sequence[Place] | None, closed: bool = False) -> bool:
-    """Whether a value satisfies all parts (None: no value does); ``closed`` parts bring all of their ``$ref`` and ``allOf``."""
+    """Whether a value satisfies all parts (None: no value does); ``closed`` parts bring all of their ``$ref`` and
+    ``allOf``."""
     return parts is not None and all(holds(schemas, value, schema, pointer, closed) for schema, pointer in parts)
 
 
@@ -54,8 +55,8 @@ def holds(schemas: SchemaRules, value: Json, schema: Schema, pointer: str, top: 
                 return False
             if any(name not in value for name in part.get("required", ())):
                 return False
-            naming, place = part.get("propertyNames", True), at(where, "propertyNames")
-            if not all(holds(schemas, name, naming, place) for name in value):
+            naming, named = part.get("propertyNames", True), at(where, "propertyNames")
+            if not all(holds(schemas, name, naming, named) for name in value):
                 return False
             relaxed = [(part, where)]
             mode, schemas.options = schemas.options, replace(schemas.options, strict_mode=False)

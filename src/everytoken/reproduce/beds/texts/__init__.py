@@ -1,4 +1,6 @@
-"""Texts that experiments share: the Universal Declaration of Human Rights in 24 languages (see scripts/fetch_declarations.py)."""
+"""Texts that experiments share: the Universal Declaration of Human Rights in 24 languages (see
+scripts/fetch_declarations.py).
+"""
 
 from __future__ import annotations
 
