@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 
-WORDS = ["SELECT", "name", "age", "FROM", "people", "WHERE", "AND", "OR", "ORDER", "BY"]
+ALLOWED = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_*,()'<>=.; ")
 
 
 def is_sql(text: str) -> bool:
-    """Whether the text can still become a query of a small dialect: words of a list, numbers and operators."""
-    *done, last = text.split(" ") if text else [""]
-    complete = all(part.rstrip(",;") in WORDS or re.fullmatch(r"\d+[,;]?|[<>=*]", part) for part in done if part)
-    begun = any(word.startswith(last.rstrip(",;")) for word in WORDS) or re.fullmatch(r"\d+[,;]?|[<>=*]", last)
-    return bool(complete and begun)
+    """Whether the text begins a query: ``SELECT``, then names, numbers, commas and operators, one space between."""
+    start = "SELECT "
+    if len(text) <= len(start):
+        return start.startswith(text)
+    body = text[len(start) :]
+    return text.startswith(start) and "  " not in body and all(letter in ALLOWED for letter in body)
 
 
 def final_number(text: str) -> str | None:

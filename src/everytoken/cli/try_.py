@@ -20,7 +20,7 @@ EXAMPLES = (
     "--trace owls.html  ·  "
     "everytoken try stochastok --prompt 'unbelievable strawberries' --set expand_prop=0.5  ·  everytoken try tdpo "
     "--data pairs.jsonl  ·  "
-    "everytoken try xgrammar --schema person.json  ·  everytoken try awrs --constraint checks:is_sql"
+    "everytoken try xgrammar --schema person.json  ·  everytoken try awrs --constraint examples.checks:is_sql"
 )
 
 

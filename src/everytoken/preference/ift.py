@@ -25,7 +25,7 @@ and "mask", of side "right" and of the norms other than L1 is reconstructed; the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -63,6 +63,7 @@ class IFTSettings:
         BadInputError: a setting out of range.
     """
 
+    trace_columns: ClassVar[tuple[str, ...]] = ("weight", "loss", "prediction")
     residual: float = 0.2
     gamma: float = 0.95
     propagation: str = "loss"

@@ -29,7 +29,7 @@ import copy
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -104,6 +104,7 @@ class RTOSettings:
         BadInputError: an unknown estimator, or a value out of range.
     """
 
+    trace_columns: ClassVar[tuple[str, ...]] = ("token_reward", "dpo_reward", "kl_charge", "logp", "ref_logp")
     estimator: str = "gae"
     dpo_reward_scale: float = 0.05
     dpo_reward_clip: float | None = 0.05
