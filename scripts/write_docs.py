@@ -29,6 +29,7 @@ DOCS = ROOT / "docs"
 
 def markdown(docstring: str) -> str:
     """A docstring's literal blocks and double backticks as Markdown."""
+    docstring = re.sub(r"``([^`]+)``", lambda found: f"``{' '.join(found[1].split())}``", docstring)
     lines, output, inside = docstring.splitlines(), [], False
     pending = False
     for line in lines:
@@ -119,13 +120,11 @@ def place_page(place: Place, cards: list[Card]) -> str:
         modules: list[str] = []
     else:
         modules = modules_of(package)
-    contract = next((name for name in (f"{package}.base", package) if name in modules), None)
-    if contract is not None:
-        lines += [markdown(module_docstring(contract)), ""]
     if cards:
         lines += ["## Methods", "", *method_rows(cards), ""]
     shown = {card.implementation.partition(":")[0] for card in cards}
     rest = [name for name in modules if name not in shown and name != package]
+    rest.sort(key=lambda name: name != f"{package}.base")  # the contract first
     if rest:
         lines += ["## Reference", ""]
         lines += [f"::: {name}" for name in rest]

@@ -44,8 +44,12 @@ def called_for(config):
     return select(changed_since(since) if since else None, commits())
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by the marks
 def pytest_collection_modifyitems(config, items):
-    """Leaves out the quick experiments that a change does not call for."""
+    """Puts tests of the embedded model into the full tier, and leaves out experiments that a change does not call for."""
+    for item in items:
+        if "embedded" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
     marked = {item: item.get_closest_marker("reproduction") for item in items}
     if config.getoption("--reproductions") == "all" or not any(marked.values()):
         return

@@ -40,17 +40,16 @@ def scoreboard(results: Sequence[Result]) -> str:
         HEAD,
         f"Of {sum(totals.values())} claims of {len(results)} methods: {counted}." if results else "No results yet.",
         "",
-        "| method | first claim | measured | 95% interval | verdict | holds | contradicted | undecided |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| method | first claim | measured | 95% interval | verdict | all claims |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for result in results:
         if not result["claims"]:
             continue
-        claim, found = result["claims"][0], Counter(claim["verdict"] for claim in result["claims"])
-        counts = " | ".join(str(found[verdict] or "") for verdict in ("holds", "contradicted", "undecided"))
+        claim = result["claims"][0]
         lines.append(
             f"| [{result['name']}](#{result['name']}) | {cell(claim['metric'])} | {formatted(claim)} | "
-            f"{cell(formatted_interval(claim)) or 'none'} | {SHOWN[claim['verdict']]} | {counts} |"
+            f"{cell(formatted_interval(claim)) or 'none'} | {SHOWN[claim['verdict']]} | {tally(result)} |"
         )
     lines += ["", "## Every claim", ""]
     for result in results:
@@ -58,10 +57,14 @@ def scoreboard(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def tally(result: Result) -> str:
+    """How many of a method's claims hold, are contradicted, are undecided."""
+    found = Counter(claim["verdict"] for claim in result["claims"])
+    return ", ".join(f"{found[verdict]} {_counted(verdict, found[verdict])}" for verdict in SHOWN if found[verdict])
+
+
 def details(result: Result) -> list[str]:
     """One method's claims, folded."""
-    found = Counter(claim["verdict"] for claim in result["claims"])
-    counted = ", ".join(f"{found[verdict]} {_counted(verdict, found[verdict])}" for verdict in SHOWN if found[verdict])
     host = result["machine"]
     shown = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     seeds = "1 seed" if len(result["seeds"]) == 1 else f"{len(result['seeds'])} seeds"
@@ -69,7 +72,7 @@ def details(result: Result) -> list[str]:
     marks = {note: str(index) for index, note in enumerate(notes, 1)}
     return [
         f'<details markdown="1" id="{result["name"]}">',
-        f"<summary><b>{result['name']}</b>: {counted}</summary>",
+        f"<summary><b>{result['name']}</b>: {tally(result)}</summary>",
         "",
         f"{cell(result['summary'])}. See the [method's page](methods/{result['name']}.md).",
         "",
