@@ -141,6 +141,9 @@ def test_help_has_real_examples(verb):
         (["try", "stochastok", "--column", "depth"], "Known: part, source", 2),
         (["try", "tokenadapt", "--column", "orgin"], "Did you mean origin", 2),
         (["try", "exact-bytes", "--column", "x"], "probability", 2),
+        (["try", "tgdpo", "--column", "guide"], "Did you mean guide_reward", 2),
+        (["try", "tdpo", "--column", "weight"], "Known: forward_kl, implicit_reward", 2),
+        (["try", "rto", "--column", "reward"], "Did you mean token_reward", 2),
         (["compare", "dyspec", "--trace", "all.jsonl"], "all.jsonl has .jsonl", 2),
         (["compare", "dyspec", "--plot", "plot.png"], "plot.png has .png", 2),
         (["scoreboard", "--out", "docs"], "is a folder", 2),
@@ -221,7 +224,7 @@ def test_a_damaged_model_is_named(tmp_path, letters_model, name):
     assert str(folder) in result.stderr.replace("\n", "")
 
 
-# -- outputs of any encoding ---------------------------------------------------------------------------------------------
+# -- outputs of any encoding ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 @pytest.mark.parametrize(
     "arguments",
@@ -250,7 +253,7 @@ def test_marks_in_ascii():
     assert "✓ █▌ \ud800 é".encode("ascii", HANDLER) == b"+ # \\ud800 \\xe9"
 
 
-# -- what is shown while one waits ---------------------------------------------------------------------------------------
+# -- what is shown while one waits ----------------------------------------------------------------------------------
 def test_a_live_count_on_a_terminal_and_lines_elsewhere():
     screen = Console(force_terminal=True, file=io.StringIO(), width=100)
     with watched(screen) as (report, quiet):

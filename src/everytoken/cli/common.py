@@ -56,10 +56,15 @@ def check_column(card: Card, trials: list[Trial], column: str | None) -> None:
     Raises:
         UnknownNameError: none of the columns that the methods declare; suggests the nearest.
     """
-    declared = [getattr(item.factory, "trace_columns", None) for item in trials]
-    if column is None or not all(isinstance(names, tuple) for names in declared):
+    if column is None:
         return
-    known = list(dict.fromkeys(name for names in declared for name in names or ()))
+    asked = getattr(sys.modules[card.load_trial().__module__], "trace_columns", None)
+    known: dict[str, None] = {}
+    for item in trials:
+        declared = asked(item) if asked is not None else getattr(item.factory, "trace_columns", None)
+        if not isinstance(declared, tuple):  # a method from outside that does not say: its traces will
+            return
+        known |= dict.fromkeys(declared)
     if column not in known:
         raise UnknownNameError(f"trace column of {card.slug}", column, known)
 

@@ -3,6 +3,9 @@
 ``everytoken.STATION.trial`` holds ``trial(requests) -> TrialResult``: it runs the station's baseline and every
 requested method on the same work in one process, and returns one row of figures for each. A new method of the station
 needs no trial of its own: the contract that all methods of a station share is enough to run them.
+
+Which columns a method's traces have is said by its ``trace_columns``, a tuple on its class; where that depends on more,
+by ``trace_columns(trial) -> names`` in the module of the trial.
 """
 
 from __future__ import annotations
