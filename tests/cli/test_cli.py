@@ -143,7 +143,7 @@ def test_help_has_real_examples(verb):
         (["try", "exact-bytes", "--column", "x"], "probability", 2),
         (["try", "tgdpo", "--column", "guide"], "Did you mean guide_reward", 2),
         (["try", "tdpo", "--column", "weight"], "Known: forward_kl, implicit_reward", 2),
-        (["try", "rto", "--column", "reward"], "Did you mean token_reward", 2),
+        (["try", "rto", "--column", "reward"], "token_reward", 2),
         (["compare", "dyspec", "--trace", "all.jsonl"], "all.jsonl has .jsonl", 2),
         (["compare", "dyspec", "--plot", "plot.png"], "plot.png has .png", 2),
         (["scoreboard", "--out", "docs"], "is a folder", 2),

@@ -108,9 +108,9 @@ def extras() -> dict[str, list[str]]:
 
 
 def extra_of(library: str) -> str | None:
-    """The extra that brings a library, by its import name or its package's name; None where no extra does."""
+    """The smallest extra that brings a library, by its import name or its package's name; None where no extra does."""
     wanted = re.sub(r"[-_.]+", "-", library.split(".")[0]).lower()
-    for extra, packages in extras().items():
+    for extra, packages in sorted(extras().items(), key=lambda item: len(item[1])):
         if wanted in (re.sub(r"[-_.]+", "-", name).lower() for name in packages):
             return extra
     return None
