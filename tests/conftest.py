@@ -46,7 +46,7 @@ def called_for(config):
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by the marks
 def pytest_collection_modifyitems(config, items):
-    """Puts tests of the embedded model into the full tier, and leaves out experiments that a change does not call for."""
+    """Tests of the embedded model belong to the full tier; experiments that a change does not call for are left out."""
     for item in items:
         if "embedded" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
