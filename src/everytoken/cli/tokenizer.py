@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ..core.errors import BadInputError
 from .common import stages
+from .output import check_folder
 
 app = typer.Typer(
     help="Put another tokenizer under a model, or train one whose tokens span words.", no_args_is_help=True
@@ -47,10 +48,10 @@ def supertokens(
     except ValueError as error:
         raise BadInputError(f"--chunk-sizes takes numbers with commas; got {chunk_sizes!r}.") from error
     trainer = SupertokenTrainer(vocab_size, shares, min_frequency, seed=seed, progress=True)
+    check_folder(out, new=True)
     texts = []
     for path in data:
         texts += read_text(path).split("\n\n")
-    _check_new(out)
     held = texts[9::10] if len(texts) > 20 else texts
     training = [text for number, text in enumerate(texts) if len(texts) <= 20 or number % 10 != 9]
     tokenizer = trainer.train(training)
@@ -65,14 +66,6 @@ def supertokens(
         f"token of {'held-out' if len(texts) > 20 else 'the training'} text, "
         f"plain BPE {size / max(1, counts[1]):.2f}; written to {out}"
     )
-
-
-def _check_new(out: Path) -> None:
-    from ..core.loading import check_writable
-
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInputError(f"{out} exists already.", "Choose a new folder.")
-    check_writable(out)
 
 
 @app.command(epilog=EXAMPLES)
@@ -102,7 +95,7 @@ def transplant(
 
     console = Console(stderr=True)
     method = TokenAdapt(temperature, top_k, global_weight, strategy=strategy, seed=seed)
-    _check_new(out)
+    check_folder(out, new=True)
     new = load_any_tokenizer(to)
     console.print("loading the model ...", style="dim")
     old, source = load_tokenizer(model), load_model(model, dtype=dtype)

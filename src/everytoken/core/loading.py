@@ -84,14 +84,14 @@ def embedded_gguf() -> Path:
 def folder_problem(folder: Path) -> str | None:
     """Why a converted folder cannot be used, or None. Cheap: sizes and headers, not the 500 MB of weights."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         if manifest.get("format") != _FORMAT:
             return "it was written by another version"
         for name, size in manifest["files"].items():
             actual = (folder / name).stat().st_size
             if actual != size:
                 return f"{name} has {actual} bytes instead of {size}"
-        json.loads((folder / "config.json").read_text())
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
         weights = folder / "model.safetensors"
         with weights.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
@@ -300,7 +300,7 @@ def convert_gguf(source: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     manifest = {"format": _FORMAT, "source": source.name, "files": files}
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -381,8 +381,16 @@ def resolve(model: str | os.PathLike[str] | None = None) -> str:
     return str(path) if path.is_dir() else text
 
 
+_DAMAGED = ("SafetensorError", "Exception")
+"""What safetensors and tokenizers raise for a file that they cannot parse; neither is an OSError or a ValueError."""
+
+
 def _hub_error(name: str, error: Exception) -> EverytokenError:
     words = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if type(error).__name__ in _DAMAGED:
+        return BadInputError(
+            f"A file of {name!r} is damaged: {words}", "Copy or download it again; the file may have been cut off."
+        )
     if "trust_remote_code" in str(error):
         return BadInputError(
             f"{name!r} brings code of its own, which is not run unless you ask for it.",
@@ -420,6 +428,10 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     except (OSError, ValueError) as error:
         raise _hub_error(name, error) from error
+    except Exception as error:
+        if type(error).__name__ in _DAMAGED:  # tokenizers raises a bare Exception
+            raise _hub_error(name, error) from error
+        raise
 
 
 def load_config(model: str | os.PathLike[str] | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -471,6 +483,7 @@ def load_model(
     name = resolve(model)
     check_no_pickle(Path(name))
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if isinstance(dtype, str) and dtype != "auto":
@@ -480,7 +493,7 @@ def load_model(
             loaded = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **kwargs
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _hub_error(name, error) from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = loaded.to(device).eval()

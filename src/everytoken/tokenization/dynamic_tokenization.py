@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -139,6 +139,7 @@ class DynamicTokenizer:
         BadInputError: a setting out of its range, or a tokenizer that cannot be spelt.
     """
 
+    trace_columns: ClassVar[tuple[str, ...]] = ("pieces in the token", "part", "token")
     tokenizer: Any  # a fast tokenizer; the command line reads these types, and must not load transformers for them
     merges: int | None = None
     reduction: float = 0.3

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.errors import BadInputError, require
+from ..core.errors import BadInputError, extra_of, require
 from ..core.vocabulary import byte_stand_ins
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def load_any_tokenizer(name: str, pattern: str | None = None) -> PreTrainedToken
         path, pattern = Path(file).expanduser(), family
     if name in PACKAGED and not path.exists():
         module, inside = PACKAGED[name]
-        require(module, "tokenizers", f"The tokenizer {name}")
+        require(module, extra_of(module), f"The tokenizer {name}")
         spec = find_spec(module)
         assert spec is not None and spec.origin is not None
         path = Path(spec.origin).parent / inside
@@ -307,5 +307,5 @@ def read_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
     with tempfile.TemporaryDirectory() as folder:  # transformers wants it under this name
         shutil.copy(path, Path(folder) / "tokenizer.model")
         config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config))
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

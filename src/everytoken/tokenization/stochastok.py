@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 import numba
 import numpy as np
@@ -136,6 +136,7 @@ class StochasTok:
     """
 
     tokenizer: Any  # a TokenizerLike; the command line reads these types, and must not load transformers for them
+    trace_columns: ClassVar[tuple[str, ...]] = ("part", "source")
     expand_prop: float = 0.1
     seed: int = 0
     max_expansions: int | None = None

@@ -26,7 +26,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -83,6 +83,7 @@ class TokenAdapt:
         BadInputError: a setting out of its range.
     """
 
+    trace_columns: ClassVar[tuple[str, ...]] = ("origin", "made of", "largest weight")
     temperature: float = 0.3
     top_k: int = 3
     global_weight: float = 0.3
