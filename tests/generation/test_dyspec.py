@@ -30,6 +30,21 @@ def names(shape):
     return "-".join(f"{key}{value}" for key, value in shape.items())
 
 
+COMMON = [(SHAPES[1], "random"), (SHAPES[5], "random"), (SHAPES[5], "contrary"), (SHAPES[2], "itself")]
+"""Distributions that every commit tests; all shapes with all drafts are in the full tier."""
+
+
+def shaped(shapes):
+    """Each shape with each draft."""
+    return [
+        pytest.param(
+            shape, which, marks=[] if (shape, which) in COMMON else pytest.mark.slow, id=f"{which}-{names(shape)}"
+        )
+        for shape in shapes
+        for which in ("itself", "random", "contrary")
+    ]
+
+
 def contrary(target):
     """A draft whose logits are the negative of the right ones: the worst of all."""
     draft = tiny_llama(target.config.vocab_size, seed=0)
@@ -86,8 +101,7 @@ def test_budget_zero_is_plain_decoding():
 
 
 # -- sampling ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("shape", SHAPES, ids=names)
-@pytest.mark.parametrize("which", ["itself", "random", "contrary"])
+@pytest.mark.parametrize(("shape", "which"), shaped(SHAPES))
 def test_sampled_distribution_is_the_targets(shape, which):
     target = tiny_llama(4, seed=3, scale=0.4)
     check_distribution(target, DySpec(drafts(target)[which], **shape), [1, 2], 1500)
@@ -107,8 +121,7 @@ def test_sampled_distribution_with_temperature_and_top_k():
 
 
 # -- with a matcher ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[5]], ids=names)
-@pytest.mark.parametrize("which", ["itself", "random", "contrary"])
+@pytest.mark.parametrize(("shape", "which"), shaped([SHAPES[1], SHAPES[2], SHAPES[5]]))
 def test_a_matcher_keeps_the_masked_distribution(shape, which):
     target, matcher = tiny_llama(5, seed=3, scale=0.4), ToyMatcher(5)
     check_distribution(target, DySpec(drafts(target)[which], matcher=matcher, **shape), [1, 2], 1200, matcher=matcher)

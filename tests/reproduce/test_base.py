@@ -262,7 +262,7 @@ def test_results_are_files_and_make_the_scoreboard(tmp_path):
     found = load_results(tmp_path / "results")
     assert len(found) == 1  # quick runs do not count
     page = scoreboard(found)
-    assert "| [toy](#toy) | speed | 2.04x | 1.94 to 2.14x | **holds** | 1 |  | 1 |" in page
+    assert "| [toy](#toy) | speed | 2.04x | 1.94 to 2.14x | **holds** | 1 holds, 1 undecided |" in page
     assert "| speed | theirs: 5 | ours: 10.2 | 2.04x | 1.94 to 2.14x | 3x | **holds** |" in page
     assert page.count("<details") == page.count("</details>") == 1
     assert "smaller machine" in page

@@ -459,7 +459,8 @@ def test_random_documents_are_valid(number):
     assert made >= 15
 
 
-@pytest.mark.skipif(not SUITE.is_dir(), reason="run scripts/fetch_suite.py (make test does)")
+@pytest.mark.slow
+@pytest.mark.skipif(not SUITE.is_dir(), reason="run scripts/fetch_suite.py (make test-full does)")
 def test_official_suite():
     """No invalid instance is accepted; valid ones are rejected only where spelling is canonical by design."""
     expected = {
