@@ -210,9 +210,8 @@ GRPO = INHERITED | {
     "vespo_lambda_neg": Refused(1.0),
     "vespo_lambda_pos": Refused(1.0),
 }
-GRPO |= {
-    name: VLLM
-    for name in (
+GRPO |= dict.fromkeys(
+    (
         "vllm_mode",
         "vllm_model_impl",
         "vllm_enable_sleep_mode",
@@ -230,8 +229,9 @@ GRPO |= {
         "vllm_importance_sampling_clip_max",
         "vllm_importance_sampling_clip_min",
         "vllm_importance_sampling_cap",
-    )
-}
+    ),
+    VLLM,
+)
 RTO = GRPO | {
     "critic_epochs": Changes(3, {"max_steps": 3}),
     "critic_lr": Changes(0.3, {"max_steps": 3}),
