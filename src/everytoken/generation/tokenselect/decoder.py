@@ -243,7 +243,7 @@ class TokenSelect(LoopDecoder):
                 if place not in rotations:
                     rotations[place] = Rotation(item.rotary, plan.apply, item.compute, plan.last, plan.halved)
                 rotation = rotations[place]
-            elif plan.apply is not None:
+            elif plan.apply is not None and given is not None:  # a layer that is handed nothing rotates nothing
                 raise UnsupportedModelError(
                     f"A layer of {type(model).__name__} is handed another rotary embedding than its model computes."
                 )
