@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from everytoken.core.errors import BadInputError, TokenizerMismatchError, UnsupportedModelError
-from everytoken.core.scoring import check_guide, model_fingerprint, pad_rows, plain_head, response_logps, score_rows
+from everytoken.core.scoring import check_guide, head_module, model_fingerprint, pad_rows, response_logps, score_rows
 
 from ..conftest import tiny_llama
 
@@ -55,10 +55,10 @@ def test_guides_must_share_the_tokenizer(embedded_tokenizer):
     check_guide(tiny_llama(11), tiny_llama(11), "guide", embedded_tokenizer, embedded_tokenizer)
     with pytest.raises(TokenizerMismatchError, match="<new>"):
         check_guide(tiny_llama(11), tiny_llama(11), "guide", embedded_tokenizer, other)
-    capped = tiny_llama()
-    capped.config.logit_scale = 0.5
-    with pytest.raises(UnsupportedModelError, match="logit_scale"):
-        plain_head(capped)
+    other_way = tiny_llama()
+    other_way.config.logits_soft_cap = 30.0  # RecurrentGemma's
+    with pytest.raises(UnsupportedModelError, match="logits_soft_cap"):
+        head_module(other_way)
 
 
 def test_fingerprints_follow_the_weights():

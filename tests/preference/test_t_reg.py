@@ -138,17 +138,80 @@ def test_swapping_the_instructions_flips_the_sign_and_equal_ones_give_zero(embed
 def test_long_prompts_lose_prompt_tokens_only(embedded_tokenizer):
     annotator = rewards(embedded_tokenizer, max_prompt_length=6)
     head = embedded_tokenizer("Be kind. ")["input_ids"]
-    ids = annotator.wrap("x", list(range(100, 140)), "Be kind. ")
+    ids = annotator.wrap(Example("x", list(range(100, 140)), [1]), "Be kind. ")
     assert ids[: len(head)] == head
     assert len(ids) == max(6, len(head) + 1)
     assert ids[-1] == 139
     assert [len(item) for item in annotator.annotate(EXAMPLES)] == [4, 2, 1]
 
 
-def test_conversations_get_a_system_message(embedded_tokenizer):
+def conversation(tokenizer, messages, tools=None, behind=0, **template):
+    """An example as TRL tokenizes it; ``behind`` tokens of the generation prompt belong to the answer."""
+    ids = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tools=tools, return_dict=True, **template
+    )["input_ids"]  # fmt: skip
+    return Example(messages, ids[: len(ids) - behind], [9, 8, 7], tools, template or None)
+
+
+def test_the_instruction_joins_the_users_system_message_or_the_templates_own(embedded_tokenizer):
     annotator = rewards(embedded_tokenizer)
-    text = embedded_tokenizer.decode(annotator.wrap([{"role": "user", "content": "Hello"}], [1, 2], "Be kind."))
-    assert "Be kind." in text.split("Hello")[0]
-    kept = [{"role": "system", "content": "You are a pirate."}, {"role": "user", "content": "Hello"}]
-    text = embedded_tokenizer.decode(annotator.wrap(kept, [1, 2], "Be kind."))
+    hello = [{"role": "user", "content": "Hello"}]
+    own = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    assert own in embedded_tokenizer.apply_chat_template(hello, tokenize=False)
+    text = embedded_tokenizer.decode(annotator.wrap(conversation(embedded_tokenizer, hello), "Be kind."))
+    assert f"Be kind.\n\n{own}" in text.split("Hello")[0]
+    kept = [{"role": "system", "content": "You are a pirate."}, *hello]
+    text = embedded_tokenizer.decode(annotator.wrap(conversation(embedded_tokenizer, kept), "Be kind."))
     assert "Be kind.\n\nYou are a pirate." in text
+    assert own not in text
+
+
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
+TEMPLATE = (
+    "{% set first = messages[0] %}{% if first.role == 'system' or tools %}<system>"
+    "{{ first.content if first.role == 'system' else 'I am Template.' }}"
+    "{% if tools %}\nTools: {{ tools | tojson }}{% endif %}</system>{% endif %}"
+    "{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{{ mood }}{% endif %}"
+)
+
+
+def test_tools_and_the_settings_of_a_rows_template_stay(embedded_tokenizer):
+    import copy
+    import json
+
+    tokenizer = copy.deepcopy(embedded_tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    hello = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    plain = [{"role": "user", "content": "Hello"}]
+    example = conversation(tokenizer, plain, TOOLS, mood="(calm)")
+    example.prompt = hello
+    text = tokenizer.decode(rewards(tokenizer).wrap(example, "Be kind."))
+    assert text.startswith("<system>Be kind.\n\nI am Template.\nTools: ")
+    assert "get_weather" in text
+    assert text.endswith("<user>Hello</user><assistant>(calm)")
+    example.tools = json.dumps(TOOLS)  # as TRL's datasets have it
+    assert tokenizer.decode(rewards(tokenizer).wrap(example, "Be kind.")) == text
+    short = conversation(tokenizer, plain, TOOLS, behind=2, mood="(calm)")  # the answer begins in the generation prompt
+    whole = rewards(tokenizer).wrap(conversation(tokenizer, plain, TOOLS, mood="(calm)"), "Be kind.")
+    assert rewards(tokenizer).wrap(short, "Be kind.") == whole[:-2]
+
+
+def test_a_template_without_system_messages_gets_the_instruction_in_the_first(embedded_tokenizer):
+    import copy
+
+    tokenizer = copy.deepcopy(embedded_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    example = conversation(tokenizer, [{"role": "user", "content": "Hello"}])
+    text = tokenizer.decode(rewards(tokenizer).wrap(example, "Be kind."))
+    assert text == "<user>Be kind.\n\nHello<assistant>"
+
+
+def test_messages_of_other_tokens_are_refused(embedded_tokenizer):
+    example = conversation(embedded_tokenizer, [{"role": "user", "content": "Hello"}])
+    example.prompt = [{"role": "user", "content": "Goodbye"}]
+    with pytest.raises(BadInputError, match="the tokens that the policy reads"):
+        rewards(embedded_tokenizer).wrap(example, "Be kind.")

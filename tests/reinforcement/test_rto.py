@@ -77,6 +77,14 @@ def test_value_loss_takes_the_larger_error():
     assert value_loss(values, old, returns, mask, None).item() == pytest.approx(0.5 * (1 + 1) / 2)
 
 
+def test_value_loss_counts_every_response_alike_or_every_token():
+    values = torch.zeros(2, 3)
+    returns = torch.tensor([[1.0, 1.0, 1.0], [2.0, 0.0, 0.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    assert value_loss(values, values, returns, mask, None).item() == pytest.approx(0.5 * (1 + 4) / 2)
+    assert value_loss(values, values, returns, mask, None, by_row=False).item() == pytest.approx(0.5 * (3 + 4) / 4)
+
+
 # -- the trainer
 # ---------------------------------------------------------------------------------------------------------
 PROMPTS = [{"prompt": text} for text in ("The film was", "Our hotel", "My day", "In short,")]
@@ -127,10 +135,12 @@ def rollout(trainer):
     return trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
 
 
-def test_without_token_rewards_the_group_form_is_grpo(tmp_path, embedded_tokenizer):
-    ours = make(tmp_path, embedded_tokenizer, estimator="group", dpo_reward_scale=0.0, init_kl_coef=0.0)
+@pytest.mark.parametrize(("loss_type", "scale"), [("grpo", "group"), ("bnpo", "batch"), ("bnpo", "none")])
+def test_without_token_rewards_the_group_form_is_grpo(tmp_path, embedded_tokenizer, loss_type, scale):
+    grpo = dict(loss_type=loss_type, scale_rewards=scale)
+    ours = make(tmp_path, embedded_tokenizer, estimator="group", dpo_reward_scale=0.0, init_kl_coef=0.0, **grpo)
     theirs = trl.GRPOTrainer(
-        policy(), reward_funcs=score, args=config(tmp_path, trl.GRPOConfig, loss_type="bnpo", beta=0.0),
+        policy(), reward_funcs=score, args=config(tmp_path, trl.GRPOConfig, beta=0.0, **grpo),
         train_dataset=datasets.Dataset.from_list(PROMPTS), processing_class=copy.deepcopy(embedded_tokenizer),
     )  # fmt: skip
     one, other = rollout(ours), rollout(theirs)
@@ -180,7 +190,7 @@ def test_the_critics_form_is_ppo_by_hand(tmp_path, embedded_tokenizer):
     (ours,) = torch.autograd.grad(loss, trainer.model.lm_head.weight)
     ratio = torch.exp(logps(trainer.model) - old)
     surrogate = torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-    expected = -(surrogate * mask).sum() / mask.sum()
+    expected = -((surrogate * mask).sum(-1) / mask.sum(-1)).mean()  # every response counts alike
     (plain,) = torch.autograd.grad(expected, trainer.model.lm_head.weight)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-4)
     assert torch.allclose(ours, plain, atol=1e-5)
@@ -202,6 +212,40 @@ def test_training_logs_and_resumes(tmp_path, embedded_tokenizer, estimator):
     assert again._moments[0] == trainer._moments[0] == 16
     if estimator == "gae":
         assert any(weight.abs().sum() > 0 for weight in (again.critic.head.weight,))
+
+
+@pytest.mark.parametrize("changes", [dict(temperature=0.5), dict(bf16=True), dict(temperature=2.0, bf16=True)], ids=str)
+def test_equal_models_have_no_divergence_and_no_rewards(tmp_path, embedded_tokenizer, changes):
+    """Policy, reference and DPO model are scored at one temperature and in one precision."""
+    trainer = make(tmp_path, embedded_tokenizer, policy(), **changes)
+    rollout(trainer)
+    metrics = trainer._metrics["train"]
+    assert metrics["rto/kl"][-1] == pytest.approx(0, abs=1e-6)
+    assert metrics["rto/dpo_reward"][-1] == pytest.approx(0, abs=1e-6)
+
+
+def test_frozen_models_score_at_the_sampling_temperature(tmp_path, embedded_tokenizer):
+    dpo = tiny_llama(49152, seed=4, eos=2)
+    trainer = make(tmp_path, embedded_tokenizer, dpo, temperature=0.5, dpo_reward_clip=None)
+    ids = torch.randint(3, 49152, (3, 7), generator=torch.Generator().manual_seed(0))
+    found = trainer._frozen_logps(dpo, ids, torch.ones_like(ids), 4)
+    logits = dpo(input_ids=ids).logits[:, -5:-1] / 0.5
+    assert torch.allclose(found, torch.log_softmax(logits, -1).gather(-1, ids[:, -4:, None])[..., 0], atol=1e-4)
+    before = vars(dpo).get("forward")
+    trainer._frozen_logps(dpo, ids, torch.ones_like(ids), 4)
+    assert vars(dpo).get("forward") == before  # another trainer may use it at another temperature
+
+
+def test_a_checkpoint_without_the_critic_is_not_gone_on_from(tmp_path, embedded_tokenizer):
+    dpo = tiny_llama(49152, seed=4, eos=2)
+    make(tmp_path, embedded_tokenizer, dpo, save_strategy="steps", save_steps=1).train()
+    (tmp_path / "checkpoint-2" / "rto.pt").unlink()
+    with pytest.raises(BadInputError, match=r"no rto\.pt"):
+        make(tmp_path, embedded_tokenizer, dpo).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    again = make(tmp_path, embedded_tokenizer, dpo)
+    with pytest.warns(UserWarning, match="Skipped .*checkpoint-2.*rto"):
+        again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
 
 
 def test_the_critic_learns_the_returns(tmp_path, embedded_tokenizer):

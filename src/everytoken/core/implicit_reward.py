@@ -75,31 +75,33 @@ class ImplicitReward:
         """
         import torch
 
-        from .logprobs import token_stats
-        from .scoring import head_weights, response_hidden
+        from .logprobs import OutputHead, token_stats
+        from .scoring import output_head, response_hidden
 
         kept = mask.bool().clone()
         kept[:, 0] = False
         with torch.no_grad():
             hidden: list[torch.Tensor] = []
-            heads: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+            heads: list[OutputHead] = []
             for model in (self.policy, self.reference):
                 if model is self.policy and hidden:  # compared with itself: one forward is enough
                     hidden, heads = 2 * hidden, 2 * heads
                     continue
                 scope = self.policy.disable_adapter() if model is None else contextlib.nullcontext()
                 model = self.policy if model is None else model
-                with scope:
+                with scope:  # the head as well: PEFT may hold a trained copy of it
                     hidden.append(response_hidden(model, ids, kept, attention_mask))
-                heads.append(head_weights(model))
+                    heads.append(output_head(model))
             stats = token_stats(
                 hidden[0],
-                heads[0][0],
+                heads[0].weight,
                 ids[kept],
-                bias=heads[0][1],
+                bias=heads[0].bias,
+                rule=heads[0].rule,
                 ref_hidden=hidden[1],
-                ref_weight=heads[1][0],
-                ref_bias=heads[1][1],
+                ref_weight=heads[1].weight,
+                ref_bias=heads[1].bias,
+                ref_rule=heads[1].rule,
                 forward_kl=forward_kl,
                 reverse_kl=reverse_kl,
                 entropy=entropy,

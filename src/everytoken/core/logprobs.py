@@ -12,7 +12,7 @@ Conventions: natural logarithms; ``forward`` KL is ``KL(ref || policy)``, ``reve
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint
@@ -25,6 +25,45 @@ STATISTICS = ("entropy", "forward_kl", "reverse_kl")
 """What ``token_stats`` can compute besides log-probabilities, by the names of its arguments and results."""
 
 
+class LogitRule(NamedTuple):
+    """What a model makes of ``x = head(hidden)`` before the softmax: ``cap tanh(scale x / cap)``, or ``scale x`` where
+    nothing is capped.
+
+    Attributes:
+        scale: a factor of every logit (Cohere, Granite, Falcon-H1).
+        softcap: bound of the logits' absolute value (Gemma 2); None for no bound.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+PLAIN = LogitRule()
+"""Logits are ``head(hidden)`` and nothing else."""
+
+
+class OutputHead(NamedTuple):
+    """An output head as plain tensors.
+
+    Attributes:
+        weight: ``[V, D]``.
+        bias: ``[V]`` or None.
+        rule: what follows the product.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    rule: LogitRule = PLAIN
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[N, V]`` float32 logits of ``[N, D]`` last hidden states."""
+        return _logits(hidden, self.weight, self.bias, self.weight.dtype, self.rule)
+
+    def detached(self) -> OutputHead:
+        """The same without gradient."""
+        return OutputHead(self.weight.detach(), None if self.bias is None else self.bias.detach(), self.rule)
+
+
 @dataclass
 class TokenStats:
     """Statistics of N scored tokens, each ``[N]`` float32 (None where not asked for).
@@ -35,6 +74,8 @@ class TokenStats:
         ref_logps: log-probability of each label under the reference (no gradient).
         forward_kl: KL(ref || policy) over the full vocabulary.
         reverse_kl: KL(policy || ref) over the full vocabulary.
+        aux_loss: a scalar of the whole forward, the load-balancing loss of a mixture of experts, where it was asked
+            for.
     """
 
     logps: torch.Tensor
@@ -42,6 +83,7 @@ class TokenStats:
     ref_logps: torch.Tensor | None = None
     forward_kl: torch.Tensor | None = None
     reverse_kl: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
 
 
 def token_stats(
@@ -53,6 +95,8 @@ def token_stats(
     ref_hidden: torch.Tensor | None = None,
     ref_weight: torch.Tensor | None = None,
     ref_bias: torch.Tensor | None = None,
+    rule: LogitRule = PLAIN,
+    ref_rule: LogitRule = PLAIN,
     entropy: bool = False,
     forward_kl: bool = False,
     reverse_kl: bool = False,
@@ -67,6 +111,7 @@ def token_stats(
         bias: ``[V]`` or None.
         ref_hidden, ref_weight, ref_bias: the same of a frozen reference model (its D may differ); no gradient flows
             there.
+        rule, ref_rule: what policy and reference make of the head's product (``core.scoring.output_head`` knows).
         entropy, forward_kl, reverse_kl: what to compute besides ``logps`` (KLs need the reference).
         chunk_size: tokens per chunk; default as many as fit into ``CHUNK_BYTES``.
 
@@ -85,15 +130,20 @@ def token_stats(
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     flags = (entropy, forward_kl, reverse_kl)
     outputs = _TokenStats.apply(
-        hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, flags, chunk_size, compute
+        hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, flags, chunk_size, compute, rule, ref_rule
     )
     return TokenStats(*outputs)
 
 
 def _logits(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, compute: torch.dtype
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, compute: torch.dtype, rule: LogitRule
 ) -> torch.Tensor:
-    return F.linear(hidden.to(compute), weight.to(compute), None if bias is None else bias.to(compute)).float()
+    logits = F.linear(hidden.to(compute), weight.to(compute), None if bias is None else bias.to(compute)).float()
+    if rule.scale != 1:
+        logits *= rule.scale
+    if rule.softcap is not None:
+        logits.div_(rule.softcap).tanh_().mul_(rule.softcap)
+    return logits
 
 
 class _TokenStats(torch.autograd.Function):
@@ -103,6 +153,8 @@ class _TokenStats(torch.autograd.Function):
 
         d logp_l / d logits = onehot(l) - p          d KL(q||p) / d logits = p - q
         d H / d logits = -p (log p + H)              d KL(p||q) / d logits = p (log p - log q - KL(p||q))
+
+    and, for a capped logit ``z = c tanh(s x / c)``, ``dz / dx = s (1 - (z / c)^2)``.
     """
 
     @staticmethod
@@ -118,6 +170,8 @@ class _TokenStats(torch.autograd.Function):
         flags: tuple[bool, bool, bool],
         chunk_size: int,
         compute: torch.dtype,
+        rule: LogitRule,
+        ref_rule: LogitRule,
     ) -> tuple[torch.Tensor | None, ...]:
         n = labels.shape[0]
         want_entropy, want_forward, want_reverse = flags
@@ -130,14 +184,14 @@ class _TokenStats(torch.autograd.Function):
         for start in range(0, n, chunk_size):
             part = slice(start, start + chunk_size)
             picks = labels[part, None]
-            log_p = _logits(hidden[part], weight, bias, compute)
+            log_p = _logits(hidden[part], weight, bias, compute, rule)
             log_p -= log_p.logsumexp(-1, keepdim=True)
             logps[part] = log_p.gather(1, picks)[:, 0]
             p = log_p.exp() if want_entropy or want_reverse else None
             if entropy is not None and p is not None:
                 entropy[part] = -_dot(p, log_p)
             if ref_hidden is not None and ref_logps is not None and ref_weight is not None:
-                log_q = _logits(ref_hidden[part], ref_weight, ref_bias, compute)
+                log_q = _logits(ref_hidden[part], ref_weight, ref_bias, compute, ref_rule)
                 log_q -= log_q.logsumexp(-1, keepdim=True)
                 ref_logps[part] = log_q.gather(1, picks)[:, 0]
                 if forward_kl is None and reverse_kl is None:
@@ -148,7 +202,7 @@ class _TokenStats(torch.autograd.Function):
                 if reverse_kl is not None and p is not None:
                     reverse_kl[part] = -_dot(p, gap)
         ctx.save_for_backward(hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, entropy, reverse_kl)
-        ctx.chunk_size, ctx.compute = chunk_size, compute
+        ctx.chunk_size, ctx.compute, ctx.rules = chunk_size, compute, (rule, ref_rule)
         if ref_logps is not None:
             ctx.mark_non_differentiable(ref_logps)
         ctx.set_materialize_grads(False)
@@ -158,14 +212,15 @@ class _TokenStats(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         g_logps, g_entropy, _, g_forward, g_reverse = grads
         hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, entropy, reverse_kl = ctx.saved_tensors
-        compute = ctx.compute
+        compute, (rule, ref_rule) = ctx.compute, ctx.rules
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         for start in range(0, labels.shape[0], ctx.chunk_size):
             part = slice(start, start + ctx.chunk_size)
-            log_p = _logits(hidden[part], weight, bias, compute)
+            log_p = _logits(hidden[part], weight, bias, compute, rule)
+            slope = None if rule.softcap is None else 1 - (log_p / rule.softcap).square_()
             log_p -= log_p.logsumexp(-1, keepdim=True)
             need_q = [g is not None and bool(g[part].any()) for g in (g_forward, g_reverse)]
             log_q, rows = None, None
@@ -177,7 +232,7 @@ class _TokenStats(torch.autograd.Function):
                     if g is not None:
                         used |= g[part] != 0
                 rows = used.nonzero()[:, 0]
-                log_q = _logits(ref_hidden[part][rows], ref_weight, ref_bias, compute)
+                log_q = _logits(ref_hidden[part][rows], ref_weight, ref_bias, compute, ref_rule)
                 log_q -= log_q.logsumexp(-1, keepdim=True)
             extra = None
             if (g_entropy is not None) or need_q[1]:
@@ -202,6 +257,10 @@ class _TokenStats(torch.autograd.Function):
                 grad[rows] -= log_q.exp_().mul_(g_forward[part][rows, None])
             if g_logps is not None:
                 grad.scatter_add_(1, labels[part, None], g_logps[part, None].to(grad.dtype))
+            if slope is not None:
+                grad *= slope
+            if rule.scale != 1:
+                grad *= rule.scale
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(compute)
@@ -216,7 +275,7 @@ class _TokenStats(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            *([None] * 7),
+            *([None] * 9),
         )
 
 

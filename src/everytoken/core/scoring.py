@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import BadInputError, TokenizerMismatchError, UnsupportedModelError
 from .progress import Report, silent
+from .vocabulary import utf8
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .logprobs import LogitRule, OutputHead
 
 
 class PromptResponse(NamedTuple):
@@ -25,24 +28,52 @@ class PromptResponse(NamedTuple):
     response: Sequence[int]
 
 
-def plain_head(model: PreTrainedModel) -> Any:
-    """The output head of a causal model whose logits are ``head(hidden)`` and nothing else.
+UNKNOWN_LOGITS = ("logits_soft_cap", "output_logit_soft_cap", "logits_mup_width_multiplier", "unpadded_vocab_size")
+"""Settings of models that make their logits in a way of their own."""
+
+
+def logit_rule(model: PreTrainedModel) -> LogitRule:
+    """What a causal model makes of ``head(hidden)``, from its configuration.
 
     Raises:
-        UnsupportedModelError: the model caps or scales its logits, which fused statistics would not follow, or has no
-            head.
+        UnsupportedModelError: its logits are made in another way than by a factor and a soft cap.
     """
+    from .logprobs import LogitRule
+
     config = model.config.get_text_config()
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
-        value = getattr(config, name, None)
-        if value not in (None, 1, 1.0):
+    for name in UNKNOWN_LOGITS:
+        if getattr(config, name, None) is not None:
             raise UnsupportedModelError(
-                f"{type(model).__name__} transforms its logits ({name}={value}), "
+                f"{type(model).__name__} makes its logits in a way of its own ({name}={getattr(config, name)}), "
                 "which the fused statistics do not follow."
             )
+    scale: float = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
+        value = getattr(config, name, None)
+        if value is not None:
+            # logits_scaling divides (Granite, MiniCPM3), but for HyperCLOVA X, which multiplies
+            divides = name == "logits_scaling" and config.model_type != "hyperclovax"
+            scale = 1 / value if divides else float(value)
+            break
+    return LogitRule(scale, getattr(config, "final_logit_softcapping", None))
+
+
+def head_module(model: PreTrainedModel) -> Any:
+    """The output head of a causal model whose logits a factor and a soft cap make of ``head(hidden)``.
+
+    Raises:
+        UnsupportedModelError: no head, logits made in another way, or an adapter on the head: its weights alone would
+            not say what it does.
+    """
+    logit_rule(model)
     head = model.get_output_embeddings()
     if head is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no output embeddings.", "Use a causal language model.")
+    if hasattr(head, "base_layer") and not (getattr(head, "disable_adapters", False) or getattr(head, "merged", False)):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has an adapter on its output head, which the fused statistics do not follow.",
+            "Leave the head out of target_modules, train it whole (modules_to_save), or merge the adapter first.",
+        )
     return head
 
 
@@ -51,14 +82,18 @@ def whole(parameter: Any) -> Any:
     return parameter.full_tensor() if parameter is not None and hasattr(parameter, "full_tensor") else parameter
 
 
-def head_weights(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The plain head's weight ``[V, D]`` and bias, gathered where they lie in shards.
+def output_head(model: PreTrainedModel) -> OutputHead:
+    """The head's weight and bias, gathered where they lie in shards, and the model's logit rule.
+
+    For a PEFT model it is the head of the adapter that is active *now*: ask within the adapter's context.
 
     Raises:
-        UnsupportedModelError: as ``plain_head``.
+        UnsupportedModelError: as ``head_module``.
     """
-    head = plain_head(model)
-    return whole(head.weight), whole(getattr(head, "bias", None))
+    from .logprobs import OutputHead
+
+    head = head_module(model)
+    return OutputHead(whole(head.weight), whole(getattr(head, "bias", None)), logit_rule(model))
 
 
 def base_model(model: PreTrainedModel) -> Any:
@@ -79,7 +114,7 @@ def check_guide(
         TokenizerMismatchError: vocabularies of different size, or (where both tokenizers are given) of different
             content.
     """
-    sizes = [plain_head(model).weight.shape[0] for model in (policy, guide)]
+    sizes = [head_module(model).weight.shape[0] for model in (policy, guide)]
     if sizes[0] != sizes[1]:
         raise TokenizerMismatchError(
             f"The {what} has a vocabulary of {sizes[1]} tokens and the policy of {sizes[0]}: "
@@ -105,11 +140,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
 
 
 def check_prompt(prompt: str) -> None:
-    """Refuses an empty prompt.
+    """Refuses an empty prompt, and one that is no text.
 
     Raises:
-        BadInputError: nothing in it but spaces.
+        BadInputError: nothing in it but spaces, or a lone surrogate.
     """
+    utf8(prompt)
     if not prompt.strip():
         raise BadInputError("The prompt is empty.", 'Give some text: --prompt "Why is the sky blue?"')
 
@@ -180,9 +216,10 @@ def response_logps(
 
     kept = mask.bool().clone()
     kept[:, 0] = False
-    weight, bias = head_weights(model)
+    weight, bias, rule = output_head(model)
     with torch.no_grad():
-        stats = token_stats(response_hidden(model, ids, kept, attention_mask), weight, ids[kept], bias=bias)
+        hidden = response_hidden(model, ids, kept, attention_mask)
+        stats = token_stats(hidden, weight, ids[kept], bias=bias, rule=rule)
     return torch.zeros(ids.shape, device=ids.device).masked_scatter(kept, stats.logps)
 
 

@@ -29,7 +29,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import BadInputError, TokenizerMismatchError
-from ..core.loading import load_model, resolve
+from ..core.loading import check_model_name, load_model
 from ..decoding.base import BY_NAME, Decoder, Example
 from ..decoding.call import DecodingCall, DecodingStats
 from ..decoding.checks import check_same_vocabulary, check_unread
@@ -241,7 +241,7 @@ class R2R(Decoder):
         if isinstance(self.router, (str, Path)) and self.router not in ("entropy", "aleatoric"):
             self.router = as_router(self.router)  # a wrong folder is refused now, not after the models have loaded
         if isinstance(self.small_model, str):
-            resolve(self.small_model)
+            check_model_name(self.small_model)
 
     @property
     def stats(self) -> R2RStats:

@@ -13,7 +13,9 @@ cDPO weights the rejected side of DPO by how critical each token is, ``w_t = 1 -
     z = sum_t c_t u_t(y_w) - sum_t w_t u_t(y_l)          loss = -log sigmoid(beta z)
 
 The authors' code leaves the per-token difference unsummed, pairing token t of one response with token t of the other
-inside the sigmoid; the paper's equation sums, and so does this (``per_position=True`` is their code's form).
+inside the sigmoid; the paper's equation sums, and so does this. ``per_position=True`` is their code's form; its mean is
+over a pair's response positions, and ``position_mean="grid"`` is their code's own, over every position of the padded
+batch, where those outside both responses count log 2.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from torch.nn import functional as F
 from ..core.errors import BadInputError
 from ..core.logprobs import CHUNK_BYTES, masked_mean
 from ..core.progress import Report, silent
-from ..core.scoring import PromptResponse, check_guide, head_weights, model_fingerprint, response_hidden, score_rows
+from ..core.scoring import PromptResponse, check_guide, model_fingerprint, output_head, response_hidden, score_rows
 from ..training.column_makers import ColumnMaker, ColumnSources, Example, TokenAnnotator
 from .base import PairScores, PreferenceOutput, log_ratios, weighted_log_ratios
 
@@ -105,6 +107,9 @@ class CDPOLoss:
         weight_chosen: also weight chosen tokens, by ``s_t`` (default: only the rejected side).
         label_smoothing: as in DPO, the probability that a pair is labelled the wrong way round.
         per_position: the form of the authors' code: one sigmoid a position, averaged.
+        position_mean: of that average: ``"tokens"`` takes the positions of either response; ``"grid"`` all positions of
+            the batch, prompt and padding too, as the authors' code does. The gradient then shrinks with the batch's
+            longest row.
 
     Raises:
         BadInputError: a setting out of range.
@@ -114,6 +119,7 @@ class CDPOLoss:
     weight_chosen: bool = False
     label_smoothing: float = 0.0
     per_position: bool = False
+    position_mean: str = "tokens"
     data_columns: ClassVar[Mapping[str, type[ColumnMaker]]] = {"contrast": Contrast}
 
     def __post_init__(self) -> None:
@@ -121,6 +127,10 @@ class CDPOLoss:
             raise BadInputError(f"beta must be positive; got {self.beta}.")
         if not 0 <= self.label_smoothing < 0.5:
             raise BadInputError(f"label_smoothing lies in [0, 0.5); got {self.label_smoothing}.")
+        if self.position_mean not in ("tokens", "grid"):
+            raise BadInputError(f"Unknown position_mean {self.position_mean!r}.", "Use tokens or grid.")
+        if self.position_mean == "grid" and not self.per_position:
+            raise BadInputError("position_mean='grid' averages positions, which are summed.", "Set per_position=True.")
 
     def __call__(self, policy: PairScores, reference: PairScores) -> PreferenceOutput:
         """See the module's docstring; ``policy.chosen["contrast"]`` and ``policy.rejected["contrast"]`` are s,
@@ -133,7 +143,9 @@ class CDPOLoss:
             z = z - torch.where(
                 policy.rejected_mask, criticality * (policy.rejected_logps - reference.rejected_logps), 0.0
             )
-            losses = masked_mean(self._loss(z), policy.chosen_mask | policy.rejected_mask)
+            everywhere = torch.ones_like(policy.chosen_mask)
+            counted = everywhere if self.position_mean == "grid" else policy.chosen_mask | policy.rejected_mask
+            losses = masked_mean(self._loss(z), counted)
         else:
             chosen, rejected = weighted_log_ratios(policy, reference, kept, criticality)
             losses = self._loss(chosen - rejected)
@@ -187,15 +199,13 @@ class ContrastiveEstimator:
         kept[:, 0] = False
         models = (self.positive_model, self.negative_model)
         hidden = [response_hidden(model, ids, kept, attention_mask) for model in models]
-        heads = [head_weights(model) for model in models]
+        heads = [output_head(model) for model in models]
         labels = ids[kept]
         values = torch.empty(len(labels), device=ids.device)
-        size = max(1, CHUNK_BYTES // (4 * len(heads[0][0])))
+        size = max(1, CHUNK_BYTES // (4 * len(heads[0].weight)))
         for first in range(0, len(labels), size):
             part = slice(first, first + size)
-            plus, minus = (
-                F.linear(h[part].to(head[0].dtype), *head).float() for h, head in zip(hidden, heads, strict=True)
-            )
+            plus, minus = (head.logits(h[part]) for h, head in zip(hidden, heads, strict=True))
             mixed = (1 + self.alpha) * plus - self.alpha * minus
             values[part] = (mixed.gather(1, labels[part, None])[:, 0] - mixed.logsumexp(-1)).exp()
         return torch.zeros(ids.shape, device=ids.device).masked_scatter(kept, values)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,15 +20,15 @@ import torch
 
 from ..core.errors import BadInputError
 from ..core.progress import Report, silent, within
-from ..core.scoring import PromptResponse, model_fingerprint, plain_head, response_logps, score_rows
+from ..core.scoring import PromptResponse, head_module, model_fingerprint, response_logps, score_rows
 from ..training.column_makers import Example, TokenAnnotator
 from ..training.distributed import process_state
+from ..training.precision import autocast_name
+from .collator import SIDES
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
-
-SIDES = ("chosen", "rejected")
 
 
 @dataclass
@@ -46,7 +46,7 @@ class ModelLogps:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        plain_head(self.model)
+        head_module(self.model)
 
     def score(self, ids: torch.Tensor, mask: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """``[B, T]`` log-probabilities at the tokens where ``mask``, 0 elsewhere."""
@@ -95,6 +95,7 @@ def precompute(
     dataset: Dataset,
     annotators: Sequence[TokenAnnotator],
     report: Report = silent,
+    kept_end: int | None = None,
 ) -> Dataset:
     """A tokenized preference dataset with the annotators' columns.
 
@@ -103,6 +104,9 @@ def precompute(
             and, for annotators that read it, ``prompt``.
         annotators: each adds ``chosen_COLUMN`` and ``rejected_COLUMN``; columns that exist are kept as they are.
         report: called with ``(stage, done, total)``.
+        kept_end: tokens at the end of every row that training reads (TRL's ``truncation_mode="keep_end"``); values
+            then belong to the rows without their beginning, and are 0 in front of it. None reads whole rows: what is
+            cut from their end changes no value before it.
 
     Raises:
         BadInputError: a dataset without length or without token columns.
@@ -117,19 +121,36 @@ def precompute(
             "The dataset is not tokenized: it has no chosen_ids.",
             "Take PreferenceTrainer(...).train_dataset, or let the trainer do it.",
         )
-    prompts = dataset["prompt"] if "prompt" in dataset.column_names else [None] * len(dataset)
-    examples = [
-        Example(prompt, prompt_ids, ids)
-        for side in SIDES
-        for prompt, prompt_ids, ids in zip(prompts, dataset["prompt_ids"], dataset[f"{side}_ids"], strict=True)
+    context = [
+        dataset[name] if name in dataset.column_names else [None] * len(dataset)
+        for name in ("prompt", "tools", "chat_template_kwargs")
     ]
+    whole = [
+        Example(prompt, prompt_ids, ids, tools, template)
+        for side in SIDES
+        for prompt, tools, template, prompt_ids, ids in zip(
+            *context, dataset["prompt_ids"], dataset[f"{side}_ids"], strict=True
+        )
+    ]
+    examples = whole if kept_end is None else [_without_beginning(item, kept_end) for item in whole]
     for item in wanted:
-        values = _kept(item, examples, report)
+        found = _kept(item, examples, report)
+        values = [
+            torch.cat([torch.zeros(len(row.response_ids) - len(part)), part])
+            for row, part in zip(whole, found, strict=True)
+        ]
         for number, side in enumerate(SIDES):
             part = values[number * len(dataset) : (number + 1) * len(dataset)]
             if f"{side}_{item.column}" not in dataset.column_names:
                 dataset = dataset.add_column(f"{side}_{item.column}", [value.tolist() for value in part])
     return dataset
+
+
+def _without_beginning(example: Example, length: int) -> Example:
+    """A row's last ``length`` tokens. Where the prompt is gone, the first token stands for it: nothing predicts it."""
+    ids = [*example.prompt_ids, *example.response_ids][-length:]
+    start = max(1, len(ids) - len(example.response_ids))
+    return replace(example, prompt_ids=ids[:start], response_ids=ids[start:])
 
 
 def _kept(annotator: TokenAnnotator, examples: Sequence[Example], report: Report) -> list[torch.Tensor]:
@@ -140,9 +161,11 @@ def _kept(annotator: TokenAnnotator, examples: Sequence[Example], report: Report
 
     from ..core.loading import cache_dir, check_writable
 
-    digest = hashlib.sha256(annotator.fingerprint().encode())
+    digest = hashlib.sha256(f"{annotator.fingerprint()}{autocast_name()}".encode())
     for item in examples:
         digest.update(repr(item.prompt).encode())
+        if item.tools or item.chat_template_kwargs:
+            digest.update(repr((item.tools, item.chat_template_kwargs)).encode())
         for ids in (item.prompt_ids, item.response_ids):
             digest.update(np.asarray(ids, dtype=np.int64).tobytes() + b"|")
     path = cache_dir() / "columns" / f"{annotator.column}-{digest.hexdigest()[:24]}.safetensors"

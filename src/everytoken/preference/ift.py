@@ -15,8 +15,8 @@ elsewhere::
     loss = mean over rows of sum_t w_t l_t / n
 
 Weights average 1; gradient flows through them, as in the authors' code (``detach_weights`` stops it); gamma = 0
-switches them off. With lambda = 0 and gamma = 0 this is supervised tuning. The exact form of the propagations "logps"
-and "mask", of side "right" and of the norms other than L1 is reconstructed; the default is the authors'::
+switches them off. With lambda = 0 and gamma = 0 this is supervised tuning. The other propagations, side and norms are
+those of the authors' code::
 
     settings = IFTSettings(residual=0.2, gamma=0.95)
     trainer = IFTTrainer(model, ift=settings, args=SFTConfig(...), train_dataset=rows, processing_class=tokenizer)
@@ -25,7 +25,7 @@ and "mask", of side "right" and of the norms other than L1 is reconstructed; the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -45,16 +45,17 @@ class IFTSettings:
     Args:
         residual: lambda, the share of the predicted token's embedding (0.2).
         gamma: discount of the losses that follow (0.95); 0 weights all tokens alike.
-        propagation: what is summed: ``"loss"`` (l_i of the mixed pass, with gradient), ``"logps"`` (-log pi of the
-            first, unmixed pass: constants), ``"mask"`` (1 for every target: weights by what remains).
-        side: ``"left"`` sums what follows a token; ``"right"`` the total less the discounted sum of what came before
-            (the same at gamma 1).
-        norm: ``"l1"`` (weights average 1), ``"l2"`` (their mean square is 1), ``"softmax"`` (n softmax(c)), ``"log"``
-            (of 1 + c, then L1).
+        propagation: what is summed: ``"loss"`` (l_i / n), ``"logps"`` (l_i: the same weights but for the norms softmax
+            and log), ``"mask"`` (1 for every target: weights by what remains). l_i is of the mixed pass, with gradient.
+        side: ``"left"`` sums what follows a token; ``"right"`` sums up to the token and turns the sum round:
+            ``1 / (c_t + m)``, where m is the smallest c of the *batch* (so a row's weights depend on its neighbours).
+        norm: of c (for ``"right"``, of c + m): ``"l1"``, ``"l2"`` (its square), ``"softmax"``, or ``"log"`` (of 1 + c).
+            All are brought to an average of 1 afterwards.
         top_k: the predicted token is the arg-max (1), sampled among the top k, or among all (None).
         temperature: of that sampling.
         residual_warmup: share of the steps over which lambda rises linearly from 0.
-        noise: standard deviation of Gaussian noise on lambda (one draw a step; lambda stays in [0, 1]).
+        noise: standard deviation of Gaussian noise on lambda, as a share of it (one draw a step; lambda stays in
+            [0, 1]).
         detach_weights: no gradient through the weights.
         reduction: ``"sequence"`` averages every row's mean; ``"token"`` averages all target tokens, as TRL's SFTTrainer
             does.
@@ -63,6 +64,7 @@ class IFTSettings:
         BadInputError: a setting out of range.
     """
 
+    trace_columns: ClassVar[tuple[str, ...]] = ("weight", "loss", "prediction")
     residual: float = 0.2
     gamma: float = 0.95
     propagation: str = "loss"
@@ -97,36 +99,43 @@ class IFTSettings:
         if self.residual_warmup:
             value *= min(1.0, progress / self.residual_warmup)
         if self.noise:
-            value += self.noise * torch.randn(()).item()
+            value += self.noise * value * torch.randn(()).item()
         return min(max(value, 0.0), 1.0)
 
 
 def relation_weights(losses: torch.Tensor, mask: torch.Tensor, settings: IFTSettings) -> torch.Tensor:
-    """``w_t``, ``[B, T]``: the relation weights of ``losses`` ``[B, T]`` (what ``propagation`` sums), 0 where not
-    ``mask``.
+    """``w_t``, ``[B, T]``: the relation weights of ``losses`` ``[B, T]``, 0 where not ``mask``.
 
     Rows without targets get zeros; a single target gets 1. Differentiable in ``losses``.
     """
     kept = mask.to(losses.dtype)
-    count = kept.sum(-1, keepdim=True)
     if settings.gamma == 0:
         return kept
-    values = losses * kept
+    count = kept.sum(-1, keepdim=True)
+    values = kept if settings.propagation == "mask" else losses * kept
+    if settings.propagation == "loss":
+        values = values / count.clamp(min=1)
     if settings.side == "left":
         sums = discounted_sums(values, settings.gamma)
+        shaped = {"l1": lambda: sums, "l2": sums.square, "log": sums.log1p}
     else:
-        before = discounted_sums(values.flip(-1), settings.gamma).flip(-1) - values
-        sums = values.sum(-1, keepdim=True) - before
-    sums = sums * kept / count.clamp(min=1)
+        sums = discounted_sums(values.flip(-1), settings.gamma).flip(-1)
+        positive = sums[mask & (sums > 0)]
+        if not len(positive):
+            return kept  # nothing to propagate
+        sums = sums + positive.min()
+        shaped = {
+            "l1": sums.reciprocal, "l2": lambda: sums.square().reciprocal(), "log": lambda: sums.log1p().reciprocal(),
+        }  # fmt: skip
     if settings.norm == "softmax":
-        return count * torch.softmax(sums.masked_fill(~mask, -torch.inf), -1).masked_fill(~mask, 0).nan_to_num(0.0)
-    if settings.norm == "log":
-        sums = torch.log1p(sums)
-    if settings.norm == "l2":
-        return sums * count.sqrt() / sums.square().sum(-1, keepdim=True).clamp(min=1e-20).sqrt()
-    total = sums.sum(-1, keepdim=True)
+        scores = sums if settings.side == "left" else sums.reciprocal()
+        found = torch.softmax(scores.masked_fill(~mask, -torch.inf), -1).nan_to_num(0.0)
+    else:
+        found = shaped[settings.norm]()
+    found = torch.where(mask, found, 0.0)
+    total = found.sum(-1, keepdim=True)
     # a row whose losses are all zero has nothing to propagate
-    return torch.where(total > 0, sums * count / total.clamp(min=1e-20), kept)
+    return torch.where(total > 0, found * count / total.clamp(min=1e-20), kept)
 
 
 class IFTTrainer(SupervisedTrainer):
@@ -167,20 +176,16 @@ class IFTTrainer(SupervisedTrainer):
         progress = self.state.global_step / max(1, self.state.max_steps)
         share = self.ift.share(progress) if model.training else self.ift.residual
         score: dict[str, Any] = {"mask": mask}
-        first, predicted = None, ids
-        with torch.no_grad():
-            if share > 0:
+        predicted, mix = ids, None
+        if share > 0:
+            with torch.no_grad():
                 picked = model(input_ids=ids, **kept, score=score | {"pick": (self.ift.top_k, self.ift.temperature)})
-                predicted = ids.clone()
-                predicted[:, 1:].masked_scatter_(mask, picked)
-            if self.ift.propagation == "logps" and self.ift.gamma > 0:
-                first = -model(input_ids=ids, **kept, score=score | {"labels": targets, "needs": ()}).logps
-        mix = (predicted, share) if share > 0 else None
-        stats = model(input_ids=ids, **kept, score=score | {"labels": targets, "needs": (), "mix": mix})
+            predicted = ids.clone()
+            predicted[:, 1:].masked_scatter_(mask, picked)
+            mix = (predicted, share)
+        score |= {"labels": targets, "needs": (), "mix": mix, "aux_loss": self.aux_loss_enabled}
+        stats = model(input_ids=ids, **kept, score=score)
         losses = on_targets(-stats.logps, mask)
-        summed = {
-            "loss": losses, "mask": mask.to(losses.dtype), "logps": None if first is None else on_targets(first, mask),
-        }  # fmt: skip
-        source = summed[self.ift.propagation]
-        weights = relation_weights(losses if source is None else source, mask, self.ift)
-        return TargetLosses(losses, weights.detach() if self.ift.detach_weights else weights, mask, predicted)
+        weights = relation_weights(losses, mask, self.ift)
+        weights = weights.detach() if self.ift.detach_weights else weights
+        return TargetLosses(losses, weights, mask, predicted, stats.aux_loss)

@@ -101,8 +101,8 @@ def demonstration_trace(
     ids = torch.tensor([list(row["input_ids"])], device=base.device)
     labels = torch.tensor([list(row["labels"])], device=base.device)
     inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
-    losses, weights, mask, predicted = trainer.token_losses(base, inputs)
-    kept = mask[0]
+    found = trainer.token_losses(base, inputs)
+    losses, weights, predicted, kept = found.losses, found.weights, found.predicted, found.mask[0]
     trace = TokenTrace(ids[0, 1:][kept].tolist(), title=title, station="preference")
     trace.add("weight", weights[0][kept]).add("loss", losses[0][kept])
     trace.add("prediction", tokenizer.batch_decode(predicted[0, 1:][kept][:, None]))

@@ -19,6 +19,7 @@ The idea and q are the paper's; where v stands, sums against means, and alpha ar
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,9 +31,9 @@ from torch.nn import functional as F
 from ..core.errors import BadInputError
 from ..core.logprobs import masked_mean, masked_sum
 from ..core.progress import Report, silent, within
-from ..core.scoring import PromptResponse, model_fingerprint, plain_head, response_logps, score_rows
-from ..core.scoring import prompt_ids as wrapped_ids
+from ..core.scoring import PromptResponse, head_module, model_fingerprint, response_logps, score_rows
 from ..training.column_makers import ColumnMaker, ColumnSources, Example, TokenAnnotator
+from ..training.datasets.messages import Message, instructed, plain_messages
 from .base import PairScores, PreferenceOutput
 
 if TYPE_CHECKING:
@@ -148,7 +149,8 @@ class ContrastivePromptRewards:
     Args:
         model: the initial model pi_0.
         tokenizer: its tokenizer, which is the policy's.
-        better, worse: put before a text prompt; with a chat template, a system message before the conversation.
+        better, worse: put before a text prompt; with a chat template, in front of the conversation's system message, or
+            of the one that the template writes by itself. The row's tools stay.
         max_prompt_length: longer prompts lose tokens behind the instruction, never the response; None keeps them whole.
         batch_size: rows a forward.
     """
@@ -162,21 +164,20 @@ class ContrastivePromptRewards:
     column: str = "token_reward"
 
     def __post_init__(self) -> None:
-        plain_head(self.model)
+        head_module(self.model)
 
-    def wrap(self, prompt: Any, prompt_ids: Sequence[int], instruction: str) -> list[int]:
-        """Ids of the prompt with an instruction in front."""
-        if isinstance(prompt, list):
-            messages = [dict(message) for message in prompt]
-            if messages[0]["role"] == "system":
-                messages[0]["content"] = f"{instruction.strip()}\n\n{messages[0]['content']}"
-            else:
-                messages = [{"role": "system", "content": instruction.strip()}, *messages]
-            head: list[int] = []
-            body = wrapped_ids(self.tokenizer, messages)
+    def wrap(self, example: Example, instruction: str) -> list[int]:
+        """Ids of the example's prompt with an instruction in front.
+
+        Raises:
+            BadInputError: messages that do not give the row's ``prompt_ids`` by this tokenizer's chat template.
+        """
+        body = list(example.prompt_ids)
+        head: list[int] = []
+        if isinstance(example.prompt, list):
+            body = self._instructed(example, instruction)
         else:
             head = self.tokenizer(instruction, add_special_tokens=False)["input_ids"]
-            body = list(prompt_ids)
             start = self.tokenizer.bos_token_id
             if body and start is not None and body[0] == start:  # keep a leading start token in front
                 head, body = [start, *head], body[1:]
@@ -185,20 +186,42 @@ class ContrastivePromptRewards:
             body = body[len(body) - max(limit - len(head), 1) :]
         return [*head, *body]
 
+    def _instructed(self, example: Example, instruction: str) -> list[int]:
+        """Messages by the chat template, as the policy's own prompt but for the instruction in their system message."""
+        messages = plain_messages(example.prompt)
+        tools = json.loads(example.tools) if isinstance(example.tools, str) else example.tools
+        template = {name: value for name, value in (example.chat_template_kwargs or {}).items() if value is not None}
+
+        def ids(shown: list[Message]) -> list[int]:
+            options: dict[str, Any] = {"add_generation_prompt": True, "tools": tools, **template}
+            return list(self.tokenizer.apply_chat_template(shown, return_dict=True, **options)["input_ids"])
+
+        def text(shown: list[Message]) -> str:
+            options: dict[str, Any] = {"add_generation_prompt": True, "tools": tools, **template}
+            return str(self.tokenizer.apply_chat_template(shown, tokenize=False, **options))
+
+        plain, read = ids(messages), list(example.prompt_ids)
+        if plain[: len(read)] != read and plain[len(plain) - len(read) :] != read:
+            raise BadInputError(
+                "The messages of a prompt do not give the tokens that the policy reads.",
+                "T-REG asks with another system message: the row must be tokenized by this tokenizer's chat template.",
+            )
+        # where the answer begins before the template's own opening of it, the policy's prompt is shorter
+        behind = len(plain) - len(read) if plain[: len(read)] == read else 0
+        found = ids(instructed(messages, instruction.strip(), text))
+        return found[: len(found) - behind]
+
     def annotate(self, examples: Sequence[Example], report: Report = silent) -> list[torch.Tensor]:
         def score(ids: torch.Tensor, mask: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
             return response_logps(self.model, ids, mask, attention)
 
         sides = []
         for number, instruction in enumerate((self.better, self.worse)):
-            rows = [
-                PromptResponse(self.wrap(item.prompt, item.prompt_ids, instruction), item.response_ids)
-                for item in examples
-            ]
+            rows = [PromptResponse(self.wrap(item, instruction), item.response_ids) for item in examples]
             part = within(report, "asking with two prompts", number * len(rows), 2 * len(rows))
             sides.append(score_rows(rows, score, self.batch_size, self.model.device, part))
         return [torch.sigmoid(up - down) - 0.5 for up, down in zip(*sides, strict=True)]
 
     def fingerprint(self) -> str:
         text = "\0".join((self.better, self.worse, str(self.max_prompt_length), str(self.tokenizer.chat_template)))
-        return f"contrastive prompts {hashlib.sha256(text.encode()).hexdigest()} {model_fingerprint(self.model)}"
+        return f"contrastive prompts 2 {hashlib.sha256(text.encode()).hexdigest()} {model_fingerprint(self.model)}"

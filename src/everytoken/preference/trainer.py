@@ -18,73 +18,52 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from ..core.errors import BadInputError
-from ..core.logprobs import TokenStats
+from ..core.logprobs import OutputHead, TokenStats
 from ..core.progress import Report, silent
-from ..core.scoring import check_guide, head_weights
-from ..training.datasets.pairs import check_rows
+from ..core.scoring import check_guide, output_head
+from ..training.arguments import Refusals, check_arguments
+from ..training.checkpoints import ResumingMixin
+from ..training.datasets.messages import MessageTokenizer, prompts_as_messages
+from ..training.datasets.pairs import check_rows, without_identical
 from ..training.distributed import LaunchedMixin, frozen, in_shards
 from ..training.finite_check import NonFiniteLossError, stopped
+from ..training.precision import mixed_precision
 from ..training.scored_forward import add_scored_forward, reference_adapter
 from .base import PairScores, PreferenceLoss, PreferenceOutput, TokenAnnotator, declared
-from .columns import SIDES, ModelLogps, check_columns, missing_columns, precompute
+from .collator import SIDES, ColumnCollator
+from .columns import ModelLogps, check_columns, missing_columns, precompute
 from .dpo import DPOLoss
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-UNUSED_SETTINGS = {
+OWN_LOSSES = "it belongs to TRL's own losses; here the loss is an argument, loss=..."
+REFUSALS: Refusals = {
     "padding_free": (False, "TRL's preference trainer has none at present, and pairs are scored as padded rows"),
-    "use_weighting": (False, "WPO weights belong to TRL's own losses"),
-    "ld_alpha": (None, "it belongs to TRL's own losses"),
-    "use_liger_kernel": (False, "the head is fused here already"),
+    "loss_type": (["sigmoid"], OWN_LOSSES),
+    "loss_weights": (None, OWN_LOSSES),
+    "f_divergence_type": ("reverse_kl", OWN_LOSSES),
+    "f_alpha_divergence_coef": (0.5, OWN_LOSSES),
+    "label_smoothing": (0.0, OWN_LOSSES),
+    "discopop_tau": (0.05, OWN_LOSSES),
+    "use_weighting": (False, OWN_LOSSES),
+    "ld_alpha": (None, OWN_LOSSES),
     "reference_free": (False, "these losses compare with a reference, and without one they are undefined"),
+    "bf16_full_eval": (False, "it would round the policy and not the reference"),
+    "fp16_full_eval": (False, "it would round the policy and not the reference"),
 }
+"""What TRL's own losses read, and what would set policy and reference apart."""
 
 
-@dataclass
-class PairCollator(DataCollatorForPreference):
-    """TRL's collator, which carries data columns along: ``column/NAME`` is ``[2B, T]``, 0 outside the responses."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super().torch_call(examples)
-        first, length = examples[0], len(examples[0]["chosen_ids"])
-        names = [  # per-token columns only: users' data may have others, such as chosen_rating
-            key.removeprefix("chosen_")
-            for key, value in first.items()
-            if key.startswith("chosen_")
-            and key != "chosen_ids"
-            and isinstance(value, (list, tuple))
-            and len(value) == length
-        ]
-        kept = slice(None)
-        if self.max_length is not None:
-            kept = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
-        for name in names:
-            rows = [
-                torch.tensor(
-                    ([0.0] * len(item["prompt_ids"]) + list(item[f"{side}_{name}"]))[kept], dtype=torch.float32
-                )
-                for side in SIDES
-                for item in examples
-            ]
-            values = pad_sequence(rows, batch_first=True)
-            batch[f"column/{name}"] = torch.nn.functional.pad(
-                values, (0, batch["input_ids"].shape[1] - values.shape[1])
-            )
-        return batch
-
-
-class PreferenceTrainer(LaunchedMixin, DPOTrainer):
+class PreferenceTrainer(ResumingMixin, LaunchedMixin, DPOTrainer):
     """TRL's DPOTrainer with a pluggable per-token loss.
 
     Args:
@@ -93,12 +72,14 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
             rows that returns annotators is called once, and only if columns are missing: it may train guides first.
         monitor_kl: also log ``kl/chosen`` and ``kl/rejected`` (forward KL a response, nats) for losses that do not need
             it.
+        drop_identical: leave out pairs whose responses are the same text or the same tokens, which teach nothing, and
+            count them in ``dropped``; otherwise the first one is refused.
         report: called with ``(stage, done, total)`` while columns are computed.
         kwargs: as for ``trl.DPOTrainer`` (``model``, ``ref_model``, ``args``, ``train_dataset``, ``peft_config``, ...).
 
     Raises:
-        BadInputError: a DPOConfig setting that has no meaning here, a missing column, or a bad row (identical or empty
-            responses), which it names.
+        BadInputError: a DPOConfig setting that has no meaning here, ``args.beta`` beside a loss with another one, a
+            missing column, or a bad row (identical or empty responses), which it names.
         TokenizerMismatchError: reference or guide read another vocabulary.
         NonFiniteLossError: while training; the offending batch is in ``output_dir/bad_batch.json``.
     """
@@ -114,36 +95,39 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
         loss: PreferenceLoss | None = None,
         annotators: Sequence[TokenAnnotator] | Callable[[Dataset], Sequence[TokenAnnotator]] = (),
         monitor_kl: bool = False,
+        drop_identical: bool = False,
         report: Report | None = None,
         **kwargs: Any,
     ):
         args: DPOConfig | None = kwargs.get("args")
         if args is None and len(positional) > 2:
             args = positional[2]
-        for name, (default, why) in UNUSED_SETTINGS.items():
-            if args is not None and getattr(args, name, default) not in (default, None):
-                raise BadInputError(f"PreferenceTrainer does not support {name}={getattr(args, name)}: {why}.")
+        policy = kwargs.get("model", positional[0] if positional else None)
+        reference = kwargs.get("ref_model", positional[1] if len(positional) > 1 else None)
+        check_arguments("PreferenceTrainer", args, REFUSALS, policy)
         if loss is None:
             loss = DPOLoss(beta=args.beta if args is not None else 0.1)
+        elif args is not None and args.beta not in (DPOConfig.beta, getattr(loss, "beta", DPOConfig.beta)):
+            raise BadInputError(
+                f"args.beta={args.beta} stands beside loss={loss!r}, which has its own settings.",
+                f"Give it to the loss: {type(loss).__name__}(beta={args.beta}).",
+            )
         self.preference_loss = loss
         inputs = declared(loss)
         self.data_columns = tuple(sorted(inputs.data_columns))
         self.annotators: list[TokenAnnotator] = []
         self._make_annotators = annotators if callable(annotators) else None
         self._report = report or silent
+        self.drop_identical = drop_identical
+        self.dropped: dict[str, int] = {}
         self.monitor_kl = monitor_kl
         self.needs = inputs.needs | ({"forward_kl"} if monitor_kl else set())
-        if args is not None and args.precompute_ref_log_probs:
-            if self.needs:
-                raise BadInputError(
-                    "precompute_ref_log_probs keeps one number a token, but this training needs "
-                    f"{', '.join(sorted(self.needs))}.",
-                    "Leave it off, so that the reference's distributions are there.",
-                )
-            if args.max_length is not None and args.truncation_mode == "keep_end":
-                raise BadInputError("precompute_ref_log_probs needs truncation_mode=keep_start.", "Or max_length=None.")
-        policy = kwargs.get("model", positional[0] if positional else None)
-        reference = kwargs.get("ref_model", positional[1] if len(positional) > 1 else None)
+        if args is not None and args.precompute_ref_log_probs and self.needs:
+            raise BadInputError(
+                "precompute_ref_log_probs keeps one number a token, but this training needs "
+                f"{', '.join(sorted(self.needs))}.",
+                "Leave it off, so that the reference's distributions are there.",
+            )
         self._policy = policy if hasattr(policy, "get_output_embeddings") else None
         self._given_reference = reference if hasattr(reference, "get_output_embeddings") else None
         if self._policy is not None and self._given_reference is not None:
@@ -151,8 +135,7 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
         if not callable(annotators):
             self._take_annotators(annotators)
         super().__init__(*positional, **kwargs)
-        if type(self.data_collator) is DataCollatorForPreference:
-            self.data_collator = PairCollator(**vars(self.data_collator))
+        self.data_collator = ColumnCollator(self.data_collator, (*self.data_columns, "ref_logps"))
         for model in (self.model, self.ref_model):
             if model is not None:
                 add_scored_forward(self.accelerator.unwrap_model(model))
@@ -180,26 +163,43 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
         """
         sized = hasattr(dataset, "__len__")
         names = set(getattr(dataset, "column_names", None) or [])
+        label = f"{dataset_name} data"
         if "chosen_ids" not in names:
             if sized and {"prompt", "chosen", "rejected"} <= names:
-                self._check(dataset, ("prompt", "chosen", "rejected"), dataset_name)
-            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+                self._check(dataset, ("prompt", "chosen", "rejected"), label)
+                dataset = self._without_identical(prompts_as_messages(dataset, label), ("chosen", "rejected"), label)
+            text_only = isinstance(processing_class, PreTrainedTokenizerBase)
+            reader = MessageTokenizer(processing_class) if text_only else processing_class
+            dataset = super()._prepare_dataset(dataset, reader, args, dataset_name)
         if sized:
-            self._check(dataset, ("prompt_ids", "chosen_ids", "rejected_ids"), dataset_name)
+            self._check(dataset, ("prompt_ids", "chosen_ids", "rejected_ids"), label)
+            dataset = self._without_identical(dataset, ("chosen_ids", "rejected_ids"), label)
         if self.data_columns:
             if self._make_annotators is not None and missing_columns(dataset, self.data_columns):
                 make, self._make_annotators = self._make_annotators, None
                 self._take_annotators(make(dataset))
-            dataset = precompute(
-                dataset, [item for item in self.annotators if item.column in self.data_columns], self._report
-            )
+            wanted = [item for item in self.annotators if item.column in self.data_columns]
+            with mixed_precision(args):  # as the policy will run
+                dataset = precompute(dataset, wanted, self._report, self._kept_end(args))
             check_columns(dataset, self.data_columns)
         return dataset
 
-    @staticmethod
-    def _check(dataset: Dataset, names: tuple[str, ...], dataset_name: str) -> None:
+    def _check(self, dataset: Dataset, names: tuple[str, ...], label: str) -> None:
         columns = [dataset[name] for name in names]
-        check_rows([dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)], f"{dataset_name} data")
+        rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        check_rows(rows, label, identical=self.drop_identical)
+
+    def _without_identical(self, dataset: Dataset, names: tuple[str, str], label: str) -> Dataset:
+        if not self.drop_identical:
+            return dataset
+        kept = without_identical(dataset, names, label)
+        self.dropped[label] = self.dropped.get(label, 0) + len(dataset) - len(kept)
+        return kept
+
+    @staticmethod
+    def _kept_end(args: DPOConfig) -> int | None:
+        """How many tokens at the end of a row the policy reads, where rows lose their beginning."""
+        return args.max_length if args.truncation_mode == "keep_end" else None
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -215,8 +215,9 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
         scope = reference_adapter(model) if peft else contextlib.nullcontext()
         training = model.training
         model.eval()
-        with scope:
-            dataset = precompute(dataset, [ModelLogps(model, "ref_logps", batch_size)], self._report)
+        wanted = [ModelLogps(model, "ref_logps", batch_size)]
+        with scope, self.accelerator.autocast():
+            dataset = precompute(dataset, wanted, self._report, self._kept_end(self.args))
         model.train(training)
         check_columns(dataset, ["ref_logps"])
         return dataset
@@ -225,22 +226,26 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
     # ---------------------------------------------------------------------------------------------------------
     def score_pairs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[PairScores, PairScores]:
         """Per-token statistics of a collated batch (chosen rows, then rejected): ``(policy, reference)``."""
+        return self._score(model, inputs)[:2]
+
+    def _score(
+        self, model: torch.nn.Module, inputs: dict[str, Any]
+    ) -> tuple[PairScores, PairScores, torch.Tensor | None]:
+        """``score_pairs``, and the load-balancing loss of a mixture of experts."""
         mask = inputs["completion_mask"][:, 1:].bool()
         labels = inputs["input_ids"][:, 1:][mask]
         columns = {
             name.removeprefix("column/"): value[:, 1:] for name, value in inputs.items() if name.startswith("column/")
         }
         kept = {name: inputs[name] for name in inputs if name != "completion_mask" and not name.startswith("column/")}
-        score: dict[str, Any] = {"mask": mask, "labels": labels, "needs": self.needs}
-        if "ref_logps" not in columns or self.needs:
-            hidden, reference = self._reference(kept, mask)
-            weight, bias = head_weights(reference)
-            score |= {
-                "ref_hidden": hidden,
-                "ref_weight": weight.detach(),
-                "ref_bias": None if bias is None else bias.detach(),
-            }
-        stats: TokenStats = model(**kept, score=score)
+        score: dict[str, Any] = {
+            "mask": mask, "labels": labels, "needs": self.needs, "aux_loss": self.aux_loss_enabled,
+        }  # fmt: skip
+        # accelerate runs a prepared policy under autocast; the reference must run in the same precision
+        with self.accelerator.autocast():
+            if "ref_logps" not in columns or self.needs:
+                score["ref_hidden"], score["ref_head"] = self._reference(kept, mask)
+            stats: TokenStats = model(**kept, score=score)
 
         def spread(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             grid = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
@@ -259,28 +264,32 @@ class PreferenceTrainer(LaunchedMixin, DPOTrainer):
             policy.chosen[name], policy.rejected[name] = (
                 part * side for part, side in zip(columns[name].chunk(2), masks, strict=True)
             )
-        return policy, ref
+        return policy, ref, stats.aux_loss
 
-    def _reference(self, kept: dict[str, Any], mask: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Hidden states ``[N, D]`` of the reference at the response positions, and the model that gave them."""
+    def _reference(self, kept: dict[str, Any], mask: torch.Tensor) -> tuple[torch.Tensor, OutputHead]:
+        """Hidden states ``[N, D]`` of the reference at the response positions, and its head."""
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             if self.ref_model is not None:
                 model = self.accelerator.unwrap_model(self.ref_model)
-                return self.ref_model(**kept, score={"mask": mask}), model
+                return self.ref_model(**kept, score={"mask": mask}), output_head(model).detached()
             model = self.accelerator.unwrap_model(self.model)
             if not hasattr(model, "peft_config"):
                 raise BadInputError(
                     "The reference was not kept, and this batch has no column ref_logps.",
                     "Pass ref_model, or evaluate on a dataset that was given to the trainer at the start.",
                 )
-            with reference_adapter(model):
-                return self.model(**kept, score={"mask": mask}), model
+            with reference_adapter(model):  # the head as well: PEFT may hold a trained copy of it
+                return self.model(**kept, score={"mask": mask}), output_head(model).detached()
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        policy, reference = self.score_pairs(model, inputs)
+        policy, reference, aux_loss = self._score(model, inputs)
         output = self.preference_loss(policy, reference)
         loss = output.losses.mean()
         self._log_pairs(output, policy, inputs)
+        if aux_loss is not None:
+            loss = loss + self.router_aux_loss_coef * aux_loss
+            mode = "train" if self.model.training else "eval"
+            self._metrics[mode]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
         if not torch.isfinite(loss):
             raise self._stopped(loss.item(), output, policy, inputs)
         if return_outputs:

@@ -40,10 +40,13 @@ class PairTraining(TrainConfig):
         precompute_reference: score the reference once, before training, and do not hold it (not with losses that need
             its distributions).
         monitor_kl: log the KL to the reference on the pairs.
+        drop_identical: leave out pairs of identical responses and say how many there were; otherwise the first one is
+            refused.
     """
 
     precompute_reference: bool = False
     monitor_kl: bool = True
+    drop_identical: bool = False
 
 
 def is_preference_loss(factory: object) -> TypeGuard[type[PreferenceLoss]]:
@@ -100,7 +103,7 @@ def train_on_pairs(
         if inputs.needs:
             raise BadInputError(f"{name} needs the reference's distributions: precompute_reference cannot be used.")
         config = dataclasses.replace(config, monitor_kl=False)
-    rows = pairs_or_example(context)
+    rows = pairs_or_example(context, config.drop_identical)
     session = TrainingSession(config, context, name, METRICS)
     train, held = session.split(rows)
     prompts = list(held["prompt"]) if "prompt" in held.column_names else []
@@ -133,8 +136,11 @@ def train_on_pairs(
         processing_class=session.tokenizer,
         peft_config=session.adapter,
         monitor_kl=config.monitor_kl,
+        drop_identical=config.drop_identical,
         report=context.report,
     )
+    if dropped := sum(trainer.dropped.values()):
+        session.notes.append(f"Dropped {dropped} pairs of identical responses.")
     session.train(trainer)
     context.report("evaluating", 0, 0)
     measured = trainer.evaluate()

@@ -53,7 +53,7 @@ def group_advantages(
     mask: torch.Tensor,
     num_generations: int,
     gamma: float = 1.0,
-    scale: bool = True,
+    scale: str | bool = "group",
 ) -> torch.Tensor:
     """Advantages without a critic, ``[B, T]``: the sequence reward less its group's mean, as in GRPO, plus each token's
     return to go less the group's mean return to go at that token (an answer that has ended has none left).
@@ -62,7 +62,8 @@ def group_advantages(
         shaping: ``[B, T]`` token rewards without the sequence reward, 0 outside ``mask``.
         sequence_reward: ``[B]``, as it would stand on the last token.
         num_generations: G; rows are groups of G in order.
-        scale: divide by the group's standard deviation of whole returns (plus 1e-4, as GRPO).
+        scale: divide by the standard deviation of whole returns (plus 1e-4, as GRPO) within the ``"group"`` (or True),
+            or over the whole ``"batch"``; ``"none"`` (or False) divides by nothing.
     """
     kept = mask.to(shaping.dtype)
 
@@ -72,7 +73,9 @@ def group_advantages(
 
     to_go = discounted_sums(shaping, gamma) * kept
     advantages = centred(sequence_reward)[:, None] + centred(to_go)
-    if scale and num_generations > 1:
-        whole = (sequence_reward + shaping.sum(-1)).view(-1, num_generations)
+    whole = (sequence_reward + shaping.sum(-1)).view(-1, num_generations)
+    if scale in ("group", True) and num_generations > 1:
         advantages = advantages / (whole.std(1) + 1e-4).repeat_interleave(num_generations)[:, None]
+    elif scale == "batch" and whole.numel() > 1:
+        advantages = advantages / (whole.std() + 1e-4)
     return advantages * kept

@@ -45,13 +45,21 @@ class Critic(nn.Module):
 
 
 def value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, clip: float | None = 0.2
+    values: torch.Tensor,
+    old_values: torch.Tensor,
+    returns: torch.Tensor,
+    mask: torch.Tensor,
+    clip: float | None = 0.2,
+    by_row: bool = True,
 ) -> torch.Tensor:
     """PPO's clipped value loss (arXiv 1707.06347): half the mean over ``mask`` of the larger of two squared errors; all
     ``[B, T]``.
+
+    Args:
+        by_row: the mean of the rows' means, so that every response counts alike; False takes the mean of all tokens.
     """
     errors = (values - returns).square()
     if clip is not None:
         near = old_values + (values - old_values).clamp(-clip, clip)
         errors = torch.maximum(errors, (near - returns).square())
-    return 0.5 * masked_mean(errors, mask, dim=None)
+    return 0.5 * (masked_mean(errors, mask).mean() if by_row else masked_mean(errors, mask, dim=None))

@@ -25,22 +25,27 @@ surrogate, distribution, PEFT and vLLM; with ``dpo_reward_scale=0`` they are PPO
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from trl import GRPOConfig, GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import disable_dropout_in_model
 
-from ..core.errors import BadInputError
+from ..core.errors import BadInputError, UnsupportedModelError
 from ..core.logprobs import masked_mean, masked_sum
-from ..core.scoring import check_guide, response_logps
+from ..core.scoring import check_guide, head_module
+from ..training.arguments import Refusals, check_arguments
+from ..training.checkpoints import ResumingMixin
 from ..training.distributed import LaunchedMixin, frozen, in_shards, shard
 from ..training.finite_check import stopped
-from ..training.scored_forward import reference_adapter
+from ..training.scored_forward import fused_like, reference_adapter
 from .advantages import gae, group_advantages, last_token, whiten
 from .critic import Critic, value_loss
 
@@ -48,6 +53,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+NO_KL = "it belongs to a KL term in the loss, and here the KL penalty is part of the reward"
+ONE_ADVANTAGE = "it reads one advantage a response, and every token has its own here"
+OWN_REFERENCE = "the reference is what the DPO model was trained from, and stays it"
+REFUSALS: Refusals = {
+    "use_bias_correction_kl": (True, NO_KL),
+    "sync_ref_model": (False, OWN_REFERENCE),
+    "ref_model_mixup_alpha": (0.6, OWN_REFERENCE),
+    "ref_model_sync_steps": (512, OWN_REFERENCE),
+    "multi_objective_aggregation": ("sum_then_normalize", "rewards are added up and belong to the last token"),
+    "off_policy_mask_threshold": (None, ONE_ADVANTAGE),
+    "vespo_k_pos": (2.0, ONE_ADVANTAGE),
+    "vespo_lambda_pos": (3.0, ONE_ADVANTAGE),
+    "vespo_k_neg": (3.0, ONE_ADVANTAGE),
+    "vespo_lambda_neg": (2.0, ONE_ADVANTAGE),
+    "cast_lm_head_to_fp32": (False, "it would change the policy's head and not those of the reference and DPO model"),
+    "bf16_full_eval": (False, "it would round the policy and not the reference"),
+    "fp16_full_eval": (False, "it would round the policy and not the reference"),
+}
+"""What has no meaning for rewards of tokens."""
 
 
 def token_rewards(
@@ -104,6 +128,7 @@ class RTOSettings:
         BadInputError: an unknown estimator, or a value out of range.
     """
 
+    trace_columns: ClassVar[tuple[str, ...]] = ("token_reward", "dpo_reward", "kl_charge", "logp", "ref_logp")
     estimator: str = "gae"
     dpo_reward_scale: float = 0.05
     dpo_reward_clip: float | None = 0.05
@@ -132,11 +157,12 @@ class RTOConfig(RTOSettings, GRPOConfig):
     """GRPOConfig and RTOSettings in one; ``epsilon`` is PPO's clip, ``num_iterations`` its epochs over a batch of
     rollouts.
 
-    ``loss_type`` is ``"bnpo"`` (a mean over the batch's tokens, as in PPO), and ``beta`` stays 0: the KL penalty is
-    part of the reward.
+    ``loss_type="grpo"`` is the authors' code's: policy and value loss are means of the responses' means. With
+    ``"bnpo"`` they are means of the batch's tokens, so that long responses count more; the other types change the
+    policy's loss only. ``beta`` stays 0: the KL penalty is part of the reward.
     """
 
-    loss_type: str = field(default="bnpo", metadata={"help": "mean over the batch's tokens, as PPO"})
+    loss_type: str = field(default="grpo", metadata={"help": "mean of the responses' means, as the authors' code"})
     beta: float = field(default=0.0, metadata={"help": "stays 0: the KL penalty is part of the reward"})
 
     def __post_init__(self) -> None:
@@ -144,9 +170,16 @@ class RTOConfig(RTOSettings, GRPOConfig):
         RTOSettings.__post_init__(self)
         if self.beta != 0:
             raise BadInputError(f"beta={self.beta} would charge the KL twice.", "Use init_kl_coef.")
+        if self.loss_type == "vespo":
+            raise BadInputError(f"RTO does not support loss_type='vespo': {ONE_ADVANTAGE}.")
+        if self.estimator == "gae" and self.scale_rewards != "group":
+            raise BadInputError(
+                f"scale_rewards={self.scale_rewards!r} has no meaning with a critic: advantages are whitened.",
+                'Use estimator="group", or leave scale_rewards out.',
+            )
 
 
-class RTOTrainer(LaunchedMixin, GRPOTrainer):
+class RTOTrainer(ResumingMixin, LaunchedMixin, GRPOTrainer):
     """Policy optimisation on token rewards; see the module's docstring.
 
     Args:
@@ -158,13 +191,15 @@ class RTOTrainer(LaunchedMixin, GRPOTrainer):
         kwargs: as for ``trl.GRPOTrainer``.
 
     Raises:
-        BadInputError: no DPO model though its reward is asked for.
+        BadInputError: no DPO model though its reward is asked for, or a GRPOConfig setting that has no meaning here.
         TokenizerMismatchError: the DPO model reads another vocabulary.
+        UnsupportedModelError: prompts with images, or a model whose logits are made in a way of its own.
         NonFiniteLossError: while training; the offending batch is in ``output_dir/bad_batch.json``.
     """
 
     _tag_names = ["everytoken", "rto"]
     _name = "RTO"
+    checkpoint_files: ClassVar[tuple[str, ...]] = ("rto.pt",)
 
     def __init__(
         self,
@@ -180,6 +215,10 @@ class RTOTrainer(LaunchedMixin, GRPOTrainer):
             raise BadInputError("RTOTrainer needs args=RTOConfig(...).")
         if isinstance(model, str):
             raise BadInputError("RTOTrainer takes a loaded model.", "Load it with everytoken.core.loading.load_model.")
+        check_arguments("RTOTrainer", args, REFUSALS, model)
+        if {"image", "images"} & set(getattr(kwargs.get("train_dataset"), "column_names", None) or ()):
+            raise UnsupportedModelError("RTOTrainer scores text only, and these prompts have images.")
+        head_module(model)
         if args.dpo_reward_scale and dpo_model is None:
             raise BadInputError(
                 "RTO needs dpo_model: a model trained with DPO from this reference.",
@@ -209,6 +248,8 @@ class RTOTrainer(LaunchedMixin, GRPOTrainer):
         made: Any = None
         if args.estimator == "gae":
             made = critic if critic is not None else Critic(model)
+            if args.disable_dropout:
+                disable_dropout_in_model(made)
         super().__init__(model, *positional, **kwargs)
         for scorer in (self.rto_reference, self.dpo_model):
             if scorer is not None:
@@ -276,21 +317,25 @@ class RTOTrainer(LaunchedMixin, GRPOTrainer):
     def _frozen_logps(
         self, model: PreTrainedModel | None, ids: torch.Tensor, attention: torch.Tensor, length: int
     ) -> torch.Tensor:
-        """``[B, length]`` of the completions under a frozen model; None is the reference."""
-        mask = torch.zeros_like(ids, dtype=torch.bool)
-        mask[:, -length:] = attention[:, -length:].bool()
-        parts = []
-        size = self.args.per_device_train_batch_size
-        for start in range(0, len(ids), size):
-            rows = slice(start, start + size)
-            if model is None and self.rto_reference is None:
-                holder = self.dpo_model if self._holds_reference else self.accelerator.unwrap_model(self.model)
-                with reference_adapter(holder):
-                    parts.append(response_logps(holder, ids[rows], mask[rows], attention[rows]))
-            else:
-                scorer = self.rto_reference if model is None else model
-                parts.append(response_logps(scorer, ids[rows], mask[rows], attention[rows]))
-        return torch.cat(parts)[:, -length:]
+        """``[B, length]`` of the completions under a frozen model; None is the reference.
+
+        By the very code that scores the policy, so that temperature, precision and head are the same.
+        """
+        scorer: Any = self.rto_reference if model is None else model
+        scope: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if scorer is None:
+            scorer = self.dpo_model if self._holds_reference else self.accelerator.unwrap_model(self.model)
+            scope = reference_adapter(scorer)
+        # the policy scores so already
+        fused: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if scorer is not self.accelerator.unwrap_model(self.model):
+            fused = fused_like(scorer, self.temperature)
+        quiet = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with torch.no_grad(), quiet, scope, fused:
+            found: torch.Tensor = self._get_per_token_logps_and_entropies(
+                scorer, ids, attention, length, batch_size=self.args.per_device_train_batch_size
+            )[0]
+        return found
 
     def _normalised(self, rewards: torch.Tensor, mode: str) -> torch.Tensor:
         if not self.args.normalize_rewards:
@@ -316,7 +361,7 @@ class RTOTrainer(LaunchedMixin, GRPOTrainer):
             table[..., 1].bool(),
             size,
             self.args.gamma,
-            self.args.scale_rewards in ("group", True),
+            self.args.scale_rewards,
         )
         first = self.accelerator.process_index * rows
         return found[first : first + rows, :length]
@@ -340,7 +385,8 @@ class RTOTrainer(LaunchedMixin, GRPOTrainer):
                 for rows in torch.randperm(len(ids), device=ids.device).split(size):
                     with self.accelerator.autocast():
                         now = self.critic(ids[rows], attention[rows], length)
-                    loss = value_loss(now, values[rows], returns[rows], mask[rows], self.args.value_clip)
+                    by_row = self.args.loss_type != "bnpo"
+                    loss = value_loss(now, values[rows], returns[rows], mask[rows], self.args.value_clip, by_row)
                     loss.backward()
                     torch.nn.utils.clip_grad_norm_(self.critic.parameters(), 1.0)
                     self.critic_optimizer.step()
@@ -361,19 +407,25 @@ class RTOTrainer(LaunchedMixin, GRPOTrainer):
         self._metrics[mode][name].append(self.accelerator.gather(values.float()).mean().item())
 
     def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         state: dict[str, Any] = {"moments": self._moments}
         if self.critic is not None:  # gathered from its shards by all processes
             critic = getattr(self.critic, "module", self.critic)
             state["critic"], state["optimizer"] = get_state_dict(critic, self.critic_optimizer, options=WHOLE)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
             torch.save(state, folder / "rto.pt")
+        super()._save_checkpoint(model, trial)  # writes last what says that a checkpoint is whole
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        path = None if checkpoint is None else Path(checkpoint) / "rto.pt"
-        if path is not None and path.is_file():
+        if checkpoint is not None:
+            path = Path(checkpoint) / "rto.pt"
+            if not path.is_file():
+                raise BadInputError(
+                    f"{path.parent} has no rto.pt, with the critic and the running moments of the rewards.",
+                    "Go on from another checkpoint of RTO.",
+                )
             state = torch.load(path, map_location="cpu", weights_only=True)
             self._moments = state["moments"]
             if self.critic is not None and "critic" in state:

@@ -19,7 +19,7 @@ import torch
 from ..core.errors import BadInputError
 from ..core.logprobs import entropy_from_logits
 from ..core.rng import derive_seed
-from ..core.scoring import PromptResponse, response_hidden, response_logps, score_rows
+from ..core.scoring import PromptResponse, output_head, response_hidden, response_logps, score_rows
 from .base import Arms, Claim, Context, Reproduction, Values, mean, mean_ranks
 from .beds.small_models import answer_batches, fit
 from .beds.sums import SumsBed, answers, correct, graded, questions
@@ -128,7 +128,7 @@ def critical(
     context.artifacts["wrong traces"] = {"scored": len(failed), "with a critical token": len(rows)}
 
     def entropy(ids: torch.Tensor, mask: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-        logits = model.get_output_embeddings()(response_hidden(model, ids, mask, attention))
+        logits = output_head(model).logits(response_hidden(model, ids, mask, attention))
         return torch.zeros(ids.shape).masked_scatter(mask, entropy_from_logits(logits))
 
     def improbable(ids: torch.Tensor, mask: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:

@@ -29,11 +29,15 @@ class Example:
     Attributes:
         prompt: as the dataset has it: text, or a list of messages.
         prompt_ids, response_ids: as the policy reads them.
+        tools: the row's tools, as a list or as JSON text, or None.
+        chat_template_kwargs: further arguments of the row's chat template, or None.
     """
 
     prompt: Any
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
+    tools: list[dict[str, Any]] | str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 @runtime_checkable

@@ -16,6 +16,7 @@ from ..core.errors import BadInputError
 from ..core.progress import Report
 from ..core.scoring import prompt_ids
 from .base import TrainingContext, TrainingResult
+from .checkpoints import newest_whole
 from .config import TrainConfig
 from .distributed import in_shards, load_unplaced, process_state, save_whole
 from .quiet import ReportSteps, without_printer
@@ -103,17 +104,16 @@ class TrainingSession:
         return texts
 
     def train(self, trainer: Any) -> None:
-        """Trains with progress, from the last checkpoint where there is one; an interruption leaves a checkpoint
+        """Trains with progress, from the last whole checkpoint where there is one; an interruption leaves a checkpoint
         behind.
         """
-        from transformers.trainer_utils import get_last_checkpoint
-
         without_printer(trainer).add_callback(ShowMetrics(self.context.report, f"training {self.name}", self.metrics))
-        last = get_last_checkpoint(str(self.checkpoints)) if self.config.resume and self.checkpoints.is_dir() else None
+        last, skipped = newest_whole(self.checkpoints, trainer.checkpoint_files) if self.config.resume else (None, [])
+        self.notes += skipped
         if last is not None:
             self.notes.append(f"Went on from {last}.")
         try:
-            trainer.train(resume_from_checkpoint=last)
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except KeyboardInterrupt:
             if trainer.state.global_step and self.config.save_steps:
                 trainer._save_checkpoint(trainer.model, None)
@@ -140,6 +140,8 @@ class TrainingSession:
         """
         out = self.context.out
         save_whole(trainer, out / "model")
+        if self.main:
+            name_base(out / "model", self.context.model)
         after = self.write_texts(trainer.accelerator.unwrap_model(trainer.model), prompts)
         files: list[Path] = []
         if self.main:
@@ -169,13 +171,30 @@ class TrainingSession:
             record = out / "training.json"
             record.write_text(
                 json.dumps({"method": self.name, "figures": figures, "curves": curves, "settings": settings}, indent=1)
-                + "\n"
+                + "\n",
+                encoding="utf-8",
             )
             files = [out / "model", record, report]
             if not self.config.save_steps and self.checkpoints.is_dir():
                 shutil.rmtree(self.checkpoints)
         self.state.wait_for_everyone()
         return TrainingResult(figures, files, [*self.notes, f"Look at {out / 'report.html'}."])
+
+
+def name_base(folder: Path, model: str | None) -> None:
+    """Has a saved adapter name its base model as the user did: where it lay on this machine says nothing elsewhere.
+
+    Args:
+        folder: of the adapter; whole models are left as they are.
+        model: as for ``load_model``.
+    """
+    from ..core.loading import EMBEDDED
+
+    file = folder / "adapter_config.json"
+    if file.is_file():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = model or EMBEDDED
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _shown(prompt: Prompt) -> str:

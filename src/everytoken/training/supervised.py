@@ -17,6 +17,8 @@ from ..core.errors import BadInputError
 from ..core.loading import quiet_training
 from ..core.logprobs import masked_sum
 from ..core.progress import Report, silent
+from .arguments import Refusals, check_arguments
+from .checkpoints import ResumingMixin
 from .distributed import LaunchedMixin, in_shards
 from .finite_check import stopped
 from .quiet import ReportSteps, quiet_arguments, without_printer
@@ -24,6 +26,16 @@ from .scored_forward import add_scored_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+WHOLE_ROWS = "the tokens of whole rows are weighted, and a row would mix with its neighbour"
+REFUSALS: Refusals = {
+    "packing": (False, WHOLE_ROWS),
+    "eval_packing": (False, WHOLE_ROWS),
+    "packing_strategy": ("bfd", WHOLE_ROWS),
+    "padding_free": (False, WHOLE_ROWS),
+    "loss_type": ("nll", "it has a loss of its own for every target token"),
+}
 
 
 class TargetLosses(NamedTuple):
@@ -34,15 +46,17 @@ class TargetLosses(NamedTuple):
         weights: ``[B, T - 1]``, 0 where ``mask`` is False.
         mask: ``[B, T - 1]`` bool, True on targets.
         predicted: ``[B, T]`` the model's own token at every target, the input's elsewhere.
+        aux_loss: the load-balancing loss of a mixture of experts, or None.
     """
 
     losses: torch.Tensor
     weights: torch.Tensor
     mask: torch.Tensor
     predicted: torch.Tensor
+    aux_loss: torch.Tensor | None = None
 
 
-class SupervisedTrainer(LaunchedMixin, SFTTrainer):
+class SupervisedTrainer(ResumingMixin, LaunchedMixin, SFTTrainer):
     """Supervised tuning, whole rows at a time.
 
     Args:
@@ -50,7 +64,7 @@ class SupervisedTrainer(LaunchedMixin, SFTTrainer):
 
     Raises:
         BadInputError: packing or padding-free batches (a row would mix with its neighbour), or another loss.
-        UnsupportedModelError: logits are not ``head(hidden)``.
+        UnsupportedModelError: logits that the fused statistics do not follow (``core.scoring.output_head``).
         NonFiniteLossError: while training; the offending batch is in ``output_dir/bad_batch.json``.
     """
 
@@ -60,17 +74,10 @@ class SupervisedTrainer(LaunchedMixin, SFTTrainer):
 
     def __init__(self, *positional: Any, **kwargs: Any):
         args = kwargs.get("args", positional[1] if len(positional) > 1 else None)
-        for name, allowed in (
-            ("packing", False),
-            ("padding_free", False),
-            ("loss_type", "nll"),
-            ("use_liger_kernel", False),
-        ):
-            if args is not None and getattr(args, name, allowed) not in (allowed, None):
-                raise BadInputError(
-                    f"{type(self).__name__} does not support {name}={getattr(args, name)}.",
-                    "It weights the tokens of whole rows by its own loss.",
-                )
+        model = kwargs.get("model", positional[0] if positional else None)
+        check_arguments(type(self).__name__, args, REFUSALS, model)
+        if kwargs.get("compute_loss_func") is not None:
+            raise BadInputError(f"{type(self).__name__} does not support compute_loss_func: it has a loss of its own.")
         super().__init__(*positional, **kwargs)
         add_scored_forward(self.accelerator.unwrap_model(self.model))
 
@@ -78,9 +85,10 @@ class SupervisedTrainer(LaunchedMixin, SFTTrainer):
         """The cross-entropy of every target, each with weight 1."""
         ids, labels = inputs["input_ids"], inputs["labels"]
         mask = labels[:, 1:] != -100
-        score = {"mask": mask, "labels": labels[:, 1:][mask], "needs": ()}
-        losses = on_targets(-model(input_ids=ids, **read_with(inputs), score=score).logps, mask)
-        return TargetLosses(losses, mask.to(losses.dtype), mask, ids)
+        score = {"mask": mask, "labels": labels[:, 1:][mask], "needs": (), "aux_loss": self.aux_loss_enabled}
+        stats = model(input_ids=ids, **read_with(inputs), score=score)
+        losses = on_targets(-stats.logps, mask)
+        return TargetLosses(losses, mask.to(losses.dtype), mask, ids, stats.aux_loss)
 
     def compute_loss(
         self,
@@ -103,6 +111,11 @@ class SupervisedTrainer(LaunchedMixin, SFTTrainer):
             loss = (weighted / count.clamp(min=1)).sum() / rows
             if num_items_in_batch is not None:  # Trainer leaves accumulation to losses that take it
                 loss = loss / self.current_gradient_accumulation_steps
+        if found.aux_loss is not None:
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * found.aux_loss / steps
+            mode = "train" if self.model.training else "eval"
+            self._metrics[mode]["aux_loss"].append(self.accelerator.gather(found.aux_loss.detach()).mean().item())
         if not torch.isfinite(loss):
             texts = self.processing_class.batch_decode(inputs["input_ids"])
             batch = zip(texts, inputs["labels"].tolist(), weighted.detach().tolist(), strict=True)

@@ -94,10 +94,10 @@ def make_dataset(
             for name, rows in made.others.items():
                 _write(folder / f"{name}.jsonl", rows)
             (folder / "README.md").write_text(card(chosen, settings, model, made.figures, made.rows), encoding="utf-8")
-            (folder / "figures.json").write_text(json.dumps(made.figures))
+            (folder / "figures.json").write_text(json.dumps(made.figures), encoding="utf-8")
             if not kept.exists():
                 os.replace(folder, kept)
-    figures = json.loads((kept / "figures.json").read_text())
+    figures = json.loads((kept / "figures.json").read_text(encoding="utf-8"))
     folder = kept
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -109,9 +109,12 @@ def make_dataset(
     return MadeDataset(folder, figures, found, files)
 
 
-def pairs_or_example(context: TrainingContext) -> Dataset:
+def pairs_or_example(context: TrainingContext, identical: bool = False) -> Dataset:
     """The user's preference rows, or a few of the model's own where there are none; one process makes or reads them
     first.
+
+    Args:
+        identical: let pairs of identical responses pass.
 
     Raises:
         BadInputError: bad rows; it names the first.
@@ -121,7 +124,7 @@ def pairs_or_example(context: TrainingContext) -> Dataset:
 
     with process_state().main_process_first():  # what it makes or reads, the others find in the cache
         if context.data is not None:
-            return load_pairs(context.data)
+            return load_pairs(context.data, identical=identical)
         settings = data_kinds()[EXAMPLE_KIND].settings(count=EXAMPLE_COUNT)
         made = make_dataset(EXAMPLE_KIND, settings, context.model, context.report)
         return load_pairs(made.folder / "train.jsonl")

@@ -1,7 +1,8 @@
 """Preference data as users have it: any TRL format, from a file, a folder or the hub, checked before training starts.
 
-Rows have ``prompt``, ``chosen`` and ``rejected``, as text or as lists of messages; without ``prompt``, chosen and
-rejected hold it both, and TRL takes out what they share. Rows that are tokenized already (``prompt_ids``,
+Rows have ``prompt``, ``chosen`` and ``rejected``, as text or as lists of messages (a text prompt may stand beside
+lists: ``messages.with_prompt_messages`` says what is read then); without ``prompt``, chosen and rejected hold it both,
+and TRL takes out what they share. Rows that are tokenized already (``prompt_ids``,
 ``chosen_ids``, ``rejected_ids``) pass, with any per-token columns they carry.
 """
 
@@ -9,20 +10,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...core.errors import BadInputError, require
 from ...core.settings import read_text
+from .messages import plain_messages, prompts_as_messages, says_something
 
-MESSAGE = {"role", "content"}
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
-def load_pairs(source: str | Path, split: str = "train") -> Any:
+def load_pairs(source: str | Path, split: str = "train", identical: bool = False) -> Any:
     """A ``datasets.Dataset`` of preference rows.
 
     Args:
         source: a ``.jsonl``, ``.json`` or ``.parquet`` file, a folder that ``Dataset.save_to_disk`` wrote, or a hub id.
         split: for a hub id.
+        identical: let pairs of identical responses pass, for ``without_identical``.
 
     Raises:
         BadInputError: nothing there, a file that cannot be read, or a bad row, which it names.
@@ -34,7 +38,10 @@ def load_pairs(source: str | Path, split: str = "train") -> Any:
     path = Path(source)
     label = str(source)
     if path.is_file() and path.suffix in (".jsonl", ".ndjson", ".json"):
-        return datasets.Dataset.from_list(_read_jsonl(path))  # checked line by line
+        rows = _read_jsonl(path, identical)  # checked line by line
+        # arguments of tool calls differ in their keys: one table of all keys would add empty ones to each
+        made = datasets.Dataset.from_list([_plain_row(row) for row in rows], on_mixed_types="use_json")
+        return prompts_as_messages(made, label)
     elif path.is_file() and path.suffix == ".parquet":
         import pyarrow
 
@@ -63,8 +70,8 @@ def load_pairs(source: str | Path, split: str = "train") -> Any:
             ) from error
     else:
         raise BadInputError(f"There is no file {label}.", "Give a .jsonl or .parquet file, a folder, or a hub id.")
-    check_pairs(dataset, label)
-    return dataset
+    check_pairs(dataset, label, identical)
+    return prompts_as_messages(dataset, label)
 
 
 def read_rows(source: str | Path) -> list[dict[str, Any]]:
@@ -97,12 +104,18 @@ def _split(dataset: Any, split: str, label: str) -> Any:
     return dataset[split]
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+def _plain_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose messages have their content as text, so that all rows fit into one table."""
+    names = [name for name in ("prompt", "chosen", "rejected") if isinstance(row.get(name), list)]
+    return row | {name: plain_messages(row[name]) for name in names}
+
+
+def _read_jsonl(path: Path, identical: bool) -> list[dict[str, Any]]:
     places, rows = _parse(path)
     if not rows:
         raise BadInputError(f"{path} holds no pairs.")
     # checked here as well: rows of different types have no common Arrow schema, and its error names no row
-    check_rows(rows, str(path), places)
+    check_rows(rows, str(path), places, identical)
     return rows
 
 
@@ -131,7 +144,20 @@ def _parse(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     return places, rows
 
 
-def check_pairs(dataset: Any, label: str = "The data") -> None:
+def without_identical(dataset: Dataset, names: tuple[str, str], label: str = "The data") -> Dataset:
+    """The rows whose columns ``names`` differ.
+
+    Raises:
+        BadInputError: none is left.
+    """
+    one, other = (dataset[name] for name in names)
+    kept = [index for index, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]]
+    if not kept:
+        raise BadInputError(f"{label}: chosen and rejected are identical in every row.", "There is nothing to learn.")
+    return dataset if len(kept) == len(dataset) else dataset.select(kept)
+
+
+def check_pairs(dataset: Any, label: str = "The data", identical: bool = False) -> None:
     """Refuses an empty dataset, unknown columns, and the first bad row.
 
     Raises:
@@ -151,10 +177,13 @@ def check_pairs(dataset: Any, label: str = "The data") -> None:
     if not len(dataset):
         raise BadInputError(f"{label} holds no pairs.")
     columns = [dataset[name] for name in needed]
-    check_rows([dict(zip(needed, row, strict=True)) for row in zip(*columns, strict=True)], label)
+    rows = [dict(zip(needed, row, strict=True)) for row in zip(*columns, strict=True)]
+    check_rows(rows, label, identical=identical)
 
 
-def check_rows(rows: list[dict[str, Any]], label: str, places: list[str] | None = None) -> None:
+def check_rows(
+    rows: list[dict[str, Any]], label: str, places: list[str] | None = None, identical: bool = False
+) -> None:
     """As ``check_pairs``, for rows in memory; ``places`` says where each stands, by default ``row N`` from 0."""
     tokenized = "chosen_ids" in rows[0]
     responses = ("chosen_ids", "rejected_ids") if tokenized else ("chosen", "rejected")
@@ -163,10 +192,13 @@ def check_rows(rows: list[dict[str, Any]], label: str, places: list[str] | None 
         where = f"{label}, {places[index] if places is not None else f'row {index}'}"
         for name in names:
             _check_value(row.get(name), f"{where}: {name!r}", tokenized)
-        if row[responses[0]] == row[responses[1]]:
-            raise BadInputError(f"{where}: chosen and rejected are identical.", "Remove such rows.")
-        kinds = {type(row[name]) for name in names}
-        if len(kinds) > 1:
+        if row[responses[0]] == row[responses[1]] and not identical:
+            hint = "Remove such rows, or have them dropped and counted: drop_identical=True."
+            if tokenized:  # differing messages can give the same tokens
+                hint += " Where they call tools, look whether the chat template shows the calls."
+            raise BadInputError(f"{where}: chosen and rejected are identical.", hint)
+        kinds = [isinstance(row[name], str) for name in names]
+        if len(set(kinds)) > 1 and kinds != [True, False, False]:  # a text prompt may stand beside messages
             raise BadInputError(f"{where}: prompt, chosen and rejected must all be text, or all be messages.")
 
 
@@ -183,9 +215,13 @@ def _check_value(value: Any, where: str, tokenized: bool) -> None:
         if not value:
             raise BadInputError(f"{where} has no messages.", "Remove or mend that row.")
         for message in value:
-            if not isinstance(message, dict) or not set(message) >= MESSAGE or not isinstance(message["role"], str):
-                raise BadInputError(f"{where}: every message needs a role and a content.")
-        if not str(value[-1]["content"] or "").strip():
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise BadInputError(f"{where}: every message needs a role.")
+            if not isinstance(message.get("content", ""), (str, list, type(None))):
+                raise BadInputError(f"{where}: a message's content must be text, or a list of parts.")
+            if message.get("content") is None and not message.get("tool_calls"):
+                raise BadInputError(f"{where}: every message needs a content, or tool calls.")
+        if not says_something(value[-1]):
             raise BadInputError(f"{where}: the last message is empty.", "Remove or mend that row.")
         return
     raise BadInputError(f"{where} must be non-empty text, or a list of messages.", "Remove or mend that row.")
