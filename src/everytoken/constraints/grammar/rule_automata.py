@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .automata import ArrayAutomaton, Automaton, Builder, build, trim
 from .expressions import (
+    EMPTY,
     Alt,
     Expression,
     GrammarError,
@@ -149,30 +150,54 @@ def _bound_repeats(item: Expression, rules: Rules) -> Expression:
 
 
 def _in_blocks(inner: Expression, low: int, high: int | None, rules: Rules) -> Expression:
-    """A long repetition as calls of rules for ``BLOCK`` times the item, exactly and at most.
+    """A long repetition as calls of rules: for ``BLOCK`` items, ``BLOCK`` times as many, and so on.
 
-    Two stacks are alive inside, one of them for the end that may come in this block.
+    ``power(k)`` is the item ``size**k`` times, ``below(k)`` fewer than that often. A count is read by its digits, the
+    largest first; on each level one stack more is alive, for the end that may come in this block.
     """
     prefix = f"repeat{len(rules)}_"
-    block, rest = prefix + "block", prefix + "rest"
     size = max(2, min(BLOCK, UNROLL // expression_size(inner, {}, UNROLL)))
-    if expression_size(inner, {}, UNROLL) > INLINE_ALWAYS:
-        rules[prefix + "item"] = inner
-        inner = Ref(prefix + "item")
-    rules[block] = Repeat(inner, size, size)
+    rules[prefix + "power0"] = inner
+    unit = inner if expression_size(inner, {}, UNROLL) <= INLINE_ALWAYS else Ref(prefix + "power0")
+
+    def power(level: int) -> Expression:
+        if level == 0:
+            return unit
+        name = f"{prefix}power{level}"
+        if name not in rules:
+            rules[name] = Repeat(power(level - 1), size, size)
+        return Ref(name)
+
+    def below(level: int) -> Expression:
+        if level == 0:
+            return EMPTY
+        name = f"{prefix}below{level}"
+        if name not in rules:
+            rules[name] = seq(Repeat(power(level - 1), 0, size - 1), below(level - 1))
+        return Ref(name)
+
+    def digits(count: int) -> list[int]:
+        found = []
+        while count:
+            count, digit = divmod(count, size)
+            found.append(digit)
+        return found
 
     def exactly(count: int) -> Expression:
-        chain = tuple((place, Ref(block), place + 1) for place in range(count // size))
-        return seq(Graph(len(chain) + 1, chain, frozenset({len(chain)})), Repeat(inner, count % size, count % size))
+        places = list(enumerate(digits(count)))
+        return seq(*(Repeat(power(level), digit, digit) for level, digit in reversed(places) if digit))
 
-    if high is None:
-        return seq(exactly(low), Repeat(inner, 0, None))
-    blocks, left = divmod(high - low, size)
-    rules[rest] = Repeat(inner, 0, size - 1)
-    edges = [(place, Ref(block), place + 1) for place in range(blocks)]
-    edges += [(place, Ref(rest), blocks + 1) for place in range(blocks)]
-    edges.append((blocks, Repeat(inner, 0, left), blocks + 1))
-    return seq(exactly(low), Graph(blocks + 2, tuple(edges), frozenset({blocks + 1})))
+    def at_most(count: int) -> Expression:
+        level = max(len(digits(count)) - 1, 0)
+        times, rest = divmod(count, size**level)
+        if level == 0:
+            return Repeat(unit, 0, times)
+        edges = [(place, power(level), place + 1) for place in range(times)]
+        edges += [(place, below(level), times + 1) for place in range(times)]
+        edges.append((times, at_most(rest), times + 1))
+        return Graph(times + 2, tuple(edges), frozenset({times + 1}))
+
+    return seq(exactly(low), Repeat(unit, 0, None) if high is None else at_most(high - low))
 
 
 def _called(automaton: Automaton) -> set[str]:
