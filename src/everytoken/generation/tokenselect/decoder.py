@@ -252,8 +252,8 @@ class TokenSelect(LoopDecoder):
 
         try:
             for plan in plans:
-                hook = functools.partial(lambda plan, _module, args, kwargs: (args, see(plan, kwargs)), plan)
-                hooks.append(plan.module.register_forward_pre_hook(hook, with_kwargs=True))
+                told = functools.partial(lambda plan, _module, args, kwargs: (args, see(plan, kwargs)), plan)
+                hooks.append(plan.module.register_forward_pre_hook(told, with_kwargs=True))
             for rotary in rotaries:
                 rotary.forward = standing_still(rotary)
             text._attn_implementation = IMPLEMENTATION
