@@ -9,7 +9,6 @@ plain keys takes; elsewhere drafts are read as one path, which needs none.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import math
 from typing import TYPE_CHECKING, Any
@@ -113,14 +112,13 @@ def rope_switch(config: PreTrainedConfig) -> tuple[int, bool] | None:
 
 
 def _arguments(model: PreTrainedModel) -> frozenset[str]:
-    return _arguments_of(type(model))
+    kind = type(model)
+    if kind not in _arguments_of:
+        _arguments_of[kind] = frozenset(inspect.signature(kind.forward).parameters)
+    return _arguments_of[kind]
 
 
-@functools.lru_cache(256)
-def _arguments_of(kind: type[PreTrainedModel]) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
-
-
+_arguments_of: WeakKeyDictionary[type[PreTrainedModel], frozenset[str]] = WeakKeyDictionary()
 _measured: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
@@ -315,9 +313,9 @@ class RowCache:
         for kind in set(kinds) if kinds else {only}:
             layer = kinds.index(kind) if kinds else 0
             part = allowed
-            if kind == "sliding_attention":
+            if kind == "sliding_attention" and window is not None:
                 part = part & (positions[:, None] - keys < window)
-            elif kind == "chunked_attention":
+            elif kind == "chunked_attention" and chunk is not None:
                 part = part & (positions[:, None] // chunk == keys // chunk)
             length, offset = self.cache.get_mask_sizes(len(positions), layer)
             masks[kind] = _for_attention(self.model, part[None, None, :, offset : offset + length])

@@ -59,7 +59,7 @@ class LayerState:
     alone: bool
 
 
-class Asked(Exception):  # noqa: N818: it ends a layer's forward where it has shown enough
+class Asked(Exception):  # no error: it ends a layer's forward where it has shown enough
     """Takes the place of a ``LayerState`` while a layer is asked how it rotates: ends its forward with what is seen.
 
     Attributes:
@@ -261,7 +261,8 @@ def token_select_attention(
         part = slice(row, row + 1)
         mine, keys, values, scored = query[part], key[part], value[part], None if layer is None else layer.score_keys
         scored = key if scored is None or scored.shape[-1] != key.shape[-1] else scored  # a latent cache holds no keys
-        candidates, text, asked = scored[row], None, slice(None)
+        candidates, text = scored[row], None
+        asked: slice | torch.Tensor = slice(None)
         if attention_mask is not None:  # dropping padding leaves text only, in order
             text = attention_mask[row].nonzero()[:, 0]
             start = length - len(text)

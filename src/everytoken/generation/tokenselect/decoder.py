@@ -220,7 +220,7 @@ class TokenSelect(LoopDecoder):
                 key = (id(rotary), *args, *kwargs.items())
                 # layers that are left alone get the model's own; otherwise only its width is asked for, at position 0
                 real = forward(x, position_ids if alone else position_ids[..., :1] * 0, *args, **kwargs)
-                shape = (*position_ids.shape, at_rest(real)[0].shape[-1])
+                shape = (*position_ids.shape[-2:], at_rest(real)[0].shape[-1])
                 rest = x.new_ones(shape), x.new_zeros(shape)
                 handed[key] = _Handed(rotary, lambda x, places: forward(x, places, *args, **kwargs), real, rest)
                 return rest
@@ -243,7 +243,7 @@ class TokenSelect(LoopDecoder):
                 if place not in rotations:
                     rotations[place] = Rotation(item.rotary, plan.apply, item.compute, plan.last, plan.halved)
                 rotation = rotations[place]
-            elif plan.apply is not None:
+            elif plan.apply is not None and given is not None:  # a layer that is handed nothing rotates nothing
                 raise UnsupportedModelError(
                     f"A layer of {type(model).__name__} is handed another rotary embedding than its model computes."
                 )
@@ -252,8 +252,8 @@ class TokenSelect(LoopDecoder):
 
         try:
             for plan in plans:
-                hook = functools.partial(lambda plan, _module, args, kwargs: (args, see(plan, kwargs)), plan)
-                hooks.append(plan.module.register_forward_pre_hook(hook, with_kwargs=True))
+                told = functools.partial(lambda plan, _module, args, kwargs: (args, see(plan, kwargs)), plan)
+                hooks.append(plan.module.register_forward_pre_hook(told, with_kwargs=True))
             for rotary in rotaries:
                 rotary.forward = standing_still(rotary)
             text._attn_implementation = IMPLEMENTATION

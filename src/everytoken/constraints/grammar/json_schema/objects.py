@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 from ..automata import Automaton
 from ..expressions import EMPTY, NOTHING, Bytes, Expression, Graph, Ref, alt, seq
@@ -41,7 +42,8 @@ def object_rule(schemas: SchemaRules, parts: Parts, depth: int) -> Expression:
     for name in names:
         allowed = not naming or satisfies(schemas, name, schemas.expand(naming))
         possible = [n for n, claim in enumerate(claims) if claim.names is None or claim.names.matches(inner(name))]
-        applying = property_schemas(schemas, parts, name) if allowed else [(False, "")]
+        nothing: list[tuple[bool | dict[str, Any], str]] = [(False, "")]
+        applying = property_schemas(schemas, parts, name) if allowed else nothing
         values = dict(claimed(schemas, applying, claims, possible))
         if not values:
             if name in needed:
