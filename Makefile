@@ -47,8 +47,8 @@ $(VENV)/.suite: $(VENV)/.dev scripts/fetch_suite.py
 	touch $@
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check src tests scripts benchmarks
-	$(BIN)/ruff format --check src tests scripts benchmarks
+	$(BIN)/ruff check src tests scripts benchmarks examples
+	$(BIN)/ruff format --check src tests scripts benchmarks examples
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev ## all benchmarks, peers in the same run

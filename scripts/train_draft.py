@@ -260,7 +260,10 @@ def train(args):
     head = draft._head.bfloat16() if FAST_BF16 else draft._head.float()
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(rows), generator=generator).tolist()
-    held, kept = [rows[i] for i in order[:48]], [rows[i] for i in order[48:]]
+    share = min(48, max(1, len(rows) // 10))  # a few samples, too, leave something to learn from
+    held, kept = [rows[i] for i in order[:share]], [rows[i] for i in order[share:]]
+    if not kept:
+        raise SystemExit("One sample is not enough: run `train_draft.py generate` for longer.")
     tokens = sum(len(row["h"]) - row["prompt"] for row in kept)
     print(f"{len(kept)} rows, {tokens} response tokens; head of {len(frequent)} tokens covers {coverage:.4f}")
     optimizer = torch.optim.AdamW(draft.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import shlex
+import subprocess
 import sys
 import types
 from importlib.util import find_spec
@@ -11,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from . import run_page
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,10 +55,75 @@ def test_the_first_example_of_the_readme(capsys):
     assert "primary colours" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/concepts.md", "docs/index.md"])
-def test_every_python_block_compiles(name):
-    for block in blocks(name, "python"):
-        compile(block, name, "exec")
+@pytest.mark.parametrize("name", run_page.pages())
+def test_every_block_is_one_that_runs(name):
+    """Nothing that looks like code escapes the page's run: every fence has a language, and Python compiles."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    found = run_page.blocks_of(text)
+    fences = re.findall(r"^ *```(\w*)", text, re.M)
+    assert len(fences) % 2 == 0
+    assert not set(fences[::2]) - {"python", "console", "text"}
+    assert len(found) == sum(kind != "text" for kind in fences[::2])
+    for block in found:
+        if block.kind == "python":
+            compile(block.code, name, "exec")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", run_page.pages())
+def test_a_page_runs_as_printed(name):
+    """Every Python and console block, in order, with the files that it names, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, run_page.__file__, name],
+        capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=3600,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    ran = re.findall(rf"^{re.escape(name)}:\d+: (?:python|console) ran", done.stdout, re.M)
+    left_out = re.findall(rf"^{re.escape(name)}:\d+: left out", done.stdout, re.M)
+    assert ran and len(ran) + len(left_out) == len(run_page.blocks_of((ROOT / name).read_text(encoding="utf-8")))
+
+
+def test_a_page_that_does_not_run_is_named_by_line(tmp_path):
+    """The blocks share a namespace, and the first that fails says where it stands."""
+    page = "# A page\n\n```python\na = 1\n```\n\n```console\ntest -d examples && false\n```\n"
+    (tmp_path / "page.md").write_text(page, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, run_page.__file__, str(tmp_path / "page.md")], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode != 0
+    assert "page.md:4: python ran" in done.stdout and "page.md:8: this console block failed" in done.stderr
+
+
+def test_commands_that_the_command_line_prints_as_examples_exist():
+    """Every ``everytoken ...`` of an epilogue parses: its verb and its options are there."""
+    from typer.main import get_command
+
+    from everytoken.cli.app import app
+
+    root, seen = get_command(app), 0
+    with root.make_context("everytoken", [], resilient_parsing=True) as context:
+        for verb in root.list_commands(context):
+            command = root.get_command(context, verb)
+            for line in re.findall(r"everytoken [^·\n|]+", command.epilog or ""):
+                name, *arguments = shlex.split(line)[1:]
+                found = root.get_command(context, name)
+                assert found is not None, line
+                known = {option for item in found.params for option in item.opts}
+                inner = getattr(found, "commands", {})
+                known |= {option for sub in inner.values() for item in sub.params for option in item.opts}
+                assert {word for word in arguments if word.startswith("--")} <= known, line
+                seen += 1
+    assert seen > 10
+
+
+def test_paths_that_pages_name_exist():
+    """A page that names a file of the repository names one that is there."""
+    path = re.compile(r"`((?:src|tests|benchmarks|scripts|configs|examples)/[\w./-]+)`")
+    for name in ["README.md", "CONTRIBUTING.md", *run_page.pages()]:
+        made = set(re.findall(r"^\*\*\d\. The \w+\*\*, `([^`]+)`", (ROOT / name).read_text(encoding="utf-8"), re.M))
+        for found in path.findall((ROOT / name).read_text(encoding="utf-8")):
+            assert found in made or (ROOT / found).exists() or "NAME" in found, f"{name}: {found}"
 
 
 def test_commands_in_the_readme_exist():

@@ -163,6 +163,24 @@ def test_the_import_graph_has_no_circle():
     assert not tied
 
 
+def test_text_files_are_utf8_whatever_the_locale():
+    """Reading and writing text names its encoding: without one, Python takes the locale's."""
+    silent = []
+    for name, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
+            owner = getattr(getattr(node.func, "value", None), "id", "") if isinstance(node, ast.Call) else ""
+            if called not in ("read_text", "write_text", "open") or owner in ("os", "webbrowser"):
+                continue
+            if called == "read_text" and node.args:  # a function of ours that takes the path
+                continue
+            modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            binary = called == "open" and any("b" in mode for mode in modes if len(mode) <= 3)
+            if not binary and not any(word.arg == "encoding" for word in node.keywords):
+                silent.append(f"{name}:{node.lineno}")
+    assert not silent
+
+
 def test_every_module_says_what_it_is():
     silent = [
         name

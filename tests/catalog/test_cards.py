@@ -42,6 +42,7 @@ def test_every_card_is_sound_and_its_paths_resolve(card):
     assert card.station in stations()
     assert 2023 <= card.year <= 2026
     assert card.status in STATUSES
+    assert card.preprint_year is None or card.preprint_year <= card.year <= card.preprint_year + 2
     assert card.authors is None or 1 <= card.authors <= 100
     assert 60 <= len(card.summary) <= 260
     assert card.claim
@@ -64,6 +65,14 @@ def test_the_three_founding_methods_are_measured(name):
     assert card.headline
 
 
+def test_a_card_has_the_whole_title_and_the_years():
+    card = find_card("tokenselect")
+    assert card.title.endswith("Length Extrapolation for LLMs via Dynamic Token-Level KV Cache Selection")
+    assert card.authors == 9
+    assert (card.year, card.preprint_year) == (2025, 2024)  # the venue's, the preprint's
+    assert card.as_dict()["preprint_year"] == 2024
+
+
 def test_find_by_slug_spelling_and_arxiv_id():
     assert find_card("DySpec").slug == "dyspec"
     assert find_card("r_to_q_star").slug == "r-to-q-star"
@@ -74,7 +83,7 @@ def test_unknown_names_suggest_the_nearest():
     with pytest.raises(UnknownNameError, match="Did you mean dyspec") as error:
         find_card("dispec")
     assert error.value.suggestions[0] == "dyspec"
-    with pytest.raises(UnknownNameError, match=f"There are {len(load_catalog())}"):
+    with pytest.raises(UnknownNameError, match=f"`everytoken papers` lists all {len(load_catalog())}"):
         find_card("zzzzzzzz")
 
 

@@ -42,5 +42,11 @@ def test_nothing_matches():
     assert by_words("", list(load_catalog().values())) == []
 
 
+@pytest.mark.skipif(not can_search_by_meaning(), reason="the search extra is not installed")
+@pytest.mark.parametrize("query", ["pizza recipe", "weather in Paris tomorrow", "zzzz qqqq", "how to knit a sweater"])
+def test_nothing_matches_by_meaning_either(query):
+    assert search(query, list(load_catalog().values()), True) == []
+
+
 def test_words():
     assert words("Merging of the Tokens") == words("merged token")

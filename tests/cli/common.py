@@ -24,9 +24,9 @@ class Result:
     stderr: str
 
 
-def run(*arguments, **environment):
-    """The command within this process; imports are paid once for all tests."""
-    out, err = io.StringIO(), io.StringIO()
+def run(*arguments, encoding="utf-8", **environment):
+    """The command within this process; imports are paid once for all tests. Its outputs have the encoding."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True) for _ in range(2))
     with (
         mock.patch.object(sys, "argv", ["everytoken", *map(str, arguments)]),
         mock.patch.dict(os.environ, SURROUNDINGS | environment),
@@ -38,7 +38,7 @@ def run(*arguments, **environment):
             code = 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    return Result(code, out.getvalue(), err.getvalue())
+    return Result(code, *(stream.buffer.getvalue().decode(encoding) for stream in (out, err)))
 
 
 def process(*arguments, **environment):

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from everytoken.catalog import load_catalog
 from everytoken.cli.app import app, main
+from everytoken.cli.common import build_trial, watched
+from everytoken.cli.output import HANDLER, any_encoding
+from everytoken.cli.try_ import _save
 from everytoken.core.trace import TokenTrace
 
 from .common import run
@@ -35,7 +43,14 @@ def test_papers_lists_searches_and_filters():
     ):
         assert "dyspec" in [card["slug"] for card in json.loads(RUNNER.invoke(app, arguments).stdout)][:3]
     assert "dyspec" in RUNNER.invoke(app, ["papers", "dyspec", "--words"]).stdout
-    assert RUNNER.invoke(app, ["papers", "--words", "zzzzzz"]).exit_code == 1
+    for flags in (["--words"], []):  # by meaning, too, something can have nothing in common with all papers
+        nothing = RUNNER.invoke(app, ["papers", *flags, "pizza recipe"])
+        assert nothing.exit_code == 1 and "No paper matches 'pizza recipe'" in nothing.stdout
+    runs = json.loads(RUNNER.invoke(app, ["papers", "--status", "implemented", "--json"]).stdout)
+    assert {card["slug"] for card in done} < {card["slug"] for card in runs} or done == runs
+    assert all(card["implementation"] for card in runs)
+    many = json.loads(RUNNER.invoke(app, ["papers", "--words", "--limit", "15", "--json", "token"]).stdout)
+    assert len(many) == 15
 
 
 def test_papers_show():
@@ -112,14 +127,32 @@ def test_help_has_real_examples(verb):
         (["train", "r2r", "--set", "epoch=3"], "Did you mean epochs", 2),
         (["train", "r2r", "--set", "verifier=magic"], "Unknown verifier", 2),
         (["train", "r2r", "--data", "absent.txt"], "no file", 2),
-        (["train", "r2r", "--config", "absent.yaml"], "cannot be read", 2),
-        (["train", "r2r", "--out", "/no/such/folder/x"], "does not exist", 2),
+        (["train", "r2r", "--config", "absent.yaml"], "no file absent.yaml", 2),
+        (["train", "r2r", "--config", "src"], "src is a folder", 2),
+        (["train", "r2r", "--config", "README.md"], "is not YAML", 2),
+        (["train", "r2r", "--out", "pyproject.toml"], "is a file, not a folder", 2),
+        (["train", "r2r", "--out", "pyproject.toml/x/y"], "is a file, not a folder", 2),
+        (["reproduce", "tdpo", "--out", "pyproject.toml"], "is a file, not a folder", 2),
+        (["tokenizer", "transplant", "--to", "mistral", "--out", "pyproject.toml"], "is a file, not a folder", 2),
+        (["tokenizer", "supertokens", "--data", "README.md", "--out", "src"], "exists already", 2),
+        (["try", "dyspec", "--trace", "src"], "A trace is written as", 2),
+        (["try", "dyspec", "--trace", "trace.txt"], "trace.txt has .txt", 2),
+        (["try", "dyspec", "--column", "sorce"], "Did you mean source", 2),
+        (["try", "stochastok", "--column", "depth"], "Known: part, source", 2),
+        (["try", "tokenadapt", "--column", "orgin"], "Did you mean origin", 2),
+        (["try", "exact-bytes", "--column", "x"], "probability", 2),
+        (["try", "tgdpo", "--column", "guide"], "Did you mean guide_reward", 2),
+        (["try", "tdpo", "--column", "weight"], "Known: forward_kl, implicit_reward", 2),
+        (["try", "rto", "--column", "reward"], "token_reward", 2),
+        (["compare", "dyspec", "--trace", "all.jsonl"], "all.jsonl has .jsonl", 2),
+        (["compare", "dyspec", "--plot", "plot.png"], "plot.png has .png", 2),
+        (["scoreboard", "--out", "docs"], "is a folder", 2),
         (["train", "cdpo", "--set", "constrast=2"], "Did you mean contrast", 2),
         (["train", "tgdpo", "--data", "absent.jsonl"], "no file", 2),
         (["data", "sentiment", "--set", "cuont=3"], "Did you mean count", 2),
         (["data", "sentiment", "--set", "prompts=absent.txt"], "no file absent.txt", 2),
         (["data", "arithmetic", "--set", "task=juggling"], "no task 'juggling'", 2),
-        (["data", "arithmetic", "--out", "/no/such/folder/x"], "does not exist", 2),
+        (["data", "arithmetic", "--out", "pyproject.toml/x"], "is a file, not a folder", 2),
         (["try", "ift", "--set", "norm=l9"], "Unknown norm", 2),
         (["try", "rto", "--set", "estimator=td"], "Unknown estimator", 2),
         (["scoreboard", "--out", "/no/such/folder/x.md"], "does not exist", 2),
@@ -133,6 +166,137 @@ def test_bad_input_is_answered_in_a_sentence(arguments, words, code, monkeypatch
     assert stop.value.code == code
     assert words in output.err.replace("\n", " ")
     assert "Traceback" not in output.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["try", "xar"], ["try", "zzzzzzzz"], ["try", "daily-papers"], ["reproduce", "xar"], ["train", "xar"]]
+)
+def test_a_hint_leads_somewhere(arguments):
+    """A command that an error names runs, and tells something; methods that it names are there."""
+    told = run(*arguments).stderr
+    commands = re.findall(r"`everytoken ([^`]+)`", told)
+    for command in commands:
+        result = run(*command.split())
+        assert result.returncode == 0 and "paper" in result.stdout
+    named = re.search(r"These have: (.+)\.", told)
+    assert commands or named
+    for name in named[1].split(", ") if named else []:
+        assert name in load_catalog()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    """Seen before any work, and by writing: permissions do not tell everything."""
+    import tempfile
+
+    def refuse(**_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    for arguments in (
+        ("train", "r2r", "--out", tmp_path / "new" / "folder"),
+        ("data", "sentiment", "--out", tmp_path / "pairs"),
+        ("try", "dyspec", "--trace", tmp_path / "x.html"),
+    ):
+        result = run(*arguments)
+        assert result.returncode == 2
+        assert "cannot be written: Read-only file system" in result.stderr.replace("\n", " ")
+
+
+def test_a_disk_that_fills_up_is_no_traceback(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "plot.svg")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    result = run("compare", "stochastok", "--plot", tmp_path / "plot.svg")
+    assert result.returncode == 1
+    assert "plot.svg: No space left on device" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_damaged_model_is_named(tmp_path, letters_model, name):
+    folder = tmp_path / "model"
+    shutil.copytree(letters_model, folder)
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[: len(data) // 2])
+    result = run("try", "skipdecode", "--model", folder, "--prompt", "abc", "--max-new-tokens", 2)
+    assert result.returncode in (1, 2)
+    assert "Traceback" not in result.stderr
+    assert str(folder) in result.stderr.replace("\n", "")
+
+
+# -- outputs of any encoding ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("doctor",),
+        ("papers", "--words", "speculative"),
+        ("papers", "show", "dyspec"),
+        ("try", "stochastok", "--prompt", "naïve 日本 strawberries", "--set", "expand_prop=1"),
+        ("compare", "stochastok", "stochastok:expand_prop=1"),
+    ],
+)
+def test_any_encoding_of_the_output(arguments, encoding):
+    result = run(*arguments, encoding=encoding)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.isascii() or encoding != "ascii"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_json_is_json_in_any_encoding(encoding):
+    result = run("try", "stochastok", "--prompt", "日本 🙂 strawberries", "--json", encoding=encoding)
+    assert json.loads(result.stdout)["texts"]["stochastok"] == "日本 🙂 strawberries"
+
+
+def test_marks_in_ascii():
+    any_encoding()
+    assert "✓ █▌ \ud800 é".encode("ascii", HANDLER) == b"+ # \\ud800 \\xe9"
+
+
+# -- what is shown while one waits ----------------------------------------------------------------------------------
+def test_a_live_count_on_a_terminal_and_lines_elsewhere():
+    screen = Console(force_terminal=True, file=io.StringIO(), width=100)
+    with watched(screen) as (report, quiet):
+        for done in range(0, 9, 4):
+            report("plain decoding", done, 8)
+            time.sleep(0.3)
+        quiet()
+        report("plain decoding", 8, 8)  # text is being printed now: the bar stays away
+        report("decoding with x", 1, 8)
+    told = screen.file.getvalue()
+    assert "plain decoding" in told and "8/8" in told and "left" in told and "decoding with x" in told
+    plain = Console(force_terminal=False, file=io.StringIO(), width=100)
+    with watched(plain) as (report, quiet):
+        for done in range(3):
+            report("plain decoding", done, 8)
+        quiet()
+        report("decoding with x", 0, 0)
+    assert plain.file.getvalue() == "plain decoding ...\ndecoding with x ...\n"
+
+
+def test_trials_count_their_tokens(letters_model):
+    """The plain text and the method's are both counted up to what was asked for."""
+    from everytoken.decoding.trial import TrialRequest
+
+    heard = []
+    card = load_catalog()["skipdecode"]
+    trial = build_trial(card, ["speedup=1.2"])
+    options = {"max_new_tokens": 5, "packed": False}
+    request = TrialRequest([trial], str(letters_model), "abc", options=options, report=lambda *item: heard.append(item))
+    result = card.load_trial()(request)
+    for stage, row in (("plain decoding", "plain generate"), ("decoding with skipdecode", "skipdecode")):
+        counted = [done for name, done, total in heard if name == stage and total == 5]
+        assert counted == sorted(counted)
+        assert counted[0] == 0
+        assert counted[-1] == result.rows[row]["new tokens"]
+
+
+def test_several_traces_are_saved_under_names_of_their_own(tmp_path):
+    traces = [TokenTrace([number], {"x": [1.0]}, ["a"]) for number in range(2)]
+    assert _save(traces[:1], tmp_path / "one.jsonl") == [tmp_path / "one.jsonl"]
+    written = _save(traces, tmp_path / "t.jsonl")
+    assert [path.name for path in written] == ["t-1.jsonl", "t-2.jsonl"]
+    assert [TokenTrace.load(path).ids for path in written] == [[0], [1]]
 
 
 def test_a_prompt_longer_than_the_context(letters_model):
@@ -382,7 +546,7 @@ def test_version():
 
 
 @pytest.mark.slow
-def test_try_xgrammar_and_awrs(tmp_path):
+def test_try_xgrammar_and_awrs(tmp_path, monkeypatch):
     schema = tmp_path / "answer.json"
     schema.write_text('{"type": "object", "properties": {"answer": {"enum": ["yes", "no"]}}, "required": ["answer"]}')
     trace = tmp_path / "t.jsonl"
@@ -395,7 +559,8 @@ def test_try_xgrammar_and_awrs(tmp_path):
     assert {"allowed", "source", "allowed_mass"} <= set(loaded.columns) and min(loaded.columns["allowed"]) >= 1
     (tmp_path / "checks.py").write_text("def lower(text):\n    return text == text.lower()\n")
     command = ["try", "awrs", "--constraint", "checks:lower", "--prompt", "Say hi.", "--max-new-tokens", 12, "--json"]
-    result = run(*command, PYTHONPATH=str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)  # as with python -m in that folder
+    result = run(*command)
     assert result.returncode == 0, result.stderr
     data = json.loads(result.stdout)
     assert data["texts"]["awrs"] == data["texts"]["awrs"].lower() and data["rows"]["awrs"]["tests a token"] >= 1

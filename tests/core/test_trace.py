@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -150,6 +151,12 @@ def test_html_is_one_safe_file(tmp_path):
     assert data[1]["tokens"] == nasty.texts
 
 
+def test_a_column_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(BadInputError, match="Did you mean score"):
+        example().to_html(tmp_path / "x.html", "scor")
+    assert not (tmp_path / "x.html").exists()
+
+
 def test_one_legend_holds_for_all_traces_of_a_page():
     """Colours mean the same in every trace: one scale, one set of categories."""
     first = TokenTrace([1, 2], {"x": [0.0, 1.0], "kind": ["draft", "target"]}, ["a", "b"])
@@ -173,15 +180,63 @@ def test_texts_that_look_like_the_template_stay_texts():
     assert data[0]["tokens"] == ["{{data}}"] and list(data[0]["columns"]) == ["{{ramp}}"]
 
 
+ACTS = """
+<script>
+const seen = [], key = (name, at) => at.dispatchEvent(new KeyboardEvent("keydown", {key: name, bubbles: true}));
+const note = what => seen.push(what + ":" + (getComputedStyle(tip).display === "none" ? "none" : tip.innerText));
+const stop = () => document.querySelectorAll('main [tabindex="0"]');
+window.onload = () => {
+  const first = stop()[0];
+  first.focus(); note("focus");
+  key("ArrowRight", document.activeElement); note("right");
+  key("End", document.activeElement); note("end");
+  key("ArrowRight", document.activeElement); note("stays");
+  key("ArrowUp", document.activeElement); note("up");
+  key("Home", document.activeElement); note("home");
+  seen.push("said:" + said.textContent);
+  seen.push("stops:" + stop().length);
+  key("Escape", document.activeElement); note("escape");
+  document.querySelectorAll("span[data-t]")[2].click(); note("tap");
+  main.dispatchEvent(new MouseEvent("mouseleave")); note("pointer gone");
+  document.querySelector("h1").click(); note("elsewhere");
+  document.body.dataset.seen = JSON.stringify(seen);
+};
+</script>"""
+
+
+def in_browser(path, tmp_path, *flags):
+    """What Chromium makes of a page."""
+    return subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", *flags,
+         f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()],
+        capture_output=True, text=True, encoding="utf-8", timeout=240, check=True,
+    ).stdout  # fmt: skip
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_values_are_reached_by_keyboard_and_by_touch(tmp_path):
+    path = tmp_path / "x.html"
+    page = render_html([example(), example()], None, "score")
+    path.write_text(page.replace("</body>", ACTS + "</body>"), encoding="utf-8")
+    dom = in_browser(path, tmp_path, "--dump-dom")
+    seen = dict(item.split(":", 1) for item in json.loads(html.unescape(re.search('data-seen="(.*?)"', dom)[1])))
+    tokens = [json.dumps(text) for text in example().texts]
+    assert seen["focus"].startswith(tokens[0]) and "token id" in seen["focus"]
+    assert seen["right"].startswith(tokens[1])
+    assert seen["end"].startswith(tokens[3]) and seen["stays"] == seen["end"]
+    assert seen["up"] != seen["end"]  # the text has a line break: up leads to the line before
+    assert seen["home"] == seen["focus"]
+    assert tokens[0] in seen["said"] and "score" in seen["said"]  # what a screen reader says
+    assert seen["stops"] == "2"  # the Tab key stops once a text
+    assert seen["escape"] == seen["elsewhere"] == "none"
+    assert seen["tap"].startswith(tokens[2]) and seen["pointer gone"] == seen["tap"]
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_html_works_in_a_browser(tmp_path):
     path = tmp_path / "x.html"
     example().to_html(path, "source")
-    dom = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom",
-         f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    ).stdout  # fmt: skip
+    dom = in_browser(path, tmp_path, "--dump-dom")
     assert dom.count('data-t="0"') == 4
     assert "rgb(76, 120, 168)" in dom  # the colour of "draft"
     assert '<option value="source" selected' in dom

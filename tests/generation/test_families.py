@@ -21,7 +21,9 @@ SIZES = dict(
     pad_token_id=0,
 )
 FAMILIES = {
-    "Mistral": {"sliding_window": None},
+    "Mistral": {"sliding_window": 5},
+    "Gemma2": {"sliding_window": 5, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"] * 3},
+    "Cohere2": {"sliding_window": 5, "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2},
     "Qwen2": {},
     "Qwen3": {"head_dim": 8},
     "Phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
@@ -62,7 +64,7 @@ def test_a_selection_runs_in_cached_steps(family):
     sequences, logits = logits_of(model, decoder, prompt)
     assert sequences.shape == (2, 28)
     assert logits.isfinite().all()
-    assert decoder.attended < decoder.available
+    assert family == "Mistral" or decoder.attended < decoder.available  # windows are left alone
 
 
 @pytest.mark.parametrize("family", FAMILIES)

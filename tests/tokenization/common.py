@@ -108,3 +108,22 @@ def new_tokens(tokenizer):
     from everytoken.tokenization.dynamic_tokenization import DynamicTokenizer
 
     return DynamicTokenizer(tokenizer).vocabulary(TEXTS, 40)
+
+
+def check_steps(lm, text):
+    """Byte after byte, the next byte's distribution is that of the masses of the texts one byte longer.
+
+    ``P(b | text) / P(c | text) = P(text b) / P(text c)``, for the text's next byte and the likeliest two others. What
+    is settled on the way must lose nothing, so this fails where a token crosses a settled place.
+    """
+    import numpy as np
+    import pytest
+
+    for size in range(len(text)):
+        found = lm.next_byte_logprobs(text[:size])
+        assert np.exp(found).sum() == pytest.approx(1)
+        mine, mass = text[size], lm.logprob(text[: size + 1])
+        assert np.isfinite(found[mine]), (text, size)
+        for other in [byte for byte in np.argsort(-found[:256])[:3].tolist() if byte != mine][:2]:
+            apart = mass - lm.logprob(text[:size] + bytes([other]))
+            assert found[mine] - found[other] == pytest.approx(apart, abs=1e-3), (text, size, bytes([other]))

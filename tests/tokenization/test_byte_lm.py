@@ -16,7 +16,8 @@ from everytoken.tokenization.byte_lm import EOS, ByteLM, _Node
 from everytoken.tokenization.byte_view import fillings, split_character
 
 from ..conftest import tiny_llama
-from .common import KINDS, build_lm, byte_level
+from .common import KINDS, build_lm, byte_level, check_steps
+from .families import family
 
 
 def can_begin(view, tokens):
@@ -246,3 +247,64 @@ def test_bad_input():
     ):
         with pytest.raises(BadInputError, match=message):
             call()
+
+
+# -- tokenizers that put spaces elsewhere ------------------------------------------------------------------------------
+@pytest.mark.parametrize("exact", [True, False])
+def test_tokens_that_end_in_a_space(exact):
+    """A token "e " crosses the place before a space: nothing is settled there."""
+    tokenizer = supertokens_with_spaces()
+    lm = ByteLM(tiny_llama(len(tokenizer), eos=tokenizer.eos_token_id, scale=0.3), tokenizer, exact=exact, tolerance=0)
+    assert b"e " in lm.view.bytes and lm.view.settled(b"he saw") == 0
+    text = b"he saw"
+    check_steps(lm, text)
+    spelled = lm.view.spelled(text)
+    wanted = enumerate_covers(lm, spelled)
+    total = [p for t, (p, _) in wanted.items() if can_begin(lm.view, t if exact else t[:-1])]
+    assert lm.logprob(text) == pytest.approx(np.logaddexp.reduce(total), abs=1e-3)
+
+
+def supertokens_with_spaces():
+    """Byte-level BPE over whole lines, with a token that ends in a space."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("e", "Ġ"), ("s", "a"), ("h", "eĠ"), ("sa", "w")]
+    names = ["</s>", *alphabet, *(a + b for a, b in merges)]
+    backend = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+@pytest.mark.parametrize("name", ["Llama 2", "Mistral", "unigram"])
+def test_prompts_that_begin_with_a_space(name):
+    """Where tokenizers put a space in front, one more is one more."""
+    tokenizer = family(name)
+    lm = ByteLM(tiny_llama(len(tokenizer), eos=tokenizer.eos_token_id, scale=0.3), tokenizer, tolerance=0)
+    assert lm.view.lead == b" "
+    assert np.exp(lm.next_byte_logprobs(" hello")).sum() == pytest.approx(1)
+    check_steps(lm, b" he  w")
+    assert lm.covers(" he")[0].logp < 0
+
+
+@pytest.mark.parametrize("char", ["\U0001d7d8", "\u3000", "漢", "é", "٣"])
+def test_characters_whose_kind_decides_the_cut(char):
+    """With digits cut one by one, two spaces before a digit stay together; before a letter they do not.
+
+    Byte by byte through the character, the mass of its whole encoding is never lost.
+    """
+    tokenizer = family("SmolLM2")
+    lm = ByteLM(tiny_llama(len(tokenizer), eos=tokenizer.eos_token_id, scale=0.3), tokenizer, tolerance=0)
+    text = f"  {char}".encode()
+    own = lm.view.encode(text)
+    for size in range(1, len(text)):
+        spelt, kept = b"", []
+        for token in own:
+            if len(spelt) >= size:
+                break
+            kept.append(token)
+            spelt += lm.view.bytes[token]
+        assert tuple(kept) in {cover.tokens for cover in lm.covers(text[:size])}, size
+    check_steps(lm, text)

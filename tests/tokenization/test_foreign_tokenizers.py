@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from everytoken.core.errors import BadInputError
 from everytoken.tokenization.base import spell, token_bytes
 from everytoken.tokenization.byte_view import ByteView
-from everytoken.tokenization.foreign_tokenizers import PACKAGED, from_ranks, load_any_tokenizer, read_ranks, read_tekken
+from everytoken.tokenization.foreign_tokenizers import (
+    CL100K_PATTERN,
+    FAMILIES,
+    PACKAGED,
+    from_ranks,
+    load_any_tokenizer,
+    read_ranks,
+    read_tekken,
+)
 
 from .common import byte_level
 
@@ -72,7 +80,9 @@ def test_files(tmp_path):
     path = tmp_path / "small.tiktoken"
     path.write_text("\n".join(f"{base64.b64encode(data).decode()} {rank}" for data, rank in ranks.items()))
     assert read_ranks(path) == ranks
-    tokenizer = load_any_tokenizer(str(path))
+    with pytest.raises(BadInputError, match="does not say how text is cut"):
+        load_any_tokenizer(str(path))
+    tokenizer = load_any_tokenizer(str(path), GPT2)
     assert (
         tokenizer.eos_token == "<|endoftext|>"
         and spell(tokenizer, tokenizer("hello é")["input_ids"]) == "hello é".encode()
@@ -103,8 +113,68 @@ def test_bad_input(tmp_path):
         (lambda: load_any_tokenizer(str(broken)), "no file of tiktoken ranks"),
         (lambda: load_any_tokenizer(str(other)), "no tokenizer file"),
         (lambda: read_tekken(tekken), "no tekken.json"),
-        (lambda: from_ranks({b"a": 0}), "lacks 255 single bytes"),
-        (lambda: from_ranks({bytes([b]): b for b in range(256)}, special_tokens={"<s>": 3}), "same id"),
+        (lambda: from_ranks({b"a": 0}, GPT2), "lacks 255 single bytes"),
+        (lambda: from_ranks({bytes([b]): b for b in range(256)}, GPT2, special_tokens={"<s>": 3}), "same id"),
     ):
         with pytest.raises(BadInputError, match=message):
             call()
+
+
+def small_ranks(path):
+    """Bytes, and digits in pairs and threes."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    tokens += [str(number).encode() for number in range(10, 1000)] + [b" a", b"in"]
+    path.write_text("\n".join(f"{base64.b64encode(data).decode()} {rank}" for rank, data in enumerate(tokens)))
+    return path
+
+
+def cut(tokenizer, text):
+    table = token_bytes(tokenizer)
+    return [table[item].decode() for item in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def test_the_pattern_is_recognised_or_required(tmp_path, monkeypatch):
+    """A family by name, a pattern, or the hash of a published file; never a guess."""
+    import hashlib
+    from dataclasses import replace
+
+    path = small_ranks(tmp_path / "some.tiktoken")
+    text = "in 1984 and 12345"
+    with pytest.raises(BadInputError, match="does not say how text is cut") as caught:
+        load_any_tokenizer(str(path))
+    assert "some.tiktoken@NAME" in caught.value.hint and "cl100k" in caught.value.hint
+    threes = cut(load_any_tokenizer(f"{path}@cl100k"), text)
+    assert "198" in threes and "345" not in threes[-1:] and threes[-2:] == ["123", "45"]
+    ones = cut(load_any_tokenizer(f"{path}@qwen"), text)
+    assert ones[-5:] == list("12345")
+    assert cut(load_any_tokenizer(str(path), CL100K_PATTERN), text) == threes
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(FAMILIES, "cl100k", replace(FAMILIES["cl100k"], sha256=(digest,)))
+    assert cut(load_any_tokenizer(str(path)), text) == threes
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))  # line ends of another system
+    assert cut(load_any_tokenizer(str(path)), text) == threes
+    model = path.rename(tmp_path / "tokenizer.model")  # as Llama 3 names it
+    llama = load_any_tokenizer(f"{model}@llama3")
+    assert cut(llama, text) == threes and (llama.bos_token_id, llama.eos_token_id) == (128000, 128001)
+
+
+def test_patterns_equal_tiktokens(tmp_path):
+    """The whole tokenizer, against the library's own regular expressions."""
+    tiktoken = pytest.importorskip("tiktoken")
+    from tiktoken_ext import openai_public
+
+    ranks = read_ranks(small_ranks(tmp_path / "some.tiktoken"))
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks)
+    try:
+        for name, build in (
+            ("cl100k", openai_public.cl100k_base),
+            ("o200k", openai_public.o200k_base),
+            ("gpt2", openai_public.r50k_base),
+        ):
+            theirs = tiktoken.Encoding(name, pat_str=build()["pat_str"], mergeable_ranks=ranks, special_tokens={})
+            ours = load_any_tokenizer(f"{tmp_path}/some.tiktoken@{name}")
+            for text in [*TEXTS, "in 1984 and 12345", "HelloWorld's camelCase ABCdef", "a\r\n\r\n  b /x\n"]:
+                assert ours(text, add_special_tokens=False)["input_ids"] == theirs.encode(text), (name, text)
+    finally:
+        monkey.undo()

@@ -17,6 +17,7 @@ from everytoken.tokenization.tokenadapt import TokenAdapt, nearest, pieces_of
 
 from ..conftest import tiny_llama
 from .common import byte_level, sentencepiece
+from .families import family
 
 
 def letters(texts):
@@ -228,3 +229,104 @@ def test_bad_input():
     bare.get_input_embeddings = lambda: None
     with pytest.raises(UnsupportedModelError, match="no token embeddings"):
         adapt().transplant(bare, old, new)
+
+
+# -- what users bring --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("strategy", ["tokenadapt", "retok", "mean"])
+def test_byte_fallback_is_no_source_of_letters(strategy):
+    """``<0x61>`` spells "a" too, but no text has it: the same tokenizer is the identity, another one copies "a"."""
+    tokenizer = sentencepiece()
+    model = model_for(tokenizer)
+    fresh = adapt(strategy=strategy, pad_to_multiple_of=1).transplant(model, tokenizer, tokenizer)
+    assert torch.equal(fresh.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert torch.equal(fresh.lm_head.weight, model.lm_head.weight)
+    names, new = tokenizer.get_vocab(), byte_level()
+    copied = adapt(strategy=strategy).mix(tokenizer, new).copied
+    assert copied[new.get_vocab()["h"]] == names["h"] != names["<0x68>"]
+    rare = next(byte for byte in range(128, 256) if (bytes([byte]) in token_bytes(new)))
+    assert copied[token_bytes(new).index(bytes([rare]))] == names[f"<0x{rare:02X}>"]
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "SmolLM2"])
+def test_a_token_of_several_roles_takes_the_row_of_eos(name):
+    old, new = family("Gemma"), family(name)
+    model = tiny_llama(len(old), seed=3)
+    fresh = TokenAdapt(strategy="mean").transplant(model, old, new)
+    before, after = model.get_input_embeddings().weight, fresh.get_input_embeddings().weight
+    assert len({new.eos_token_id, new.pad_token_id}) == 1
+    assert torch.equal(after[new.eos_token_id], before[old.eos_token_id])
+    if new.bos_token_id != new.eos_token_id:
+        assert torch.equal(after[new.bos_token_id], before[old.bos_token_id])
+    assert fresh.get_input_embeddings().padding_idx == new.pad_token_id
+
+
+def test_added_tokens_may_lack_a_row():
+    """Gemma's and mergekit's: nothing is made of them; a whole vocabulary without rows is another model's."""
+    old = family("Gemma")
+    model = tiny_llama(len(old) - 1, seed=3)
+    for new in (old, byte_level()):
+        method = adapt()
+        fresh = method.transplant(model, old, new)
+        assert method.mixture.copied.max() < len(old) - 1 and torch.isfinite(fresh.lm_head.weight).all()
+
+
+@pytest.mark.parametrize("family_of_new", ["BERT", "GPT-2"])
+def test_masked_language_models(tmp_path, family_of_new):
+    """The output bias moves with the rows, the tied matrix stays tied, and saved files say the same."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    old, new = family("BERT"), family(family_of_new)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(old), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = BertForMaskedLM(config).eval()
+    with torch.no_grad():
+        model.cls.predictions.bias.normal_()
+    method = adapt(pad_to_multiple_of=1)
+    fresh = method.transplant(model, old, new)
+    copied = torch.from_numpy(method.mixture.copied)
+    shared = torch.from_numpy(np.flatnonzero(method.mixture.copied >= 0))
+    assert torch.equal(fresh.cls.predictions.decoder.bias[shared], model.cls.predictions.bias[copied[shared]])
+    place = int(np.flatnonzero(method.mixture.weights.sum(1) > 0)[0]) if len(method.mixture.rows) else None
+    if place is not None:
+        weights = torch.from_numpy(method.mixture.weights[place]).float()
+        made = fresh.get_output_embeddings().bias[method.mixture.rows[place]]
+        assert torch.allclose(made, weights @ model.cls.predictions.bias[method.mixture.sources[place]], atol=1e-5)
+    ids = torch.tensor([new("hello world")["input_ids"]])
+    fresh.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        assert torch.allclose(BertForMaskedLM.from_pretrained(tmp_path)(ids).logits, fresh(ids).logits, atol=1e-5)
+        if new is old:
+            assert torch.equal(fresh(ids).logits, model(ids).logits)
+
+
+def test_mixtures_of_experts(tmp_path):
+    from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    old, new = family("Mistral"), family("Llama 3")
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(old), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64, output_router_logits=True,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).eval()
+    fresh = adapt().transplant(model, old, new)
+    ids = torch.tensor([new("hello world")["input_ids"]])
+    fresh.save_pretrained(tmp_path)
+    output = fresh(ids, labels=ids)
+    assert torch.isfinite(output.loss) and torch.isfinite(output.aux_loss)
+    with torch.inference_mode():
+        assert torch.allclose(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, output.logits, atol=1e-5)
+    same = adapt(pad_to_multiple_of=1).transplant(model, old, old)
+    ids = torch.tensor([old("hello world")["input_ids"]])
+    with torch.inference_mode():
+        assert torch.equal(same(ids).logits, model(ids).logits)
+
+
+def test_progress_is_reported_by_stage():
+    pytest.importorskip("sentence_transformers")
+    seen = []
+    TokenAdapt().mix(byte_level(), byte_level(420), report=lambda *item: seen.append(item))
+    assert seen[0][0] == "embedding the texts of both vocabularies' tokens" and seen[-1][1] == seen[-1][2] > 300

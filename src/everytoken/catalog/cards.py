@@ -41,7 +41,8 @@ class Card:
 
     Attributes:
         slug: the method's name on the command line.
-        title, arxiv, year: of the paper; ``arxiv`` is empty for what is not on arXiv.
+        title, arxiv: of the paper; ``arxiv`` is empty for what is not on arXiv.
+        year: in which a venue published it; the preprint's where none has. ``preprint_year`` follows from ``arxiv``.
         station: where it lives in the house.
         summary: what it does, in our words.
         claim, figure: the claimed effect and its number.
@@ -73,6 +74,11 @@ class Card:
         return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else "https://huggingface.co/papers"
 
     @property
+    def preprint_year(self) -> int | None:
+        """The year of the first version on arXiv; None for what is not there."""
+        return 2000 + int(self.arxiv[:2]) if self.arxiv else None
+
+    @property
     def status(self) -> str:
         """``measured``, ``implemented`` or ``planned``, by what exists."""
         if not self.implementation or find_spec(self.implementation.split(":")[0]) is None:
@@ -85,7 +91,7 @@ class Card:
             path = folder / f"{self.slug}.json"
             if path.is_file():
                 try:
-                    return json.loads(path.read_text())
+                    return json.loads(path.read_text(encoding="utf-8"))
                 except ValueError:
                     continue
         return None
@@ -111,17 +117,15 @@ class Card:
         if not self.implementation:
             raise BadInputError(
                 f"{self.slug} is on the list but not implemented yet.",
-                "See `everytoken papers --status implemented` for those that run.",
+                "`everytoken papers --status implemented` lists those that run.",
             )
         return _attribute(self, self.implementation)
 
     def load_reproduction(self) -> Any:
         """The experiment; raises as ``load`` does."""
         if not self.reproduction:
-            raise BadInputError(
-                f"{self.slug} has no experiment yet.",
-                "See `everytoken papers --status measured` for those that have.",
-            )
+            able = ", ".join(card.slug for card in load_catalog().values() if card.reproduction)
+            raise BadInputError(f"{self.slug} has no experiment yet.", f"These have: {able}.")
         return _attribute(self, self.reproduction)
 
     @property
@@ -161,7 +165,8 @@ class Card:
             raise BadInputError(f"The station {self.station} has nothing to try yet.") from error
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"url": self.url, "status": self.status, "measured": self.headline}
+        derived = {"preprint_year": self.preprint_year, "status": self.status, "measured": self.headline}
+        return asdict(self) | {"url": self.url} | derived
 
 
 def _attribute(card: Card, path: str) -> Any:
@@ -170,9 +175,9 @@ def _attribute(card: Card, path: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         if error.name and not module.startswith(error.name) and not error.name.startswith("everytoken"):
-            from ..core.errors import MissingExtraError
+            from ..core.errors import MissingExtraError, extra_of
 
-            raise MissingExtraError(error.name, "all", card.slug) from error
+            raise MissingExtraError(error.name, extra_of(error.name), card.slug) from error
         raise CardError(f"The card {card.slug} names {path}, which does not exist ({error}).") from error
     except AttributeError as error:
         raise CardError(f"The card {card.slug} names {path}, but {module} has no {name}.") from error
@@ -268,4 +273,4 @@ def find_card(name: str) -> Card:
     for card in catalog.values():
         if card.arxiv and card.arxiv == wanted:
             return card
-    raise UnknownNameError("method", name, catalog)
+    raise UnknownNameError("method", name, catalog, "`everytoken papers`")

@@ -16,6 +16,8 @@ from typing import Any
 from ..core.embedding import can_embed, embed
 from .cards import Card
 
+SIMILAR = 0.3
+"""Least similarity of meaning of a card that shares no word with the query; unrelated questions reach 0.27 at most."""
 STOP = frozenset(
     [
         "a",
@@ -157,7 +159,7 @@ def by_meaning(query: str, cards: Sequence[Card]) -> list[tuple[Card, float]]:
 
 
 def search(query: str, cards: Sequence[Card], meaning: bool | None = None) -> list[tuple[Card, float]]:
-    """Cards for a query, best first.
+    """Cards for a query, best first; none where nothing matches.
 
     Args:
         meaning: True or False, or None for whatever is installed.
@@ -169,7 +171,9 @@ def search(query: str, cards: Sequence[Card], meaning: bool | None = None) -> li
         return lexical
     merged: dict[str, float] = {}
     lookup = {card.slug: card for card in cards}
-    for weight, ranking in ((1.0, lexical), (1.0, by_meaning(query, cards))):
+    named = {card.slug for card, _ in lexical}
+    near = [(card, score) for card, score in by_meaning(query, cards) if card.slug in named or score >= SIMILAR]
+    for weight, ranking in ((1.0, lexical), (1.0, near)):
         for rank, (card, score) in enumerate(ranking):
             merged[card.slug] = merged.get(card.slug, 0) + weight / (8 + rank) + (1.0 if score >= 100 else 0.0)
     return sorted(((lookup[slug], score) for slug, score in merged.items()), key=lambda pair: -pair[1])

@@ -5,13 +5,16 @@ Exit codes: 0 done, 1 failed, 2 bad input, 3 a missing extra, 4 the cache cannot
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import NoReturn
 
 import typer
 from rich.console import Console
 
 from ..core.errors import EverytokenError
 from . import compare, data, doctor, papers, reproduce, tokenizer, train, try_
+from .output import any_encoding
 
 app = typer.Typer(
     name="everytoken",
@@ -53,16 +56,28 @@ app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 
 
 def main() -> None:
-    """Runs the command line; prints errors of this library as sentences, not tracebacks."""
+    """Runs the command line; prints errors of this library and of the file system as sentences, not tracebacks."""
+    any_encoding()
     errors = Console(stderr=True)
+
+    def told(message: str, hint: str | None, code: int) -> NoReturn:
+        errors.print("error", style="bold red", end=" ")
+        errors.print(message, markup=False, highlight=False, soft_wrap=True)
+        if hint:
+            errors.print(hint, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(code)
+
     try:
         app()
     except EverytokenError as error:
-        errors.print("error", style="bold red", end=" ")
-        errors.print(error.message, markup=False, highlight=False, soft_wrap=True)
-        if error.hint:
-            errors.print(error.hint, style="yellow", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+        told(error.message, error.hint, error.exit_code)
+    except BrokenPipeError:  # whoever read the output has gone: `everytoken papers | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+        sys.exit(1)
+    except OSError as error:  # a disk that fills up, a folder that may no longer be written
+        if error.filename is None:
+            raise
+        told(f"{error.filename}: {error.strerror or error}.", "Check the path, its permissions and the free space.", 1)
     except KeyboardInterrupt:
         errors.print("interrupted", style="yellow")
         sys.exit(130)

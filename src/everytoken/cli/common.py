@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..catalog.cards import Card, find_card
-from ..core.errors import BadInputError
+from ..core.errors import BadInputError, UnknownNameError
 from ..core.progress import Report
 from ..core.settings import parse_settings, settable
 from ..decoding.trial import Trial, TrialResult
+from .output import print_json
 
 
 def method_names(incomplete: str) -> list[str]:
@@ -37,7 +36,8 @@ def build_trial(card: Card, pairs: list[str], name: str | None = None, extra: di
     factory = card.load()
     if not settable(factory):
         raise BadInputError(
-            f"{card.slug} is not a method that can be tried.", "See `everytoken papers --status implemented`."
+            f"{card.slug} is not a method that can be tried.",
+            "`everytoken papers --status implemented` lists what runs.",
         )
     settings = parse_settings(card.slug, factory, pairs)
     for key, value in (extra or {}).items():
@@ -50,11 +50,23 @@ def build_trial(card: Card, pairs: list[str], name: str | None = None, extra: di
     return Trial(name or card.slug, factory, settings)
 
 
-def check_outputs(*paths: Path | None) -> None:
-    """Refuses output files whose folder does not exist, before any work."""
-    for path in paths:
-        if path is not None and not path.resolve().parent.is_dir():
-            raise BadInputError(f"The folder {path.resolve().parent} does not exist.", "Create it, or write elsewhere.")
+def check_column(card: Card, trials: list[Trial], column: str | None) -> None:
+    """Refuses a trace column that none of the methods fills, before anything is loaded.
+
+    Raises:
+        UnknownNameError: none of the columns that the methods declare; suggests the nearest.
+    """
+    if column is None:
+        return
+    asked = getattr(sys.modules[card.load_trial().__module__], "trace_columns", None)
+    known: dict[str, None] = {}
+    for item in trials:
+        declared = asked(item) if asked is not None else getattr(item.factory, "trace_columns", None)
+        if not isinstance(declared, tuple):  # a method from outside that does not say: its traces will
+            return
+        known |= dict.fromkeys(declared)
+    if column not in known:
+        raise UnknownNameError(f"trace column of {card.slug}", column, known)
 
 
 def first_process() -> bool:
@@ -116,6 +128,66 @@ def lines(console: Console) -> Report:
             console.print(f"{text} ...", style="dim", highlight=False)
 
     return report
+
+
+@contextlib.contextmanager
+def watched(console: Console, silence: bool = False) -> Iterator[tuple[Report, Callable[[], None]]]:
+    """A report for work that may print text of its own: a live bar on a terminal, else a line a stage.
+
+    Yields ``(report, quiet)``: ``quiet()`` takes the bar away before anything else is printed beside it; the next stage
+    brings it back. The bar counts what is done, and says how long the rest will take where the total is known.
+
+    Args:
+        silence: show nothing live even on a terminal.
+    """
+    if silence or not console.is_terminal:
+        yield lines(console), lambda: None
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    progress = Progress(*columns, console=console, transient=True, refresh_per_second=4)
+    task = progress.add_task("starting", total=None)
+    stage, hidden = "", False
+
+    def report(text: str, done: int, total: int) -> None:
+        nonlocal stage, hidden
+        head = text.split(",")[0]
+        if head != stage:
+            stage, hidden = head, False
+            progress.reset(task)
+            progress.start()
+        if not hidden:
+            progress.update(task, description=text, completed=done, total=total or None)
+
+    def quiet() -> None:
+        nonlocal hidden
+        if not hidden:
+            hidden = True
+            progress.stop()
+
+    progress.start()
+    try:
+        yield report, quiet
+    finally:
+        progress.stop()
 
 
 def print_outcome(figures: dict[str, float], files: Iterable[Path], console: Console) -> None:
@@ -198,7 +270,7 @@ def emit_json(result: TrialResult, **extra: Any) -> None:
         "rows": result.rows,
         "notes": result.notes,
     } | extra
-    typer.echo(json.dumps(payload | {"texts": result.texts}, indent=1, ensure_ascii=False))
+    print_json(payload | {"texts": result.texts})
 
 
 def cards_of(names: list[str]) -> list[Card]:

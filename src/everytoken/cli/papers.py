@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +12,7 @@ from typer.core import TyperGroup
 from ..catalog.cards import STATUSES, Card, find_card, load_catalog
 from ..catalog.house import stations
 from ..core.errors import UnknownNameError
+from .output import print_json
 
 EXAMPLES = (
     "Examples:  everytoken papers speculative  ·  everytoken papers --station preference --status implemented  ·  "
@@ -53,9 +53,13 @@ COLOURS = {"measured": "green", "implemented": "cyan", "planned": "dim"}
 def search_papers(
     query: Annotated[list[str] | None, typer.Argument(help="Words to search for.")] = None,
     station: Annotated[str | None, typer.Option(help="Only this station (for example generation).")] = None,
-    year: Annotated[int | None, typer.Option(help="Only this year.")] = None,
-    status: Annotated[str | None, typer.Option(help="measured, implemented or planned.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
+    year: Annotated[
+        int | None, typer.Option(help="Only this year: the venue's, or the preprint's where there is no venue.")
+    ] = None,
+    status: Annotated[
+        str | None, typer.Option(help="implemented (all that run), measured (those with a result) or planned.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many; a search shows 10 by default.")] = None,
     words_only: Annotated[
         bool, typer.Option("--words", help="Search by words even if search by meaning is installed.")
     ] = False,
@@ -71,25 +75,35 @@ def search_papers(
         for card in load_catalog().values()
         if (station is None or card.station == station)
         and (year is None or card.year == year)
-        and (status is None or card.status == status)
+        and (status is None or card.status in _counted(status))
     ]
     text = " ".join(query or [])
     if text:
         from ..catalog.search import search
 
-        cards = [card for card, _ in search(text, cards, meaning=False if words_only else None)][: min(limit, 10)]
+        cards = [card for card, _ in search(text, cards, meaning=False if words_only else None)]
+        cards = cards[: limit or 10]
     else:
         order = list(stations())
         cards = sorted(cards, key=lambda card: (order.index(card.station), card.slug))[:limit]
     if as_json:
-        typer.echo(json.dumps([card.as_dict() for card in cards], indent=1, ensure_ascii=False))
+        print_json([card.as_dict() for card in cards])
         return
     console = Console()
     if not cards:
-        console.print("No paper matches.", style="yellow")
+        wanted = [f"{text!r}"] if text else []
+        given = (("station", station), ("year", year), ("status", status))
+        wanted += [f"{name} {value}" for name, value in given if value is not None]
+        console.print(f"No paper matches {', '.join(wanted)}.", style="yellow", markup=False, highlight=False)
         raise typer.Exit(1)
     console.print(_table(cards, console))
-    console.print(f"{len(cards)} papers; everytoken papers show NAME tells more", style="dim", highlight=False)
+    count = f"{len(cards)} paper{'' if len(cards) == 1 else 's'}"
+    console.print(f"{count}; everytoken papers show NAME tells more", style="dim", highlight=False)
+
+
+def _counted(status: str) -> tuple[str, ...]:
+    """The statuses that a filter lets through: a measured method is implemented too."""
+    return ("implemented", "measured") if status == "implemented" else (status,)
 
 
 def _table(cards: list[Card], console: Console) -> Table:
@@ -120,7 +134,7 @@ def show(
     """Show one paper: facts, claim, what was measured, and the command to try it."""
     card = find_card(name)
     if as_json:
-        typer.echo(json.dumps(card.as_dict(), indent=1, ensure_ascii=False))
+        print_json(card.as_dict())
         return
     console = Console()
     console.print(f"[bold]{card.title}[/]", highlight=False)
@@ -129,7 +143,8 @@ def show(
     grid.add_column(overflow="fold")
     grid.add_row("paper", card.url)
     grid.add_row("authors", str(card.authors) if card.authors else "not recorded")
-    grid.add_row("year", str(card.year))
+    earlier = f" (preprint {card.preprint_year})" if card.preprint_year not in (None, card.year) else ""
+    grid.add_row("year", f"{card.year}{earlier}")
     grid.add_row("station", f"{card.station} ({stations()[card.station]})")
     grid.add_row("official code", card.code or "none known")
     grid.add_row("what it does", card.summary)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,8 @@ from rich.console import Console
 
 from ..catalog.cards import find_card, load_catalog
 from ..core.errors import BadInputError
-from .common import check_outputs, method_names
+from .common import method_names
+from .output import check_files, check_folder, print_json
 
 if TYPE_CHECKING:
     from ..reproduce.base import Reproduction, Result, Scale
@@ -50,13 +50,13 @@ def reproduce(
     """Run baseline and method on the same work and compare with the paper's figure."""
     chosen = _scale(scale, quick)
     experiment = _control(name) if control else find_card(name).load_reproduction()
-    check_outputs(out)
+    check_folder(out)
     from ..reproduce.base import execute, table, write
 
     result = execute(experiment, chosen, model=model, seeds=seeds, console=Console(stderr=True), fresh=not resume)
     path = write(result, out / "beds" if control else out)
     if as_json:
-        typer.echo(json.dumps(result, indent=1))
+        print_json(result)
         return
     console = Console()
     console.print(table(result))
@@ -80,7 +80,7 @@ def scoreboard(
     from ..reproduce.base import load_results, measured_claims, write
     from ..reproduce.scoreboard import scoreboard as render
 
-    check_outputs(out)
+    check_files(out)
     found = load_results(results)
     if remeasure:
         catalog = load_catalog()

@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 
 from ..core.errors import BadInputError
+from .common import stages
+from .output import check_folder
 
 app = typer.Typer(
     help="Put another tokenizer under a model, or train one whose tokens span words.", no_args_is_help=True
@@ -46,10 +48,10 @@ def supertokens(
     except ValueError as error:
         raise BadInputError(f"--chunk-sizes takes numbers with commas; got {chunk_sizes!r}.") from error
     trainer = SupertokenTrainer(vocab_size, shares, min_frequency, seed=seed, progress=True)
+    check_folder(out, new=True)
     texts = []
     for path in data:
         texts += read_text(path).split("\n\n")
-    _check_new(out)
     held = texts[9::10] if len(texts) > 20 else texts
     training = [text for number, text in enumerate(texts) if len(texts) <= 20 or number % 10 != 9]
     tokenizer = trainer.train(training)
@@ -66,17 +68,14 @@ def supertokens(
     )
 
 
-def _check_new(out: Path) -> None:
-    from ..core.loading import check_writable
-
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInputError(f"{out} exists already.", "Choose a new folder.")
-    check_writable(out)
-
-
 @app.command(epilog=EXAMPLES)
 def transplant(
-    to: Annotated[str, typer.Option(help="The new tokenizer: mistral, tekken, qwen, a file, a folder or a hub id.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="The new tokenizer: mistral, tekken, qwen, a file (ranks: FILE.tiktoken@FAMILY), a folder or a hub id."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the model and its new tokenizer.")],
     model: Annotated[
         str | None, typer.Option(help="Hub id, folder or .gguf file; default: the embedded model.")
@@ -90,17 +89,22 @@ def transplant(
 ) -> None:
     """Give a model another tokenizer: embeddings of shared tokens are kept, the others estimated (TokenAdapt)."""
     from ..core.loading import load_model, load_tokenizer
+    from ..tokenization.carry import with_chat_template
     from ..tokenization.foreign_tokenizers import load_any_tokenizer
     from ..tokenization.tokenadapt import TokenAdapt
 
     console = Console(stderr=True)
     method = TokenAdapt(temperature, top_k, global_weight, strategy=strategy, seed=seed)
-    _check_new(out)
+    check_folder(out, new=True)
     new = load_any_tokenizer(to)
     console.print("loading the model ...", style="dim")
     old, source = load_tokenizer(model), load_model(model, dtype=dtype)
     console.print(f"{len(old):,} tokens -> {len(new):,} tokens ...", style="dim", highlight=False)
-    fresh = method.transplant(source, old, new)
+    with stages(console) as report:
+        fresh = method.transplant(source, old, new, report)
+    new, note = with_chat_template(old, new)
     fresh.save_pretrained(out)
     new.save_pretrained(out)
+    if note is not None:
+        console.print(note, highlight=False)
     print(f"{method.summary().removesuffix('.')}; model and tokenizer written to {out}")

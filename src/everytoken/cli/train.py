@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,8 @@ import typer
 from rich.console import Console
 
 from ..catalog.cards import find_card
-from .common import check_outputs, first_process, leave_processes, print_outcome, stages
+from .common import first_process, leave_processes, print_outcome, stages
+from .output import check_folder, print_json
 
 EXAMPLES = (
     "Examples:  everytoken train tgdpo --data pairs/train.jsonl --set steps=50  ·  "
@@ -45,7 +45,7 @@ def train(
     training = card.load_training()
     chosen = read_config(training, config, settings or [])
     folder = out or Path(card.slug)
-    check_outputs(folder)
+    check_folder(folder)
     if training.extra is not None:
         require(training.extra[1], training.extra[0], f"Training {card.slug}")
     status = Console(stderr=True)
@@ -57,7 +57,7 @@ def train(
     if not first_process():
         return
     if as_json:
-        typer.echo(json.dumps({"figures": result.figures, "files": [str(path) for path in result.files]}, indent=1))
+        print_json({"figures": result.figures, "files": [str(path) for path in result.files]})
         return
     console = Console()
     print_outcome(result.figures, result.files, console)

@@ -9,23 +9,18 @@ import typer
 from rich.console import Console
 
 from ..catalog.cards import find_card
+from ..core.errors import UnknownNameError
+from ..core.trace import TokenTrace
 from ..decoding.trial import TrialRequest
-from .common import (
-    build_trial,
-    check_outputs,
-    emit_json,
-    lines,
-    method_names,
-    options_from,
-    results_table,
-)
+from .common import build_trial, check_column, emit_json, method_names, options_from, results_table, watched
+from .output import TRACES, check_ending, check_files
 
 EXAMPLES = (
     "Examples:  everytoken try dyspec  ·  everytoken try dyspec --prompt 'Tell me about owls' --set budget=12 "
     "--trace owls.html  ·  "
     "everytoken try stochastok --prompt 'unbelievable strawberries' --set expand_prop=0.5  ·  everytoken try tdpo "
     "--data pairs.jsonl  ·  "
-    "everytoken try xgrammar --schema person.json  ·  everytoken try awrs --constraint checks:is_sql"
+    "everytoken try xgrammar --schema person.json  ·  everytoken try awrs --constraint examples.checks:is_sql"
 )
 
 
@@ -60,39 +55,58 @@ def try_method(
     card = find_card(name)
     given = {"schema": schema, "regex": regex, "grammar": grammar, "constraint": constraint}
     item = build_trial(card, settings or [], extra={key: value for key, value in given.items() if value is not None})
-    check_outputs(trace)
+    check_column(card, [item], column)
+    check_ending(trace, "A trace", TRACES)
+    check_files(trace)
     console = Console()
-    status = Console(stderr=True)
     streamed: list[str] = []
-
-    def stream(text: str) -> None:
-        streamed.append(text)
-        if not as_json:
-            print(text, end="", flush=True)
-
     options = options_from(max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, steps=steps, seed=seed)
-    request = TrialRequest(
-        [item], model, prompt, str(data) if data is not None else None, options, stream, lines(status)
-    )
-    result = card.load_trial()(request)
+    with watched(Console(stderr=True)) as (report, quiet):
+
+        def stream(text: str) -> None:
+            streamed.append(text)
+            if not as_json:
+                quiet()
+                print(text, end="", flush=True)
+
+        request = TrialRequest([item], model, prompt, str(data) if data is not None else None, options, stream, report)
+        result = card.load_trial()(request)
+    if column is not None and not any(column in found.columns for found in result.traces):
+        known = dict.fromkeys(name for found in result.traces for name in found.columns)
+        raise UnknownNameError(f"trace column of {card.slug}", column, known)
+    written: list[Path] = []
     if trace is not None:
-        if trace.suffix in (".jsonl", ".parquet"):
-            result.traces[0].save(trace)
+        if trace.suffix.lower() in (".jsonl", ".parquet"):
+            written = _save(result.traces, trace)
         else:
             from ..core.trace_html import render_html
 
             render_html(result.traces, trace, column or result.column, title=f"everytoken try {card.slug}")
+            written = [trace]
     if as_json:
-        emit_json(result, trace=str(trace) if trace is not None else None)
+        names = [str(path) for path in written]
+        emit_json(result, trace=names[0] if len(names) == 1 else names or None)
         return
     if streamed:
         print()
     console.print()
-    for item_trace in result.traces:
-        item_trace.print(column or result.column, console)
+    for found in result.traces:
+        chosen = column or result.column
+        found.print(chosen if chosen in found.columns else None, console)
         console.print()
     console.print(results_table(result))
     for note in result.notes:
         console.print(note, style="dim", highlight=False)
-    if trace is not None:
-        console.print(f"trace written to {trace}", highlight=False)
+    for path in written:
+        console.print(f"trace written to {path}", highlight=False)
+
+
+def _save(traces: list[TokenTrace], path: Path) -> list[Path]:
+    """Saves one trace under the path; several as ``NAME-1``, ``NAME-2``, since such a file holds one.
+
+    Returns:
+        What was written.
+    """
+    if len(traces) == 1:
+        return [traces[0].save(path)]
+    return [trace.save(path.with_stem(f"{path.stem}-{number}")) for number, trace in enumerate(traces, 1)]

@@ -95,7 +95,7 @@ def lines_svg(
     if len(drawn) > 1:
         names = [_plain(name) for name in drawn]
         figure.legend(list(drawn.values()), names, loc="outside upper center", ncols=_columns(drawn), frameon=False)
-    return _svg(figure)
+    return _svg(figure, f"{title or y_label} over {x_label}: {', '.join(drawn)}")
 
 
 def bars_svg(
@@ -130,7 +130,7 @@ def bars_svg(
     elif min(values.values()) >= 0:
         axes.set_xlim(left=0)
     _label(axes, x_label, "", "")
-    return _svg(figure)
+    return _svg(figure, f"{x_label}: " + ", ".join(f"{name} {text}" for name, text in zip(names, labels, strict=True)))
 
 
 def inline_image(svg: str, description: str) -> str:
@@ -172,7 +172,8 @@ def _finite(values: Iterable[float]) -> None:
             raise BadInputError(f"A chart cannot show {value}.", "Leave out points that are not finite numbers.")
 
 
-def _svg(figure: Figure) -> str:
+def _svg(figure: Figure, description: str) -> str:
+    """The figure as SVG with a title, which screen readers say and browsers show."""
     from matplotlib import style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
@@ -181,4 +182,5 @@ def _svg(figure: Figure) -> str:
         FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Type", "Format")))
     text = buffer.getvalue()
     lines = [line.rstrip() for line in text[text.index("<svg") :].splitlines()]
-    return "\n".join(lines) + "\n"
+    opened, inside = "\n".join(lines).split(">", 1)
+    return f'{opened} role="img">\n <title>{escape(description)}</title>{inside}\n'

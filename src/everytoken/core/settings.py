@@ -117,11 +117,15 @@ def read_text(path: Path) -> str:
     """A file of the user's.
 
     Raises:
-        BadInputError: no such file, or one that is no UTF-8.
+        BadInputError: no such file, one that may not be read, or one that is no UTF-8.
     """
+    if path.is_dir():
+        raise BadInputError(f"{path} is a folder, not a file.")
     if not path.is_file():
         raise BadInputError(f"There is no file {path}.")
     try:
         return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadInputError(f"{path} cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise BadInputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error

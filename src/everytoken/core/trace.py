@@ -92,7 +92,7 @@ class TokenTrace:
             return self
         pieces = [(table[item] or b"") if 0 <= item < len(table) else b"" for item in self.ids]
         special = {item: token.content.encode() for item, token in tokenizer.added_tokens_decoder.items()}
-        pieces = [special.get(item, piece) for item, piece in zip(self.ids, pieces, strict=True)]
+        pieces = [piece or special.get(item, b"") for item, piece in zip(self.ids, pieces, strict=True)]
         self.texts = [piece.decode("utf-8", "replace") for piece in pieces]
         ends, total = [], 0
         for piece in pieces:

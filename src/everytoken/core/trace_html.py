@@ -1,4 +1,5 @@
-"""Traces as one self-contained HTML page: a selector for the score, all values on hover, light and dark.
+"""Traces as one self-contained HTML page: a selector for the score, all values of the token that the pointer, a finger
+or the keyboard is on, light and dark.
 
 The page itself (markup, style, script) is ``trace.html`` beside this module; its ``{{names}}`` are filled here.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from .colours import CATEGORIES, RAMP, category, shade
+from .errors import UnknownNameError
 
 if TYPE_CHECKING:
     from .trace import TokenTrace, Value
@@ -63,7 +65,7 @@ def render_html(
 
     Args:
         path: where to write the page, if anywhere.
-        column: the one selected at first; default the first of all.
+        column: the one selected at first; default the first of all. One that no trace has is refused.
         title: of the page; default the first trace's.
         before: HTML above the traces (a report's tables and plots), taken as it is.
         beside: set traces two by two, side by side where the window is wide enough.
@@ -72,8 +74,13 @@ def render_html(
 
     Returns:
         The page.
+
+    Raises:
+        UnknownNameError: no trace has the column.
     """
     names = list(dict.fromkeys(name for trace in traces for name in trace.columns))
+    if column is not None and names and column not in names:
+        raise UnknownNameError("trace column", column, names)
     chosen = column if column in names else (names[0] if names else "")
     scales = {name: _scale(traces, name) for name in names}
     data = [_trace_data(trace, scales) for trace in traces]

@@ -33,6 +33,7 @@ class Component(TypedDict, total=False):
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _TABLES: WeakKeyDictionary[TokenizerLike, tuple[int, list[bytes | None]]] = WeakKeyDictionary()
+_OWN: WeakKeyDictionary[TokenizerLike, tuple[int, dict[bytes, int]]] = WeakKeyDictionary()
 
 
 @lru_cache(maxsize=1)
@@ -52,11 +53,30 @@ def backend_of(tokenizer: TokenizerLike) -> Tokenizer:
     return getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None) or tokenizer
 
 
+def utf8(text: str | bytes) -> bytes:
+    """The bytes of a text.
+
+    Raises:
+        BadInputError: a lone surrogate, which no encoding has bytes for. Broken JSON escapes and undecodable arguments
+            of a command bring them.
+    """
+    if not isinstance(text, str):
+        return bytes(text)
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadInputError(
+            f"The text is no Unicode: character {error.start} is a lone surrogate (U+{ord(text[error.start]):04X}).",
+            'Repair it where it was decoded, or drop such characters: text.encode("utf-8", "ignore").decode("utf-8").',
+        ) from error
+
+
 def token_bytes(tokenizer: TokenizerLike) -> list[bytes | None]:
     """The bytes of every token id of a fast transformers tokenizer or a ``tokenizers`` one.
 
     Special and unused ids have None. Knows byte-level BPE, SentencePiece (with byte fallback) and WordPiece, by the
-    tokenizer's own decoder.
+    tokenizer's own decoder. An added token is spelt literally, unless the model's vocabulary has it too: it is then
+    written as the model writes it (Gemma adds its runs of spaces as runs of the space marker).
 
     Raises:
         BadInputError: the tokenizer has no fast backend, or decodes in a way that is not known here.
@@ -74,6 +94,7 @@ def token_bytes(tokenizer: TokenizerLike) -> list[bytes | None]:
     spec = json.loads(backend.to_str())
     special = {entry["id"] for entry in spec.get("added_tokens", []) if entry["special"]}
     added = {entry["id"] for entry in spec.get("added_tokens", [])}
+    learned = backend.get_vocab(with_added_tokens=False)
     kinds = _kinds(spec.get("decoder")) | _kinds(spec.get("pre_tokenizer"))
     table: list[bytes | None] = [None] * (max(vocab.values()) + 1)
     if "ByteLevel" in kinds:
@@ -102,18 +123,61 @@ def token_bytes(tokenizer: TokenizerLike) -> list[bytes | None]:
         )
     for token, index in vocab.items():
         if index not in special:
-            table[index] = token.encode("utf-8") if index in added else spell(token)
+            literal = index in added and learned.get(token) != index
+            table[index] = token.encode("utf-8") if literal else spell(token)
     if hasattr(tokenizer, "__weakref__"):
         _TABLES[tokenizer] = (len(vocab), table)
     return table
 
 
-def first_ids(table: list[bytes | None]) -> dict[bytes, int]:
-    """The first id that spells each of a table's byte strings."""
+def byte_tokens(tokenizer: TokenizerLike) -> dict[int, bytes]:
+    """The ids of byte fallback (``<0xNN>``) with their bytes; empty for tokenizers without it."""
+    table = token_bytes(tokenizer)
+    found = {}
+    for token, index in backend_of(tokenizer).get_vocab(with_added_tokens=False).items():
+        match = _BYTE_TOKEN.fullmatch(token)
+        if match and table[index] == bytes([int(match[1], 16)]):
+            found[index] = table[index] or b""
+    return found
+
+
+def unused_byte_tokens(tokenizer: TokenizerLike) -> set[int]:
+    """Ids of byte fallback whose byte another token spells.
+
+    A tokenizer never writes them (``<0x61>`` where there is ``a``), so models have not learned their embeddings.
+    """
+    fallback = byte_tokens(tokenizer)
+    others = {data for index, data in enumerate(token_bytes(tokenizer)) if data and index not in fallback}
+    return {index for index, data in fallback.items() if data in others}
+
+
+def own_ids(tokenizer: TokenizerLike) -> dict[bytes, int]:
+    """The id with which the tokenizer itself writes each of its tokens' byte strings.
+
+    Where several ids spell the same bytes, that is the one that it encodes them as, and never a byte of the fallback
+    that another token spells.
+    """
+    table = token_bytes(tokenizer)
+    known = _OWN.get(tokenizer)
+    if known is not None and known[0] == len(table):
+        return known[1]
+    unused = unused_byte_tokens(tokenizer)
     found: dict[bytes, int] = {}
+    several: dict[bytes, set[int]] = {}
     for index, data in enumerate(table):
-        if data:
-            found.setdefault(data, index)
+        if data and index not in unused:
+            first = found.setdefault(data, index)
+            if first != index:
+                several.setdefault(data, {first}).add(index)
+    for data, ids in several.items():
+        try:
+            written = backend_of(tokenizer).encode(data.decode("utf-8"), add_special_tokens=False).ids
+        except UnicodeDecodeError:
+            continue
+        if len(written) == 1 and written[0] in ids:
+            found[data] = written[0]
+    if hasattr(tokenizer, "__weakref__"):
+        _OWN[tokenizer] = (len(table), found)
     return found
 
 

@@ -163,10 +163,18 @@ class Decoder:
 
     def decode_rows(self, call: DecodingCall[Any]) -> None:
         """Decodes all of ``call.rows``; by default one after the other, each with a cache of its own."""
+        from .row_cache import restore_padding, strip_padding
+
         given = call.model_kwargs.get("past_key_values")
         for row in call.rows:
             row.cache = given if given is not None and len(call.rows) == 1 else self.new_row_cache(call)
+            # a row alone has no padding, but plain generate counts it as part of what its cache holds
+            padding = len(row.padding) if len(call.rows) == 1 else 0
+            if row.cache is not None and padding:
+                strip_padding(row.cache, padding)
             self.decode_row(call, row)
+            if row.cache is not None and padding:
+                restore_padding(row.cache, padding)
             if len(call.rows) > 1:
                 row.cache = None  # no more than one is kept
 
@@ -289,6 +297,10 @@ class Decoder:
             check_prompt(call.model, longest)
         check_positions(name, call.model_kwargs.get("position_ids"), call.attention_mask, call.input_ids.shape[1])
         check_one_row(name, call.input_ids.shape[0], call.streamer, cache)
+        if cache is not None and longest < call.input_ids.shape[1]:
+            from .row_cache import check_strippable
+
+            check_strippable(name, call.model, cache)
 
     def _check_common(self, call: DecodingCall[Any]) -> None:
         """What is checked alike for all decoders."""

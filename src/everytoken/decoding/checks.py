@@ -151,27 +151,29 @@ def check_prompt(model: PreTrainedModel, length: int) -> None:
     """Raises BadInputError for an empty prompt, or one that leaves no room in the model's context."""
     check_not_empty(length)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and length >= context:
+    if context is not None and 0 < context <= length:
         raise BadInputError(f"The prompt has {length} tokens; the model's context is {context}.", "Shorten the prompt.")
 
 
 # -- caches ------------------------------------------------------------------------------------------------------------
 def check_empty_cache(decoder: str, cache: Cache | None) -> None:
     """Raises BadInputError where ``past_key_values`` hold something already."""
-    if cache is not None and cache.get_seq_length() > 0:
+    if cache is not None and is_filled(cache):
         raise BadInputError(f"{decoder} starts from an empty cache.", "Leave past_key_values out.")
 
 
 def check_unread(cache: Cache, length: int) -> None:
     """Raises BadInputError where a cache leaves nothing to read of a prompt of ``length`` tokens."""
-    if cache.get_seq_length() >= length:
+    from .row_cache import cached_length
+
+    if cached_length(cache) >= length:
         raise BadInputError("The cache already holds the whole prompt.", "Pass at least one token beyond the cache.")
 
 
 def check_one_row(decoder: str, rows: int, streamer: Any, cache: Cache | None) -> None:
     """Raises BadInputError where a batch of several rows comes with a streamer or a cache of its own, which follow
     one."""
-    if rows > 1 and cache is not None and cache.get_seq_length() > 0:
+    if rows > 1 and cache is not None and is_filled(cache):
         raise BadInputError(f"{decoder} continues a filled cache for one row only.", "Pass the rows one at a time.")
     if rows > 1 and cache is not None and is_special(cache):
         raise BadInputError(
@@ -180,6 +182,14 @@ def check_one_row(decoder: str, rows: int, streamer: Any, cache: Cache | None) -
         )
     if rows > 1 and streamer is not None:
         raise BadInputError("A streamer follows one row only.", "Decode one prompt at a time.")
+
+
+def is_filled(cache: Cache) -> bool:
+    """Whether a cache holds anything; recurrent layers alone do not say how much."""
+    try:
+        return cache.get_seq_length() > 0
+    except ValueError:
+        return bool(cache.has_previous_state())
 
 
 def is_special(cache: Cache) -> bool:
@@ -223,7 +233,7 @@ def check_same_vocabulary(target: PreTrainedModel, draft: PreTrainedModel, slack
             "tokenizers.",
             "Speculative decoding needs a draft with the target's own tokenizer.",
         )
-    eos = [_as_set(model.config.get_text_config().eos_token_id) for model in (target, draft)]
+    eos = [_as_set(getattr(model.config.get_text_config(), "eos_token_id", None)) for model in (target, draft)]
     if eos[0] and eos[1] and not eos[0] & eos[1]:
         raise TokenizerMismatchError(
             f"Target and draft end a text with different tokens ({sorted(eos[0])} and {sorted(eos[1])}).",

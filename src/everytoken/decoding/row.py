@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from transformers import (
@@ -171,11 +170,13 @@ def processors_for_row(processors: Iterable[LogitsProcessor], row: int) -> Logit
 def read_on(model: PreTrainedModel, cache: Cache, text: list[int], vocab: int) -> torch.Tensor:
     """Runs a model over what its cache does not hold of ``text`` yet, in one forward: logits ``[V]`` of the next
     token."""
-    past = cache.get_seq_length()
-    ids = torch.tensor([text[past:]], device=model.device)
-    positions = torch.arange(past, len(text), device=ids.device)[None]
-    output: Any = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return output.logits[0, -1, :vocab].float()
+    from .row_cache import RowCache
+
+    held = RowCache(model, cache)
+    held.prompt = held.length or None
+    output = held.read(text)
+    logits: torch.Tensor = output["logits"]
+    return logits[0, -1, :vocab].float()
 
 
 def attention_mask_for(model: PreTrainedModel, allowed: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,9 @@
 ``everytoken.STATION.trial`` holds ``trial(requests) -> TrialResult``: it runs the station's baseline and every
 requested method on the same work in one process, and returns one row of figures for each. A new method of the station
 needs no trial of its own: the contract that all methods of a station share is enough to run them.
+
+Which columns a method's traces have is said by its ``trace_columns``, a tuple on its class; where that depends on more,
+by ``trace_columns(trial) -> names`` in the module of the trial.
 """
 
 from __future__ import annotations
@@ -139,11 +142,10 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
     work = _Work(request, result, model, tokenizer, inputs, arguments)
     request.report("warming up", 0, 0)
     model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    request.report("plain decoding", 0, 0)
-    output, seconds = work.timed(lambda: model.generate(**inputs, **arguments))
+    counted = work.streamer("plain decoding", lambda _text: None)
+    output, seconds = work.timed(lambda: model.generate(**inputs, **arguments, streamer=counted))
     work.record("plain generate", output, seconds, {"target forwards": float(output.shape[1] - length)})
     for name, decoder in decoders.items():
-        request.report(f"decoding with {name}", 0, 0)
         work.run(name, decoder, prompt)
         if temperature == 0 and decoder.lossless:
             same = result.texts[name] == result.texts["plain generate"]
@@ -211,7 +213,9 @@ class _Work:
         if decoder.samples_only and not arguments["do_sample"]:
             arguments = arguments | {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
             notes.append(f"{name} samples; it ran at temperature 1 (choose with --temperature).")
-        streamer = self.streamer() if decoder.streams else None
+        stage = f"decoding with {name}"
+        self.request.report(stage, 0, 0)
+        streamer = self.streamer(stage, self.request.stream) if decoder.streams else None
         output, seconds = self.timed(
             lambda: decoder.generate(self.model, **self.inputs, **arguments, streamer=streamer)
         )
@@ -220,13 +224,21 @@ class _Work:
             trace.title = f"{name}: {prompt}"
             self.result.traces.append(trace.with_text(self.tokenizer))
 
-    def streamer(self) -> BaseStreamer:
-        """Hands text to the request as it becomes final."""
+    def streamer(self, stage: str, stream: Callable[[str], None]) -> BaseStreamer:
+        """Hands text to ``stream`` as it becomes final, and reports how many tokens there are of those asked for."""
         from transformers import TextStreamer
 
-        stream = self.request.stream
+        report, total = self.request.report, int(self.arguments["max_new_tokens"])
+        done = -self.inputs["input_ids"].shape[1]  # the prompt comes first
+        report(stage, 0, total)
 
         class Streamer(TextStreamer):
+            def put(self, value: torch.Tensor) -> None:
+                nonlocal done
+                super().put(value)
+                done += value.numel()
+                report(stage, max(done, 0), total)
+
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
                 stream(text)
 

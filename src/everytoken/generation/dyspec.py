@@ -45,10 +45,11 @@ from transformers.generation.logits_process import (
 from ..core.errors import BadInputError
 from ..decoding.base import Decoder, Example
 from ..decoding.call import DecodingCall
-from ..decoding.checks import check_croppable, check_same_vocabulary, check_unread
+from ..decoding.checks import check_same_vocabulary, check_unread
 from ..decoding.matcher import Matcher, fill_mask
-from ..decoding.row import DecodingRow, attention_mask_for, read_on
-from .speculative.drafting import DraftSession
+from ..decoding.row import DecodingRow
+from ..decoding.row_cache import RowCache, check_cached, check_rewindable
+from .speculative.drafting import DraftSession, is_feature_draft
 from .speculative.trees import Candidates, Expand, TokenTree, grow_tree
 
 # Processors that look at one row of scores and not at the text before it: they can run on all nodes at once.
@@ -118,11 +119,14 @@ class DySpec(Decoder):
             self.draft_model = load_draft(model)
 
     def check_call(self, call: DecodingCall[Any]) -> None:
-        """Raises TokenizerMismatchError for a draft of another vocabulary, UnsupportedModelError for a cache without
-        crop."""
+        """Raises TokenizerMismatchError for a draft of another vocabulary, UnsupportedModelError for a model that
+        has no cache, or a cache from which tokens cannot be dropped."""
         check_same_vocabulary(call.model, self.draft_model)
+        check_cached("DySpec", call.model)
+        if not is_feature_draft(self.draft_model):
+            check_cached("DySpec's draft", self.draft_model)
         cache = call.model_kwargs.get("past_key_values")
-        check_croppable("DySpec", self.new_row_cache(call) if cache is None else cache)
+        check_rewindable("DySpec", self.new_row_cache(call) if cache is None else cache)
 
     def matcher_for(self, call: DecodingCall[Any], row: int) -> Matcher | None:
         return self.matcher
@@ -154,9 +158,11 @@ class _Speculation:
         assert row.cache is not None
         self.decoder, self.row, self.model, self.stats = decoder, row, call.model, call.stats
         self.vocab = check_same_vocabulary(call.model, decoder.draft_model)
-        self.cache, self.device, self.max_length = row.cache, row.device, call.config.max_length
+        self.cache, self.device, self.max_length = RowCache(call.model, row.cache), row.device, call.config.max_length
         self.path_free = all(isinstance(item, PATH_FREE) for item in row.processors)
         self.draft = DraftSession(decoder.draft_model, call.model, self.vocab)
+        # where a model cannot mask a tree, one path is drafted: it needs no mask
+        self.branches = self.cache.trees and self.draft.trees
 
     # -- the loop ------------------------------------------------------------------------------------------------------
     def decode(self) -> None:
@@ -175,42 +181,44 @@ class _Speculation:
                 turn += 1
         finally:
             self.draft.close()
+            self.cache.close()
 
     def _prefill(self) -> torch.Tensor:
         """The prompt through the target; returns ``[V]`` logits for the next token."""
-        past = self.cache.get_seq_length()
-        check_unread(self.cache, len(self.row.text))
-        logits = read_on(self.model, self.cache, self.row.text, self.vocab)
-        check_croppable("DySpec", self.cache)
+        assert self.row.cache is not None
+        check_unread(self.row.cache, len(self.row.text))
+        past = self.cache.length
+        output = self.cache.read(self.row.text)
         self.stats.target_forwards += 1
-        self.draft.commit(self.row.text[past:], past)
-        return logits
+        # a draft of its own reads the whole text; one that lives on the target's states, what the target read just now
+        start = past if self.draft.uses_features else 0
+        self.draft.commit(self.row.text[start:], start)
+        logits: torch.Tensor = output["logits"]
+        return logits[0, -1, : self.vocab].float()
 
     def _verify_forward(self, tree: TokenTree) -> torch.Tensor:
         """All nodes through the target in one forward: ``[n, V]`` logits after each node's path."""
-        past = self.cache.get_seq_length()
-        positions = torch.tensor([tree.depths], device=self.device) + past
-        mask = None
-        if len(tree) > 1:
-            mask = torch.ones(len(tree), past + len(tree), dtype=torch.bool)
-            mask[:, past:] = tree.ancestor_mask()
-            mask = attention_mask_for(self.model, mask[None, None].to(self.device))
-        output = self.model(
-            input_ids=torch.tensor([tree.tokens], device=self.device),
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        past = self.cache.length
+        self.cache.mark()
+        if len(tree) == 1:
+            output = self.cache.read(self.row.text)
+        else:
+            allowed = None
+            if self.branches:
+                allowed = torch.ones(len(tree), past + len(tree), dtype=torch.bool)
+                allowed[:, past:] = tree.ancestor_mask()
+            output = self.cache.read_tree(tree.tokens, tree.depths, allowed)
         self.stats.target_forwards += 1
-        return output.logits[0, :, : self.vocab].float()
+        logits: torch.Tensor = output["logits"]
+        return logits[0, :, : self.vocab].float()
 
     # -- growing -------------------------------------------------------------------------------------------------------
     def _grow(self, budget: int, room: int) -> TokenTree:
         """The tree for this round; ``room`` bounds its depth."""
         tree = TokenTree()
         tree.add(self.row.text[-1], -1, 1.0)
-        if budget == 0:
+        room = int(min(room, self.cache.room(len(self.row.text)), self.draft.room(len(self.row.text))))
+        if budget == 0 or room <= 0:
             return tree
         depth = min(self.decoder.max_depth, room)
         return self.decoder.grow(tree, lambda nodes: self._expand(tree, nodes), budget, depth, self.row.do_sample)
@@ -220,7 +228,7 @@ class _Speculation:
         self.stats.draft_forwards += 1
         reduced = not self.row.do_sample and self.path_free and self.row.matcher is None
         logits = self.draft.forward(tree, nodes, reduced)
-        width = min(self.decoder.max_children, self.decoder.budget)
+        width = min(self.decoder.max_children, self.decoder.budget) if self.branches else 1
         if reduced:  # greedy: the ranking needs no full-size distribution
             top = torch.softmax(logits, -1).topk(min(width, logits.shape[-1]), -1)
             tokens = self.draft.token_ids[top.indices] if self.draft.token_ids is not None else top.indices
@@ -282,7 +290,7 @@ class _Speculation:
     # -- verification --------------------------------------------------------------------------------------------------
     def _walk(self, tree: TokenTree, logits: torch.Tensor, turn: int) -> bool:
         """Accepts a path, commits it and the bonus token, and keeps the cache rows of the path only."""
-        past = self.cache.get_seq_length() - len(tree)
+        past = self.cache.length - len(tree)
         path, node, stop = [0], 0, False
         greedy = None
         if not self.row.do_sample and self.path_free and self.row.matcher is None:
@@ -311,7 +319,11 @@ class _Speculation:
                 path.append(child)
             node = child
         # the last token of the text is the next root: it has no cache row yet
-        self._keep_rows(past, path)
+        if self.branches:
+            self.cache.keep(path)
+        elif not self.cache.back(len(path)):  # a recurrent state goes back to before the drafts: read what is accepted
+            self.cache.read(self.row.text[: past + len(path)])
+            self.stats.target_forwards += 1
         committed = self.row.text[past + 1 :]
         if not stop:
             self.draft.commit(committed, past + 1, path)
@@ -345,15 +357,3 @@ class _Speculation:
         if not stop:
             self.draft.commit([token], len(self.row.text) - 1)
         return stop
-
-    def _keep_rows(self, past: int, path: list[int]) -> None:
-        """Moves the cache rows of the accepted path behind the first ``past`` rows and drops the others."""
-        length = self.cache.get_seq_length()
-        if path != list(range(len(path))):
-            index = torch.tensor(path, device=self.device) + past
-            for layer in self.cache.layers:
-                layer.keys[:, :, past : past + len(path)] = layer.keys[:, :, index]
-                layer.values[:, :, past : past + len(path)] = layer.values[:, :, index]
-        drop = length - past - len(path)
-        if drop:
-            self.cache.crop(-drop)

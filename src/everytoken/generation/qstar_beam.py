@@ -23,7 +23,7 @@ from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, PreTrai
 
 from ..core.errors import BadInputError
 from ..core.implicit_reward import ImplicitReward
-from ..core.loading import load_model, resolve
+from ..core.loading import check_model_name, load_model
 from ..core.trace import TokenTrace
 from ..decoding.base import BY_NAME, Example
 from ..decoding.call import DecodingCall
@@ -91,7 +91,7 @@ class QStarBeam(LoopDecoder):
         if self.score not in ("likelihood", "value"):
             raise BadInputError(f"score is 'likelihood' or 'value'; got {self.score!r}.")
         if isinstance(self.reference, str):
-            resolve(self.reference)  # a wrong name is refused now
+            check_model_name(self.reference)  # a wrong name is refused now
         if self.score == "value" and self.reference is None:
             raise BadInputError(
                 "Value search compares with a reference.", "Pass reference=..., or search by likelihood."

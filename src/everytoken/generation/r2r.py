@@ -26,16 +26,17 @@ from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import BadInputError, TokenizerMismatchError
-from ..core.loading import load_model, resolve
+from ..core.loading import check_model_name, load_model
 from ..decoding.base import BY_NAME, Decoder, Example
 from ..decoding.call import DecodingCall, DecodingStats
-from ..decoding.checks import check_croppable, check_same_vocabulary, check_unread
+from ..decoding.checks import check_same_vocabulary, check_unread
 from ..decoding.matcher import Matcher
-from ..decoding.row import DecodingRow, read_on
-from .speculative.drafting import DraftSession
+from ..decoding.row import DecodingRow
+from ..decoding.row_cache import RowCache, check_cached, room_before
+from .speculative.drafting import DraftSession, is_feature_draft
 from .speculative.trees import TokenTree
 
 
@@ -131,10 +132,8 @@ def as_router(value: Any) -> Router:
 class Writer:
     """A small causal language model that follows a text with a cache of its own."""
 
-    needs_target = False
-
     def __init__(self, small: PreTrainedModel, vocab: int):
-        self.model, self.vocab, self.cache = small, vocab, DynamicCache()
+        self.model, self.vocab, self.cache = small, vocab, RowCache(small)
         self.embed = small.get_input_embeddings()
         self._seen: torch.Tensor | None = None
         self._thread = threading.get_ident()
@@ -146,9 +145,13 @@ class Writer:
 
     def step(self, text: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads what is new of ``text``: the last hidden state ``[D]`` and logits ``[V]`` after it."""
-        logits = read_on(self.model, self.cache, text, self.vocab)
+        logits: torch.Tensor = self.cache.read(text)["logits"]
         assert self._seen is not None
-        return self._seen[0, -1], logits
+        return self._seen[0, -1], logits[0, -1, : self.vocab].float()
+
+    def reads(self, text: list[int]) -> bool:
+        """Whether the small model's context has room for ``text``."""
+        return room_before(self.model, len(text)) >= 0
 
     def caught_up(self, text: list[int], token: int) -> None:
         """The large model has read ``text`` and written ``token``."""
@@ -161,13 +164,14 @@ class DraftWriter(Writer):
     """A feature draft: what it has written since the large model's last turn is a chain below the last verified
     token."""
 
-    needs_target = True
-
     def __init__(self, small: PreTrainedModel, target: PreTrainedModel, vocab: int):
         self.vocab, self.session = vocab, DraftSession(small, target, vocab)
         self.embed = target.get_input_embeddings()
         self.verified = 0  # tokens of the text that the large model has read
         self.tree = TokenTree()
+
+    def reads(self, text: list[int]) -> bool:
+        return len(text) > self.verified > 0  # it follows the large model's states, which begin with its first turn
 
     def step(self, text: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         node = self.tree.add(text[-1], len(self.tree) - 1, 1.0)  # below the last one; the first is the root, below -1
@@ -185,12 +189,6 @@ class DraftWriter(Writer):
 
     def close(self) -> None:
         self.session.close()
-
-
-def is_feature_draft(small: PreTrainedModel) -> bool:
-    from .speculative.modeling_feature_draft import FeatureDraftForCausalLM
-
-    return isinstance(small, FeatureDraftForCausalLM)
 
 
 def writer_for(small: PreTrainedModel, large: PreTrainedModel, vocab: int) -> Writer:
@@ -243,7 +241,7 @@ class R2R(Decoder):
         if isinstance(self.router, (str, Path)) and self.router not in ("entropy", "aleatoric"):
             self.router = as_router(self.router)  # a wrong folder is refused now, not after the models have loaded
         if isinstance(self.small_model, str):
-            resolve(self.small_model)
+            check_model_name(self.small_model)
 
     @property
     def stats(self) -> R2RStats:
@@ -295,7 +293,9 @@ class R2R(Decoder):
             ) from error
         router = as_router(self.router)
         cache = call.model_kwargs.get("past_key_values")
-        check_croppable("R2R", self.new_row_cache(call) if cache is None else cache)
+        check_cached("R2R", call.model)
+        if not is_feature_draft(self.small_model):
+            check_cached("R2R's small model", self.small_model)
         if cache is not None and cache.get_seq_length() > 0 and is_feature_draft(self.small_model):
             raise BadInputError(
                 "A feature draft as the small model starts from an empty cache.", "Leave past_key_values out."
@@ -316,13 +316,14 @@ class R2R(Decoder):
         router = as_router(self.router)
         threshold = router.threshold if self.threshold is None else self.threshold
         vocab = check_same_vocabulary(call.model, self.small_model)
-        large, stats, cache = call.model, call.stats, row.cache
+        large, stats = call.model, call.stats
+        cache = RowCache(large, row.cache, len(row.text))
         writer = writer_for(self.small_model, large, vocab)
         try:
             done = False
             while not done:
                 value = None
-                if not writer.needs_target or row.new:
+                if writer.reads(row.text):
                     hidden, logits = writer.step(row.text)
                     stats.draft_forwards += 1
                     stats.proposed += 1
@@ -331,7 +332,7 @@ class R2R(Decoder):
                     embedding = writer.embed(torch.tensor([token], device=hidden.device))
                     value = float(router(hidden[None], embedding, logits[None])[0])
                 if value is None or value >= threshold:
-                    logits = read_on(large, cache, row.text, vocab)  # all since its last turn, in one forward
+                    logits = cache.read(row.text)["logits"][0, -1, :vocab].float()  # all since its last turn
                     stats.target_forwards += 1
                     scores = row.processed(logits)
                     token = row.choose(scores)

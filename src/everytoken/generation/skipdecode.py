@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +33,8 @@ from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.cache_utils import CacheLayerMixin
 
 from ..core.errors import BadInputError, UnsupportedModelError
 from ..core.trace import TokenTrace
@@ -120,29 +122,25 @@ def speedup(schedule: DepthSchedule, num_layers: int, tokens: int) -> float:
 
 
 def find_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a Llama-like model.
+    """The decoder layers of a model, wherever it keeps them: the one list of as many alike as the model has layers.
 
     Raises:
         UnsupportedModelError: there is no such list.
     """
-    layers = getattr(model.base_model, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or len(layers) != model.config.get_text_config().num_hidden_layers:
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    name = type(model).__name__
+    found = [item for item in model.modules() if isinstance(item, nn.ModuleList) and len(item) == count]
+    found = [item for item in found if not any(item is not other and _holds(other, item) for other in found)]
+    if len(found) != 1:
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not keep its decoder layers in base_model.layers.",
-            "SkipDecode works with Llama-like models.",
+            f"{name} does not keep its decoder layers in one list of {count}.",
+            "SkipDecode works with stacks of layers.",
         )
-    check_layer_kinds(model.config)
-    return layers
+    return found[0]
 
 
-def check_layer_kinds(config: PreTrainedConfig) -> None:
-    """Raises UnsupportedModelError for a model that mixes layers of several kinds."""
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
-    if len(kinds) > 1:
-        raise UnsupportedModelError(
-            f"A {config.model_type} model mixes layers of the kinds {', '.join(sorted(kinds))}.",
-            "SkipDecode needs layers of one kind: what is cached is counted at the first of them.",
-        )
+def _holds(outer: nn.Module, inner: nn.Module) -> bool:
+    return any(item is inner for item in outer.modules())
 
 
 def check_schedule(schedule: DepthSchedule, num_layers: int) -> None:
@@ -163,15 +161,21 @@ def check_schedule(schedule: DepthSchedule, num_layers: int) -> None:
 def rerouted(layers: nn.ModuleList, route: Route) -> Iterator[None]:
     """Has ``route(index, hidden states, run)`` decide about each layer; ``run()`` is the layer's own forward."""
 
+    beside: dict[str, tuple[Any, ...]] = {}  # what layers return beside hidden states, as the last that ran did
+
     def wrap(index: int, original: Forward) -> Forward:
         @functools.wraps(original)
-        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            output = route(index, hidden_states, lambda: original(hidden_states, *args, **kwargs))
-            if not isinstance(output, torch.Tensor):
-                raise UnsupportedModelError(
-                    "The model's layers return more than hidden states; they cannot be skipped."
-                )
-            return output
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            def run() -> torch.Tensor:
+                output = original(hidden_states, *args, **kwargs)
+                if isinstance(output, torch.Tensor):
+                    return output
+                beside["last"] = tuple(output[1:])
+                first: torch.Tensor = output[0]
+                return first
+
+            output = route(index, hidden_states, run)
+            return (output, *beside["last"]) if "last" in beside else output
 
         return forward
 
@@ -179,6 +183,44 @@ def rerouted(layers: nn.ModuleList, route: Route) -> Iterator[None]:
         for index, layer in enumerate(layers):
             stack.enter_context(_forward_of(layer, wrap(index, layer.forward)))
         yield
+
+
+def counts(cache: Cache, index: int) -> bool:
+    """Whether a layer of a cache counts its tokens; recurrent layers do not, and some have no cache."""
+    return index < len(cache.layers) and isinstance(cache.layers[index], CacheLayerMixin)
+
+
+def held(cache: Cache) -> int:
+    """Tokens that a cache holds: as many as in its fullest layer, since every token passes some layer that counts."""
+    counted = (cache.layers[index].get_seq_length() for index in range(len(cache.layers)) if counts(cache, index))
+    return max(map(int, counted), default=0)
+
+
+@contextmanager
+def measured_where_layers_run(cache: Cache, running: Callable[[int], bool]) -> Iterator[None]:
+    """Has masks fit the layers that run.
+
+    A model takes the sizes of a mask from the first layer of its kind, which may be a skipped one whose keys are fewer.
+    """
+    sizes, length = cache.get_mask_sizes, cache.get_seq_length
+
+    def get_mask_sizes(query_length: int, layer_idx: int) -> tuple[int, int]:
+        if counts(cache, layer_idx) and not running(layer_idx):
+            kind = type(cache.layers[layer_idx])
+            alike = (place for place, layer in enumerate(cache.layers) if type(layer) is kind and running(place))
+            layer_idx = next(alike, layer_idx)
+        return sizes(query_length, layer_idx)
+
+    def get_seq_length(layer_idx: int = 0) -> int:
+        if counts(cache, layer_idx) and running(layer_idx):
+            return length(layer_idx)
+        return held(cache) if layer_idx == 0 or counts(cache, layer_idx) else length(layer_idx)
+
+    cache.get_mask_sizes, cache.get_seq_length = get_mask_sizes, get_seq_length  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del cache.get_mask_sizes, cache.get_seq_length
 
 
 @contextmanager
@@ -250,19 +292,31 @@ class SkipDecode(LoopDecoder):
         return super().figures() | {"layers a forward": sum(self.layers_run) / max(len(self.layers_run), 1)}
 
     def check_model(self, config: PreTrainedConfig) -> None:
-        """Layers of one kind, and a schedule that they can follow.
+        """A schedule that the model's layers can follow.
 
         Raises:
-            UnsupportedModelError: layers of several kinds.
+            UnsupportedModelError: a model with an encoder.
             BadInputError: a schedule with more layers than the model has, one that rises, or an impossible speed-up.
         """
         super().check_model(config)
-        check_layer_kinds(config)
         layers = config.get_text_config().num_hidden_layers
         if self.schedule is not None:
             check_schedule(self.schedule, layers)
         else:
             LinearDepth.for_speedup(layers, self.speedup, 128, self.warmup)
+
+    def check_call(self, call: DecodingCall[SkipDecodeStats]) -> None:
+        """Raises BadInputError where attentions are asked for (a skipped layer has none), UnsupportedModelError for a
+        model that reads its text anew for every token: earlier tokens would run with the layers of the last."""
+        if "past_key_values" not in inspect.signature(call.model.forward).parameters:
+            raise UnsupportedModelError(
+                f"SkipDecode needs a cache that grows; {type(call.model).__name__} takes no past_key_values.",
+                "Use a model that caches keys.",
+            )
+        if call.config.output_attentions:
+            raise BadInputError(
+                "SkipDecode does not support output_attentions: skipped layers have none.", "Leave it out."
+            )
 
     @contextmanager
     def applied(self, call: DecodingCall[SkipDecodeStats]) -> Iterator[None]:
@@ -284,11 +338,14 @@ class SkipDecode(LoopDecoder):
         self._check_cache(cache, active_layers(schedule, 0, total))
         now = {"depth": schedule.depth(0)}
 
-        def see_position(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            tokens: Any = kwargs.get("input_ids")
-            tokens = kwargs["inputs_embeds"] if tokens is None else tokens
-            length = kwargs["past_key_values"].get_seq_length() + tokens.shape[1]
-            now["depth"] = schedule.depth(length - prompt)
+        stack = next(item for item in model.modules() if any(child is layers for child in item.children()))
+        inputs = inspect.signature(stack.forward)
+
+        def see_position(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            given = inputs.bind_partial(*args, **kwargs).arguments
+            names = ("input_ids", "inputs_embeds", "hidden_states")
+            tokens = next(given[name] for name in names if given.get(name) is not None)
+            now["depth"] = schedule.depth(held(cache) + tokens.shape[1] - prompt)
             stats.layers_run.append(0)
 
         def route(index: int, hidden: torch.Tensor, run: Run) -> torch.Tensor:
@@ -297,18 +354,27 @@ class SkipDecode(LoopDecoder):
             stats.layers_run[-1] += 1
             return run()
 
-        hook = model.base_model.register_forward_pre_hook(see_position, with_kwargs=True)
+        def running(index: int) -> bool:
+            return bool(runs(schedule, index, now["depth"], total))
+
+        hook = stack.register_forward_pre_hook(see_position, with_kwargs=True)
         try:
-            with rerouted(layers, route):
+            with rerouted(layers, route), measured_where_layers_run(cache, running):
                 yield
         finally:
             hook.remove()
+            cache._layers_run = frozenset(filter(running, range(total)))
 
     @staticmethod
-    def _check_cache(cache: Any, first: list[int]) -> None:
+    def _check_cache(cache: Cache, first: list[int]) -> None:
         """Refuses a filled cache in which a layer that is to run has been skipped."""
-        length = cache.get_seq_length()
-        missing = [index for index in first if length and cache.get_seq_length(index) < length]
+        length = held(cache)
+        missing = []
+        for index in first if length else []:
+            if counts(cache, index):
+                missing += [index] if cache.get_seq_length(index) < length else []
+            elif index not in getattr(cache, "_layers_run", first):  # a recurrent layer does not count: a call notes it
+                missing.append(index)
         if missing:
             raise BadInputError(
                 f"The cache lacks keys of layer {missing[0]}: an earlier call skipped it and this schedule runs it.",

@@ -25,7 +25,7 @@ those of the authors' code::
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -64,6 +64,7 @@ class IFTSettings:
         BadInputError: a setting out of range.
     """
 
+    trace_columns: ClassVar[tuple[str, ...]] = ("weight", "loss", "prediction")
     residual: float = 0.2
     gamma: float = 0.95
     propagation: str = "loss"

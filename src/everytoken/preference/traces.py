@@ -43,6 +43,10 @@ def credit_trace(
     return _trace(_statistics(model, reference, before, after), tokenizer, after, beta, title)
 
 
+PAIR_COLUMNS = ("implicit_reward", "forward_kl", "logp", "ref_logp")
+"""What the trace of every response has, whatever the loss."""
+
+
 def _statistics(
     model: PreTrainedModel,
     reference: PreTrainedModel | None,
@@ -65,6 +69,15 @@ def _trace(
     trace.add("implicit_reward", beta * (found["logps"] - found["ref_logps"]))
     trace.add("forward_kl", found["forward_kl"])
     return trace.add("logp", found["logps"]).add("ref_logp", found["ref_logps"]).with_text(tokenizer)
+
+
+def column_names(loss: PreferenceLoss) -> tuple[str, ...]:
+    """The columns of ``pair_traces``: those of all losses, and what the loss says of a pair of one token each."""
+    inputs = declared(loss)
+    one, mask = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    values = dict.fromkeys((*inputs.needs, *inputs.data_columns), one)
+    scores = PairScores(one, one, mask, mask, dict(values), dict(values))
+    return (*PAIR_COLUMNS, *trace_columns(loss, scores, scores))
 
 
 @torch.no_grad()

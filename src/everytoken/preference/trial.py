@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..core.errors import require
 from ..core.loading import quiet_training
-from ..decoding.trial import TrialRequest, TrialResult
+from ..decoding.trial import Trial, TrialRequest, TrialResult
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,6 +32,13 @@ def trial(request: TrialRequest) -> TrialResult:
 
     with quiet_training():
         return _pairs(TrialWork(request))
+
+
+def trace_columns(item: Trial) -> tuple[str, ...]:
+    """The columns of a loss's traces, before anything is loaded: those of all losses, and the loss's own."""
+    from .traces import column_names
+
+    return column_names(item.factory(**item.settings))
 
 
 def _pairs(work: TrialWork) -> TrialResult:

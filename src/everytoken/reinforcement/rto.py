@@ -128,6 +128,7 @@ class RTOSettings:
         BadInputError: an unknown estimator, or a value out of range.
     """
 
+    trace_columns: ClassVar[tuple[str, ...]] = ("token_reward", "dpo_reward", "kl_charge", "logp", "ref_logp")
     estimator: str = "gae"
     dpo_reward_scale: float = 0.05
     dpo_reward_clip: float | None = 0.05

@@ -144,7 +144,7 @@ class Context:
         self._parts.add(name)
         path = None if self.folder is None else self.folder / f"{_file_name(name)}.json"
         if path is not None and path.is_file():
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
         else:
             before = {key: json.dumps(value) for key, value in self.artifacts.items()}
             seed_everything(derive_seed(self.seed, "part", name))
@@ -221,7 +221,9 @@ def machine() -> Machine:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+            line.split(":", 1)[1].strip()
+            for line in cpuinfo.read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
         ]
         model = names[0] if names else model
     return {
@@ -289,7 +291,7 @@ def execute(
     for seed in range(count):
         kept = place / f"seed-{seed}.json"
         if kept.is_file():
-            saved = json.loads(kept.read_text())
+            saved = json.loads(kept.read_text(encoding="utf-8"))
             runs.append(saved["arms"])
             artifacts[str(seed)] = saved["artifacts"]
             console.print(f"  seed {seed}: taken from an earlier run", style="dim")
@@ -456,7 +458,7 @@ def load_results(folder: Path) -> list[Result]:
 def load_result(path: Path) -> Result:
     """One result file; raises as ``load_results`` does."""
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         return up_to_date(result)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInputError(

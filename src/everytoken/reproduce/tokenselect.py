@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
     from ..decoding.base import Decoder
+    from ..generation.tokenselect import TokenSelect
+    from ..generation.tokenselect.attention import LayerState, Turn
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 HEAD = "There is an important piece of information hidden inside a lot of irrelevant text. Find it and memorize it. "
@@ -78,6 +80,14 @@ def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def rotation_of(decoder: TokenSelect, model: PreTrainedModel) -> Turn:
+    """How the first layer rotates queries and keys, as it is told while ``decoder`` has the model's attention."""
+    with decoder.attention(model):
+        model(torch.zeros(1, 1, dtype=torch.long), past_key_values=decoder.new_cache(model), use_cache=True)
+        state: LayerState = model.base_model.layers[0].self_attn._token_select
+        return state.rotation
+
+
 @torch.inference_mode()
 def attention_times(model: PreTrainedModel, length: int, repeats: int) -> dict[str, float]:
     """Seconds of one layer's attention in a decoding step over ``length`` cached tokens, by arm."""
@@ -109,13 +119,14 @@ def attention_times(model: PreTrainedModel, length: int, repeats: int) -> dict[s
         def run() -> None:
             layer = layers[name]
             keys, values = layer.update(*step)
-            module._token_select = LayerState(decoders[name], TokenSelectStats(), rotation, layer, None)
+            module._token_select = LayerState(decoders[name], TokenSelectStats(), rotation, layer, False)
             token_select_attention(module, query, keys, values, None, scaling=module.scaling)
             DynamicLayer.crop(layer, -1)  # without forgetting the selection
 
         return run
 
-    with decoders["TokenSelect"].attention(model) as rotation:
+    rotation = rotation_of(decoders["TokenSelect"], model)
+    with decoders["TokenSelect"].attention(model):
         return alternate(
             {
                 "full": full,
@@ -137,9 +148,9 @@ def decode_speed(model: PreTrainedModel, prompt: torch.Tensor, steps: int) -> di
     cache = decoder.new_cache(model)
     decoder.generate(model, prompt, past_key_values=cache, max_new_tokens=1, do_sample=False)
     full = DynamicCache()
-    with decoder.attention(model) as rotation:
-        for index, layer in enumerate(cache.layers):
-            full.update(rotation(layer.keys), layer.values.clone(), index)
+    rotation = rotation_of(decoder, model)
+    for index, layer in enumerate(cache.layers):
+        full.update(rotation(layer.keys, 0), layer.values.clone(), index)
 
     def run(past: Cache) -> float:
         token = prompt[:, -1:]

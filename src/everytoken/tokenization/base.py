@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ..core.errors import BadInputError
-from ..core.vocabulary import byte_stand_ins, spell, token_bytes
+from ..core.progress import Report, silent
+from ..core.vocabulary import byte_stand_ins, own_ids, spell, token_bytes, utf8
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,9 +36,11 @@ __all__ = [
     "Transplanter",
     "bits_a_byte",
     "byte_stand_ins",
+    "own_ids",
     "spell",
     "start_token",
     "token_bytes",
+    "utf8",
 ]
 
 
@@ -60,13 +63,14 @@ def bits_a_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
         window: tokens that are read together; each window starts from nothing.
 
     Raises:
-        BadInputError: the tokenizer makes no tokens of the text.
+        BadInputError: the tokenizer makes no tokens of the text, or it holds a lone surrogate.
     """
     import torch
 
     from ..core.logprobs import token_stats
     from ..core.scoring import output_head
 
+    size = len(utf8(text))
     ids, start, total = tokenizer(text, add_special_tokens=False)["input_ids"], start_token(tokenizer), 0.0
     if not ids:
         raise BadInputError("The tokenizer makes no tokens of this text.", "Give a text that is not empty.")
@@ -77,7 +81,7 @@ def bits_a_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
             hidden = model.base_model(input_ids=row).last_hidden_state[0, :-1]
             stats = token_stats(hidden, head.weight, row[0, 1:], bias=head.bias, rule=head.rule)
             total -= float(stats.logps.sum())
-    return total / math.log(2) / len(text.encode())
+    return total / math.log(2) / size
 
 
 @dataclass
@@ -178,6 +182,7 @@ class Transplanter(Protocol):
         model: PreTrainedModel,
         old_tokenizer: PreTrainedTokenizerBase,
         new_tokenizer: PreTrainedTokenizerBase,
+        report: Report = silent,
     ) -> PreTrainedModel:
         """A copy of the model for the new tokenizer."""
         ...

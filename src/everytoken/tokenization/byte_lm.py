@@ -115,10 +115,14 @@ class ByteLM:
                 raise BadInputError("The tokenizer changes this text.", "Normalise it first.")
             chain += settled
         lefts = []
+        if any(token >= self.vocab for token in chain):
+            raise BadInputError(
+                "The text is encoded with a token that the model has no embedding of.", "Leave that token's text out."
+            )
         for place in range(cut, len(text) + 1):
             rest = text[place:]
             if not rest or len(self.view.starting_with(rest)[0]):
-                lefts += [(place, left) for left in self.view.beginnings(text[cut:place])]
+                lefts += [(place, left) for left in self._beginnings(text[cut:place])]
         self._check_length(len(self._base) + len(chain))
         if chain:
             self._commit(chain)
@@ -130,6 +134,10 @@ class ByteLM:
                     missing[left[:size]] = None
         self._grow(sorted(missing, key=len))
         return lefts
+
+    def _beginnings(self, window: bytes) -> list[tuple[int, ...]]:
+        """The view's, without those that hold a token beyond the model's vocabulary."""
+        return [left for left in self.view.beginnings(window) if max(left, default=0) < self.vocab]
 
     @torch.inference_mode()
     def _commit(self, chain: list[int]) -> None:
@@ -228,7 +236,7 @@ class ByteLM:
     def _end_masses(self, text: bytes) -> list[float]:
         """Log-mass of the text ending here, for each encoding of it (after ``_advance``)."""
         window = text[len(self._settled) :]
-        lefts = self.view.beginnings(window)
+        lefts = self._beginnings(window)
         if self.exact and window:  # what ends is encoded in one way only
             whole = split_character(window)
             own = self.view.encode(window) if whole is not None and not whole[1] else None

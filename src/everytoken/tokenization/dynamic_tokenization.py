@@ -30,14 +30,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
-from ..core.vocabulary import backend_of, first_ids
+from ..core.vocabulary import backend_of, own_ids, utf8
 from .base import token_bytes
 from .embedding import Embedder, EmbeddingCache
 from .merging import PairMerger
@@ -139,6 +139,7 @@ class DynamicTokenizer:
         BadInputError: a setting out of its range, or a tokenizer that cannot be spelt.
     """
 
+    trace_columns: ClassVar[tuple[str, ...]] = ("pieces in the token", "part", "token")
     tokenizer: Any  # a fast tokenizer; the command line reads these types, and must not load transformers for them
     merges: int | None = None
     reduction: float = 0.3
@@ -157,7 +158,7 @@ class DynamicTokenizer:
                 f"reduction is a share of what is possible, 0 to 1; got {self.reduction}.", "Half of it is 0.5."
             )
         self._bytes = token_bytes(self.tokenizer)
-        self._ids = first_ids(self._bytes)
+        self._ids = own_ids(self.tokenizer)
         self._cut = getattr(backend_of(self.tokenizer), "pre_tokenizer", None)
         self._joined: OrderedDict[bytes, bool] = OrderedDict()
         self.cache = EmbeddingCache(self.cache_size)
@@ -267,6 +268,8 @@ class DynamicTokenizer:
         if isinstance(texts, str) or not len(texts):
             raise BadInputError("Give a list of texts, or of token ids.", 'dynamic(["a text", "another"])')
         if isinstance(texts[0], str):
+            for text in texts:
+                utf8(text)  # type: ignore[arg-type]  # a lone surrogate is refused by name
             rows = self.tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
         else:
             rows = [[int(item) for item in row] for row in texts]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..core.errors import BadInputError
+from ..core.vocabulary import utf8
 from .byte_lm import ByteLM, generate_bytes
 
 
@@ -47,7 +48,7 @@ class ByteEnsemble:
 
     def logprob(self, text: str | bytes) -> float:
         """Log-probability (nats) that a text starts with ``text``, by the chain rule: one step a byte."""
-        data = text.encode("utf-8") if isinstance(text, str) else bytes(text)
+        data = utf8(text)
         return float(sum(self.next_byte_logprobs(data[:place])[data[place]] for place in range(len(data))))
 
     def generate(
@@ -59,5 +60,5 @@ class ByteEnsemble:
         seed: int | None = None,
     ) -> bytes:
         """New bytes after a prefix, byte by byte."""
-        start = prefix.encode("utf-8") if isinstance(prefix, str) else bytes(prefix)
+        start = utf8(prefix)
         return generate_bytes(self, start, max_new_bytes, do_sample, temperature, np.random.default_rng(seed))

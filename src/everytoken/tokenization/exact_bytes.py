@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..core.errors import BadInputError
 from .byte_lm import ByteLM
@@ -47,6 +47,7 @@ class ExactBytes:
         exact, tolerance: see ``ByteLM``.
     """
 
+    trace_columns: ClassVar[tuple[str, ...]] = ("probability", "beyond", "tokens in the window")
     unit: str = "token"
     exact: bool = True
     tolerance: float = 1e-6

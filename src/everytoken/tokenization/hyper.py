@@ -169,7 +169,7 @@ class HyperEmbedding(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n")
+        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n", encoding="utf-8")
         save_file(
             {name: value.detach().cpu().half().contiguous() for name, value in self.state_dict().items()},
             folder / "model.safetensors",
@@ -192,7 +192,7 @@ class HyperEmbedding(nn.Module):
             raise BadInputError(f"{folder} holds no hypernetwork (no config.json).", "Save one with save_pretrained().")
         weights = read_weights(folder)
         try:
-            hyper = cls(HyperConfig(**json.loads((folder / "config.json").read_text())))
+            hyper = cls(HyperConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8"))))
             hyper.load_state_dict({key: value.float() for key, value in weights.items()})
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise BadInputError(f"{folder} holds no readable hypernetwork: {error}", "Save it anew.") from error

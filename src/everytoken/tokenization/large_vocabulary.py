@@ -29,12 +29,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import BadInputError, UnsupportedModelError, require
+from ..core.progress import Report, silent
 from ..decoding.base import Decoder, Example
 from ..decoding.call import DecodingCall, DecodingStats
 from ..decoding.row import DecodingRow
 from .embedding import Embedder
 
 CHUNK = 4096
+INDEXED = 16384
+"""Tokens that join an index between two reports of progress."""
 SAMPLE = 2048
 """Tokens to fit the index to, where no sample is given."""
 SHRINKAGE = 0.01
@@ -121,14 +124,14 @@ class LargeVocabulary(Decoder):
 
     @torch.no_grad()
     def build(
-        self, model: PreTrainedModel, sample: Sequence[Sequence[int]] | None = None, progress: bool = False
+        self, model: PreTrainedModel, sample: Sequence[Sequence[int]] | None = None, report: Report = silent
     ) -> LargeVocabulary:
         """Makes all embeddings and the index; returns itself.
 
         Args:
             sample: texts in the model's tokens, for the hidden states that the index is fitted to (about 2,000 tokens
                 are enough); default: the new tokens' pieces in a row, which finds less.
-            progress: show a bar.
+            report: progress, in tokens.
 
         Raises:
             UnsupportedModelError: an output layer with a bias, or soft-capped logits.
@@ -146,6 +149,7 @@ class LargeVocabulary(Decoder):
         self._model, self._size = model, len(head.weight)
         first, second = [], [head.weight.detach()]
         for begin in range(0, len(self.tokens), CHUNK):
+            report("embedding the new tokens", begin, len(self.tokens))
             inputs, outputs = self.embedder.embed(self.tokens[begin : begin + CHUNK])
             first.append(inputs)
             second.append(outputs.to(head.weight))
@@ -171,7 +175,11 @@ class LargeVocabulary(Decoder):
                         expansion_add=self.expansion_add,
                         expansion_search=self.expansion_search,
                     )
-                    graph.add(np.arange(begin, end), np.concatenate([part, extra[:, None]], 1), log=progress)
+                    vectors = np.concatenate([part, extra[:, None]], 1)
+                    for place in range(begin, end, INDEXED):
+                        report("building the index", place, len(keys))
+                        numbers = np.arange(place, min(place + INDEXED, end))
+                        graph.add(numbers, vectors[numbers - begin])
                     self._graphs.append(graph)
         return self
 

@@ -20,14 +20,15 @@ new slot. A uniform slot is a uniform position, so no position has to be found a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 import numba
 import numpy as np
 
 from ..core.errors import BadInputError
+from ..core.vocabulary import unused_byte_tokens
 from .base import Retokenized, token_bytes
 
 if TYPE_CHECKING:
@@ -57,11 +58,15 @@ class SplitTable:
         return list(zip(self.left[span].tolist(), self.right[span].tolist(), strict=True))
 
 
-def split_table(table: Sequence[bytes | None]) -> SplitTable:
-    """Splits of every token of a vocabulary, from the bytes of each id; ids with None are never split or made."""
+def split_table(table: Sequence[bytes | None], left_out: Collection[int] = ()) -> SplitTable:
+    """Splits of every token of a vocabulary, from the bytes of each id; ids with None are never split or made.
+
+    Args:
+        left_out: ids that are never made either.
+    """
     ids: dict[bytes, list[int]] = {}
     for index, piece in enumerate(table):
-        if piece:
+        if piece and index not in left_out:
             ids.setdefault(piece, []).append(index)
     offsets, left, right = [0], [], []
     for piece in table:
@@ -131,6 +136,7 @@ class StochasTok:
     """
 
     tokenizer: Any  # a TokenizerLike; the command line reads these types, and must not load transformers for them
+    trace_columns: ClassVar[tuple[str, ...]] = ("part", "source")
     expand_prop: float = 0.1
     seed: int = 0
     max_expansions: int | None = None
@@ -141,7 +147,8 @@ class StochasTok:
             raise BadInputError(f"expand_prop is a share of the length, 0 or more; got {self.expand_prop}.")
         if self.max_expansions is not None and self.max_expansions < 0:
             raise BadInputError(f"max_expansions must not be negative; got {self.max_expansions}.")
-        self.table = split_table(token_bytes(self.tokenizer))
+        # a byte of the fallback that another token spells is never in a text: the model has not learned it
+        self.table = split_table(token_bytes(self.tokenizer), unused_byte_tokens(self.tokenizer))
         self._rng = np.random.default_rng(self.seed)
 
     def expand(self, ids: Ids, seed: int | None = None) -> Retokenized:

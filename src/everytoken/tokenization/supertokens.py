@@ -24,7 +24,7 @@ import numpy as np
 
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
-from .base import token_bytes
+from .base import token_bytes, utf8
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -86,6 +86,7 @@ class SupertokenTrainer:
         cut = pre_tokenizers.Split(Regex(RUNS), "isolated")
         sizes = self._sizes()
         for text in texts:
+            utf8(text)  # a lone surrogate is refused by name
             for run, _ in cut.pre_tokenize_str(text):
                 places = [match.start() for match in _SPACE.finditer(run)] if run.strip() else []
                 first, words, size = 0, 0, next(sizes)
@@ -149,6 +150,7 @@ def words_in(token: bytes | None) -> int:
 
 def trace(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenTrace:
     """A text's tokens with the number of words that each touches."""
+    utf8(text)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     table = token_bytes(tokenizer)
     found = TokenTrace(ids, title="supertokens", station="tokenization")

@@ -1,6 +1,7 @@
 """Token healing: the cheap baseline for prompts that end inside a token.
 
 The prompt's last tokens are dropped, and the model chooses again among the tokens that start with the dropped bytes.
+Special tokens are never dropped, nor what stands before them: there is no word to mend at a special token.
 
 ::
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,10 +20,21 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
 from ..decoding.base import Example
-from ..decoding.call import DecodingCall
+from ..decoding.call import DecodingCall, DecodingStats
 from ..decoding.checks import split_rows
 from ..decoding.loop import LoopDecoder
 from .byte_view import ByteView
+
+
+@dataclass
+class TokenHealingStats(DecodingStats):
+    """Counters of a call.
+
+    Attributes:
+        dropped: tokens of each prompt's end that were chosen again.
+    """
+
+    dropped: int = 0
 
 
 @dataclass
@@ -31,7 +43,7 @@ class TokenHealing(LoopDecoder):
 
     Args:
         tokenizer: the model's.
-        back: how many tokens to drop.
+        back: how many tokens to drop at most; fewer, or none, where a special token stands among the last.
 
     Rows returned start with the prompt's bytes, not always with its tokens; so nothing can be streamed, and a
     ``matcher`` has no place to begin. Where a prompt's end is split into more tokens than are dropped, the bias stays.
@@ -43,6 +55,7 @@ class TokenHealing(LoopDecoder):
 
     tokenizer: PreTrainedTokenizerBase
     back: int = 1
+    stats_type: ClassVar[type[DecodingStats]] = TokenHealingStats
     trace_columns: ClassVar[tuple[str, ...]] = ("healed",)
     colour: ClassVar[str] = "healed"
     station: ClassVar[str] = "tokenization"
@@ -64,43 +77,59 @@ class TokenHealing(LoopDecoder):
     def streams(self) -> bool:
         return False
 
-    def check_call(self, call: DecodingCall[Any]) -> None:
+    def check_call(self, call: DecodingCall[TokenHealingStats]) -> None:
         """Drops the prompts' last tokens and lets the loop spell them anew.
 
         Raises:
-            BadInputError: a prompt that is not longer than what is dropped, or a special token among what is dropped.
+            BadInputError: a prompt that is not longer than what is dropped, or prompts of which different numbers of
+                tokens would be dropped.
         """
-        for number, (ids, _) in enumerate(split_rows(call.input_ids, call.attention_mask)):
-            if len(ids) <= self.back:
-                raise BadInputError(
-                    f"TokenHealing drops {self.back} tokens; row {number} has {len(ids)}.", "Give longer prompts."
-                )
-        dropped = call.input_ids[:, -self.back :].tolist()
         ends = getattr(call.config, "_eos_token_tensor", None)
         stops = set() if ends is None else set(ends.flatten().tolist())
-        for token in {token for row in dropped for token in row}:
-            if token in stops or not self.view.spell([token]):
+        counts = []
+        for number, (ids, _) in enumerate(split_rows(call.input_ids, call.attention_mask)):
+            count = self._words(ids.tolist()[-self.back :], stops)
+            if len(ids) <= count:
                 raise BadInputError(
-                    f"The prompt's end holds token {token}, which cannot be spelled anew.",
-                    "Leave special tokens out of the prompt's end.",
+                    f"TokenHealing drops {count} tokens; row {number} has {len(ids)}.", "Give longer prompts."
                 )
-        length = call.input_ids.shape[1] - self.back
-        call.processors.insert(0, Healer(self.view, [self.view.spell(row) for row in dropped], length))
+            counts.append(count)
+        if len(set(counts)) > 1:
+            raise BadInputError(
+                f"Special tokens end some of these prompts and not others, so TokenHealing would drop {counts} tokens "
+                "of the rows.",
+                "Call it for prompts of either kind apart.",
+            )
+        call.stats.dropped = dropped = counts[0]
+        if not dropped:
+            return
+        length = call.input_ids.shape[1] - dropped
+        data = [self.view.spell(row) for row in call.input_ids[:, length:].tolist()]
+        call.processors.insert(0, Healer(self.view, data, length))
         call.input_ids = call.input_ids[:, :length]
         for name in ("attention_mask", "position_ids"):
             if call.model_kwargs.get(name) is not None:
-                call.model_kwargs[name] = call.model_kwargs[name][..., : -self.back]
+                call.model_kwargs[name] = call.model_kwargs[name][..., :-dropped]
 
-    def applied(self, call: DecodingCall[Any]) -> AbstractContextManager[None]:
+    def _words(self, tokens: list[int], stops: set[int]) -> int:
+        """How many of the last tokens stand behind the last special one."""
+        count = 0
+        for token in reversed(tokens):
+            if token in stops or not self.view.spell([token]):
+                break
+            count += 1
+        return count
+
+    def applied(self, call: DecodingCall[TokenHealingStats]) -> AbstractContextManager[None]:
         return nullcontext()  # the model computes as it always does
 
-    def finished(self, call: DecodingCall[Any], sequences: torch.Tensor, new: list[list[int]]) -> None:
-        call.stats.new_tokens -= self.back * len(new)  # the prompt's end, spelled anew, is nothing new
+    def finished(self, call: DecodingCall[TokenHealingStats], sequences: torch.Tensor, new: list[list[int]]) -> None:
+        call.stats.new_tokens -= call.stats.dropped * len(new)  # the prompt's end, spelled anew, is nothing new
         if not self.trace_enabled:
             return
-        (healer,) = [item for item in call.processors if isinstance(item, Healer)]
+        data = next((item.data for item in call.processors if isinstance(item, Healer)), [b""])
         for row, tokens in enumerate(new):
-            left, healed = len(healer.data[row * len(healer.data) // len(new)]), []
+            left, healed = len(data[row * len(data) // len(new)]), []
             for token in tokens:
                 healed.append(left > 0)
                 left -= len(self.view.spell([token]))

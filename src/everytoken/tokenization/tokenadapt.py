@@ -1,8 +1,8 @@
 """TokenAdapt: another tokenizer for a trained model (arXiv 2505.09738).
 
-Tokens that both vocabularies have (by their bytes) keep their embeddings. Special tokens are matched by role. Every
-other new token t gets a mix of two estimates. The *local* one is made of its pieces p_1..p_n under the old tokenizer,
-weighted by meaning and length::
+Tokens that both vocabularies have (by their bytes) keep their embeddings. Special tokens are matched by role, EOS first
+where one token has several, then by name. Every other new token t gets a mix of two estimates. The *local* one is made
+of its pieces p_1..p_n under the old tokenizer, weighted by meaning and length::
 
     c_i = cos(ext(t), ext(p_i)),   l_i = len(p_i) / len(t)
     w = softmax(((softmax(c) + l) / 2) / temperature)
@@ -16,7 +16,8 @@ The *global* one is made of its nearest old tokens j_1..j_k, by the cosine s of 
     e_new = (1 - global_weight) e_local + global_weight e_global
 
 If one estimate is missing, the other is taken. If both are missing, the row is drawn from N(mean(E_old), std(E_old)). A
-separate output matrix is mixed with the same weights. The baselines by ``strategy`` are ``"retok"`` (plain average of
+separate output matrix and an output bias are mixed with the same weights. Token ids in the configurations (stop tokens,
+suppressed and forced ones) follow. The baselines by ``strategy`` are ``"retok"`` (plain average of
 the pieces), ``"mean"`` (the mean of E_old) and ``"random"``.
 """
 
@@ -25,31 +26,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 
-from ..core.errors import BadInputError, UnsupportedModelError
+from ..core.errors import BadInputError
+from ..core.progress import Report, silent, within
 from ..core.trace import TokenTrace
-from ..core.vocabulary import first_ids
-from .base import token_bytes
+from .base import own_ids, token_bytes
 from .byte_view import ByteView
+from .carry import ROLES, MovedIds
 from .embedding import matrices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Embedder = Callable[[Sequence[str]], np.ndarray]
-ROLES = (
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "unk_token_id",
-    "sep_token_id",
-    "cls_token_id",
-    "mask_token_id",
-)
 STRATEGIES = ("tokenadapt", "retok", "mean", "random")
 CHUNK = 4096
 
@@ -90,6 +83,7 @@ class TokenAdapt:
         BadInputError: a setting out of its range.
     """
 
+    trace_columns: ClassVar[tuple[str, ...]] = ("origin", "made of", "largest weight")
     temperature: float = 0.3
     top_k: int = 3
     global_weight: float = 0.3
@@ -112,32 +106,43 @@ class TokenAdapt:
         self.mixture: Mixture | None = None
 
     # -- what each new token is made of --------------------------------------------------------------------------------
-    def mix(self, old_tokenizer: PreTrainedTokenizerBase, new_tokenizer: PreTrainedTokenizerBase) -> Mixture:
+    def mix(
+        self,
+        old_tokenizer: PreTrainedTokenizerBase,
+        new_tokenizer: PreTrainedTokenizerBase,
+        rows: int | None = None,
+        report: Report = silent,
+    ) -> Mixture:
         """Copies and weights, from the tokenizers alone.
 
+        Args:
+            rows: embeddings of the model; tokens beyond them have none, and nothing is made of them.
+            report: progress of the text embeddings.
+
         Raises:
-            BadInputError: tokenizers that cannot be spelt, or an old one that changes texts.
+            BadInputError: tokenizers that cannot be spelt.
         """
-        view = ByteView.of(old_tokenizer)
+        view = ByteView.of(old_tokenizer, lossless=False)
         old, new = view.bytes, token_bytes(new_tokenizer)
-        by_bytes = first_ids(old)
+        rows = len(old) if rows is None else rows
+        by_bytes = {data: index for data, index in own_ids(old_tokenizer).items() if index < rows}
         copied = np.full(len(new), -1, np.int64)
         for index, data in enumerate(new):
             if data and data in by_bytes:
                 copied[index] = by_bytes[data]
-        self._special(old_tokenizer, new_tokenizer, new, copied)
-        rows = np.array([i for i, data in enumerate(new) if copied[i] < 0 and data], np.int64)
-        tokens = [new[i] or b"" for i in rows.tolist()]
-        if self.strategy in ("mean", "random") or not len(rows):
-            width = np.zeros((len(rows), 1))
-            return Mixture(copied, rows, width.astype(np.int64), width)
+        self._special(old_tokenizer, new_tokenizer, rows, copied)
+        made = np.array([i for i, data in enumerate(new) if copied[i] < 0 and data], np.int64)
+        tokens = [new[i] or b"" for i in made.tolist()]
+        if self.strategy in ("mean", "random") or not len(made):
+            width = np.zeros((len(made), 1))
+            return Mixture(copied, made, width.astype(np.int64), width)
         pieces = [pieces_of(view, data, by_bytes) for data in tokens]
         if self.strategy == "retok":
             sources, weights = _ragged(pieces, [[1 / len(item)] * len(item) if item else [] for item in pieces])
-            return Mixture(copied, rows, sources, weights)
-        named = [i for i, data in enumerate(old) if data]
+            return Mixture(copied, made, sources, weights)
+        named = sorted(by_bytes.values())
         unique = [data.decode("utf-8", "replace") for data in tokens]
-        vectors = self._embed([(old[i] or b"").decode("utf-8", "replace") for i in named] + unique)
+        vectors = self._embed([(old[i] or b"").decode("utf-8", "replace") for i in named] + unique, report)
         known, fresh = np.zeros((len(old), vectors.shape[1]), np.float32), vectors[len(named) :]
         known[named] = vectors[: len(named)]
         local = _ragged(
@@ -156,27 +161,36 @@ class TokenAdapt:
             1,
         )
         sources = np.concatenate([local[0], np.array(named, np.int64)[near]], 1)
-        return Mixture(copied, rows, sources, weights)
+        return Mixture(copied, made, sources, weights)
 
     def _special(
         self,
         old_tokenizer: PreTrainedTokenizerBase,
         new_tokenizer: PreTrainedTokenizerBase,
-        new: list[bytes | None],
+        rows: int,
         copied: np.ndarray,
     ) -> None:
-        """Special tokens by role, then by name."""
+        """Special tokens by role, then by name; and tokens of one name and the same bytes (of byte fallback)."""
+        old, new = token_bytes(old_tokenizer), token_bytes(new_tokenizer)
+        taken: set[int] = set()
         for role in ROLES:
             theirs, ours = getattr(new_tokenizer, role, None), getattr(old_tokenizer, role, None)
-            if theirs is not None and ours is not None and theirs < len(new):
-                copied[theirs] = ours
+            if theirs is None or ours is None or theirs >= len(new) or ours >= rows or theirs in taken:
+                continue
+            copied[theirs] = ours
+            taken.add(theirs)
         names = old_tokenizer.get_vocab()
         for name, index in new_tokenizer.get_vocab().items():
-            if index < len(new) and new[index] is None and copied[index] < 0 and name in names:
-                copied[index] = names[name]
+            if index >= len(new) or index in taken:
+                continue
+            known = names.get(name, rows)
+            if known < rows and old[known] == new[index]:
+                copied[index] = known
 
-    def _embed(self, texts: list[str]) -> np.ndarray:
+    def _embed(self, texts: list[str], report: Report) -> np.ndarray:
+        stage = "embedding the texts of both vocabularies' tokens"
         if self.embedder is not None:
+            report(stage, 0, len(texts))
             vectors = np.asarray(self.embedder(texts), np.float32)
             if vectors.ndim != 2 or len(vectors) != len(texts):
                 raise BadInputError(
@@ -185,7 +199,7 @@ class TokenAdapt:
             return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         from ..core.embedding import embed
 
-        return embed(texts, "TokenAdapt", progress=True)
+        return embed(texts, "TokenAdapt", within(report, stage))
 
     def _local(self, vector: np.ndarray, pieces: np.ndarray, token: bytes, parts: list[bytes]) -> list[float]:
         if not parts:
@@ -202,22 +216,34 @@ class TokenAdapt:
 
     # -- into the model ------------------------------------------------------------------------------------------------
     def transplant(
-        self, model: PreTrainedModel, old_tokenizer: PreTrainedTokenizerBase, new_tokenizer: PreTrainedTokenizerBase
+        self,
+        model: PreTrainedModel,
+        old_tokenizer: PreTrainedTokenizerBase,
+        new_tokenizer: PreTrainedTokenizerBase,
+        report: Report = silent,
     ) -> PreTrainedModel:
         """A copy of the model for the new tokenizer. Save both with ``save_pretrained``; plain transformers loads them.
 
+        Args:
+            report: progress of the text embeddings.
+
         Raises:
             UnsupportedModelError: a model without token embeddings.
-            BadInputError: the old tokenizer has more tokens than the model.
+            BadInputError: the old tokenizer has more tokens than the model (added ones may lack a row), or the
+                configurations hold a token that the new tokenizer cannot write.
         """
         _, weight, _ = matrices(model)
-        tokens = len(token_bytes(old_tokenizer))
-        if len(weight) < tokens:
+        tokens = token_bytes(old_tokenizer)
+        added = set(old_tokenizer.get_added_vocab().values())
+        if any(tokens[index] is not None and index not in added for index in range(len(weight), len(tokens))):
             raise BadInputError(
-                f"The old tokenizer has {tokens} tokens but the model {len(weight)} embeddings.",
+                f"The old tokenizer has {len(tokens)} tokens but the model {len(weight)} embeddings.",
                 "Pass the tokenizer that the model was trained with.",
             )
-        mixture = self.mixture = self.mix(old_tokenizer, new_tokenizer)
+        moved = MovedIds(old_tokenizer, new_tokenizer)
+        configs = [model.config, model.config.get_text_config(), getattr(model, "generation_config", None)]
+        changes = [{} if config is None else moved.changes(config) for config in configs]
+        mixture = self.mixture = self.mix(old_tokenizer, new_tokenizer, len(weight), report)
         head = model.get_output_embeddings()
         tied = head is not None and head.weight is weight
         fresh = copy.deepcopy(model)
@@ -226,18 +252,22 @@ class TokenAdapt:
             rows = self._rows(weight, mixture, size)
             outputs = None if head is None or tied else self._rows(head.weight, mixture, size)
             bias = getattr(head, "bias", None)
-            if bias is not None and outputs is not None:
-                raise UnsupportedModelError("The output layer has a bias of its own.", "Such models are not supported.")
+            biases = None if bias is None else self._rows(bias[:, None], mixture, size)[:, 0]
             fresh.resize_token_embeddings(size, mean_resizing=False)
-            fresh.get_input_embeddings().weight.copy_(rows)
+            source, target = fresh.get_input_embeddings(), fresh.get_output_embeddings()
+            source.weight.copy_(rows)
             if outputs is not None:
-                fresh.get_output_embeddings().weight.copy_(outputs)
+                target.weight.copy_(outputs)
+            if biases is not None:
+                target.bias.copy_(biases)
             if tied:
                 fresh.tie_weights()
-        for config in (fresh.config, fresh.generation_config):
-            for role in ROLES[:3]:
-                if config is not None and (hasattr(config, role) or getattr(new_tokenizer, role, None) is not None):
-                    setattr(config, role, getattr(new_tokenizer, role, None))
+        if getattr(source, "padding_idx", None) is not None:  # the row that learns nothing
+            source.padding_idx = new_tokenizer.pad_token_id
+        configs = [fresh.config, fresh.config.get_text_config(), getattr(fresh, "generation_config", None)]
+        for config, change in zip(configs, changes, strict=True):
+            for name, value in change.items():
+                setattr(config, name, value)
         return fresh
 
     def summary(self) -> str:
@@ -301,7 +331,10 @@ class TokenAdapt:
 
 
 def pieces_of(view: ByteView, data: bytes, by_bytes: dict[bytes, int]) -> list[int]:
-    """The old tokens that spell a new one: as the old tokenizer cuts it, or else the longest that fit."""
+    """The old tokens that spell a new one: as the old tokenizer cuts it, or else the longest that fit.
+
+    A tokenizer that changes texts (lower case) cuts what it makes of the new token.
+    """
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
@@ -311,7 +344,7 @@ def pieces_of(view: ByteView, data: bytes, by_bytes: dict[bytes, int]) -> list[i
         ids = view.encode(inside + data)
         if ids is not None and inside and view.bytes[ids[0]] == inside:
             ids = ids[1:]
-        if ids is not None and view.spell(ids) == data:
+        if ids is not None and view.spell(ids) == data and all(view.bytes[item] in by_bytes for item in ids):
             return ids
     pieces, place = [], 0
     while place < len(data):
@@ -320,7 +353,7 @@ def pieces_of(view: ByteView, data: bytes, by_bytes: dict[bytes, int]) -> list[i
                 pieces.append(by_bytes[data[place : place + size]])
                 break
         else:
-            return []
+            return [] if view.lossless else [item for item in view.cut(text) if view.bytes[item] in by_bytes]
         place += size
     return pieces
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..core.errors import BadInputError, UnknownNameError
 from ..core.progress import Report, silent
-from ..core.settings import parse_settings, settable
+from ..core.settings import parse_settings, read_text, settable
 
 
 @dataclass
@@ -67,7 +67,7 @@ def read_config(training: Training, file: Path | None, pairs: list[str]) -> Any:
     """The configuration from a YAML file and ``key=value`` pairs, the latter winning.
 
     Raises:
-        BadInputError: not YAML, not a mapping, or a value of the wrong type or out of range.
+        BadInputError: no such file, not YAML, not a mapping, or a value of the wrong type or out of range.
         UnknownNameError: an unknown setting; suggests the nearest.
     """
     values: dict[str, Any] = {}
@@ -75,11 +75,9 @@ def read_config(training: Training, file: Path | None, pairs: list[str]) -> Any:
         import yaml
 
         try:
-            loaded = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise BadInputError(
-                f"{file} cannot be read: {error}", "It must be YAML: one `key: value` a line."
-            ) from error
+            loaded = yaml.safe_load(read_text(file)) or {}
+        except yaml.YAMLError as error:
+            raise BadInputError(f"{file} is not YAML: {error}", "Settings are one `key: value` a line.") from error
         if not isinstance(loaded, dict):
             raise BadInputError(f"{file} holds no settings.", "It must be YAML: one `key: value` a line.")
         known = settable(training.config)

@@ -23,7 +23,7 @@ def stopped(trainer: Any, loss: float, rows: list[dict[str, Any]]) -> NonFiniteL
     rank, step = trainer.accelerator.process_index, trainer.state.global_step
     path = Path(trainer.args.output_dir) / (f"bad_batch.{rank}.json" if rank else "bad_batch.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"step": step, "loss": loss, "rows": rows}, indent=1))
+    path.write_text(json.dumps({"step": step, "loss": loss, "rows": rows}, indent=1), encoding="utf-8")
     return NonFiniteLossError(
         f"The loss is {loss} at step {step}; the batch is saved in {path}.",
         "Lower the learning rate, or look at its rows; checkpoints before this step are untouched.",

@@ -171,7 +171,8 @@ class TrainingSession:
             record = out / "training.json"
             record.write_text(
                 json.dumps({"method": self.name, "figures": figures, "curves": curves, "settings": settings}, indent=1)
-                + "\n"
+                + "\n",
+                encoding="utf-8",
             )
             files = [out / "model", record, report]
             if not self.config.save_steps and self.checkpoints.is_dir():

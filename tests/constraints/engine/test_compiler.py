@@ -7,16 +7,16 @@ import threading
 
 import pytest
 
-from everytoken.constraints.engine.compiler import GrammarCompiler
+import everytoken.constraints.engine.compiler as module
+from everytoken.constraints.engine.compiler import GrammarCompiler, warm_kernels
+from everytoken.constraints.engine.jit import kernels_kept
 from everytoken.constraints.grammar import GrammarError
 from everytoken.core.errors import BadInputError
 
-from ..common import PERSON
+from ..common import BYTES, PERSON
 
 
 def test_the_compiler_caches_and_threads_share_one_compilation(info, monkeypatch):
-    import everytoken.constraints.engine.compiler as module
-
     compiler = GrammarCompiler(info, cache_limit=2)
     made = []
     original = module.GrammarCompiler._compile
@@ -40,3 +40,18 @@ def test_the_compiler_caches_and_threads_share_one_compilation(info, monkeypatch
     assert not compiler._busy
     with pytest.raises(BadInputError, match="not JSON"):
         compiler.compile_json_schema({"a": object()})
+
+
+def test_kernels_are_warmed_ahead_and_the_wait_is_said(monkeypatch, caplog):
+    """After warming all kernels are known; where some are missing, the first grammar says what it waits for."""
+    warm_kernels(background=True).join()
+    assert kernels_kept()
+    compiler = GrammarCompiler(BYTES, cache_limit=0)
+    monkeypatch.setattr(module, "_prepared", threading.Event())
+    compiler.compile_regex("a")
+    assert not caplog.records
+    monkeypatch.setattr(module, "_prepared", threading.Event())
+    monkeypatch.setattr(module, "kernels_kept", lambda: False)
+    compiler.compile_regex("a")
+    compiler.compile_regex("b")
+    assert [record.message.startswith("Compiling the grammar engine's kernels") for record in caplog.records] == [True]

@@ -48,16 +48,27 @@ def test_direct_left_recursion_is_rewritten():
 
 
 @pytest.mark.parametrize(
-    "source",
+    ("source", "inside", "outside"),
     [
-        'root ::= a "x" | "y"\na ::= root "z" | "w"',
-        'root ::= b root "x" | "y"\nb ::= "c"?',
-        'root ::= a\na ::= b\nb ::= a | "x"',
+        ('root ::= a "x" | "y"\na ::= root "z" | "w"', ["y", "wx", "yzx", "wxzx", "yzxzx"], ["", "wz", "yz", "x"]),
+        ('root ::= a\na ::= b\nb ::= a | "x"', ["x"], ["", "xx"]),
+        ('root ::= b root "x" | "y"\nb ::= "c"?', ["y", "yx", "cyx", "ccyxx"], ["cy", "yc"]),
+        (
+            'root ::= call | "(" root ")"\ncall ::= path "()" | name\npath ::= root "." name | call\nname ::= [a-z]{1,20}',
+            ["f", "f()", "f()()", "f.g()", "(f).g()", "f.g().h()"],
+            ["f.g", "()", "f.()", "f("],
+        ),
     ],
 )
-def test_other_left_recursion_is_refused_by_name(source):
-    with pytest.raises(GrammarError, match=r"left-recursive: \w+ -> "):
-        compile_(Grammar.from_ebnf(source))
+def test_left_recursion_through_other_rules_is_rewritten(source, inside, outside):
+    holds = language(source)
+    assert all(map(holds, inside)) and not any(map(holds, outside))
+
+
+def test_left_recursion_through_an_empty_rule_is_refused_by_name():
+    long = "|".join(f'"c{n}"' for n in range(20))
+    with pytest.raises(GrammarError, match="left-recursive through a rule that may be empty: root"):
+        compile_(Grammar.from_ebnf(f'root ::= b root "x" | b "y"\nb ::= ({long})?'))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import transformers.models.llama.modeling_llama as llama
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everytoken.generation.tokenselect.attention import Rotation, _attend, find_rotary
+from everytoken.generation.tokenselect.attention import Extras, Rotation, _attend, find_rotary
 from everytoken.generation.tokenselect.kernels import attend_rotated, top_indices
 
 from ...conftest import tiny_llama
@@ -41,8 +41,7 @@ def test_compiled_attention_equals_torchs(groups):
     assert rotation.compiled
     query, keys, values = torch.randn(1, 2 * groups, 1, 16), torch.randn(1, 2, 90, 16), torch.randn(1, 2, 90, 16)
     kept = torch.randperm(90)[:40].sort().values
-    arguments = {"scale": 0.25, "enable_gqa": groups > 1}
-    expected = _attend(rotation, query, keys[:, :, kept], values[:, :, kept], None, arguments)[0, :, 0]
+    expected = _attend(rotation, query, keys[:, :, kept], values[:, :, kept], Extras(0.25))[0, :, 0]
     turned = rotation(query, 39)[0, :, 0].unflatten(0, (2, groups)).numpy()
     cos, sin = (part[0].numpy() for part in rotation.table)
     for head in range(2):

@@ -88,6 +88,19 @@ def test_a_planted_key_is_always_selected(seed, needle):
         assert select(settings, query, keys, rotation).tolist() == [needle]
 
 
+def test_a_chunk_asks_by_the_mean_of_its_rotated_queries():
+    """Query t is rotated to ``n_local + t`` before the mean is taken, as in the official code."""
+    torch.manual_seed(0)
+    rotation = rotation_of(tiny_llama(13))
+    settings = TokenSelect(top_k=3, n_init=2, n_local=6, chunk_size=5)
+    queries, keys = torch.randn(4, 5, 4), torch.randn(2, 40, 4)
+    asked = torch.stack([rotation(queries[None, :, t : t + 1], 6 + t)[0, :, 0] for t in range(5)]).mean(0)
+    expected = votes(asked, keys[:, 2:34]).topk(3).indices.sort().values + 2
+    assert select(settings, queries, keys, rotation).tolist() == expected.tolist()
+    averaged_first = select(settings, queries.mean(1), keys, rotation)
+    assert averaged_first.tolist() != expected.tolist()
+
+
 # -- against full attention --------------------------------------------------------------------------------------------
 def logits_of(model, decoder, prompt, new=6, **kwargs):
     output = model.generate(

@@ -47,7 +47,8 @@ class Arena:
 
     def __init__(self, room: int = 1 << 12):
         self.frame_node, self.frame_parent = np.zeros(room, np.int32), np.zeros(room, np.int32)
-        self.table = np.full(4 * room, -1, np.int64)
+        self.table = np.empty(4 * room, np.int64)
+        rehash(self.table, self.frame_node, self.frame_parent, 0)
         self.stack_node, self.stack_frame = np.zeros(1 << 12, np.int32), np.zeros(1 << 12, np.int32)
         self.stack_below = np.zeros(1 << 12, np.uint8)
         self.top = 0

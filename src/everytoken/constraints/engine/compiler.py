@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections import OrderedDict
@@ -13,11 +14,59 @@ from ...core.errors import BadInputError
 from ..grammar import Grammar, StructuralTag
 from ..grammar.json_schema import Schema, SchemaSettings
 from .compiled import CompiledGrammar
+from .jit import kernels_kept
 from .pushdown import Pushdown
 from .vocabulary import TokenizerInfo
 
+_log = logging.getLogger(__name__)
+_prepared = threading.Event()
 Key = tuple[str | tuple[tuple[str, str], ...], ...]
 """What a compilation depends on: the kind of source, the source, options."""
+
+
+def warm_kernels(background: bool = False) -> threading.Thread:
+    """Compiles the engine's kernels, or loads those that an earlier process has compiled, before they are needed.
+
+    The first use on a machine takes about 20 seconds, which is said in the log; later processes load what was kept in
+    under a second.
+
+    Args:
+        background: return at once, while a daemon thread goes on; ``join`` it to wait.
+
+    Returns:
+        The thread, finished unless ``background``.
+    """
+    thread = threading.Thread(target=_use_every_kernel, name="everytoken-kernels", daemon=True)
+    thread.start()
+    if not background:
+        thread.join()
+    return thread
+
+
+def _use_every_kernel() -> None:
+    from .matcher import GrammarMatcher
+
+    vocabulary = [bytes([byte]) for byte in range(256)] + [b'": ', b'"}', b"]}", None]
+    compiler = GrammarCompiler(TokenizerInfo(vocabulary, [len(vocabulary) - 1]), cache_limit=0, warm_seconds=10.0)
+    matcher = GrammarMatcher(compiler.compile_builtin_json_grammar())
+    for token in b'{"a": [1, {"b": null}]}':
+        matcher.allowed_tokens()
+        matcher.accepts(0)
+        matcher.accept_token(token)
+    matcher.find_jump_forward_string()
+    matcher.longest_prefix("{")
+
+
+def _prepare_kernels() -> None:
+    """Before the first grammar: where kernels are missing on disk, says so and compiles all of them, once for all."""
+    if not _prepared.is_set():
+        _prepared.set()
+        if not kernels_kept():
+            _log.warning(
+                "Compiling the grammar engine's kernels: about 20 seconds, once on this machine (they are kept on "
+                "disk). warm_kernels(background=True) does it ahead."
+            )
+            _use_every_kernel()
 
 
 class GrammarCompiler:
@@ -66,6 +115,7 @@ class GrammarCompiler:
             return compiled
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
+        _prepare_kernels()
         return CompiledGrammar(Pushdown.from_grammar(grammar), self.tokenizer_info).warm(
             self.warm_seconds, self.max_threads
         )

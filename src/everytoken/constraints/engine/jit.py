@@ -32,6 +32,24 @@ def _stamp() -> str:
 STAMP = _stamp()
 
 
+_dispatchers: list[object] = []
+
+
+def kernels_kept() -> bool:
+    """Whether an earlier process (or this one) has compiled the kernels, so that their first use takes no time."""
+    return all(_known(dispatcher) for dispatcher in _dispatchers)
+
+
+def _known(dispatcher: object) -> bool:
+    if getattr(dispatcher, "signatures", ()):
+        return True
+    cache = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)  # numba has no public way
+    try:
+        return cache is not None and bool(cache._load_index())
+    except (OSError, ValueError, EOFError):
+        return False
+
+
 def _compiled(function: Function, inline: Literal["never", "always"]) -> Function:
     try:
         dispatcher = njit(cache=True, nogil=True, inline=inline)(function)
@@ -44,7 +62,9 @@ def _compiled(function: Function, inline: Literal["never", "always"]) -> Functio
 
 def kernel(function: Function) -> Function:
     """Compiles a function; its callers see the types that it declares."""
-    return _compiled(function, "never")
+    dispatcher = _compiled(function, "never")
+    _dispatchers.append(dispatcher)
+    return dispatcher
 
 
 def inlined(function: Function) -> Function:

@@ -10,9 +10,20 @@ from functools import cached_property
 import numpy as np
 
 from ...core.errors import BadInputError
+from ..grammar.automata import ArrayAutomaton, Automaton
 from ..grammar.grammar import Grammar
 from ..grammar.rule_automata import rule_automata
-from .tables import BOTTOM, TABLE_TYPES, Tables
+from .tables import BOTTOM, TABLE_TYPES, Int64s, Tables
+
+
+def _edges(automaton: Automaton, base: int) -> tuple[Int64s, Int64s]:
+    """``(counts, edges)``: how many edges each state has, and ``[E, 3]`` ``(low, high, target)``."""
+    if isinstance(automaton, ArrayAutomaton):
+        return np.diff(automaton.ptr), np.stack([automaton.low, automaton.high, automaton.to + base], 1)
+    counts = np.array([len(edges) for edges in automaton.edges], np.int64)
+    table = np.array([edge for edges in automaton.edges for edge in edges], np.int64).reshape(-1, 3)
+    table[:, 2] += base
+    return counts, table
 
 
 @dataclass
@@ -43,24 +54,29 @@ class Pushdown:
             starts[name] = total
             total += len(automaton)
         names = list(automata)
-        edge_ptr, call_ptr = np.zeros(total + 1, np.int32), np.zeros(total + 1, np.int32)
+        tables_of = [_edges(automaton, starts[name]) for name, automaton in automata.items()]
+        edge_ptr = np.concatenate([[0], np.cumsum(np.concatenate([counts for counts, _ in tables_of]))]).astype(
+            np.int32
+        )
+        table = np.concatenate([edges for _, edges in tables_of])
+        call_ptr = np.zeros(total + 1, np.int32)
         final, node_rule = np.zeros(total, np.uint8), np.zeros(total, np.int32)
-        edges: list[tuple[int, int, int]] = []
         calls: list[tuple[int, int]] = []
         following: dict[str, dict[int, None]] = {name: {} for name in names}
-        node = 0
         for number, (name, automaton) in enumerate(automata.items()):
             base = starts[name]
-            for state in range(len(automaton)):
-                edges += [(low, high, base + to) for low, high, to in automaton.edges[state]]
-                for called, to in automaton.calls[state]:
+            node_rule[base : base + len(automaton)] = number
+            if isinstance(automaton, ArrayAutomaton):
+                final[base : base + len(automaton)] = automaton.ends
+                call_ptr[base + 1 : base + len(automaton) + 1] = len(calls)
+                continue
+            final[base : base + len(automaton)] = automaton.finals
+            for state, called_here in enumerate(automaton.calls):
+                for called, to in called_here:
                     bare = automaton.finals[to] and not automaton.edges[to] and not automaton.calls[to]
                     calls.append((starts[called], -1 if bare else base + to))
                     following[called][base + to] = None
-                node += 1
-                edge_ptr[node], call_ptr[node] = len(edges), len(calls)
-                final[node - 1], node_rule[node - 1] = automaton.finals[state], number
-        table = np.array(edges, np.int64).reshape(-1, 3)
+                call_ptr[base + state + 1] = len(calls)
         links = np.array(calls, np.int32).reshape(-1, 2)
         lows, highs, targets = table[:, 0].astype(np.uint8), table[:, 1].astype(np.uint8), table[:, 2].astype(np.int32)
         plain, wide, run = np.zeros((total, 4), np.uint64), np.zeros(total, np.bool_), np.zeros(total, np.int32)

@@ -10,7 +10,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .expressions import (
     TEXT_END,
@@ -28,6 +32,8 @@ from .expressions import (
 )
 
 Edge = tuple[int, int, int]
+MAX_TABLE, MAX_ROUNDS = 4_000_000, 400_000_000
+"""Of the table, and of the work, with which an automaton is made minimal."""
 MAX_STATES = 2_000_000
 """More states than this in one automaton are refused."""
 
@@ -52,6 +58,11 @@ class Automaton:
     @property
     def regular(self) -> bool:
         return not any(self.calls)
+
+    @property
+    def opens(self) -> bool:
+        """Whether a trimmed automaton accepts anything."""
+        return self.finals[0] or bool(self.edges[0]) or bool(self.calls[0])
 
     @property
     def separable(self) -> bool:
@@ -87,6 +98,50 @@ class Automaton:
                     seen.add(to)
                     pending.append(to)
         return True
+
+
+class ArrayAutomaton(Automaton):
+    """A regular automaton as arrays, for very many states; its lists are made only where somebody asks for them.
+
+    Args:
+        ptr: ``[N + 1]``, where each state's edges start.
+        low, high, to: ``[E]``, the edges.
+        ends: ``[N]``, final states.
+    """
+
+    def __init__(
+        self,
+        ptr: NDArray[np.int64],
+        low: NDArray[np.int64],
+        high: NDArray[np.int64],
+        to: NDArray[np.int64],
+        ends: NDArray[np.bool_],
+    ):
+        self.ptr, self.low, self.high, self.to, self.ends = ptr, low, high, to, ends
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @cached_property
+    def edges(self) -> list[list[Edge]]:  # type: ignore[override]
+        flat = list(zip(self.low.tolist(), self.high.tolist(), self.to.tolist(), strict=True))
+        return [flat[begin:end] for begin, end in itertools.pairwise(self.ptr.tolist())]
+
+    @cached_property
+    def calls(self) -> list[list[tuple[str, int]]]:  # type: ignore[override]
+        return [[] for _ in range(len(self))]
+
+    @cached_property
+    def finals(self) -> list[bool]:  # type: ignore[override]
+        return self.ends.tolist()
+
+    @property
+    def regular(self) -> bool:
+        return True
+
+    @property
+    def opens(self) -> bool:
+        return bool(self.ends[0]) or bool(self.ptr[1] > 0)
 
 
 class Builder:
@@ -152,13 +207,13 @@ class Builder:
             return self._repeat(item, source)
         if kind is Graph:
             return self._graph(item, source)
-        if kind is Automaton:
+        if isinstance(item, Automaton):
             return self._automaton(item, source)
         raise TypeError(f"not an expression: {item!r}")
 
     def _repeat(self, item: Repeat, source: int) -> int:
         count = item.low if item.high is None else item.high
-        if count >= 4 and type(item.item) not in (Bytes, ByteSet, Automaton):
+        if count >= 4 and not isinstance(item.item, (Bytes, ByteSet, Automaton)):
             unit = minimise(
                 build(item.item, self.inline)
             )  # copies of a small automaton, rather than copies of its making
@@ -351,11 +406,11 @@ def disjoint(edges: list[Edge]) -> list[tuple[int, int, tuple[int, ...]]]:
 
 def build(item: Any, inline: Callable[[str], Any | None] = lambda _name: None) -> Automaton:
     """An expression's automaton: deterministic unless that explodes."""
-    if type(item) is Automaton:
+    if isinstance(item, Automaton):
         return item
     if literals := _literals(item):
         return trie(literals)
-    if type(item) is Repeat and item.high is not None and item.high >= 4 and type(item.item) is not Automaton:
+    if type(item) is Repeat and item.high is not None and item.high >= 4 and not isinstance(item.item, Automaton):
         unit = minimise(build(item.item, inline))
         if unit.separable and is_deterministic(unit):
             return _chain(unit, item.low, item.high)
@@ -487,6 +542,7 @@ def combine(
     output = Automaton()
     numbers: dict[tuple[int, int], int] = {}
     pending: list[tuple[int, int]] = []
+    only_first, only_second = accept(True, False), accept(False, True)  # whether one may go on alone
 
     def number(pair: tuple[int, int]) -> int:
         if pair not in numbers:
@@ -502,19 +558,24 @@ def combine(
         return numbers[pair]
 
     number((0, 0))
+    ordered = [[sorted(edges) for edges in automaton.edges] for automaton in (first, second)]
     while pending:
         a, b = pair = pending.pop()
-        mine = first.edges[a] if a >= 0 else []
-        theirs = second.edges[b] if b >= 0 else []
-        cuts = sorted({x for low, high, _ in (*mine, *theirs) for x in (low, high + 1)})
+        mine = ordered[0][a] if a >= 0 else []
+        theirs = ordered[1][b] if b >= 0 else []
         edges: list[Edge] = []
-        for place, low in enumerate(cuts[:-1]):
-            high = cuts[place + 1] - 1
-            to_a = next((to for x, y, to in mine if x <= low <= y), -1)
-            to_b = next((to for x, y, to in theirs if x <= low <= y), -1)
-            if to_a < 0 and to_b < 0:
-                continue
-            edges.append((low, high, number((to_a, to_b))))
+        m = t = low = 0
+        while m < len(mine) or t < len(theirs):  # both are sorted and disjoint: side by side, from cut to cut
+            least, most, to_a = mine[m] if m < len(mine) else (512, 512, -1)
+            less, more, to_b = theirs[t] if t < len(theirs) else (512, 512, -1)
+            low = max(low, min(least, less))
+            high = min(most if least <= low else least - 1, more if less <= low else less - 1)
+            onto = (to_a if least <= low else -1, to_b if less <= low else -1)
+            if (onto[0] >= 0 or only_second) and (onto[1] >= 0 or only_first):
+                edges.append((low, high, number(onto)))
+            low = high + 1
+            m += m < len(mine) and most < low
+            t += t < len(theirs) and more < low
         output.edges[numbers[pair]] = edges
     return minimise(trim(output))
 
@@ -535,44 +596,64 @@ def is_deterministic(automaton: Automaton) -> bool:
     return True
 
 
-def minimise(automaton: Automaton, rounds: int = 200) -> Automaton:
-    """Joins equivalent states of a deterministic automaton; gives up (unchanged) where refinement takes too many
-    rounds."""
-    groups = [int(final) for final in automaton.finals]
-    count = len(set(groups))
-    for _ in range(rounds):
-        keys: dict[Any, int] = {}
-        fresh = []
-        for state in range(len(automaton)):
-            signature: list[Edge] = []
-            for low, high, to in sorted(automaton.edges[state]):
-                group = groups[to]
-                if signature and signature[-1][1] + 1 == low and signature[-1][2] == group:
-                    signature[-1] = (signature[-1][0], high, group)
-                else:
-                    signature.append((low, high, group))
-            key = (groups[state], tuple(signature), tuple((name, groups[to]) for name, to in automaton.calls[state]))
-            fresh.append(keys.setdefault(key, len(keys)))
-        groups = fresh
-        if len(keys) == count:
+def minimise(automaton: Automaton) -> Automaton:
+    """Joins equivalent states of a deterministic automaton (unchanged where that would take too long).
+
+    Moore's refinement over classes of symbols; a round compares 64-bit hashes of all states' rows at once.
+    """
+    size = len(automaton)
+    if size <= 1 or not is_deterministic(automaton):
+        return automaton
+    cuts = sorted({x for edges in automaton.edges for low, high, _ in edges for x in (low, high + 1)})
+    place = {cut: number for number, cut in enumerate(cuts)}
+    names = {name: n + len(cuts) for n, name in enumerate(sorted({x for c in automaton.calls for x, _ in c}))}
+    if any(len({name for name, _ in calls}) < len(calls) for calls in automaton.calls):
+        return automaton
+    width = len(cuts) + len(names)
+    if size * width > MAX_TABLE:
+        return automaton
+    table = np.full((size, width), size, np.int64)  # one state more stands for no way on
+    for state, edges in enumerate(automaton.edges):
+        for low, high, to in edges:
+            table[state, place[low] : place[high + 1]] = to
+        for name, to in automaton.calls[state]:
+            table[state, names[name]] = to
+    random = np.random.default_rng(0)
+    weights = random.integers(1, 1 << 63, width, np.uint64) | np.uint64(1)
+    groups = np.array([*(int(final) for final in automaton.finals), 2], np.int64)
+    count = len(np.unique(groups))
+    labels = random.integers(1, 1 << 63, size + 1, np.uint64)
+    for _ in range(max(MAX_ROUNDS // (size * width), 64)):
+        named = labels[groups]
+        mixed = (named[table] * weights).sum(1, dtype=np.uint64)
+        mixed ^= mixed >> np.uint64(31)
+        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + named[:-1]
+        distinct, fresh = np.unique(mixed, return_inverse=True)
+        groups = np.append(fresh.reshape(-1), len(distinct))
+        if len(distinct) + 1 == count:
             break
-        count = len(keys)
+        count = len(distinct) + 1
     else:
         return automaton
+    numbers = np.full(count, -1, np.int64)  # groups in the order of their first states: state 0 stays first
+    leaders: list[int] = []
+    for state, group in enumerate(groups[:-1].tolist()):
+        if numbers[group] < 0:
+            numbers[group] = len(leaders)
+            leaders.append(state)
+    onto = numbers[groups].tolist()
     output = Automaton()
-    for _ in range(count):
-        output.state()
-    for state in reversed(range(len(automaton))):
-        group = groups[state]
+    for state in leaders:
+        output.state(automaton.finals[state])
         merged: list[Edge] = []
         for low, high, to in sorted(automaton.edges[state]):
-            if merged and merged[-1][1] + 1 == low and merged[-1][2] == groups[to]:
-                merged[-1] = (merged[-1][0], high, groups[to])
+            if merged and merged[-1][1] + 1 == low and merged[-1][2] == onto[to]:
+                merged[-1] = (merged[-1][0], high, onto[to])
             else:
-                merged.append((low, high, groups[to]))
-        output.edges[group], output.finals[group] = merged, automaton.finals[state]
-        output.calls[group] = [(name, groups[to]) for name, to in automaton.calls[state]]
-    return output  # state 0 is in group 0: it is numbered first
+                merged.append((low, high, onto[to]))
+        output.edges[-1] = merged
+        output.calls[-1] = [(name, onto[to]) for name, to in automaton.calls[state]]
+    return output
 
 
 def strip_marks(builder: Builder, end: int) -> Automaton:

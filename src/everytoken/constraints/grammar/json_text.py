@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from decimal import Decimal
 from typing import TypeAlias
 
@@ -47,6 +48,13 @@ COUNTED = alt(Chars(_PLAIN), _ESCAPE, _BASIC, seq(_HIGH, _LOW))
 QUOTE = Bytes(b'"')
 
 
+def quoted(string: str) -> bytes:
+    """A string as ``json.dumps(..., ensure_ascii=False)`` writes it; lone surrogates, which UTF-8 lacks, as escapes."""
+    return re.sub(
+        "[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", json.dumps(string, ensure_ascii=False)
+    ).encode()
+
+
 def inner(name: str) -> bytes:
     """A string as it stands between JSON's quotes."""
-    return json.dumps(name, ensure_ascii=False)[1:-1].encode("utf-8", "surrogatepass")
+    return quoted(name)[1:-1]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from decimal import Decimal
 
-from .automata import Automaton, build, intersection, is_deterministic, minimise, trim
+from .automata import Automaton, build, difference, intersection, is_deterministic, minimise, trim
 from .expressions import (
     EMPTY,
     NOTHING,
@@ -20,7 +21,7 @@ from .expressions import (
     star,
 )
 
-MAX_DIVISOR = 2_000
+MAX_DIVISOR, MAX_PLACES = 2_000, 40
 DIGITS = ByteSet(((0x30, 0x39),))
 POSITIVE = ByteSet(((0x31, 0x39),))
 WHOLE = alt(Bytes(b"0"), seq(POSITIVE, star(DIGITS)))
@@ -111,18 +112,56 @@ def at_most(bound: Decimal, exclusive: bool, fractions: bool) -> Expression:
     )
 
 
-def multiples(divisor: int) -> Automaton:
-    """Whole numbers (perhaps negative) divisible by ``divisor``: states are remainders."""
+def multiples(divisor: int, places: int = 0, zeros: bool = False) -> Automaton:
+    """Numbers without exponent that are multiples of ``divisor / 10**places``; states are remainders.
+
+    Args:
+        places: digits behind the point that matter.
+        zeros: any number of zeros may follow them.
+    """
     output = Automaton()
+    scale = 10**places
     start, sign, zero = output.state(), output.state(), output.state(True)
-    remainders = [output.state(value == 0) for value in range(divisor)]
+    remainders = [output.state(value * scale % divisor == 0) for value in range(divisor)]
     for first in (start, sign):
         output.edges[first] = [(0x30, 0x30, zero)]
         output.edges[first] += [(0x30 + d, 0x30 + d, remainders[d % divisor]) for d in range(1, 10)]
     output.edges[start].append((0x2D, 0x2D, sign))
     for value, state in enumerate(remainders):
         output.edges[state] = [(0x30 + d, 0x30 + d, remainders[(10 * value + d) % divisor]) for d in range(10)]
-    return trim(output)
+    before = [*remainders, zero]
+    values = [*range(divisor), 0]
+    for place in range(1, places + 1):
+        left = 10 ** (places - place)
+        here = [output.state(value * left % divisor == 0) for value in range(divisor)]
+        for state, value in zip(before, values, strict=True):
+            source = state
+            if place == 1:
+                source = output.state()
+                output.edges[state].append((0x2E, 0x2E, source))
+            output.edges[source] += [(0x30 + d, 0x30 + d, here[(10 * value + d) % divisor]) for d in range(10)]
+        before, values = here, list(range(divisor))
+    if zeros:
+        tail = output.state(True)
+        output.edges[tail].append((0x30, 0x30, tail))
+        if places:
+            output.edges[before[0]].append((0x30, 0x30, tail))
+        else:
+            point = output.state()
+            output.edges[point].append((0x30, 0x30, tail))
+            for state, value in zip(before, values, strict=True):
+                if value % divisor == 0:
+                    output.edges[state].append((0x2E, 0x2E, point))
+    return minimise(trim(output))
+
+
+def spellings(value: Decimal) -> Automaton:
+    """All ways to write a number without an exponent."""
+    whole, fraction = _split(abs(value))
+    zeros = star(Bytes(b"0"))
+    sign = Bytes(b"-") if value < 0 else optional(Bytes(b"-")) if value == 0 else EMPTY
+    tail = seq(Bytes(f".{fraction}".encode()), zeros) if fraction else optional(seq(Bytes(b".0"), zeros))
+    return _determinised(seq(sign, Bytes(whole.encode()), tail))
 
 
 def number_automaton(
@@ -130,37 +169,28 @@ def number_automaton(
     low: tuple[Decimal, bool] | None,
     high: tuple[Decimal, bool] | None,
     divisors: list[Decimal],
+    apart: Sequence[Decimal] = (),
+    unlike: Sequence[Decimal] = (),
 ) -> Expression:
     """A JSON number as an expression.
 
     Args:
         low, high: ``(bound, exclusive)``. Bounded numbers are written without exponents.
-        divisors: ``multipleOf`` values: whole numbers up to 2,000, or powers of ten such as 0.01.
+        divisors: ``multipleOf`` values: decimal numbers of which the digits make a number up to 2,000.
+        apart: numbers of which it must not be a multiple.
+        unlike: numbers that it must not be.
 
     Raises:
         GrammarError: a divisor that is not supported.
     """
-    if low is None and high is None and not divisors:
+    if low is None and high is None and not divisors and not apart and not unlike:
         return INTEGER if integer else NUMBER
     if low is not None and high is not None and low[0] > high[0]:
         return NOTHING
+    scaled = [_scaled(divisor) for divisor in divisors]
     places: int | None = 0 if integer else None
-    wholes = []
-    for divisor in divisors:
-        if divisor <= 0:
-            raise GrammarError(f"multipleOf must be positive; got {divisor}.", "Give a positive number.")
-        if divisor == divisor.to_integral_value():
-            if divisor > MAX_DIVISOR:
-                raise GrammarError(f"multipleOf {divisor} is not supported.", f"Whole numbers up to {MAX_DIVISOR} are.")
-            places = 0
-            wholes.append(int(divisor))
-        elif divisor.normalize().as_tuple().digits == (1,):
-            digits = -int(divisor.normalize().as_tuple().exponent)
-            places = digits if places is None else min(places, digits)
-        else:
-            raise GrammarError(
-                f"multipleOf {divisor} is not supported.", "Whole numbers and powers of ten such as 0.01 are."
-            )
+    if any(digits == 0 for _, digits in scaled):
+        places = 0  # whole multiples are written without a point
     fractions = places != 0
     tail = optional(FRACTION) if fractions else EMPTY
     if low is None and high is None:
@@ -188,18 +218,33 @@ def number_automaton(
             if not side.empty:
                 sides.append(seq(Bytes(sign), side))
         result = build(alt(*sides)) if sides else build(NOTHING)
-    if places:  # at most so many digits behind the point
-        result = intersection(
-            result,
-            build(
-                seq(
-                    optional(Bytes(b"-")), WHOLE, optional(seq(Bytes(b"."), DIGITS, *[optional(DIGITS)] * (places - 1)))
-                )
-            ),
-        )
-    for divisor_whole in wholes:
-        result = intersection(result, multiples(divisor_whole))
+    for divisor, digits in scaled:
+        result = intersection(result, multiples(divisor, digits))
+    for divisor, digits in map(_scaled, apart):
+        result = difference(_determinised(result), multiples(divisor, digits, True))
+    for value in unlike:
+        result = difference(_determinised(result), spellings(value))
     return result
+
+
+def _scaled(divisor: Decimal) -> tuple[int, int]:
+    """``(whole, places)``: the divisor is ``whole / 10**places``.
+
+    Raises:
+        GrammarError: it is not positive, or needs too many states.
+    """
+    if divisor <= 0:
+        raise GrammarError(f"multipleOf must be positive; got {divisor}.", "Give a positive number.")
+    _, digits, exponent = divisor.normalize().as_tuple()
+    assert isinstance(exponent, int)
+    places = max(-exponent, 0)
+    whole = int("".join(map(str, digits))) * 10 ** max(exponent, 0) if exponent < 10 else MAX_DIVISOR + 1
+    if whole * (places + 1) > MAX_DIVISOR or places > MAX_PLACES:
+        raise GrammarError(
+            f"multipleOf {divisor} is not supported.",
+            f"Up to {MAX_DIVISOR:,} are, and decimals of few digits such as 2.5 or 0.01.",
+        )
+    return whole, places
 
 
 def _determinised(item: Expression) -> Automaton:

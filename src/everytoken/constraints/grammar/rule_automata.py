@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .automata import Automaton, build, trim
+from .automata import ArrayAutomaton, Automaton, Builder, build, trim
 from .expressions import (
+    EMPTY,
     Alt,
     Expression,
     GrammarError,
@@ -12,7 +13,6 @@ from .expressions import (
     Repeat,
     Rules,
     Seq,
-    alt,
     expression_size,
     references,
     seq,
@@ -21,8 +21,8 @@ from .grammar import Grammar
 
 INLINE_ONCE, INLINE_ALWAYS = 2_000, 16
 """Rules up to these sizes are built into the rules that mention them: those mentioned once, and all."""
-UNROLL = 800_000
-"""A bounded repetition is unrolled up to so many states; beyond, it becomes rules that double their length."""
+UNROLL, BLOCK = 100_000, 512
+"""A bounded repetition is unrolled up to so many states; beyond, it becomes calls of rules for ``BLOCK`` items."""
 
 
 def rule_automata(grammar: Grammar) -> dict[str, Automaton]:
@@ -60,8 +60,7 @@ def rule_automata(grammar: Grammar) -> dict[str, Automaton]:
         if name in automata:
             continue
         automata[name] = build(rules[name], inline)
-        for calls in automata[name].calls:
-            pending += [called for called, _ in calls]
+        pending += _called(automata[name])
     return _productive_only(automata, grammar.root)
 
 
@@ -82,15 +81,14 @@ def _bottom_up(rules: Rules) -> list[str]:
     return order
 
 
-def _recursive(rules: Rules) -> set[str]:
-    """Rules on a cycle, and rules nested so deep that building them in would exhaust Python's stack."""
-    mentions = {name: set(references(body)) for name, body in rules.items()}
+def _cycles(mentions: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of rules that lead to each other (Tarjan's algorithm, without recursion)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     on_stack: set[str] = set()
     stack: list[str] = []
-    found: set[str] = set()
-    for start in rules:  # Tarjan, without recursion
+    found: list[set[str]] = []
+    for start in mentions:
         if start in index:
             continue
         work = [(start, iter(mentions[start]))]
@@ -113,15 +111,22 @@ def _recursive(rules: Rules) -> set[str]:
                 if work:
                     low[work[-1][0]] = min(low[work[-1][0]], low[name])
                 if low[name] == index[name]:
-                    members = []
+                    members: set[str] = set()
                     while True:
                         member = stack.pop()
                         on_stack.discard(member)
-                        members.append(member)
+                        members.add(member)
                         if member == name:
                             break
                     if len(members) > 1 or name in mentions[name]:
-                        found.update(members)
+                        found.append(members)
+    return found
+
+
+def _recursive(rules: Rules) -> set[str]:
+    """Rules on a cycle, and rules nested so deep that building them in would exhaust Python's stack."""
+    mentions = {name: set(references(body)) for name, body in rules.items()}
+    found = {name for members in _cycles(mentions) for name in members}
     height: dict[str, int] = {}
     for name in _bottom_up(rules):
         height[name] = 1 + max((height.get(other, 0) for other in mentions[name] if other not in found), default=0)
@@ -141,36 +146,67 @@ def _bound_repeats(item: Expression, rules: Rules) -> Expression:
     count = item.low if item.high is None else item.high
     if count * expression_size(inner, {}, UNROLL) <= UNROLL:
         return Repeat(inner, item.low, item.high)
+    return _in_blocks(inner, item.low, item.high, rules)
+
+
+def _in_blocks(inner: Expression, low: int, high: int | None, rules: Rules) -> Expression:
+    """A long repetition as calls of rules: for ``BLOCK`` items, ``BLOCK`` times as many, and so on.
+
+    ``power(k)`` is the item ``size**k`` times, ``below(k)`` fewer than that often. A count is read by its digits, the
+    largest first; on each level one stack more is alive, for the end that may come in this block.
+    """
     prefix = f"repeat{len(rules)}_"
-    doubled = [prefix + "1"]  # doubled[k] is inner, 2^k times
-    rules[doubled[0]] = inner
+    size = max(2, min(BLOCK, UNROLL // expression_size(inner, {}, UNROLL)))
+    rules[prefix + "power0"] = inner
+    unit = inner if expression_size(inner, {}, UNROLL) <= INLINE_ALWAYS else Ref(prefix + "power0")
 
-    def power(k: int) -> Ref:
-        while len(doubled) <= k:
-            name = f"{prefix}{1 << len(doubled)}"
-            rules[name] = seq(Ref(doubled[-1]), Ref(doubled[-1]))
-            doubled.append(name)
-        return Ref(doubled[k])
+    def power(level: int) -> Expression:
+        if level == 0:
+            return unit
+        name = f"{prefix}power{level}"
+        if name not in rules:
+            rules[name] = Repeat(power(level - 1), size, size)
+        return Ref(name)
 
-    def exactly(n: int) -> Expression:
-        return seq(*(power(k) for k in range(n.bit_length()) if n >> k & 1))
+    def below(level: int) -> Expression:
+        if level == 0:
+            return EMPTY
+        name = f"{prefix}below{level}"
+        if name not in rules:
+            rules[name] = seq(Repeat(power(level - 1), 0, size - 1), below(level - 1))
+        return Ref(name)
 
-    def at_most(n: int) -> Expression:
-        """Up to n times, every count in one way only: below the top bit any bits, or the top bit and at most the
-        rest."""
-        if n == 0:
-            return seq()
-        top = n.bit_length() - 1
-        free = seq(*(alt(power(k), seq()) for k in reversed(range(top))))
-        return alt(free, seq(power(top), at_most(n - (1 << top))))
+    def digits(count: int) -> list[int]:
+        found = []
+        while count:
+            count, digit = divmod(count, size)
+            found.append(digit)
+        return found
 
-    start = exactly(item.low)
-    return seq(start, Repeat(inner, 0, None)) if item.high is None else seq(start, at_most(item.high - item.low))
+    def exactly(count: int) -> Expression:
+        places = list(enumerate(digits(count)))
+        return seq(*(Repeat(power(level), digit, digit) for level, digit in reversed(places) if digit))
+
+    def at_most(count: int) -> Expression:
+        level = max(len(digits(count)) - 1, 0)
+        times, rest = divmod(count, size**level)
+        if level == 0:
+            return Repeat(unit, 0, times)
+        edges = [(place, power(level), place + 1) for place in range(times)]
+        edges += [(place, below(level), times + 1) for place in range(times)]
+        edges.append((times, at_most(rest), times + 1))
+        return Graph(times + 2, tuple(edges), frozenset({times + 1}))
+
+    return seq(exactly(low), Repeat(unit, 0, None) if high is None else at_most(high - low))
+
+
+def _called(automaton: Automaton) -> set[str]:
+    return set() if isinstance(automaton, ArrayAutomaton) else {name for calls in automaton.calls for name, _ in calls}
 
 
 def _productive_only(automata: dict[str, Automaton], root: str) -> dict[str, Automaton]:
     """Removes rules that can never be completed; every state left can reach an accepted text."""
-    called = {name: {other for calls in automaton.calls for other, _ in calls} for name, automaton in automata.items()}
+    called = {name: _called(automaton) for name, automaton in automata.items()}
     productive: set[str] = set()
     changed = True
     while changed:
@@ -181,7 +217,7 @@ def _productive_only(automata: dict[str, Automaton], root: str) -> dict[str, Aut
             automaton = automata[name]
             if not called[name] <= productive:
                 automaton = trim(automaton, productive.__contains__)
-            if automaton.finals[0] or any(automaton.edges[0]) or any(automaton.calls[0]):
+            if automaton.opens:
                 productive.add(name)
                 changed = True
     if root not in productive:
@@ -194,53 +230,96 @@ def _productive_only(automata: dict[str, Automaton], root: str) -> dict[str, Aut
     }
     reached, pending = {root}, [root]
     while pending:
-        for calls in kept[pending.pop()].calls:
-            for name, _ in calls:
-                if name not in reached:
-                    reached.add(name)
-                    pending.append(name)
+        for name in _called(kept[pending.pop()]):
+            if name not in reached:
+                reached.add(name)
+                pending.append(name)
     ordered = {root: kept[root]} | {name: kept[name] for name in automata if name in reached and name != root}
-    _refuse_left_recursion(ordered)
-    return ordered
+    return _without_left_recursion(ordered)
 
 
-def _refuse_left_recursion(automata: dict[str, Automaton]) -> None:
+def _without_left_recursion(automata: dict[str, Automaton]) -> dict[str, Automaton]:
+    """Rewrites rules that call themselves, or each other, before reading anything.
+
+    Raises:
+        GrammarError: the way round leads through a rule that matches the empty text.
+    """
+    nullable = _nullable(automata)
+    bare = {name: {called for called, _ in a.calls[0]} if not a.regular else set() for name, a in automata.items()}
+    hidden: dict[str, set[str]] = {}  # calls behind one that may read nothing
+    for name, automaton in automata.items():
+        hidden[name] = set()
+        seen, pending = {0}, [0]
+        while pending and not automaton.regular:
+            state = pending.pop()
+            for called, to in automaton.calls[state]:
+                if state:
+                    hidden[name].add(called)
+                if called in nullable and to not in seen:
+                    seen.add(to)
+                    pending.append(to)
+    for members in _cycles({name: bare[name] | hidden[name] for name in automata}):
+        if any(hidden[name] & members or name in nullable for name in members):
+            shown = " -> ".join(sorted(members))
+            raise GrammarError(
+                f"The grammar is left-recursive through a rule that may be empty: {shown}.",
+                "Write a list as: item (separator item)*, or leave the empty text out of these rules.",
+            )
+        automata = automata | {name: _by_left_corners(automata, sorted(members), name) for name in sorted(members)}
+    return automata
+
+
+def _by_left_corners(automata: dict[str, Automaton], members: list[str], root: str) -> Automaton:
+    """One of some rules that start with each other, so that none does any more.
+
+    It begins where any of them begins by reading (or calling another rule), and where one of them is finished it goes
+    on in each that starts with it; ``root`` finished is the end.
+    """
+    builder = Builder()
+    base: dict[str, int] = {}
+    finals = set()
+    for name in members:
+        automaton = automata[name]
+        base[name] = len(builder.edges)
+        for state in range(len(automaton)):
+            builder.state()
+            builder.edges[-1] = [(low, high, base[name] + to) for low, high, to in automaton.edges[state]]
+            builder.calls[-1] = [(called, base[name] + to) for called, to in automaton.calls[state]]
+            if automaton.finals[state] and name == root:
+                finals.add(base[name] + state)
+    for name in members:
+        automaton = automata[name]
+        builder.edges[0] += builder.edges[base[name]]
+        for called, to in automaton.calls[0]:
+            if called not in members:
+                builder.calls[0].append((called, base[name] + to))
+                continue
+            for state, final in enumerate(automata[called].finals):
+                if final:
+                    builder.empties[base[called] + state].append(base[name] + to)
+    return trim(builder.determinise(-1, finals=finals))
+
+
+def _nullable(automata: dict[str, Automaton]) -> set[str]:
+    """Rules that match the empty text."""
     nullable: set[str] = set()
-    first: dict[str, set[str]] = {}
     changed = True
     while changed:
         changed = False
         for name, automaton in automata.items():
-            seen, pending, corner = {0}, [0], set()
-            while pending:
-                for called, to in automaton.calls[pending.pop()]:
-                    corner.add(called)
-                    if called in nullable and to not in seen:
-                        seen.add(to)
-                        pending.append(to)
-            first[name] = corner
-            if name not in nullable and any(automaton.finals[state] for state in seen):
+            if name in nullable:
+                continue
+            if isinstance(automaton, ArrayAutomaton):
+                found = bool(automaton.ends[0])
+            else:
+                seen, pending = {0}, [0]
+                while pending:
+                    for called, to in automaton.calls[pending.pop()]:
+                        if called in nullable and to not in seen:
+                            seen.add(to)
+                            pending.append(to)
+                found = any(automaton.finals[state] for state in seen)
+            if found:
                 nullable.add(name)
                 changed = True
-    state: dict[str, int] = {}
-    for start in automata:  # depth first; a rule met again while it is open closes a cycle
-        stack = [(start, iter(first[start]))] if start not in state else []
-        state.setdefault(start, 1)
-        while stack:
-            name, following = stack[-1]
-            for other in following:
-                if state.get(other) == 1:
-                    cycle = [item for item, _ in stack]
-                    cycle = [*cycle[cycle.index(other) :], other] if other in cycle else [other]
-                    raise GrammarError(
-                        f"The grammar is left-recursive: {' -> '.join(cycle)} without reading anything in between.",
-                        "Write a list as: item (separator item)*. Only direct left recursion (a ::= a x | y) is "
-                        "rewritten for you.",
-                    )
-                if other not in state:
-                    state[other] = 1
-                    stack.append((other, iter(first[other])))
-                    break
-            else:
-                state[name] = 2
-                stack.pop()
+    return nullable

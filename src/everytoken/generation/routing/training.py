@@ -297,7 +297,10 @@ def run(config: R2RTraining, context: TrainingContext) -> TrainingResult:
         "threshold": float(router.config.threshold),
     }
     report = context.out / "training.json"
-    report.write_text(json.dumps({"figures": figures, "curves": curves, "settings": asdict(config)}, indent=1) + "\n")
+    report.write_text(
+        json.dumps({"figures": figures, "curves": curves, "settings": asdict(config)}, indent=1) + "\n",
+        encoding="utf-8",
+    )
     files = [context.out / "model.safetensors", context.out / "config.json", report, kept]
     return TrainingResult(figures, files, [*notes, f"Use it: R2R(small_model, router={str(context.out)!r})"])
 

@@ -9,10 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ...decoding.row import attention_mask_for
+from ...decoding.row_cache import RowCache, room_before
 from .trees import TokenTree
+
+
+def is_feature_draft(model: Any) -> bool:
+    """Whether a draft reads the target's hidden states."""
+    from .modeling_feature_draft import FeatureDraftForCausalLM
+
+    return isinstance(model, FeatureDraftForCausalLM)
 
 
 class DraftSession:
@@ -31,7 +38,9 @@ class DraftSession:
         if self.uses_features and (draft._head is None or draft._target[0] is not target):
             draft.attach(target)
         self.token_ids = draft.draft_token_ids.long() if self.uses_features else None
-        self.cache = DynamicCache()
+        self.cache = RowCache(draft)
+        self.trees = self.uses_features or self.cache.trees
+        self.text: list[int] = []  # committed, for drafts that read the text alone
         self.device = target.device
         self.pending: list[int] = []
         self.pending_features: torch.Tensor | None = None
@@ -43,6 +52,10 @@ class DraftSession:
         self.rows: dict[int, int] = {}
         self.states: dict[int, torch.Tensor] = {}
 
+    def room(self, length: int) -> float:
+        """How many tokens behind a text of ``length`` the draft can still read."""
+        return room_before(self.model, length)
+
     def close(self) -> None:
         if self.tap is not None:
             self.tap.remove()
@@ -52,13 +65,13 @@ class DraftSession:
         known."""
         if self.offset is None:
             self.offset = position
-        drop = self.cache.get_seq_length() - self.base if self.base else 0
-        if drop > 0:
-            self.cache.crop(-drop)
+        if self.base:
+            self.cache.back()
         self.rows, self.states = {}, {}
         if self.uses_features:
             self._commit_features(tokens, path)
         self.pending += tokens
+        self.text += tokens
 
     def _commit_features(self, tokens: list[int], path: list[int] | None) -> None:
         """Features one position before each of ``tokens``, from the target's last forward."""
@@ -81,7 +94,7 @@ class DraftSession:
         if nodes == [0]:
             return self._run_root(reduced)
         rows = self.rows
-        start = self.cache.get_seq_length()
+        start = self.cache.length
         mask = torch.zeros(len(nodes), start + len(nodes), dtype=torch.bool)
         mask[:, : self.base] = True
         for row, node in enumerate(nodes):
@@ -91,45 +104,50 @@ class DraftSession:
             while walk > 0:
                 mask[row, rows[walk]] = True
                 walk = tree.parents[walk]
-        position = (self.offset or 0) + self.base - 1
-        positions = torch.tensor([[position + tree.depths[node] for node in nodes]], device=self.device)
-        ids = torch.tensor([[tree.tokens[node] for node in nodes]], device=self.device)
-        kwargs: dict[str, Any] = {}
-        if self.uses_features:
-            kwargs["hidden"] = torch.stack([self.states[tree.parents[node]] for node in nodes])[None]
-        return self._call(ids, positions, mask[None, None].to(self.device), nodes, reduced, **kwargs)
+        depths, tokens = [tree.depths[node] - 1 for node in nodes], [tree.tokens[node] for node in nodes]
+        if not self.uses_features:
+            output = self.cache.read_tree(tokens, depths, mask if self.trees else None)
+            logits: torch.Tensor = output["logits"]
+            return logits[0, -len(nodes) :, : self.vocab].float()
+        positions = torch.tensor([depths], device=self.device) + (self.offset or 0) + self.base
+        hidden = torch.stack([self.states[tree.parents[node]] for node in nodes])[None]
+        ids = torch.tensor([tokens], device=self.device)
+        return self._call(ids, positions, mask[None, None].to(self.device), nodes, reduced, hidden=hidden)
 
     def _run_root(self, reduced: bool) -> torch.Tensor:
-        past = self.cache.get_seq_length()
+        if not self.uses_features:
+            output = self.cache.read(self.text)
+            self.pending = []
+            self.base = self.cache.length
+            self.cache.mark()
+            logits: torch.Tensor = output["logits"]
+            return logits[0, -1:, : self.vocab].float()
+        position = (self.offset or 0) + self.cache.length
         ids = torch.tensor([self.pending], device=self.device)
-        position = (self.offset or 0) + past
         positions = torch.arange(position, position + len(self.pending), device=self.device)[None]
-        kwargs: dict[str, Any] = {}
-        if self.uses_features:
-            kwargs["features"] = self.pending_features[None]  # type: ignore[index]
-        logits = self._call(ids, positions, None, [0], reduced, **kwargs)
-        self.base = self.cache.get_seq_length()
+        features = self.pending_features[None]  # type: ignore[index]
+        logits = self._call(ids, positions, None, [0], reduced, features=features)
+        self.base = self.cache.length
+        self.cache.mark()
         self.pending, self.pending_features = [], None
         return logits
 
     def _call(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: Any, nodes: list[int], reduced: bool, **kwargs: Any
     ) -> torch.Tensor:
-        if mask is not None and not self.uses_features:
-            mask = attention_mask_for(self.model, mask)
-        if self.uses_features:
-            kwargs["reduced_logits"] = reduced
+        """A feature draft's forward over ``nodes``."""
         output = self.model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self.cache,
+            past_key_values=self.cache.cache,
             use_cache=True,
             logits_to_keep=len(nodes),
+            reduced_logits=reduced,
             **kwargs,
         )
-        if self.uses_features:
-            for node, state in zip(nodes, output.hidden_states[0][0, -len(nodes) :], strict=True):
-                self.states[node] = state
-        logits = output.logits[0, -len(nodes) :].float()
-        return logits if reduced and self.uses_features else logits[:, : self.vocab]
+        self.cache.length += ids.shape[1]
+        for node, state in zip(nodes, output.hidden_states[0][0, -len(nodes) :], strict=True):
+            self.states[node] = state
+        logits: torch.Tensor = output.logits[0, -len(nodes) :].float()
+        return logits if reduced else logits[:, : self.vocab]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import flash_attention_mask
+from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
 from ...core.errors import UnsupportedModelError
 from ...decoding.call import DecodingStats
+from ...decoding.row_cache import rope_switch
 from .cache import TokenSelectLayer
 from .kernels import attend_rotated, top_indices
 
@@ -46,28 +47,66 @@ class LayerState:
     Attributes:
         settings: of the selection.
         stats: the counters of the call.
-        rotation: the model's rotary embedding.
+        rotation: how the layer rotates queries and keys, or ``still`` where it does not.
         layer: the layer's cache, or None outside of one.
-        window: its sliding window, or None for full attention.
+        alone: whether the layer is left alone: it attends to a window, and its queries and keys come rotated.
     """
 
     settings: TokenSelect
     stats: TokenSelectStats
-    rotation: Rotation
+    rotation: Turn
     layer: TokenSelectLayer | None
-    window: int | None
+    alone: bool
+
+
+class Asked(Exception):  # no error: it ends a layer's forward where it has shown enough
+    """Takes the place of a ``LayerState`` while a layer is asked how it rotates: ends its forward with what is seen.
+
+    Attributes:
+        query, key: as they reached the attention function.
+        told: names of what else it was told.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    told: set[str]
+
+    def tell(self, query: torch.Tensor, key: torch.Tensor, told: set[str]) -> NoReturn:
+        self.query, self.key, self.told = query, key, told
+        raise self
 
 
 class Rotation:
-    """The model's own rotary embedding, at positions of our choice."""
+    """The model's own rotary embedding, at positions of our choice.
 
-    def __init__(self, rotary: nn.Module, apply: Callable[..., tuple[torch.Tensor, torch.Tensor]]):
-        self.rotary, self.apply, self.compute = rotary, apply, rotary.forward
+    Args:
+        rotary: the embedding.
+        apply: ``(queries, keys, cos, sin) -> both rotated``.
+        compute: the embedding's forward, ``(states, positions [1, T]) -> cos, sin``; its own by default.
+        last: whether the last dimensions of a vector are rotated, and not the first.
+        halved: whether cosines and sines are given once for both halves of what is rotated.
+    """
+
+    def __init__(
+        self,
+        rotary: nn.Module,
+        apply: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+        compute: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
+        last: bool = False,
+        halved: bool = False,
+    ):
+        self.rotary, self.apply, self.last = rotary, apply, last
+        self.compute = rotary.forward if compute is None else compute
         probe = torch.zeros(1, 1, device=next(iter(rotary.buffers())).device)
         self.width = self.compute(probe, torch.zeros(1, 1, dtype=torch.long, device=probe.device))[0].shape[-1]
+        self.width *= 1 + halved
         self.table: tuple[torch.Tensor, torch.Tensor] | None = None
         self.compiled = False
-        if probe.device.type == "cpu":  # the kernel rotates one half of a vector against the other, as most models do
+        switch = rope_switch(rotary.config) if hasattr(rotary, "config") else None
+        self.limit = min(int(getattr(rotary, "original_max_seq_len", 1024)), 1 << 30 if switch is None else switch[0])
+        if (
+            probe.device.type == "cpu" and not halved
+        ):  # the kernel rotates one half of a vector against the other, as most models do
             x = torch.linspace(-1, 1, 4 * self.width).view(1, 1, 4, self.width)
             turned, half = self(x, 3), torch.cat([-x[..., self.width // 2 :], x[..., : self.width // 2]], -1)
             cos, sin = (part[:, 3:7] for part in self.table)  # type: ignore[attr-defined]
@@ -78,13 +117,33 @@ class Rotation:
         end = start + x.shape[-2]
         if self.table is None or self.table[0].shape[1] < end or self.table[0].dtype != x.dtype:
             # up to the trained length with room to spare; beyond, some embeddings depend on how far they are asked for
-            limit = int(getattr(self.rotary, "original_max_seq_len", end))
-            room = end if end >= limit else min(limit, max(1024, 2 * end))
+            room = end if end >= self.limit else min(self.limit, max(1024, 2 * end))
             self.table = self.compute(x, torch.arange(room, device=x.device)[None])
         cos, sin = (part[:, start:end] for part in self.table)
-        turned = x[..., : self.width]
+        if self.width == x.shape[-1]:
+            return self.apply(x, x[:, :1], cos, sin)[0]
+        turned = x[..., -self.width :] if self.last else x[..., : self.width]
         turned = self.apply(turned, turned[:, :1], cos, sin)[0]
-        return turned if self.width == x.shape[-1] else torch.cat([turned, x[..., self.width :]], -1)
+        rest = x[..., : -self.width] if self.last else x[..., self.width :]
+        return torch.cat([rest, turned] if self.last else [turned, rest], -1)
+
+
+def still(x: torch.Tensor, start: int = 0) -> torch.Tensor:
+    """The rotation of layers that have none."""
+    return x
+
+
+def rotate_halves(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One half of a vector against the other, as in most models: ``[B, H, T, d]`` with ``cos`` and ``sin`` ``[B, T,
+    d]``."""
+
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        half = x.shape[-1] // 2
+        return x * cos[:, None] + torch.cat([-x[..., half:], x[..., :half]], -1) * sin[:, None]
+
+    return turn(query), turn(key)
 
 
 def find_rotary(model: PreTrainedModel) -> nn.Module:
@@ -93,14 +152,31 @@ def find_rotary(model: PreTrainedModel) -> nn.Module:
     Raises:
         UnsupportedModelError: none, or several.
     """
-    found = {id(item): item for name, item in model.named_modules() if name.endswith("rotary_emb")}
+    found = find_rotaries(model)
     if len(found) != 1:
+        raise UnsupportedModelError(f"{type(model).__name__} has {len(found)} rotary embeddings, and not one.")
+    return found[0]
+
+
+def find_rotaries(model: PreTrainedModel) -> list[nn.Module]:
+    """The rotary embedding modules of a model.
+
+    Raises:
+        UnsupportedModelError: none.
+    """
+    found = {
+        id(item): item
+        for name, item in model.named_modules()
+        if ("rotary_emb" in name.rpartition(".")[2] or "rotary_emb" in name.rpartition(".")[0].rpartition(".")[2])
+        and not isinstance(item, (nn.ModuleDict, nn.ModuleList))
+        and any(True for _ in item.buffers())
+    }
+    if not found:
         raise UnsupportedModelError(
-            f"TokenSelect gives rotary positions within the selection; {type(model).__name__} has {len(found)} rotary "
-            "embeddings.",
-            "It works with models that rotate queries and keys once for all layers, as Llama does.",
+            f"TokenSelect gives rotary positions within the selection; {type(model).__name__} has 0 rotary embeddings.",
+            "It works with models that rotate queries and keys, as Llama does.",
         )
-    return next(iter(found.values()))
+    return list(found.values())
 
 
 # -- the definition ----------------------------------------------------------------------------------------------------
@@ -121,10 +197,26 @@ def votes(query: torch.Tensor, keys: torch.Tensor, pool_size: int | None = None)
     return total
 
 
+def asking(settings: TokenSelect, query: torch.Tensor, rotation: Turn) -> torch.Tensor:
+    """What asks for a selection: the mean of a chunk's queries, each rotated to its own position behind ``n_local``.
+
+    Args:
+        query: ``[H, T, d]``, un-rotated.
+
+    Returns:
+        ``[H, d]``.
+    """
+    return rotation(query[None], settings.n_local)[0].mean(1)
+
+
 def select(settings: TokenSelect, query: torch.Tensor, keys: torch.Tensor, rotation: Turn) -> torch.Tensor:
-    """The top-k of the candidates, sorted: positions in ``keys`` ``[H_kv, N, d]`` for an un-rotated query ``[H,
-    d]``."""
-    turned = rotation(query[None, :, None], settings.n_local)[0, :, 0]
+    """The top-k of the candidates, sorted: positions in ``keys`` ``[H_kv, N, d]`` for un-rotated queries ``[H, d]`` or,
+    of a chunk, ``[H, T, d]``."""
+    return top_candidates(settings, asking(settings, query if query.dim() == 3 else query[:, None], rotation), keys)
+
+
+def top_candidates(settings: TokenSelect, turned: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """``select`` for what ``asking`` returned."""
     candidates = keys[:, settings.n_init : keys.shape[1] - settings.n_local]
     total = votes(turned, candidates, settings.pool_size)
     if total.device.type == "cpu":
@@ -135,64 +227,83 @@ def select(settings: TokenSelect, query: torch.Tensor, keys: torch.Tensor, rotat
 
 
 def token_select_attention(
-    module: Any,
+    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **kwargs: Any,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """An attention function of transformers: ``query`` ``[B, H, T, d]``, ``key`` and ``value`` ``[B, H_kv, N, d]``,
     un-rotated.
 
-    ``attention_mask`` is the ``[B, N]`` padding mask, or None without padding.
+    ``attention_mask`` is the ``[B, N]`` padding mask, or None without padding; in layers that are left alone the
+    boolean ``[B, 1, T, N]`` mask of their window. ``softcap`` bounds scores, ``s_aux`` ``[H]`` are attention sinks.
     """
-    state: LayerState = module._token_select
-    settings, rotation, layer, window = state.settings, state.rotation, state.layer, state.window
-    # padding comes first in a row: dropping it leaves text only
-    pads = [0] * query.shape[0] if attention_mask is None else (~attention_mask).sum(1).tolist()
-    arguments = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    if window is not None or (max(pads) == 0 and key.shape[2] <= settings.budget):
-        outputs = _attend(rotation, query, key, value, window, arguments)
-        _count(state.stats, layer if window is None else None, range(len(pads)), pads, None, query, key.shape[2])
-    else:
-        rows = []
-        for row, pad in enumerate(pads):
-            part = slice(row, row + 1)
-            fresh = min(query.shape[2], key.shape[2] - pad)
-            mine = query[part, :, query.shape[2] - fresh :]  # a chunk may begin with padding
-            keys, values = key[part, :, pad:], value[part, :, pad:]
-            if fresh <= 0:
-                rows.append(torch.zeros_like(query[part]))
-                continue
-            kept = _kept(state, row, pad, mine, keys)
-            if (
-                kept is not None
-                and fresh == 1
-                and rotation.compiled
-                and keys.dtype == torch.float32
-                and rotation.width == keys.shape[-1]
-            ):
-                out = _attend_compiled(rotation, mine, keys, values, kept, scaling)
-            else:
-                if kept is not None:
-                    keys, values = keys.index_select(2, kept), values.index_select(2, kept)
-                out = _attend(rotation, mine, keys, values, None, arguments)
-            rows.append(F.pad(out, (0, 0, query.shape[2] - fresh, 0)))
-            _count(state.stats, layer, [row], pads, kept, mine, key.shape[2])
-        outputs = torch.cat(rows)
+    state: LayerState | Asked = module._token_select  # type: ignore[assignment]
+    if isinstance(state, Asked):
+        state.tell(query, key, {name for name, item in kwargs.items() if item is not None})
+    settings, rotation, layer = state.settings, state.rotation, state.layer
+    extras = Extras(scaling, softcap, s_aux)
+    if state.alone:
+        return _exact(query, key, value, attention_mask, extras).transpose(1, 2).contiguous(), None
+    length, new = key.shape[2], query.shape[2]
+    if attention_mask is None and length <= settings.budget:
+        outputs = _attend(rotation, query, key, value, extras)
+        _count(state.stats, layer, range(query.shape[0]), None, None, query, length)
+        return outputs.transpose(1, 2).contiguous(), None
+    outputs = query.new_zeros((*query.shape[:3], value.shape[-1]))
+    for row in range(query.shape[0]):
+        part = slice(row, row + 1)
+        mine, keys, values, scored = query[part], key[part], value[part], None if layer is None else layer.score_keys
+        scored = key if scored is None or scored.shape[-1] != key.shape[-1] else scored  # a latent cache holds no keys
+        candidates, text = scored[row], None
+        asked: slice | torch.Tensor = slice(None)
+        if attention_mask is not None:  # dropping padding leaves text only, in order
+            text = attention_mask[row].nonzero()[:, 0]
+            start = length - len(text)
+            suffix = len(text) > 0 and int(text[0]) == start
+            places: slice | torch.Tensor = slice(start, None) if suffix else text
+            keys, values, candidates = keys[:, :, places], values[:, :, places], candidates[:, places]
+            asked = slice(max(start - (length - new), 0), None) if suffix else attention_mask[row, length - new :]
+            mine = mine[:, :, asked]
+        if mine.shape[2] == 0:
+            continue
+        kept = _kept(state, row, mine, keys, candidates)
+        if (
+            kept is not None
+            and mine.shape[2] == 1
+            and isinstance(rotation, Rotation)
+            and rotation.compiled
+            and keys.dtype == torch.float32
+            and rotation.width == keys.shape[-1] == values.shape[-1]
+            and softcap is None
+            and s_aux is None
+        ):
+            out = _attend_compiled(rotation, mine, keys, values, kept, scaling)
+        else:
+            if kept is not None:
+                keys, values = keys.index_select(2, kept), values.index_select(2, kept)
+            out = _attend(rotation, mine, keys, values, extras)
+        outputs[row, :, asked] = out[0]
+        _count(state.stats, layer, [row], text, kept, mine, length)
     return outputs.transpose(1, 2).contiguous(), None
 
 
-def _kept(state: LayerState, row: int, pad: int, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
-    """Positions to attend to in ``keys`` ``[1, H_kv, N, d]``, in order; None for all."""
+def _kept(
+    state: LayerState, row: int, query: torch.Tensor, keys: torch.Tensor, candidates: torch.Tensor
+) -> torch.Tensor | None:
+    """Positions to attend to in ``keys`` ``[1, H_kv, N, d]``, in order; None for all. Scores read ``candidates``
+    ``[H_kv, N, d]``."""
     settings, layer = state.settings, state.layer
     length = keys.shape[2]
     if length <= settings.budget:
         return None
-    asked = query[0].mean(1)  # a chunk is asked for by its mean query
+    asked = asking(settings, query[0], state.rotation)
     state.stats.proposed += 1
     chosen = None
     if settings.tau is not None and layer is not None and row in layer.selected:
@@ -200,8 +311,7 @@ def _kept(state: LayerState, row: int, pad: int, query: torch.Tensor, keys: torc
         chosen = layer.selected[row] if alike >= settings.tau else None
         state.stats.accepted += chosen is not None
     if chosen is None:
-        scored = keys[0] if layer is None else layer.score_keys[row, :, pad:]
-        chosen = select(settings, asked, scored, state.rotation)
+        chosen = top_candidates(settings, asked, candidates)
         if layer is not None:
             layer.selected[row], layer.asked[row] = chosen, asked
     device = keys.device
@@ -214,26 +324,50 @@ def _kept(state: LayerState, row: int, pad: int, query: torch.Tensor, keys: torc
     )
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What a model adds to dot products: their scale (None: by the root of d), a soft cap, and sinks ``[H]``."""
+
+    scaling: float | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
 def _attend(
-    rotation: Rotation,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    window: int | None,
-    arguments: dict[str, Any],
+    rotation: Turn, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: Extras
 ) -> torch.Tensor:
     """Exact causal attention with positions 0 .. M-1; the queries are the last ones."""
     new, length = query.shape[2], key.shape[2]
     mask = None
-    if new > 1 or window is not None:
+    if new > 1:
         here = torch.arange(length - new, length, device=query.device)[:, None]
-        there = torch.arange(length, device=query.device)[None]
-        mask = there <= here
-        if window is not None:
-            mask &= there > here - window
-    return F.scaled_dot_product_attention(
-        rotation(query, length - new), rotation(key), value, attn_mask=mask, **arguments
-    )
+        mask = torch.arange(length, device=query.device)[None] <= here
+    return _exact(rotation(query, length - new), rotation(key, 0), value, mask, extras)
+
+
+def _exact(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, extras: Extras
+) -> torch.Tensor:
+    """Attention over all keys that a boolean mask allows."""
+    groups = query.shape[1] // key.shape[1]
+    if extras.softcap is None and extras.sinks is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=extras.scaling, enable_gqa=groups > 1
+        )
+    scale = query.shape[-1] ** -0.5 if extras.scaling is None else extras.scaling
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.transpose(-1, -2)).float() * scale
+    if extras.softcap is not None:
+        scores = torch.tanh(scores / extras.softcap) * extras.softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if extras.sinks is not None:  # a sink takes its share of the weight and gives nothing
+        sinks = extras.sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        weights = torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
+    else:
+        weights = torch.softmax(scores, -1)
+    return weights.to(value.dtype) @ value
 
 
 def _attend_compiled(
@@ -263,29 +397,40 @@ def _count(
     stats: TokenSelectStats,
     layer: TokenSelectLayer | None,
     rows: Sequence[int],
-    pads: list[int],
+    text: torch.Tensor | None,
     kept: torch.Tensor | None,
     query: torch.Tensor,
     length: int,
 ) -> None:
-    """Counts what a decoding step attended to."""
+    """Counts what a decoding step attended to: of ``text``, the places that are no padding (None: all)."""
     if query.shape[2] != 1 or layer is None:
         return
+    available = length if text is None else len(text)
     for row in rows:
-        stats.available += length - pads[row]
-        stats.attended += length - pads[row] if kept is None else len(kept)
+        stats.available += available
+        stats.attended += available if kept is None else len(kept)
         if not layer.counting:
             continue
         if layer.reads is None or layer.reads.shape[1] < length:
-            fresh = torch.zeros(len(pads), 2 * length, device=query.device)
+            fresh = torch.zeros(layer.keys.shape[0], 2 * length, device=query.device)
             if layer.reads is not None:
                 fresh[:, : layer.reads.shape[1]] = layer.reads
             layer.reads = fresh
-        if kept is None:
-            layer.reads[row, pads[row] : length] += 1
+        if kept is not None:
+            layer.reads[row, kept if text is None else text[kept]] += 1
+        elif text is not None:
+            layer.reads[row, text] += 1
         else:
-            layer.reads[row, kept + pads[row]] += 1
+            layer.reads[row, :length] += 1
+
+
+def token_select_mask(*args: object, **kwargs: object) -> torch.Tensor | None:
+    """The mask function of transformers that belongs to it: padding alone, and for windows the whole mask."""
+    if kwargs.get("local_size") is None:
+        return flash_attention_mask(*args, **kwargs)  # type: ignore[arg-type]
+    kwargs |= {"allow_is_causal_skip": False}
+    return sdpa_mask(*args, **kwargs)  # type: ignore[arg-type]
 
 
 AttentionInterface.register(IMPLEMENTATION, token_select_attention)
-AttentionMaskInterface.register(IMPLEMENTATION, flash_attention_mask)
+AttentionMaskInterface.register(IMPLEMENTATION, token_select_mask)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer
 
 
 class TokenSelectLayer(DynamicLayer):
@@ -85,28 +85,14 @@ class TokenSelectLayer(DynamicLayer):
 
 
 class TokenSelectCache(Cache):
-    """A cache of ``TokenSelectLayer``, one a layer of full attention; layers with a sliding window keep their usual
-    kind."""
+    """A cache of ``TokenSelectLayer``, one a layer of full attention; layers with a sliding window or a recurrent state
+    keep their usual kind."""
 
     def __init__(
         self, config: PreTrainedConfig, score_dtype: torch.dtype | None = torch.bfloat16, counting: bool = False
     ):
-        text = config.get_text_config(decoder=True)
-        self.windows = [
-            text.sliding_window if kind == "sliding_attention" else None
-            for kind in (getattr(text, "layer_types", None) or _kinds(text))
+        layers = [
+            TokenSelectLayer(score_dtype, counting) if type(layer) is DynamicLayer else layer
+            for layer in DynamicCache(config=config).layers
         ]
-        super().__init__(
-            layers=[
-                TokenSelectLayer(score_dtype, counting)
-                if window is None
-                else DynamicSlidingWindowLayer(sliding_window=window)
-                for window in self.windows
-            ]
-        )
-
-
-def _kinds(config: PreTrainedConfig) -> list[str]:
-    """Kinds of layers where a configuration does not list them."""
-    kind = "sliding_attention" if getattr(config, "sliding_window", None) is not None else "full_attention"
-    return [kind] * config.num_hidden_layers
+        super().__init__(layers=layers)

@@ -1,8 +1,7 @@
 """TokenSelect: each step attends to the few cached tokens that matter for it (arXiv 2411.02886).
 
-Attention over a long cache is sparse, and what matters is scattered. For the current query q (of a prefill chunk: its
-mean), every head h scores the *un-rotated* cached keys, a softmax turns its scores into votes, and the votes of all
-heads are added::
+Attention over a long cache is sparse, and what matters is scattered. For the current query q, every head h scores the
+*un-rotated* cached keys, a softmax turns its scores into votes, and the votes of all heads are added::
 
     s_h(i) = R(n_local) q_h . k_kv(h),i                      R(p): rotary embedding of position p; no scaling
     S(i)   = sum_h softmax_i s_h(i)                          over candidates n_init <= i < N - n_local
@@ -11,7 +10,11 @@ heads are added::
 Exact attention runs over what is kept, with rotary positions 0 .. M-1 given *within the selection*. So positions never
 exceed ``n_init + top_k + n_local``, and a model reads far beyond the length it was trained for, without tuning. Up to
 that many tokens everything is kept and the result is ordinary attention. Prompts are read in chunks, with one selection
-a chunk and layer.
+a chunk and layer: each query of a chunk is rotated to its own position from ``n_local`` on, and their mean asks, as in
+the official code.
+
+Layers that rotate nothing take the selection as it is. Layers with a sliding window or a recurrent state are left
+alone. How each layer rotates is found by asking it (``rotations.py``); a model with another way is refused.
 
 ::
 
@@ -26,22 +29,36 @@ made the selection.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.errors import BadInputError, UnsupportedModelError
 from ...core.trace import TokenTrace
 from ...decoding.base import Example
 from ...decoding.call import DecodingCall, DecodingStats
+from ...decoding.checks import is_filled
 from ...decoding.loop import LoopDecoder, model_lock
-from .attention import IMPLEMENTATION, LayerState, Rotation, TokenSelectStats, find_rotary
+from ...decoding.row_cache import check_cached
+from .attention import IMPLEMENTATION, LayerState, Rotation, TokenSelectStats, Turn, find_rotaries, still
 from .cache import TokenSelectCache, TokenSelectLayer
+from .rotations import CACHES, Plan, at_rest, plan_layers
+
+
+@dataclass
+class _Handed:
+    """What a rotary embedding handed to the layers of a forward: its own output ``real``, and ``rest`` in its place."""
+
+    rotary: nn.Module
+    compute: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    real: tuple[torch.Tensor, torch.Tensor]
+    rest: tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
@@ -126,11 +143,17 @@ class TokenSelect(LoopDecoder):
     def check_call(self, call: DecodingCall[TokenSelectStats]) -> None:
         """Raises BadInputError for a cache of another kind that holds something, or another size of chunks."""
         cache, chunk = call.model_kwargs.get("past_key_values"), call.config.prefill_chunk_size
-        if cache is not None and not isinstance(cache, TokenSelectCache) and cache.get_seq_length() > 0:
+        own = isinstance(cache, TokenSelectCache)
+        if cache is not None and not own and (is_filled(cache) or getattr(cache, "_is_user_defined", False)):
             raise BadInputError(
                 "TokenSelect caches keys before rotation and cannot go on from another cache.",
                 "Fill one of its own: past_key_values=decoder.new_cache(model).",
             )
+        check_cached("TokenSelect", call.model)
+        mask = call.attention_mask
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise BadInputError("Padding must be on the left.", "Set padding_side='left' on the tokenizer.")
+        self._plans(call.model)
         kind = call.config.cache_implementation
         if kind not in (None, "dynamic"):
             raise BadInputError(
@@ -154,62 +177,95 @@ class TokenSelect(LoopDecoder):
             yield cache
 
     @contextmanager
-    def attention(self, model: PreTrainedModel) -> Iterator[Rotation]:
-        """Switches a model's attention to this selection, and back; for use outside ``generate``. Yields the model's
-        rotation.
+    def attention(self, model: PreTrainedModel) -> Iterator[None]:
+        """Switches a model's attention to this selection, and back; for use outside ``generate``.
 
         ``stats`` counts what happens inside.
 
         Raises:
-            UnsupportedModelError: no rotary embedding of the usual form.
+            UnsupportedModelError: a layer rotates, or attends, in a way that a selection cannot follow.
         """
         stats = TokenSelectStats()
         self._remember(stats, [])
-        with model_lock(model), self._attention(model, stats) as rotation:
-            yield rotation
+        with model_lock(model), self._attention(model, stats):
+            yield
+
+    @staticmethod
+    def _plans(model: PreTrainedModel) -> list[Plan]:
+        """How each attention layer is served; layers are asked through the attention function that they will call."""
+        text = model.config.get_text_config(decoder=True)
+        with model_lock(model):
+            before = text._attn_implementation
+            try:
+                text._attn_implementation = IMPLEMENTATION
+                return plan_layers(model)
+            finally:
+                text._attn_implementation = before
 
     @contextmanager
-    def _attention(self, model: PreTrainedModel, stats: TokenSelectStats) -> Iterator[Rotation]:
-        rotary = find_rotary(model)
-        modules = [item for item in model.modules() if hasattr(item, "layer_idx") and hasattr(item, "q_proj")]
-        modules = modules or [
-            item for item in model.modules() if hasattr(item, "layer_idx") and hasattr(item, "scaling")
-        ]
-        if not modules:
-            raise UnsupportedModelError(f"TokenSelect finds no attention layers in {type(model).__name__}.")
-        apply = getattr(sys.modules[type(modules[0]).__module__], "apply_rotary_pos_emb", None)
-        if apply is None:
-            raise UnsupportedModelError(
-                f"TokenSelect does not know how {type(model).__name__} rotates its queries and keys.",
-                "It works with models that apply rotary embeddings as Llama does.",
-            )
+    def _attention(self, model: PreTrainedModel, stats: TokenSelectStats) -> Iterator[None]:
         text = model.config.get_text_config(decoder=True)
         before, hooks = text._attn_implementation, []
-        rotation = Rotation(rotary, apply)
+        rotaries, plans = find_rotaries(model), self._plans(model)
+        alone = any(plan.alone for plan in plans)
+        handed: dict[tuple[object, ...], _Handed] = {}
+        rotations: dict[tuple[object, ...], Rotation] = {}
 
-        def see_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            cache = kwargs.get("past_key_values")
-            layer = window = None
-            if isinstance(cache, TokenSelectCache):
-                layer, window = cache.layers[module.layer_idx], cache.windows[module.layer_idx]
-            module._token_select = LayerState(self, stats, rotation, layer, window)
+        def standing_still(rotary: nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+            forward = rotary.forward
 
-        def stand_still(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            shape = (*position_ids.shape, rotation.width)
-            return x.new_ones(shape), x.new_zeros(shape)
+            def stand_still(
+                x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any
+            ) -> tuple[torch.Tensor, torch.Tensor]:
+                key = (id(rotary), *args, *kwargs.items())
+                # layers that are left alone get the model's own; otherwise only its width is asked for, at position 0
+                real = forward(x, position_ids if alone else position_ids[..., :1] * 0, *args, **kwargs)
+                shape = (*position_ids.shape[-2:], at_rest(real)[0].shape[-1])
+                rest = x.new_ones(shape), x.new_zeros(shape)
+                handed[key] = _Handed(rotary, lambda x, places: forward(x, places, *args, **kwargs), real, rest)
+                return rest
+
+            return stand_still
+
+        def see(plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:
+            cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+            given = kwargs.get("position_embeddings")
+            layer: TokenSelectLayer | None = None
+            rotation: Turn = still
+            if not plan.alone and isinstance(cache, TokenSelectCache):
+                layer = cast(TokenSelectLayer, cache.layers[plan.module.layer_idx])
+            cosines = given[0] if isinstance(given, tuple) else None
+            key = next((key for key, item in handed.items() if item.rest[0] is cosines), None)
+            if key is not None and plan.alone:
+                kwargs = kwargs | {"position_embeddings": handed[key].real}
+            elif key is not None and plan.apply is not None:
+                place, item = (*key, plan.apply, plan.last, plan.halved), handed[key]
+                if place not in rotations:
+                    rotations[place] = Rotation(item.rotary, plan.apply, item.compute, plan.last, plan.halved)
+                rotation = rotations[place]
+            elif plan.apply is not None and given is not None:  # a layer that is handed nothing rotates nothing
+                raise UnsupportedModelError(
+                    f"A layer of {type(model).__name__} is handed another rotary embedding than its model computes."
+                )
+            plan.module._token_select = LayerState(self, stats, rotation, layer, plan.alone)  # type: ignore[assignment]
+            return kwargs
 
         try:
-            hooks = [item.register_forward_pre_hook(see_cache, with_kwargs=True) for item in modules]
-            rotary.forward = stand_still
+            for plan in plans:
+                told = functools.partial(lambda plan, _module, args, kwargs: (args, see(plan, kwargs)), plan)
+                hooks.append(plan.module.register_forward_pre_hook(told, with_kwargs=True))
+            for rotary in rotaries:
+                rotary.forward = standing_still(rotary)
             text._attn_implementation = IMPLEMENTATION
-            yield rotation
+            yield
         finally:
             text._attn_implementation = before
-            del rotary.forward
+            for rotary in rotaries:
+                rotary.__dict__.pop("forward", None)
             for hook in hooks:
                 hook.remove()
-            for item in modules:
-                item.__dict__.pop("_token_select", None)
+            for plan in plans:
+                plan.module.__dict__.pop("_token_select", None)
 
     def finished(self, call: DecodingCall[TokenSelectStats], sequences: torch.Tensor, new: list[list[int]]) -> None:
         if not self.trace_enabled or len(new) != call.input_ids.shape[0]:

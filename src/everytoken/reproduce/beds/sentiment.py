@@ -218,24 +218,24 @@ def small_writer(context: Context) -> SmallWriter:
             made = Path(temporary) / "bed"
             model.save_pretrained(made)
             small.save_pretrained(made)
-            (made / "teacher_ids.json").write_text(json.dumps(teacher_ids))
+            (made / "teacher_ids.json").write_text(json.dumps(teacher_ids), encoding="utf-8")
             if not folder.exists():
                 made.rename(folder)
         seed_everything(context.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return SmallWriter(folder, tokenizer, json.loads((folder / "teacher_ids.json").read_text()))
+    return SmallWriter(folder, tokenizer, json.loads((folder / "teacher_ids.json").read_text(encoding="utf-8")))
 
 
 def written(context: Context, prompts: list[str], path: Path) -> list[str]:
     """The embedded model's continuations, kept as they come: an interrupted run goes on."""
-    texts: list[str] = json.loads(path.read_text()) if path.is_file() else []
+    texts: list[str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     if len(texts) < len(prompts):
         teacher, tokenizer = load_model(context.model, dtype="float32", packed=True), load_tokenizer(context.model)
         path.parent.mkdir(parents=True, exist_ok=True)
         while len(texts) < len(prompts):
             texts += continuations(teacher, tokenizer, prompts[len(texts) : len(texts) + 240], NEW_TOKENS, batch=240)
             temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(texts))
+            temporary.write_text(json.dumps(texts), encoding="utf-8")
             temporary.replace(path)
             context.progress(f"test bed: {len(texts)} of {len(prompts)} continuations written")
     return texts

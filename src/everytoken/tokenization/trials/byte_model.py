@@ -12,6 +12,7 @@ import numpy as np
 from ...core.loading import load_model, load_tokenizer
 from ...decoding.trial import TrialRequest, TrialResult
 from ..base import ByteModel, start_token
+from ..byte_view import ByteView
 from .inputs import sampling_of, seed_of, text_of
 
 EXAMPLE = "The capital of France is Par"
@@ -23,6 +24,7 @@ def trial(request: TrialRequest) -> TrialResult:
     text = text_of(request, EXAMPLE)
     methods = {item.name: item.factory(**item.settings) for item in request.trials}
     tokenizer = load_tokenizer(request.model)
+    ByteView.of(tokenizer)  # a tokenizer that changes texts is refused before weights are read
     request.report("loading the model", 0, 0)
     model = load_model(request.model, dtype=request.options.get("dtype", "auto"), packed=True)
     size = int(request.options.get("max_new_tokens", 24))

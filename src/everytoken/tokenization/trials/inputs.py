@@ -7,6 +7,7 @@ from typing import TypedDict
 
 from ...core.errors import BadInputError
 from ...core.settings import read_text
+from ...core.vocabulary import utf8
 from ...decoding.trial import TrialRequest
 
 EXAMPLE = "Strawberry fields: how many r's are in strawberry? Tokenizers rarely know, and 1234 + 5678 is 6912."
@@ -16,13 +17,14 @@ def text_of(request: TrialRequest, example: str) -> str:
     """The user's text, or the example.
 
     Raises:
-        BadInputError: an empty text, no such file, or one that is no UTF-8.
+        BadInputError: an empty text, no such file, one that is no UTF-8, or a lone surrogate.
     """
     text = request.prompt if request.prompt is not None else example
     if request.data is not None:
         text = read_text(Path(request.data))
     if not text:
         raise BadInputError("The text is empty.", 'Give some: --prompt "Strawberry"')
+    utf8(text)
     return text
 
 

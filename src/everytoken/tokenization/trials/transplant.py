@@ -29,9 +29,9 @@ def trial(request: TrialRequest) -> TrialResult:
     result = TrialResult(rows, "bits per byte", column="origin")
     arms: list[tuple[str, PreTrainedModel, PreTrainedTokenizerBase]] = [("own tokenizer", model, old)]
     for item in request.trials:
-        request.report(f"running {item.name} (the text embeddings of two vocabularies take about a minute)", 0, 0)
+        request.report(f"running {item.name}", 0, 0)
         method = item.factory(**item.settings)
-        arms.append((item.name, method.transplant(model, old, new), new))
+        arms.append((item.name, method.transplant(model, old, new, request.report), new))
         result.traces.append(method.trace(old, new, new(text, add_special_tokens=False)["input_ids"]))
         result.notes.append(f"{item.name}: {method.summary()}")
     for name, arm, tokenizer in arms:

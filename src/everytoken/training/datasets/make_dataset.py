@@ -94,10 +94,10 @@ def make_dataset(
             for name, rows in made.others.items():
                 _write(folder / f"{name}.jsonl", rows)
             (folder / "README.md").write_text(card(chosen, settings, model, made.figures, made.rows), encoding="utf-8")
-            (folder / "figures.json").write_text(json.dumps(made.figures))
+            (folder / "figures.json").write_text(json.dumps(made.figures), encoding="utf-8")
             if not kept.exists():
                 os.replace(folder, kept)
-    figures = json.loads((kept / "figures.json").read_text())
+    figures = json.loads((kept / "figures.json").read_text(encoding="utf-8"))
     folder = kept
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

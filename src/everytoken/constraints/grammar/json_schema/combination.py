@@ -1,8 +1,9 @@
-"""Sets whose schemas branch or list values: ``anyOf``, ``oneOf``, ``not``, ``enum`` and ``const``."""
+"""Sets whose schemas branch or list values: ``anyOf``, ``oneOf``, ``enum`` and ``const``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 
 from ..automata import intersection
@@ -10,30 +11,27 @@ from ..expressions import Expression, GrammarError, alt
 from .places import property_schemas, required
 from .rules import SchemaRules
 from .sets import Member, Parts, Place, Schema, SchemaObject, at, kinds
-from .strings_and_numbers import bounds, string_automaton
+from .strings_and_numbers import bounds, lengths, string_automaton
 from .values import satisfies
 
 MAX_CASES = 20_000
+MAX_PRODUCT = 1_000_000
+"""Patterns whose automata are larger together are not looked at for a text that both match."""
 
 
-def negation(schemas: SchemaRules, schema: Schema, pointer: str) -> None:
-    if schema is False or schema is True or schema == {}:
-        return
-    schemas.unsupported(pointer, "not", "Say what is allowed instead.")
+def branching(schema: SchemaObject) -> bool:
+    return "anyOf" in schema or "oneOf" in schema
 
 
 def branches(
     schemas: SchemaRules, members: frozenset[Member], index: int, schema: SchemaObject, pointer: str, depth: int
 ) -> Expression:
-    refuse_cycle(schemas, index)
     rest = (members - {(index, False)}) | {(index, True)}
     choices: list[list[Place]] = [[]]
     for key in ("anyOf", "oneOf"):
         if key not in schema:
             continue
-        options = [(branch, at(pointer, f"{key}/{place}")) for place, branch in enumerate(schema[key])]
-        if key == "oneOf":
-            options = exclusive_branches(schemas, options, pointer)
+        options = branches_of(schemas, index, key)
         choices = [[*chosen, option] for chosen in choices for option in options]
     if sum(not decided for _, decided in members) > 1:
         schemas.cases += len(choices)
@@ -41,13 +39,32 @@ def branches(
         schemas.fail(
             pointer, f"anyOf and oneOf that hold together make more than {MAX_CASES:,} cases.", "Split the schema."
         )
-    made = []
+    present = {member for member, _ in members}
+    made: list[frozenset[Member]] = []
     for chosen in choices:
         extra = schemas.members(chosen)
-        if extra is not None:
-            undecided = {member for member in extra if (member[0], True) not in rest}
-            made.append(schemas.rule(frozenset(rest | undecided), depth))
-    return alt(*made)
+        if extra is None:
+            continue
+        if all(member in present for member, _ in extra):
+            return schemas.rule(rest, depth)  # holds anyway: nothing is left to choose
+        undecided = {member for member in extra if (member[0], True) not in rest}
+        if not contradictory([schemas.part(member) for member in {*present, *(member for member, _ in extra)}]):
+            made.append(frozenset(rest | undecided))
+    return alt(*(schemas.rule(choice, depth) for choice in dict.fromkeys(made)))
+
+
+def contradictory(parts: Parts) -> bool:
+    """Whether the parts evidently exclude each other."""
+    allowed = kinds(parts)
+    if not allowed:
+        return True
+    if allowed == ["object"]:
+        needed = set(required(parts))
+        return any(schema.get("properties", {}).get(name) is False for schema, _ in parts for name in needed)
+    if allowed == ["string"]:
+        low, high = lengths(parts, "minLength", "maxLength")
+        return high is not None and high < low
+    return False
 
 
 def refuse_cycle(schemas: SchemaRules, index: int) -> None:
@@ -80,17 +97,32 @@ def branches_in_place(schemas: SchemaRules, index: int) -> Iterator[int]:
                 yield from schemas.flatten(schemas.number(branch, at(pointer, f"{key}/{place}")))
 
 
-def exclusive_branches(schemas: SchemaRules, options: list[Place], pointer: str) -> list[Place]:
-    """oneOf is anyOf where no two branches can hold at once; that must be evident."""
-    for (first, where), (second, other) in combinations(options, 2):
-        if not disjoint(schemas, [(first, where)], [(second, other)]):
-            schemas.unsupported(
-                pointer, f"oneOf whose branches {where.rsplit('/', 1)[-1]} and {other.rsplit('/', 1)[-1]} may both "
-                         f"hold",
-                "Use anyOf, or give the branches a required property with different const values.",
-            )  # fmt: skip
-            break
-    return options
+def branches_of(schemas: SchemaRules, index: int, key: str) -> list[Place]:
+    """Schemas of which one holds where the anyOf (oneOf) of a sub-schema does."""
+    schema, pointer = schemas.part(index)
+    options: list[Place] = [(branch, at(pointer, f"{key}/{place}")) for place, branch in enumerate(schema[key])]
+    if key == "anyOf":
+        return options
+    if index not in schemas.exclusive:
+        schemas.exclusive[index] = exclusive_branches(schemas, options)
+    return schemas.exclusive[index]
+
+
+def exclusive_branches(schemas: SchemaRules, options: list[Place]) -> list[Place]:
+    """oneOf is anyOf of its branches without what the others allow, where they are not evidently disjoint already."""
+    others: list[list[Schema]] = [[] for _ in options]
+    mode, schemas.options = schemas.options, replace(schemas.options, strict_mode=False)
+    try:
+        for first, second in combinations(range(len(options)), 2):
+            if not disjoint(schemas, [options[first]], [options[second]]):
+                others[first].append({"not": options[second][0]})
+                others[second].append({"not": options[first][0]})
+    finally:
+        schemas.options = mode
+    return [
+        ({"allOf": [branch, *excluded]}, pointer) if excluded else (branch, pointer)
+        for (branch, pointer), excluded in zip(options, others, strict=True)
+    ]
 
 
 def disjoint(schemas: SchemaRules, first: Sequence[Place], second: Sequence[Place], level: int = 0) -> bool:
@@ -130,12 +162,12 @@ def disjoint(schemas: SchemaRules, first: Sequence[Place], second: Sequence[Plac
                 if disjoint(schemas, here, there, level + 1):
                     return True
     if shared == {"string"}:
-        pair = [string_automaton(schemas, parts) for parts in (mine, theirs)]
-        if pair[0] is not None and pair[1] is not None:
-            try:
-                return intersection(pair[0], pair[1]).empty
-            except GrammarError:
-                return False
+        try:
+            pair = [string_automaton(schemas, parts) for parts in (mine, theirs)]
+            if pair[0] is not None and pair[1] is not None:
+                return len(pair[0]) * len(pair[1]) < MAX_PRODUCT and intersection(pair[0], pair[1]).empty
+        except GrammarError:
+            return False
     return False
 
 

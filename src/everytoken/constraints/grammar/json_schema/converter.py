@@ -8,7 +8,8 @@ from typing import Unpack
 from ..expressions import NOTHING, Bytes, Expression, GrammarError, Repeat, Rules, alt, seq, star
 from ..json_text import FREE, QUOTE, WS
 from .arrays import array_rule
-from .combination import branches, enumeration, negation
+from .combination import branches, branching, enumeration, refuse_cycle
+from .names import strings_of
 from .objects import object_rule
 from .options import SchemaOptions, SchemaSettings
 from .rules import SchemaRules
@@ -56,17 +57,18 @@ def convert(schemas: SchemaRules) -> Rules:
 def body(schemas: SchemaRules, members: frozenset[Member], depth: int) -> Expression:
     """The documents of one set."""
     parts = [schemas.part(index) for index, _ in sorted(members)]
-    for index, decided in sorted(members):
-        schema, pointer = schemas.part(index)
-        if not decided and ("anyOf" in schema or "oneOf" in schema):
-            return branches(schemas, members, index, schema, pointer, depth)
-    for schema, pointer in parts:
-        if "not" in schema:
-            negation(schemas, schema["not"], pointer)
-            if schema["not"] is True or schema["not"] == {}:
-                return NOTHING
+    undecided = [index for index, decided in sorted(members) if not decided and branching(schemas.part(index)[0])]
+    for index in undecided:
+        refuse_cycle(schemas, index)
     if any("enum" in schema or "const" in schema for schema, _ in parts):
         return enumeration(schemas, parts, depth)
+    if not kinds(parts):
+        return NOTHING
+    if len(undecided) > 1 and kinds(parts) == ["string"]:
+        return seq(QUOTE, strings_of(schemas, parts), QUOTE)
+    if undecided:
+        schema, pointer = schemas.part(undecided[0])
+        return branches(schemas, members, undecided[0], schema, pointer, depth)
     options: list[Expression] = []
     for kind in kinds(parts):
         if kind == "null":

@@ -7,50 +7,45 @@ with the table of docs/constraints.md, and shows for each supported keyword a do
 
 from __future__ import annotations
 
-COMBINATION = frozenset({"type", "nullable", "enum", "const", "anyOf", "oneOf", "allOf", "not"})
-"""``oneOf`` where its branches evidently exclude each other; ``not`` of everything and of nothing."""
+COMBINATION = frozenset({
+    "type", "nullable", "enum", "const", "anyOf", "oneOf", "allOf", "not", "if", "then", "else",
+})  # fmt: skip
 STRINGS_AND_NUMBERS = frozenset({
     "pattern", "format", "minLength", "maxLength",
     "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
 })  # fmt: skip
 OBJECTS = frozenset({
     "properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties",
-    "maxProperties",
-    "unevaluatedProperties",
+    "maxProperties", "unevaluatedProperties", "dependentRequired", "dependentSchemas", "dependencies",
 })  # fmt: skip
 ARRAYS = frozenset({
     "items", "prefixItems", "additionalItems", "minItems", "maxItems", "uniqueItems", "unevaluatedItems",
+    "contains", "minContains", "maxContains",
 })  # fmt: skip
-"""``uniqueItems`` where an array has at most one item, or in enumerations' values."""
+"""``uniqueItems`` where an array has at most one item, where its items are few values, or in enumerations' values."""
 REFERENCES = frozenset({"$ref", "$defs", "definitions", "$id", "id", "$anchor", "$dynamicAnchor"})
 """Within one document; ``$dynamicAnchor`` names a place as ``$anchor`` does."""
 SUPPORTED = COMBINATION | STRINGS_AND_NUMBERS | OBJECTS | ARRAYS | REFERENCES
 
 ANNOTATIONS = frozenset({
     "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment",
-    "$schema",
-    "$vocabulary", "contentMediaType", "contentEncoding", "contentSchema",
+    "$schema", "$vocabulary", "contentMediaType", "contentEncoding", "contentSchema",
 })  # fmt: skip
 """They say nothing about which documents are valid."""
 
-_OTHERWISE = "Say it with other keywords."
 REFUSED = {
-    "if": "Write the cases as anyOf, each with its own const.",
-    "then": _OTHERWISE,
-    "else": _OTHERWISE,
-    "contains": "Use prefixItems for the item that must be there.",
-    "minContains": _OTHERWISE,
-    "maxContains": _OTHERWISE,
-    "dependentRequired": "Write the cases as anyOf.",
-    "dependentSchemas": _OTHERWISE,
-    "dependencies": _OTHERWISE,
     "$dynamicRef": "Use $ref.",
-    "$recursiveRef": _OTHERWISE,
-    "$recursiveAnchor": _OTHERWISE,
+    "$recursiveRef": "Use $ref.",
+    "$recursiveAnchor": "Use $anchor.",
 }
 """Refused keywords, and what to do instead; ignored with a warning under ``strict=False``."""
-BESIDE_IF = frozenset({"then", "else"})
-BESIDE_CONTAINS = frozenset({"minContains", "maxContains"})
-"""Keywords that say nothing without another one."""
 NEAR = sorted(SUPPORTED - REFERENCES | {"$ref"})
 """What a misspelt keyword may have meant."""
+NEAR_SHAPES: dict[str, type | tuple[type, ...]] = {
+    "type": (str, list), "enum": list, "anyOf": list, "oneOf": list, "allOf": list, "pattern": str, "format": str,
+    "minLength": int, "maxLength": int, "minimum": (int, float), "maximum": (int, float), "required": list,
+    "exclusiveMinimum": (int, float), "exclusiveMaximum": (int, float), "multipleOf": (int, float), "properties": dict,
+    "patternProperties": dict, "minProperties": int, "maxProperties": int, "minItems": int, "maxItems": int,
+    "uniqueItems": bool, "$ref": str, "minContains": int, "maxContains": int, "nullable": bool,
+}  # fmt: skip
+"""What its value would have to be; an unknown keyword of another shape meant something else."""

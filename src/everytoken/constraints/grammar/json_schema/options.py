@@ -23,9 +23,9 @@ class SchemaOptions:
         strict_mode: objects that list ``properties`` (and arrays that list ``prefixItems``) are closed unless they say
             otherwise, as in structured-output services; False reads the schema as the standard does.
         strict: unsupported keywords raise; False warns and ignores them.
-        property_order: ``"schema"`` writes properties in the schema's order (further ones at the end); ``"any"``
-        allows every
-            order, for up to 10 properties an object.
+        property_order: ``"schema"`` writes properties in the schema's order (further ones at the end);
+            ``"required_first"`` also allows the required ones first, in the order of ``required``, as many models write
+            them; ``"any"`` allows every order, for up to 10 properties an object.
     """
 
     any_whitespace: bool = True
@@ -37,8 +37,8 @@ class SchemaOptions:
     property_order: str = "schema"
 
     def __post_init__(self) -> None:
-        if self.property_order not in ("schema", "any"):
-            raise GrammarError(f"property_order is 'schema' or 'any'; got {self.property_order!r}.")
+        if self.property_order not in ("schema", "required_first", "any"):
+            raise GrammarError(f"property_order is 'schema', 'required_first' or 'any'; got {self.property_order!r}.")
         for name in ("indent", "max_whitespace"):
             value = getattr(self, name)
             if value is not None and (value < 0 or value > 1000):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from ..automata import Automaton
 from ..expressions import GrammarError
-from ..json_text import CANONICAL, inner, spell
-from ..regex import regex_automaton
+from ..json_text import inner
+from .negation import OPEN
 from .rules import SchemaRules
 from .sets import Parts, Place, Schema, SchemaObject, at, escaped
+from .strings_and_numbers import pattern
+
+UNCERTAIN = ("anyOf", "not", "if", "dependentSchemas", "dependencies", "contains")
+"""Keywords that may evaluate properties or items, depending on the document."""
 
 
 def required(parts: Parts) -> list[str]:
@@ -22,9 +26,9 @@ def property_schemas(schemas: SchemaRules, parts: Parts, name: str) -> list[Plac
         before = len(found)
         if name in schema.get("properties", {}):
             found.append((schema["properties"][name], at(pointer, f"properties/{escaped(name)}")))
-        for pattern, value in schema.get("patternProperties", {}).items():
-            if key_matches(schemas, pattern, name, pointer):
-                found.append((value, at(pointer, f"patternProperties/{escaped(pattern)}")))
+        for expression, value in schema.get("patternProperties", {}).items():
+            if key_matches(schemas, expression, name, pointer):
+                found.append((value, at(pointer, f"patternProperties/{escaped(expression)}")))
                 declared = True
         if len(found) == before and "additionalProperties" in schema:
             found.append((schema["additionalProperties"], at(pointer, "additionalProperties")))
@@ -39,7 +43,9 @@ def otherwise(schemas: SchemaRules, parts: Parts, key: str, closing: tuple[str, 
     if given:
         check_unevaluated(schemas, parts, key)
         return given
-    closed = schemas.options.strict_mode and any(name in schema for schema, _ in parts for name in closing)
+    closed = schemas.options.strict_mode and any(
+        name in schema for schema, _ in parts if OPEN not in schema for name in closing
+    )
     return [(False, "")] if closed else []
 
 
@@ -62,7 +68,7 @@ def check_unevaluated(schemas: SchemaRules, parts: Parts, key: str) -> None:
     if (
         len(owners) > 1
         or any(schemas.numbers[id(schema)] not in inside for schema, _ in parts)
-        or any(word in schema for schema, _ in parts for word in ("anyOf", "not", "if", "dependentSchemas", "contains"))
+        or any(word in schema for schema, _ in parts for word in UNCERTAIN)
     ):
         schemas.unsupported(
             owners[0][1], f"{key} beside other schemas", "Use additionalProperties: false, or items: false."
@@ -73,14 +79,11 @@ def key_matches(schemas: SchemaRules, pattern: str, name: str, pointer: str) -> 
     return key_automaton(schemas, pattern, pointer).matches(inner(name))
 
 
-def key_automaton(schemas: SchemaRules, pattern: str, pointer: str) -> Automaton:
-    cache = schemas.key_automata
-    if pattern not in cache:
-        try:
-            cache[pattern] = regex_automaton(pattern, True, CANONICAL, spell)
-        except GrammarError as error:
-            schemas.fail(at(pointer, "patternProperties"), error.message, error.hint)
-    return cache[pattern]
+def key_automaton(schemas: SchemaRules, expression: str, pointer: str) -> Automaton:
+    try:
+        return pattern(expression, True)
+    except GrammarError as error:
+        schemas.fail(at(pointer, "patternProperties"), error.message, error.hint)
 
 
 def prefix_items(schema: SchemaObject) -> list[Schema]:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
 
-from ..automata import Automaton
+from ..automata import Automaton, combine
+from ..counting import counted
 from ..expressions import EMPTY, NOTHING, Bytes, Expression, Ref, Rules, seq, text
-from ..json_text import Json
+from ..json_text import Json, quoted
+from .negation import rewritten
 from .options import SchemaOptions
-from .sets import Member, Place, Schema, SchemaSets
+from .sets import Member, Place, Schema, SchemaObject, SchemaSets
 
 MAX_INDENT_DEPTH = 12
+HOW: dict[str, Callable[[bool, bool], bool]] = {
+    "and": lambda a, b: a and b,
+    "or": lambda a, b: a or b,
+    "minus": lambda a, b: a and not b,
+}
 
 
 class SchemaRules(SchemaSets):
@@ -24,7 +32,9 @@ class SchemaRules(SchemaSets):
         rules: the finished ones.
         walked: sub-schemas that have been searched for cycles, and whether the search is over.
         cases: how many cases anyOf and oneOf that hold together have made.
-        key_automata: the automata of patterns for property names.
+        strings: the strings of sub-schemas, by number; None while they are looked for.
+        products: what ``joined`` has made, by the identities of its arguments (which are kept).
+        exclusive: the branches of each oneOf, each without what the others allow.
     """
 
     def __init__(self, document: Schema, options: SchemaOptions):
@@ -34,7 +44,12 @@ class SchemaRules(SchemaSets):
         self.rules: Rules = {}
         self.walked: dict[int, bool] = {}
         self.cases = 0
-        self.key_automata: dict[str, Automaton] = {}
+        self.strings: dict[int, Automaton | None] = {}
+        self.products: dict[tuple[str, int, int], tuple[Automaton, Automaton, Automaton]] = {}
+        self.exclusive: dict[int, list[Place]] = {}
+
+    def rewritten(self, schema: SchemaObject, pointer: str) -> Iterator[Place]:
+        return rewritten(self, schema, pointer)
 
     def rule(self, members: frozenset[Member] | None, depth: int) -> Expression:
         """A reference to the rule of a set (made when its turn comes)."""
@@ -51,6 +66,24 @@ class SchemaRules(SchemaSets):
             self.names[key] = name
             self.pending.append((name, members, depth))
         return Ref(self.names[key])
+
+    def joined(self, how: Literal["and", "or", "minus"], first: Automaton, second: Automaton) -> Automaton:
+        """The product of two automata, made once."""
+        key = how, id(first), id(second)
+        if key not in self.products:
+            if not len(first.edges[0]) and not first.finals[0]:  # nothing
+                result = second if how == "or" else first
+            elif not len(second.edges[0]) and not second.finals[0]:
+                result = second if how == "and" else first
+            else:
+                result = combine(first, second, HOW[how])
+            self.products[key] = result, first, second
+        return self.products[key][0]
+
+    def counted(self, automaton: Automaton, schema: SchemaObject) -> Automaton:
+        """Those of an automaton's strings that have the length which a schema asks for."""
+        high = schema.get("maxLength")
+        return counted(automaton, int(schema.get("minLength", 0)), None if high is None else int(high))
 
     def sub(self, schemas: Iterable[Place], depth: int) -> Expression:
         return self.rule(self.members(schemas), depth)
@@ -88,10 +121,7 @@ class SchemaRules(SchemaSets):
             return seq(marks[0], opening, *joined, closing, marks[1])
         if value in ({}, []) and self.free_layout:
             return seq(Bytes(b"{" if value == {} else b"["), self.blank(), Bytes(b"}" if value == {} else b"]"))
-        return text(json.dumps(value, ensure_ascii=False))
+        return Bytes(quoted(value)) if isinstance(value, str) else text(json.dumps(value))
 
     def key(self, name: str) -> Bytes:
-        try:
-            return text(json.dumps(name, ensure_ascii=False))
-        except UnicodeEncodeError:
-            return text(json.dumps(name))
+        return Bytes(quoted(name))

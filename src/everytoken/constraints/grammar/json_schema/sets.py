@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
 from typing import Any, NoReturn
 
 from ..expressions import GrammarError
-from .keywords import ANNOTATIONS, BESIDE_CONTAINS, BESIDE_IF, NEAR, REFUSED, SUPPORTED
+from .keywords import ANNOTATIONS, NEAR, NEAR_SHAPES, REFUSED, SUPPORTED
 from .options import SchemaOptions
 
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
@@ -37,6 +37,7 @@ class SchemaSets:
         self.copies: list[SchemaObject] = []  # kept, so that no other schema gets their identity
         self.warned: set[str] = set()
         self.flat: dict[int, tuple[int, ...]] = {}
+        self.complements: dict[int, tuple[Schema, Schema]] = {}  # by identity: a schema, and what it excludes
         self._collect_resources()
 
     # -- bookkeeping --------------------------------------------------------------------------------------------------
@@ -48,7 +49,10 @@ class SchemaSets:
             raise GrammarError(
                 f"Schema at {pointer or '#'}: {what} is not supported.", f"{hint} (strict=False ignores it.)"
             )
-        line = f"{pointer or '#'}: {what} is ignored; outputs may violate it."
+        self.warn(f"{pointer or '#'}: {what} is ignored; outputs may violate it.")
+
+    def warn(self, line: str) -> None:
+        """Says something once."""
         if line not in self.warned:
             self.warned.add(line)
             warnings.warn(line, stacklevel=6)
@@ -86,11 +90,14 @@ class SchemaSets:
                     self.fail(at(pointer, key), f"{key} must be a whole number of at least 0; got {value!r}.")
         for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"):
             if key in schema and (isinstance(schema[key], bool) or not isinstance(schema[key], (int, float, Decimal))):
-                self.fail(
-                    at(pointer, key),
-                    f"{key} must be a number; got {schema[key]!r}.",
-                    "Draft 4's booleans are not known.",
-                )
+                bound = key.replace("exclusiveM", "m")
+                if isinstance(schema[key], bool) and bound != key:  # draft 4: it says how to read the bound beside it
+                    if schema[key] and bound not in schema:
+                        self.fail(
+                            at(pointer, key), f"{key} must be a number; got True without {bound}.", f"Give {bound}."
+                        )
+                    continue
+                self.fail(at(pointer, key), f"{key} must be a number; got {schema[key]!r}.")
         for key in ("anyOf", "oneOf", "allOf"):
             if schema.get(key) == []:
                 self.fail(at(pointer, key), f"{key} must not be empty.")
@@ -98,23 +105,26 @@ class SchemaSets:
         for name in given if isinstance(given, list) else [given]:
             if name not in TYPES:
                 self.fail(at(pointer, "type"), f"unknown type {name!r}.", f"Known: {', '.join(TYPES)}.")
+        for key in ("dependentRequired", "dependentSchemas", "dependencies"):
+            if not isinstance(schema.get(key, {}), dict):
+                self.fail(at(pointer, key), f"{key} must be an object, not {type(schema[key]).__name__}.")
         for key in schema:
-            if key in SUPPORTED or key in ANNOTATIONS:
-                continue
             if key in REFUSED:
-                if key in BESIDE_IF or (key in BESIDE_CONTAINS and "contains" not in schema):
-                    continue  # `if` is what is refused; alone these say nothing
                 self.unsupported(pointer, key, REFUSED[key])
-            elif not key.startswith(("x-", "$")):
-                import difflib
+            elif key not in SUPPORTED and key not in ANNOTATIONS and not key.startswith(("x-", "$", "\0")):
+                self._warn_if_misspelt(schema, key, pointer)
 
-                close = difflib.get_close_matches(key, NEAR, n=1, cutoff=0.8)
-                if close:
-                    self.unsupported(pointer, f"the unknown keyword {key!r}", f"Did you mean {close[0]!r}?")
+    def _warn_if_misspelt(self, schema: SchemaObject, key: str, pointer: str) -> None:
+        """By the standard, unknown keywords say nothing; one that looks like a known one is worth a word."""
+        import difflib
+
+        close = difflib.get_close_matches(key, NEAR, n=1, cutoff=0.8)
+        if close and isinstance(schema[key], NEAR_SHAPES.get(close[0], object)):
+            self.warn(f"{pointer or '#'}: the unknown keyword {key!r} is ignored. Did you mean {close[0]!r}?")
 
     # -- sets of sub-schemas ------------------------------------------------------------------------------------------
     def flatten(self, index: int, path: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """A sub-schema and all that ``$ref`` and ``allOf`` bring along."""
+        """A sub-schema and all that ``$ref`` and ``allOf``, ``not``, ``if`` and dependencies bring along."""
         if index in self.flat:
             return self.flat[index]
         if index in path:
@@ -131,8 +141,14 @@ class SchemaSets:
                 members |= dict.fromkeys(self.flatten(self.number(target, where), (*path, index)))
             for place, part in enumerate(schema.get("allOf", ())):
                 members |= dict.fromkeys(self.flatten(self.number(part, at(pointer, f"allOf/{place}")), (*path, index)))
+            for part, where in self.rewritten(schema, pointer):
+                members |= dict.fromkeys(self.flatten(self.number(part, where), (*path, index)))
         self.flat[index] = tuple(members)
         return self.flat[index]
+
+    def rewritten(self, _schema: SchemaObject, _pointer: str) -> Iterator[Place]:
+        """What ``not``, ``if`` and dependencies say, in other words (``negation``)."""
+        return iter(())
 
     def resolve(self, reference: str, schema: SchemaObject, pointer: str) -> Place:
         """The schema that a ``$ref`` names, within this document."""
@@ -177,6 +193,8 @@ class SchemaSets:
         while pending:
             node, where, base = pending.pop()
             if isinstance(node, dict):
+                if any(key.startswith("\0") for key in node if isinstance(key, str)):
+                    self.fail(where, "a name that starts with U+0000.", "Rename it.")
                 name = node.get("$id", node.get("id"))
                 if isinstance(name, str) and name and not name.startswith("#"):
                     base = urljoin(base, name.split("#")[0])

@@ -6,18 +6,28 @@ Conditions that must hold together (two patterns, a pattern and a length) become
 from __future__ import annotations
 
 from decimal import Decimal, InvalidOperation
+from functools import lru_cache
+from typing import Literal
 
-from ..automata import Automaton, build, intersection, is_deterministic
-from ..expressions import NOTHING, Expression, GrammarError, Ref, Repeat, seq
-from ..formats import FORMATS
-from ..json_text import CANONICAL, COUNTED, QUOTE, spell
+from ..automata import Automaton, build, is_deterministic, minimise, trie
+from ..counting import counted
+from ..expressions import NOTHING, Expression, GrammarError, Ref, Repeat, seq, star
+from ..formats import FORMATS, REFUSED_FORMATS, SILENT_FORMATS
+from ..json_text import CANONICAL, COUNTED, QUOTE, Json, inner, spell
 from ..numbers import number_automaton
 from ..regex import regex_automaton
+from .negation import NOT_ENUM, NOT_FORMAT, NOT_INTEGER, NOT_MULTIPLE, NOT_PATTERN
 from .rules import SchemaRules
 from .sets import Parts, at
 
+INLINE = 2_000
+"""Automata up to this size are built into the rules that mention them."""
 Bound = tuple[Decimal, bool]
 """A bound, and whether it is excluded."""
+
+
+def is_number(value: Json) -> bool:
+    return isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
 
 
 def bounds(schemas: SchemaRules, parts: Parts) -> tuple[Bound | None, Bound | None, list[Decimal]]:
@@ -29,11 +39,13 @@ def bounds(schemas: SchemaRules, parts: Parts) -> tuple[Bound | None, Bound | No
             if key not in schema:
                 continue
             try:
-                value = Decimal(str(schema[key]))
+                value = Decimal(str(schema[key])) if not isinstance(schema[key], bool) else Decimal()
                 assert value.is_finite() and abs(value.adjusted()) < 400
             except (InvalidOperation, AssertionError):
                 schemas.fail(at(pointer, key), f"{key} must be a finite number; got {schema[key]!r}.")
-            exclusive = key.startswith("exclusive")
+            if isinstance(schema[key], bool):  # draft 4: it is looked at beside the bound
+                continue
+            exclusive = key.startswith("exclusive") or schema.get(f"exclusive{key[0].upper()}{key[1:]}") is True
             if key == "multipleOf":
                 divisors.append(value)
             elif key.endswith("inimum"):
@@ -45,10 +57,15 @@ def bounds(schemas: SchemaRules, parts: Parts) -> tuple[Bound | None, Bound | No
 
 def number_rule(schemas: SchemaRules, parts: Parts, integer: bool) -> Expression:
     low, high, divisors = bounds(schemas, parts)
+    apart = [Decimal(str(schema[NOT_MULTIPLE])) for schema, _ in parts if NOT_MULTIPLE in schema]
+    if any(NOT_INTEGER in schema for schema, _ in parts):
+        apart.append(Decimal(1))
+    values = [value for schema, _ in parts for value in schema.get(NOT_ENUM, ()) if is_number(value)]
+    values = [Decimal(str(value)) for value in values]
     try:
-        return number_automaton(integer, low, high, divisors)
+        return number_automaton(integer, low, high, divisors, apart, values)
     except GrammarError as error:
-        where = next((p for s, p in parts if "multipleOf" in s), "")
+        where = next((p for s, p in parts if "multipleOf" in s or NOT_MULTIPLE in s), "")
         schemas.unsupported(where, str(error.message).removesuffix(" is not supported."), error.hint or "")
         return number_automaton(integer, low, high, [])
 
@@ -61,41 +78,77 @@ def lengths(parts: Parts, low_key: str, high_key: str) -> tuple[int, int | None]
 
 def string_automaton(schemas: SchemaRules, parts: Parts, with_lengths: bool = True) -> Automaton | None:
     """Contents of the string (no quotes) as an automaton over canonical spelling; None if nothing is asked."""
-    found: list[Automaton] = []
-    for schema, pointer in parts:
-        if "pattern" in schema:
-            try:
-                found.append(regex_automaton(schema["pattern"], True, CANONICAL, spell))
-            except GrammarError as error:
-                schemas.unsupported(at(pointer, "pattern"), f"this pattern ({error.message})", error.hint or "")
-        if "format" in schema:
-            pattern = FORMATS.get(schema["format"])
-            if pattern is None:
-                schemas.unsupported(
-                    at(pointer, "format"), f"the format {schema['format']!r}", f"Known: {', '.join(FORMATS)}."
-                )
-            else:
-                found.append(regex_automaton(pattern, False, CANONICAL, spell))
-    if not found:
-        return None
     low, high = lengths(parts, "minLength", "maxLength")
-    if with_lengths and (low or high is not None):
-        if max(low, high or 0) > 20_000:
-            schemas.fail(parts[0][1], "a pattern or format with a length bound over 20,000.", "Lower the bound.")
-        bound = build(Repeat(CANONICAL, low, high))
-        found.append(bound)
-    result = found[0]
-    for other in found[1:]:
-        if not (is_deterministic(result) and is_deterministic(other)):
-            schemas.fail(parts[0][1], "patterns that must hold together are too complex.", "Simplify one of them.")
-        result = intersection(result, other)
+    result = pattern_automaton(schemas, parts)
+    if result is None or not with_lengths or (low == 0 and high is None):
+        return result
+    return counted(result, low, high)
+
+
+def pattern_automaton(schemas: SchemaRules, parts: Parts) -> Automaton | None:
+    """The same without the lengths."""
+    wanted: list[Automaton] = []
+    unwanted: list[Automaton] = []
+    for schema, pointer in parts:
+        for key, found in (("pattern", wanted), (NOT_PATTERN, unwanted)):
+            if key in schema:
+                try:
+                    found.append(pattern(schema[key], True))
+                except GrammarError as error:
+                    schemas.unsupported(at(pointer, "pattern"), f"this pattern ({error.message})", error.hint or "")
+        for key, found in (("format", wanted), (NOT_FORMAT, unwanted)):
+            if key in schema:
+                expression = FORMATS.get(schema[key])
+                if expression is not None:
+                    found.append(pattern(expression, False))
+                elif schema[key] in REFUSED_FORMATS:
+                    schemas.unsupported(
+                        at(pointer, "format"), f"the format {schema[key]!r}", REFUSED_FORMATS[schema[key]]
+                    )
+                elif schema[key] not in SILENT_FORMATS:
+                    schemas.warn(
+                        f"{at(pointer, 'format')}: the format {schema[key]!r} is not known and says nothing. "
+                        f"Known: {', '.join(FORMATS)}."
+                    )
+        if NOT_ENUM in schema:
+            unwanted.append(listed(tuple(value for value in schema[NOT_ENUM] if isinstance(value, str))))
+    if not wanted and not unwanted:
+        return None
+    result = wanted[0] if wanted else canonical_text()
+    hows: tuple[tuple[list[Automaton], Literal["and", "minus"]], ...] = ((wanted[1:], "and"), (unwanted, "minus"))
+    for automata, how in hows:
+        for other in automata:
+            result = schemas.joined(how, result, other)
     return result
+
+
+@lru_cache(maxsize=256)
+def pattern(expression: str, search: bool) -> Automaton:
+    """A pattern over canonical spelling; kept, because schemas repeat their patterns."""
+    found = regex_automaton(expression, search, CANONICAL, spell)
+    return minimise(found) if is_deterministic(found) else found
+
+
+@lru_cache(maxsize=256)
+def listed(values: tuple[str, ...]) -> Automaton:
+    """These strings."""
+    return trie([inner(value) for value in values])
+
+
+@lru_cache(maxsize=1)
+def canonical_text() -> Automaton:
+    """All strings, as ``json.dumps(..., ensure_ascii=False)`` spells them."""
+    return minimise(build(star(CANONICAL)))
 
 
 def string_rule(schemas: SchemaRules, parts: Parts) -> Expression:
     automaton = string_automaton(schemas, parts)
     if automaton is not None:
-        return seq(QUOTE, automaton, QUOTE)
+        if len(automaton) <= INLINE:
+            return seq(QUOTE, automaton, QUOTE)
+        name = f"pattern_{len(schemas.rules)}"
+        schemas.rules[name] = automaton  # a rule of its own: it is taken as it is
+        return seq(QUOTE, Ref(name), QUOTE)
     low, high = lengths(parts, "minLength", "maxLength")
     if low == 0 and high is None:
         return Ref("string")

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
+from fractions import Fraction
 from itertools import combinations
 
 from ..json_text import Json, inner
+from .negation import NOT_ENUM, NOT_INTEGER, NOT_MULTIPLE, SOME_ITEM, SOME_PROPERTY
 from .places import further_items, prefix_items, property_schemas
 from .rules import SchemaRules
 from .sets import Place, Schema, SchemaObject, at
-from .strings_and_numbers import bounds, lengths, string_automaton
+from .strings_and_numbers import bounds, is_number, lengths, string_automaton
 
 
 def satisfies(schemas: SchemaRules, value: Json, parts: Sequence[Place] | None, closed: bool = False) -> bool:
@@ -45,6 +47,12 @@ def holds(schemas: SchemaRules, value: Json, schema: Schema, pointer: str, top: 
                     return False
         if "not" in part and holds(schemas, value, part["not"], at(where, "not")):
             return False
+        if "if" in part:
+            branch = "then" if holds(schemas, value, part["if"], at(where, "if")) else "else"
+            if branch in part and not holds(schemas, value, part[branch], at(where, branch)):
+                return False
+        if any(equal(other, value) for other in part.get(NOT_ENUM, ())):
+            return False
         if isinstance(value, str) and not _string_holds(schemas, value, part, where):
             return False
         if kind in ("integer", "number") and not _number_holds(schemas, value, part, where):
@@ -58,6 +66,17 @@ def holds(schemas: SchemaRules, value: Json, schema: Schema, pointer: str, top: 
             naming, named = part.get("propertyNames", True), at(where, "propertyNames")
             if not all(holds(schemas, name, naming, named) for name in value):
                 return False
+            for key in ("dependentRequired", "dependentSchemas", "dependencies"):
+                for name, needed in part.get(key, {}).items():
+                    rule: Schema = {"required": needed} if isinstance(needed, list) else needed
+                    if name in value and not holds(schemas, value, rule, at(where, key)):
+                        return False
+            if SOME_PROPERTY in part:
+                named_as, item = part[SOME_PROPERTY]
+                if not any(
+                    holds(schemas, n, named_as, where) and holds(schemas, v, item, where) for n, v in value.items()
+                ):
+                    return False
             relaxed = [(part, where)]
             mode, schemas.options = schemas.options, replace(schemas.options, strict_mode=False)
             try:
@@ -76,6 +95,14 @@ def holds(schemas: SchemaRules, value: Json, schema: Schema, pointer: str, top: 
             if part.get("uniqueItems") is True and any(equal(a, b) for a, b in combinations(value, 2)):
                 return False
             prefix, rest = prefix_items(part), further_items(part)
+            if "contains" in part:
+                held = sum(holds(schemas, item, part["contains"], at(where, "contains")) for item in value)
+                if not part.get("minContains", 1) <= held <= part.get("maxContains", held):
+                    return False
+            if SOME_ITEM in part:
+                first, wanted = part[SOME_ITEM]
+                if not any(holds(schemas, item, wanted, where) for item in value[first:]):
+                    return False
             for place, item in enumerate(value):
                 schema_here = prefix[place] if place < len(prefix) else rest
                 if schema_here is not None and not holds(schemas, item, schema_here, at(where, "items")):
@@ -98,7 +125,16 @@ def _number_holds(schemas: SchemaRules, value: Json, part: SchemaObject, where: 
         return False
     if high is not None and (number > high[0] or (high[1] and number == high[0])):
         return False
-    return all(divisor > 0 and number % divisor == 0 for divisor in divisors)
+    if NOT_INTEGER in part and number == number.to_integral_value():
+        return False
+    if NOT_MULTIPLE in part and is_multiple(number, Decimal(str(part[NOT_MULTIPLE]))):
+        return False
+    return all(is_multiple(number, divisor) for divisor in divisors)
+
+
+def is_multiple(number: Decimal, divisor: Decimal) -> bool:
+    """Exactly, however far apart their sizes are."""
+    return divisor > 0 and (Fraction(number) / Fraction(divisor)).denominator == 1
 
 
 def kind_of(value: Json) -> str:
@@ -123,7 +159,3 @@ def equal(first: Json, second: Json) -> bool:
     return (type(first) is type(second) and first == second) or (
         is_number(first) and is_number(second) and first == second
     )
-
-
-def is_number(value: Json) -> bool:
-    return isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
