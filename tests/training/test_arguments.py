@@ -210,28 +210,26 @@ GRPO = INHERITED | {
     "vespo_lambda_neg": Refused(1.0),
     "vespo_lambda_pos": Refused(1.0),
 }
-GRPO |= dict.fromkeys(
-    (
-        "vllm_mode",
-        "vllm_model_impl",
-        "vllm_enable_sleep_mode",
-        "vllm_structured_outputs_regex",
-        "vllm_server_base_url",
-        "vllm_server_host",
-        "vllm_server_port",
-        "vllm_server_timeout",
-        "vllm_group_port",
-        "vllm_gpu_memory_utilization",
-        "vllm_max_model_length",
-        "vllm_tensor_parallel_size",
-        "vllm_importance_sampling_correction",
-        "vllm_importance_sampling_mode",
-        "vllm_importance_sampling_clip_max",
-        "vllm_importance_sampling_clip_min",
-        "vllm_importance_sampling_cap",
-    ),
-    VLLM,
-)
+VLLM_FIELDS = [
+    "vllm_mode",
+    "vllm_model_impl",
+    "vllm_enable_sleep_mode",
+    "vllm_structured_outputs_regex",
+    "vllm_server_base_url",
+    "vllm_server_host",
+    "vllm_server_port",
+    "vllm_server_timeout",
+    "vllm_group_port",
+    "vllm_gpu_memory_utilization",
+    "vllm_max_model_length",
+    "vllm_tensor_parallel_size",
+    "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_cap",
+]
+GRPO |= dict.fromkeys(VLLM_FIELDS, VLLM)
 RTO = GRPO | {
     "critic_epochs": Changes(3, {"max_steps": 3}),
     "critic_lr": Changes(0.3, {"max_steps": 3}),
