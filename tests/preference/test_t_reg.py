@@ -170,7 +170,7 @@ TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": 
 TEMPLATE = (
     "{% set first = messages[0] %}{% if first.role == 'system' or tools %}<system>"
     "{{ first.content if first.role == 'system' else 'I am Template.' }}"
-    "{% if tools %}\nTools: {{ tools | tojson }}{% endif %}</system>{% endif %}"
+    "{% if tools %}{{ '\nTools: ' }}{{ tools | tojson }}{% endif %}</system>{% endif %}"
     "{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{{ mood }}{% endif %}"
 )

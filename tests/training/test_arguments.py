@@ -261,11 +261,10 @@ SETTINGS = dict(
 
 
 def model(seed: int = 1) -> Any:
-    """A Llama with dropout in its attention."""
+    """A Llama with dropout behind its first activation: a module, for that is what TRL switches off."""
     made = tiny_llama(len(tiny_tokenizer()), seed=seed, eos=0)
-    made.config.attention_dropout = 0.3
-    for layer in made.model.layers:
-        layer.self_attn.attention_dropout = 0.3
+    mlp = made.model.layers[0].mlp
+    mlp.act_fn = torch.nn.Sequential(mlp.act_fn, torch.nn.Dropout(0.3))
     return made
 
 

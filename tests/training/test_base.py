@@ -32,7 +32,7 @@ def test_values_come_from_the_file_and_then_from_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("text", "error", "words"),
     [
-        ("steps: [", BadInputError, "cannot be read"),
+        ("steps: [", BadInputError, "is not YAML"),
         ("- 1\n- 2\n", BadInputError, "holds no settings"),
         ("steps: many\n", BadInputError, "takes int"),
         ("step: 3\n", UnknownNameError, "steps"),
@@ -48,5 +48,5 @@ def test_what_is_wrong_is_named(tmp_path, text, error, words):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(BadInputError, match="cannot be read"):
+    with pytest.raises(BadInputError, match="no file"):
         read_config(TRAINING, tmp_path / "none.yaml", [])

@@ -177,12 +177,3 @@ def read_on(model: PreTrainedModel, cache: Cache, text: list[int], vocab: int) -
     output = held.read(text)
     logits: torch.Tensor = output["logits"]
     return logits[0, -1, :vocab].float()
-
-
-def attention_mask_for(model: PreTrainedModel, allowed: torch.Tensor) -> torch.Tensor:
-    """A boolean mask in the form that the model's attention takes: eager attention adds it to its scores."""
-    if getattr(model.config, "_attn_implementation", None) != "eager":
-        return allowed
-    return torch.zeros(allowed.shape, dtype=model.dtype, device=allowed.device).masked_fill(
-        ~allowed, torch.finfo(model.dtype).min
-    )

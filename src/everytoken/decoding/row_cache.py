@@ -29,6 +29,7 @@ from transformers.cache_utils import (
 )
 
 from ..core.errors import BadInputError, UnsupportedModelError
+from .masks import attention_mask_for
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
@@ -318,7 +319,7 @@ class RowCache:
             elif kind == "chunked_attention" and chunk is not None:
                 part = part & (positions[:, None] // chunk == keys // chunk)
             length, offset = self.cache.get_mask_sizes(len(positions), layer)
-            masks[kind] = _for_attention(self.model, part[None, None, :, offset : offset + length])
+            masks[kind] = attention_mask_for(self.model, part[None, None, :, offset : offset + length])
         return masks if kinds else masks[only]
 
     def room(self, length: int) -> float:
@@ -416,12 +417,6 @@ def _copied(layer: Any) -> dict[str, Any] | None:
     }
     flags = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size")
     return held | {name: dict(getattr(layer, name)) for name in flags}
-
-
-def _for_attention(model: PreTrainedModel, allowed: torch.Tensor) -> torch.Tensor:
-    from .row import attention_mask_for
-
-    return attention_mask_for(model, allowed)
 
 
 def room_before(model: PreTrainedModel, length: int) -> float:

@@ -73,7 +73,7 @@ def test_unbounded_numbers_have_exponents():
 
 
 def test_what_is_refused():
-    for divisor in ("1.5", "0.123", "5000"):
+    for divisor in ("5000", "50000"):
         with pytest.raises(GrammarError, match="multipleOf"):
             number_automaton(False, None, None, [Decimal(divisor)])
     with pytest.raises(GrammarError, match="positive"):

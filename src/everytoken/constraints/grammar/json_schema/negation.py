@@ -53,6 +53,7 @@ def without_property(name: str) -> SchemaObject:
 
 def complement(schemas: SchemaSets, schema: Schema, pointer: str) -> Place:
     """The schema of all values that do not satisfy ``schema``; always the same object, so that recursion ends."""
+    schemas.number(schema, pointer)  # its keywords are checked before their values are turned round
     if isinstance(schema, bool):
         return not schema, pointer
     known = schemas.complements.get(id(schema))
