@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ...decoding.row import attention_mask_for
+from ...decoding.inputs import device_of, takes
+from ...decoding.row import attention_mask_for, fit, known_tokens
 from .trees import TokenTree
 
 
@@ -20,6 +21,10 @@ class DraftSession:
 
     The cache holds the committed text (root included) and, during a round, the tree nodes already run, in
     ``self.rows``. ``commit`` drops those and remembers the new text; the next forward runs it first.
+
+    Args:
+        vocab: the target's vocabulary size. A draft may know fewer tokens: it proposes no others, and reads another
+            token in their place.
     """
 
     def __init__(self, draft: Any, target: PreTrainedModel, vocab: int):
@@ -32,7 +37,7 @@ class DraftSession:
             draft.attach(target)
         self.token_ids = draft.draft_token_ids.long() if self.uses_features else None
         self.cache = DynamicCache()
-        self.device = target.device
+        self.device = device_of(target)
         self.pending: list[int] = []
         self.pending_features: torch.Tensor | None = None
         self.carry: torch.Tensor | None = None  # target features of the last verified position
@@ -58,7 +63,7 @@ class DraftSession:
         self.rows, self.states = {}, {}
         if self.uses_features:
             self._commit_features(tokens, path)
-        self.pending += tokens
+        self.pending += tokens if self.uses_features else known_tokens(tokens, self.model)
 
     def _commit_features(self, tokens: list[int], path: list[int] | None) -> None:
         """Features one position before each of ``tokens``, from the target's last forward."""
@@ -93,7 +98,8 @@ class DraftSession:
                 walk = tree.parents[walk]
         position = (self.offset or 0) + self.base - 1
         positions = torch.tensor([[position + tree.depths[node] for node in nodes]], device=self.device)
-        ids = torch.tensor([[tree.tokens[node] for node in nodes]], device=self.device)
+        tokens = [tree.tokens[node] for node in nodes]
+        ids = torch.tensor([tokens if self.uses_features else known_tokens(tokens, self.model)], device=self.device)
         kwargs: dict[str, Any] = {}
         if self.uses_features:
             kwargs["hidden"] = torch.stack([self.states[tree.parents[node]] for node in nodes])[None]
@@ -119,17 +125,18 @@ class DraftSession:
             mask = attention_mask_for(self.model, mask)
         if self.uses_features:
             kwargs["reduced_logits"] = reduced
+        if takes(self.model, "logits_to_keep"):
+            kwargs["logits_to_keep"] = len(nodes)
         output = self.model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=len(nodes),
             **kwargs,
         )
         if self.uses_features:
             for node, state in zip(nodes, output.hidden_states[0][0, -len(nodes) :], strict=True):
                 self.states[node] = state
         logits = output.logits[0, -len(nodes) :].float()
-        return logits if reduced and self.uses_features else logits[:, : self.vocab]
+        return logits if reduced and self.uses_features else fit(logits, self.vocab)
