@@ -31,7 +31,7 @@ TINY = {
 }  # fmt: skip
 FAMILIES = {
     "Bloom": ("BloomForCausalLM", {"n_layer": 2, "n_head": 4}),
-    "MPT": ("MptForCausalLM", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
+    "MPT": ("MptForCausalLM", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "use_cache": True}),
     "Falcon with ALiBi": ("FalconForCausalLM", {"alibi": True}),
     "OPT": ("OPTForCausalLM", {"ffn_dim": 32, "word_embed_proj_dim": 32, "max_position_embeddings": 64}),
     "Bart": ("BartForCausalLM", {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 32}),
@@ -124,7 +124,7 @@ def test_embeddings_alone_go_through_transformers_loops():
     model = tiny_llama(29)
     embeds = model.get_input_embeddings()(PROMPT).detach()
     expected = model.generate(inputs_embeds=embeds, **NEW).tolist()
-    for decoder in (QStarBeam(1), SkipDecode(LinearDepth(2, 2, 0, 8))):
+    for decoder in (QStarBeam(1), SkipDecode(LinearDepth(2, 2, 1, 8))):
         assert model.generate(inputs_embeds=embeds, custom_generate=decoder, **NEW).tolist() == expected
 
 
@@ -286,7 +286,6 @@ def test_reading_on_continues_models_that_count_positions_themselves():
 
 def test_awrs_reads_models_that_count_positions_themselves():
     model = family("Bloom")
-    decoder = AWRS(constraint=lambda _text: True)
-    decoder.prepare(tiny_tokenizer("abcdefghijk"), 29)
-    arguments = NEW | {"do_sample": True, "top_k": 1}
-    assert model.generate(PROMPT, custom_generate=decoder, **arguments).tolist() == model.generate(PROMPT, **NEW).tolist()
+    decoder = AWRS.examples(model)["anything"].make()
+    got = model.generate(PROMPT, custom_generate=decoder, **NEW | {"do_sample": True, "top_k": 1})
+    assert got.tolist() == model.generate(PROMPT, **NEW).tolist()

@@ -331,9 +331,9 @@ class Decoder:
         """What a loop over rows can honour of a call; ``LoopDecoder`` asks for less."""
         name, cache = type(self).__name__, call.model_kwargs.get("past_key_values")
         refuse_unsupported(name, call.config, call.synced_gpus)
+        check_reads_text(name, call.model, self.recurrent)
         check_unchanged_inputs(name, call.model)
         self._check_common(call)
-        check_reads_text(name, call.model, self.recurrent)
         check_prepared_inputs(name, call.model, call.input_ids, call.model_kwargs)
         if not self.processes_once:
             refuse_processors(name, call.processors)

@@ -62,6 +62,7 @@ def refuse_inputs(decoder: str, model_kwargs: Mapping[str, Any], carried: Collec
         for name, value in model_kwargs.items()
         if value is not None and name not in PREPARED and name not in carried
     ]
+    lost = ["pixel_values or other media" if name == "mm_encoder_outputs" else name for name in lost]
     if lost:
         raise BadInputError(
             f"{decoder} does not pass {', '.join(sorted(lost))} on to the model.",

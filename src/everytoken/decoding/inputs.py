@@ -72,6 +72,8 @@ def changes_inputs(model: PreTrainedModel) -> str | None:
     if patched is None:
         return None
     owner = getattr(patched, "__self__", None)
+    if owner is model:
+        return None  # its own method, which PEFT puts back after a call
     active = getattr(owner, "active_peft_config", None)
     if active is not None and not active.is_prompt_learning:
         return None  # adapters are in the weights
