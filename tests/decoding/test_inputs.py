@@ -247,7 +247,9 @@ def test_a_draft_of_more_tokens_proposes_none_that_the_target_lacks():
 
 
 # -- what generate keeps for itself ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("decoder", [Plain(), DySpec(tiny_llama(13, seed=9)), QStarBeam(1), R2R(tiny_llama(13, seed=9))])
+@pytest.mark.parametrize(
+    "decoder", [Plain(), DySpec(tiny_llama(13, seed=9)), QStarBeam(1), R2R(tiny_llama(13, seed=9))]
+)
 def test_a_streamer_of_generate_is_fed_and_ends(decoder):
     model, streamer = tiny_llama(13), Recorder()
     output = model.generate(PROMPT, custom_generate=decoder, streamer=streamer, **NEW)
