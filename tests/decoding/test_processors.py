@@ -93,7 +93,7 @@ def test_a_processor_of_the_users_is_asked_once_a_token_in_order():
     assert got.tolist() == expected.tolist()
     assert mine.calls == 9
     for decoder, ids, keep in ((DySpec(DRAFT, budget=6), IDS, MASK), (R2R(DRAFT), one, mask)):
-        with pytest.raises(BadInputError, match="Alternates remembers earlier calls .calls changed"):
+        with pytest.raises(BadInputError, match=r"Alternates remembers earlier calls .calls changed"):
             run(decoder, ids=ids, mask=keep, logits_processor=[Alternates()])
 
 
