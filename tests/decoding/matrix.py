@@ -34,7 +34,7 @@ PADDED = torch.cat([torch.nn.functional.pad(PROMPT[:, :8], (4, 0)), PROMPT])
 SAME, ABSENT = "same", "no plain text"
 REASONS = {
     "a": (
-        r"takes none|state in its layers|cache_params|needs a cache that grows",
+        r"takes none|does not take .*past_key_values|state in its layers|cache_params|needs a cache that grows",
         "The method reads on from a cache of keys or states; the family keeps its state elsewhere, or none.",
     ),
     "b": (

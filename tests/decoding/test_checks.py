@@ -18,7 +18,7 @@ from everytoken.decoding.checks import (
     refuse_unsupported,
     split_rows,
 )
-from everytoken.decoding.row import processors_for_row
+from everytoken.decoding.processors import processors_for_row
 
 from ..conftest import tiny_llama
 from ..testing.test_decoder import Plain

@@ -155,7 +155,7 @@ def test_a_feature_drafts_chain_equals_its_own_pass(embedded):
 def test_entropy_and_aleatoric_values():
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0]])
     assert EntropyRouter()(logits, logits, logits).tolist() == pytest.approx([1.3863, 0.0], abs=1e-3)
-    alpha = torch.tensor([4.0, 2.0, 1.0])
+    alpha = torch.tensor([3.0, 1.0, 1e-6])  # the official code's evidence: the largest logits themselves
     total = alpha.sum()
     expected = -(alpha / total * (torch.digamma(alpha + 1) - torch.digamma(total + 1))).sum()
     value = AleatoricRouter(top_k=3)(logits[:1], logits[:1], torch.tensor([[3.0, 1.0, -2.0, -5.0]]))

@@ -35,6 +35,7 @@ from ..core.errors import BadInputError
 from ..core.settings import load_function
 from ..decoding.base import Decoder, Example
 from ..decoding.call import DecodingCall, DecodingStats
+from ..decoding.inputs import takes
 from ..decoding.row import DecodingRow
 from .base import CallableConstraint, Constraint, DeadEndError
 from .engine.compiled import CompiledGrammar
@@ -421,9 +422,8 @@ class AWRS(Decoder):
         """
         stats, vocab, device, prompt = call.stats, call.vocab_size, row.device, len(row.text)
         cache = DynamicCache(config=call.model.config)
-        output = call.model(
-            input_ids=row.ids[:, len(row.padding) :], past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        keep = {"logits_to_keep": 1} if takes(call.model, "logits_to_keep") else {}
+        output = call.model(input_ids=row.ids[:, len(row.padding) :], past_key_values=cache, use_cache=True, **keep)
         stats.target_forwards += 1
         alive = [_Particle(self.judge(), row.fork()) for _ in range(self.particles)]
         everyone = list(alive)
@@ -461,8 +461,10 @@ class AWRS(Decoder):
             if places != list(range(logits.shape[0])):
                 cache.batch_select_indices(torch.tensor(places, device=device))
             last = torch.tensor([[particle.row.text[-1]] for particle in alive], device=device)
-            positions = torch.full_like(last, prompt + len(alive[0].row.new) - 1)
-            output = call.model(input_ids=last, position_ids=positions, past_key_values=cache, use_cache=True)
+            where = {}
+            if takes(call.model, "position_ids"):
+                where["position_ids"] = torch.full_like(last, prompt + len(alive[0].row.new) - 1)
+            output = call.model(input_ids=last, past_key_values=cache, use_cache=True, **where)
             stats.target_forwards += 1
             logits = output.logits[:, -1, :vocab].float()
         log_weights = np.array([particle.log_weight for particle in everyone])

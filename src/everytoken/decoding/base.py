@@ -18,17 +18,20 @@ What changes during a call lives in its ``DecodingCall``, so threads may share a
 holds the counters, and ``decoder.trace`` one TokenTrace for each row if the decoder was built with
 ``trace_enabled=True``; both show the last call of the thread that asks.
 
-transformers does not hand ``streamer`` (nor the tokenizer that stop strings need) to callables;
-``decoder.generate(model, **inputs, streamer=..., tokenizer=...)`` does, and is otherwise ``model.generate``.
+transformers does not hand ``streamer`` and ``assistant_model`` to callables. A decoder looks them up in the call of
+``generate`` that it answers: it feeds the streamer, and refuses the assistant. The tokenizer that stop strings need
+cannot be had that way; ``decoder.generate(model, **inputs, stop_strings=..., tokenizer=...)`` passes it on, and is
+otherwise ``model.generate``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
@@ -49,6 +52,7 @@ from .checks import (
     refuse_unsupported,
     split_rows,
 )
+from .inputs import callers_arguments, check_prepared_inputs, check_reads_text, check_unchanged_inputs
 from .matcher import Matcher
 
 if TYPE_CHECKING:
@@ -69,6 +73,17 @@ if TYPE_CHECKING:
 
 BY_NAME: dict[str, tuple[type, ...]] = {"text": (str, type(None))}
 """Metadata of a field that takes a model, or its hub id or folder."""
+
+
+@contextlib.contextmanager
+def ended_on_errors(streamer: BaseStreamer | None) -> Iterator[None]:
+    """Ends a streamer where the block raises: whoever reads it would wait for ever."""
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            streamer.end()
+        raise
 
 
 @dataclass(frozen=True)
@@ -119,6 +134,11 @@ class Decoder:
     """Whether greedy decoding gives the text of plain greedy decoding."""
     samples_only: ClassVar[bool] = False
     """Whether greedy decoding is refused."""
+    processes_once: ClassVar[bool] = False
+    """Whether ``row.processed`` is asked exactly once for every token, in order: processors that remember earlier calls
+    may take part then."""
+    recurrent: ClassVar[bool] = False
+    """Whether it decodes models that keep a recurrent state beside their cache."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -260,6 +280,36 @@ class Decoder:
                 honour.
             UnsupportedModelError: a model that it cannot decode with.
         """
+        asked = callers_arguments(("streamer", "assistant_model", "synced_gpus"))
+        streamer = asked.get("streamer") if streamer is None else streamer
+        with ended_on_errors(streamer):
+            if "assistant_model" in asked:
+                raise BadInputError(
+                    f"{type(self).__name__} takes no assistant_model.", "Leave it out; a draft is a decoder's setting."
+                )
+            return self._answer(
+                model,
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus or bool(asked.get("synced_gpus")),
+                streamer,
+                model_kwargs,
+            )
+
+    def _answer(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList | None,
+        stopping_criteria: StoppingCriteriaList | None,
+        generation_config: GenerationConfig | None,
+        synced_gpus: bool,
+        streamer: BaseStreamer | None,
+        model_kwargs: dict[str, Any],
+    ) -> DecodingOutput | BeamDecodingOutput | torch.Tensor:
+        """Checks, then decodes."""
         import torch
         from transformers import LogitsProcessorList, StoppingCriteriaList
 
@@ -275,8 +325,8 @@ class Decoder:
             dict(model_kwargs),
             self.stats_type(),
         )
-        self._check(call)
         self.check_model(model.config)
+        self._check(call)
         with torch.inference_mode(False):  # weights outlive this call
             self.load_helpers(model)
         self.check_call(call)
@@ -289,8 +339,12 @@ class Decoder:
         """What a loop over rows can honour of a call; ``LoopDecoder`` asks for less."""
         name, cache = type(self).__name__, call.model_kwargs.get("past_key_values")
         refuse_unsupported(name, call.config, call.synced_gpus)
+        check_reads_text(name, call.model, self.recurrent)
+        check_unchanged_inputs(name, call.model)
         self._check_common(call)
-        refuse_processors(name, call.processors)
+        check_prepared_inputs(name, call.model, call.input_ids, call.model_kwargs)
+        if not self.processes_once:
+            refuse_processors(name, call.processors)
         check_whole_text(name, call.input_ids, call.model_kwargs, call.config)
         longest = max(len(ids) for ids, _ in split_rows(call.input_ids, call.attention_mask))
         if not self.extrapolates:
@@ -307,7 +361,8 @@ class Decoder:
         name = type(self).__name__
         if self.carries is not None:
             refuse_inputs(name, call.model_kwargs, self.carries)
-        check_not_empty(call.input_ids.shape[1])
+        if call.model_kwargs.get("inputs_embeds") is None:
+            check_not_empty(call.input_ids.shape[1])
         if not self.continues:
             check_empty_cache(name, call.model_kwargs.get("past_key_values"))
         if self.samples_only and not call.config.do_sample:
@@ -327,15 +382,20 @@ class Decoder:
         import torch
 
         from .output import collect
-        from .row import DecodingRow, processors_for_row
+        from .processors import criteria_for_rows, processors_for_row
+        from .row import DecodingRow
 
+        count = call.input_ids.shape[0]
+        criteria = criteria_for_rows(type(self).__name__, call.criteria, count)
         columns = self.trace_columns if self.trace_enabled else None
         with torch.inference_mode():
             for number, (ids, padding) in enumerate(split_rows(call.input_ids, call.attention_mask)):
-                processors = processors_for_row(call.processors, number)
+                processors = processors_for_row(
+                    call.processors, number, count, type(self).__name__, self.processes_once
+                )
                 matcher = self.matcher_for(call, number)
                 call.rows.append(
-                    DecodingRow(ids, padding, processors, call.criteria, call.config, call.streamer, matcher, columns)
+                    DecodingRow(ids, padding, processors, criteria, call.config, call.streamer, matcher, columns)
                 )
             self.decode_rows(call)
         if call.streamer is not None:
@@ -354,7 +414,8 @@ class Decoder:
             BadInputError: stop strings without a tokenizer, or a streamer for a decoder that cannot feed one.
         """
         if streamer is not None:
-            self._check_streamer()
+            with ended_on_errors(streamer):
+                self._check_streamer()
         tokenizer = kwargs.pop("tokenizer", None)
         stop_strings = kwargs.pop("stop_strings", None)
         config = kwargs.get("generation_config")

@@ -16,15 +16,8 @@ if TYPE_CHECKING:
 
 PREPARED = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
 """Inputs that ``generate`` prepares for every causal language model, and that every decoder here takes care of."""
-BATCH_BOUND = frozenset(
-    {
-        "EncoderNoRepeatNGramLogitsProcessor",
-        "EncoderRepetitionPenaltyLogitsProcessor",
-        "SynthIDTextWatermarkLogitsProcessor",
-        "UnbatchedClassifierFreeGuidanceLogitsProcessor",
-    }
-)
-"""Processors that follow the whole batch, one step after the other: they cannot be asked about one row, or twice."""
+STATEFUL = frozenset({"SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor"})
+"""Processors that follow a text step by step: they cannot be asked twice about one token."""
 
 
 # -- what is asked for -------------------------------------------------------------------------------------------------
@@ -49,11 +42,11 @@ def refuse_unsupported(decoder: str, config: GenerationConfig, synced_gpus: bool
 
 
 def refuse_processors(decoder: str, processors: LogitsProcessorList) -> None:
-    """Raises BadInputError for processors that follow a whole batch from step to step."""
-    odd = sorted({type(item).__name__ for item in processors} & BATCH_BOUND)
+    """Raises BadInputError for processors that remember what they were asked before."""
+    odd = sorted({type(item).__name__ for item in processors} & STATEFUL)
     if odd:
         raise BadInputError(
-            f"{decoder} does not support {', '.join(odd)}: rows are decoded one by one.", "Leave it out."
+            f"{decoder} does not support {', '.join(odd)}: it weighs several candidates for a token.", "Leave it out."
         )
 
 
@@ -69,6 +62,7 @@ def refuse_inputs(decoder: str, model_kwargs: Mapping[str, Any], carried: Collec
         for name, value in model_kwargs.items()
         if value is not None and name not in PREPARED and name not in carried
     ]
+    lost = ["pixel_values or other media" if name == "mm_encoder_outputs" else name for name in lost]
     if lost:
         raise BadInputError(
             f"{decoder} does not pass {', '.join(sorted(lost))} on to the model.",
@@ -221,10 +215,12 @@ def check_decoder_only(decoder: str, config: PreTrainedConfig) -> None:
 
 
 def check_same_vocabulary(target: PreTrainedModel, draft: PreTrainedModel, slack: int = 512) -> int:
-    """The vocabulary size both share; sizes may differ by padding rows only.
+    """The target's vocabulary size. The draft's may differ by padding rows, or lack tokens that were added later.
+
+    What the draft lacks it never proposes; the target can still write it.
 
     Raises:
-        TokenizerMismatchError: sizes differ by more than ``slack``, or special token ids disagree.
+        TokenizerMismatchError: sizes differ by more than ``slack``, or both know each other's end tokens and disagree.
     """
     sizes = [model.config.get_text_config().vocab_size for model in (target, draft)]
     if abs(sizes[0] - sizes[1]) > slack:
@@ -234,12 +230,13 @@ def check_same_vocabulary(target: PreTrainedModel, draft: PreTrainedModel, slack
             "Speculative decoding needs a draft with the target's own tokenizer.",
         )
     eos = [_as_set(getattr(model.config.get_text_config(), "eos_token_id", None)) for model in (target, draft)]
-    if eos[0] and eos[1] and not eos[0] & eos[1]:
+    known = {token for token in eos[0] if token < sizes[1]}  # the draft cannot end a text with what it does not know
+    if known and eos[1] and not eos[0] & eos[1]:
         raise TokenizerMismatchError(
             f"Target and draft end a text with different tokens ({sorted(eos[0])} and {sorted(eos[1])}).",
             "Speculative decoding needs a draft with the target's own tokenizer.",
         )
-    return min(sizes)
+    return int(sizes[0])
 
 
 def _as_set(value: int | list[int] | None) -> set[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from transformers import (
@@ -10,7 +10,6 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PrefixConstrainedLogitsProcessor,
     PreTrainedModel,
     StoppingCriteriaList,
 )
@@ -20,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..core.errors import BadInputError
 from ..core.trace import Value
 from .matcher import Matcher, fill_mask
+from .processors import stateless
 
 
 class DecodingRow:
@@ -37,6 +37,7 @@ class DecodingRow:
     Attributes:
         text: the prompt without its padding, and the new tokens.
         new: the new tokens.
+        stateless: those of the processors that may be asked about any number of texts, in any order.
         scores, logits: ``[V]`` of every new token where the call asked for them, else None.
         columns: trace columns, one value a new token, or None.
         cache: the model's cache for this row; None where the decoder keeps it elsewhere.
@@ -55,6 +56,7 @@ class DecodingRow:
     ):
         self.device, self.do_sample, self.streamer = ids.device, bool(config.do_sample), streamer
         self.processors = LogitsProcessorList(processors or [])
+        self.stateless = stateless(self.processors)
         self.criteria = StoppingCriteriaList(criteria or [])
         self.text: list[int] = ids.tolist()
         self.padding: list[int] = padding.tolist()
@@ -151,22 +153,30 @@ class DecodingRow:
         self.__dict__.update(other.__dict__)
 
 
-def processors_for_row(processors: Iterable[LogitsProcessor], row: int) -> LogitsProcessorList:
-    """The call's processors as row number ``row`` alone has to be shown to them: functions of the row's number are told
-    it."""
-
-    def told(function: Callable[[int, torch.Tensor], list[int]]) -> Callable[[int, torch.Tensor], list[int]]:
-        return lambda _batch_id, text: function(row, text)
-
-    return LogitsProcessorList(
-        PrefixConstrainedLogitsProcessor(told(item._prefix_allowed_tokens_fn), 1)
-        if isinstance(item, PrefixConstrainedLogitsProcessor)
-        else item
-        for item in processors
-    )
-
-
 # -- forwards of decoders with a loop of their own ---------------------------------------------------------------------
+def fit(logits: torch.Tensor, vocab: int) -> torch.Tensor:
+    """A helper's logits over ``vocab`` tokens: it proposes none that it lacks, and none that the target lacks."""
+    missing = vocab - logits.shape[-1]
+    if missing <= 0:
+        return logits[..., :vocab]
+    return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
+
+
+def known_tokens(text: list[int], helper: PreTrainedModel) -> list[int]:
+    """Tokens as a helper with a smaller vocabulary can read them: another token stands in for those that it lacks.
+
+    That changes what it proposes and never what the target accepts.
+    """
+    size = helper.get_input_embeddings().weight.shape[0]
+    if not text or max(text) < size:
+        return text
+    config = helper.config.get_text_config()
+    names = ("unk_token_id", "eos_token_id", "bos_token_id")
+    special = [getattr(config, name, None) for name in names]
+    stand_in = next((item for item in special if isinstance(item, int) and 0 <= item < size), 0)
+    return [token if token < size else stand_in for token in text]
+
+
 def read_on(model: PreTrainedModel, cache: Cache, text: list[int], vocab: int) -> torch.Tensor:
     """Runs a model over what its cache does not hold of ``text`` yet, in one forward: logits ``[V]`` of the next
     token."""

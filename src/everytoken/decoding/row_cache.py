@@ -9,7 +9,6 @@ plain keys takes; elsewhere drafts are read as one path, which needs none.
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -29,6 +28,7 @@ from transformers.cache_utils import (
 )
 
 from ..core.errors import BadInputError, UnsupportedModelError
+from .inputs import TREE_ATTENTION, device_of, takes
 from .masks import attention_mask_for
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def new_cache(model: PreTrainedModel) -> Cache:
 
 def check_cached(reader: str, model: PreTrainedModel) -> None:
     """Raises UnsupportedModelError for a model that keeps what it has read elsewhere than in ``past_key_values``."""
-    if "past_key_values" not in _arguments(model):
+    if not takes(model, "past_key_values"):
         raise UnsupportedModelError(
             f"{reader} reads on from past_key_values; {type(model).__name__} takes none.",
             "Models that keep their state elsewhere cannot be decoded by it.",
@@ -89,9 +89,9 @@ def takes_trees(model: PreTrainedModel, cache: Cache) -> bool:
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     return (
         bool(model._supports_attention_backend)
-        and "position_ids" in _arguments(model)
+        and takes(model, "position_ids")
         and not getattr(text, "alibi", False)
-        and text._attn_implementation in ("sdpa", "eager")
+        and text._attn_implementation in TREE_ATTENTION
         and kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
         and all(type(layer) in KEYED for layer in (cache.layers or [DynamicLayer()]))
     )
@@ -112,14 +112,6 @@ def rope_switch(config: PreTrainedConfig) -> tuple[int, bool] | None:
     return None
 
 
-def _arguments(model: PreTrainedModel) -> frozenset[str]:
-    kind = type(model)
-    if kind not in _arguments_of:
-        _arguments_of[kind] = frozenset(inspect.signature(kind.forward).parameters)
-    return _arguments_of[kind]
-
-
-_arguments_of: WeakKeyDictionary[type[PreTrainedModel], frozenset[str]] = WeakKeyDictionary()
 _measured: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
@@ -153,7 +145,7 @@ def _continues(model: PreTrainedModel) -> bool:
 def check_strippable(decoder: str, model: PreTrainedModel, cache: Cache) -> None:
     """Raises BadInputError unless the padding that a filled cache begins with can be taken out of it."""
     embedded = any("position" in name.rpartition(".")[2] for name, _ in model.named_modules())
-    if cached_length(cache) > 0 and embedded and "position_ids" not in _arguments(model):
+    if cached_length(cache) > 0 and embedded and not takes(model, "position_ids"):
         raise BadInputError(
             f"{decoder} cannot take the padding out of this cache: {type(model).__name__} counted it as positions.",
             "Pass the row without its padding.",
@@ -216,14 +208,14 @@ class RowCache:
         self.cache = new_cache(model) if cache is None else cache
         self.length = cached_length(self.cache)
         self.trees = takes_trees(model, self.cache)
-        arguments = _arguments(model)
-        self.positions = "position_ids" in arguments
-        self.keeps = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
+        self.device = device_of(model)
+        self.positions = takes(model, "position_ids")
+        self.keeps = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
         self.plain = type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
         self.switch = rope_switch(model.config)
         self.started = False
         self._mark = self.length
-        self._placed = torch.empty(0, dtype=torch.long, device=model.device)
+        self._placed = torch.empty(0, dtype=torch.long, device=self.device)
         self._states: list[dict[str, Any] | None] = []
         self._whole: Cache | None = None
 
@@ -252,7 +244,7 @@ class RowCache:
         return self.trees or _continues(self.model)
 
     def _read(self, text: list[int]) -> ModelOutput:
-        device = self.model.device
+        device = self.device
         if self.plain:
             inputs: dict[str, Any] = {"input_ids": torch.tensor([text[self.length :]], device=device)}
             inputs |= {"past_key_values": self.cache, "use_cache": True, **self.keeps}
@@ -285,7 +277,7 @@ class RowCache:
             depths: of the nodes; 0 stands where the next token after the mark does.
             allowed: ``[n, length + n]`` boolean: which keys each node may see; None where each sees all before it.
         """
-        device = self.model.device
+        device = self.device
         positions = torch.tensor(depths, device=device) + self._mark
         mask = None
         if allowed is not None:
@@ -338,7 +330,7 @@ class RowCache:
     def mark(self) -> None:
         """What is read from here on may be taken back."""
         self._mark = self.length
-        self._placed = torch.empty(0, dtype=torch.long, device=self.model.device)
+        self._placed = torch.empty(0, dtype=torch.long, device=self.device)
         if any(type(layer) not in KNOWN for layer in self.cache.layers):
             self._whole = copy.deepcopy(self.cache)
             return

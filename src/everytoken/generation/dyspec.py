@@ -45,11 +45,13 @@ from transformers.generation.logits_process import (
 from ..core.errors import BadInputError
 from ..decoding.base import Decoder, Example
 from ..decoding.call import DecodingCall
-from ..decoding.checks import check_same_vocabulary, check_unread
+from ..decoding.checks import check_decoder_only, check_same_vocabulary, check_unread
+from ..decoding.inputs import check_reads_text
 from ..decoding.matcher import Matcher, fill_mask
 from ..decoding.row import DecodingRow
 from ..decoding.row_cache import RowCache, check_cached, check_rewindable
-from .speculative.drafting import DraftSession, is_feature_draft
+from .speculative import check_feature_target
+from .speculative.drafting import DraftSession
 from .speculative.trees import Candidates, Expand, TokenTree, grow_tree
 
 # Processors that look at one row of scores and not at the text before it: they can run on all nodes at once.
@@ -80,7 +82,10 @@ class DySpec(Decoder):
         matcher: a ``Matcher`` in its initial state. Every node of the tree is masked by it, in the draft's
             distribution and in the target's, so the output has exactly the distribution of masked plain decoding.
 
-    Rows of a batch are decoded one after the other, each with its own tree and cache.
+    Rows of a batch are decoded one after the other, each with its own tree and cache. Logits processors that remember
+    the text so far (``guidance_scale``, or one of the user's) see the checked tokens alone, each once and in order; the
+    draft proposes without them. The draft's vocabulary may lack tokens that were added to the target: it never
+    proposes them, and the target still writes them.
     """
 
     draft_model: PreTrainedModel | None = None
@@ -90,6 +95,8 @@ class DySpec(Decoder):
     max_children: int = 8
     matcher: Matcher | None = field(default=None, kw_only=True, repr=False)
     trace_columns: ClassVar[tuple[str, ...]] = ("round", "depth", "draft_prob", "source", "value")
+    processes_once: ClassVar[bool] = True
+    recurrent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.budget < 0 or self.max_depth < 1 or self.max_children < 1:
@@ -119,12 +126,15 @@ class DySpec(Decoder):
             self.draft_model = load_draft(model)
 
     def check_call(self, call: DecodingCall[Any]) -> None:
-        """Raises TokenizerMismatchError for a draft of another vocabulary, UnsupportedModelError for a model that
-        has no cache, or a cache from which tokens cannot be dropped."""
-        check_same_vocabulary(call.model, self.draft_model)
+        """Raises TokenizerMismatchError for a draft of another vocabulary, UnsupportedModelError for a target or
+        draft that tokens and a cache do not suffice for, or a cache from which tokens cannot be dropped."""
+        assert self.draft_model is not None
         check_cached("DySpec", call.model)
-        if not is_feature_draft(self.draft_model):
+        if not check_feature_target(self.draft_model, call.model):
+            check_decoder_only("DySpec's draft", self.draft_model.config)
+            check_reads_text("DySpec's draft", self.draft_model, recurrent=True)
             check_cached("DySpec's draft", self.draft_model)
+        check_same_vocabulary(call.model, self.draft_model)
         cache = call.model_kwargs.get("past_key_values")
         check_rewindable("DySpec", self.new_row_cache(call) if cache is None else cache)
 
@@ -159,7 +169,7 @@ class _Speculation:
         self.decoder, self.row, self.model, self.stats = decoder, row, call.model, call.stats
         self.vocab = check_same_vocabulary(call.model, decoder.draft_model)
         self.cache, self.device, self.max_length = RowCache(call.model, row.cache), row.device, call.config.max_length
-        self.path_free = all(isinstance(item, PATH_FREE) for item in row.processors)
+        self.path_free = all(type(item) in PATH_FREE for item in row.processors)
         self.draft = DraftSession(decoder.draft_model, call.model, self.vocab)
         # where a model cannot mask a tree, one path is drafted: it needs no mask
         self.branches = self.cache.trees and self.draft.trees
@@ -227,6 +237,7 @@ class _Speculation:
         """Draft candidates after each of ``nodes`` (one draft forward): tokens and probabilities, in drawing order."""
         self.stats.draft_forwards += 1
         reduced = not self.row.do_sample and self.path_free and self.row.matcher is None
+        # processors that remember the text are not asked about drafts: any draft distribution gives the target's text
         logits = self.draft.forward(tree, nodes, reduced)
         width = min(self.decoder.max_children, self.decoder.budget) if self.branches else 1
         if reduced:  # greedy: the ranking needs no full-size distribution
@@ -235,7 +246,7 @@ class _Speculation:
             return list(zip(tokens.tolist(), top.values.tolist(), strict=True))
         paths = [tree.path(node) for node in nodes]
         scores = self._process(self._masked(logits, paths), [self.row.text + path for path in paths])
-        dists = torch.softmax(scores, -1)
+        dists = torch.softmax(scores, -1).nan_to_num(0.0)  # no token at all where all are forbidden to the draft
         if not self.row.do_sample:
             top = dists.topk(min(width, dists.shape[-1]), -1)
             kept = (top.values > 0).sum(-1).tolist()  # a matcher may leave fewer tokens than that
@@ -274,17 +285,18 @@ class _Speculation:
 
     def _process(self, logits: torch.Tensor, texts: list[list[int]]) -> torch.Tensor:
         """Logits processors on ``[n, V]`` rows, each with its own text (rows of equal length share a call)."""
-        if not self.row.processors:
+        processors = self.row.stateless
+        if not processors:
             return logits
         if self.path_free:
-            return self.row.processors(torch.tensor([texts[0]], device=self.device).expand(len(texts), -1), logits)
+            return processors(torch.tensor([texts[0]], device=self.device).expand(len(texts), -1), logits)
         scores = torch.empty_like(logits)
         by_length: dict[int, list[int]] = {}
         for row, text in enumerate(texts):
             by_length.setdefault(len(text), []).append(row)
         for rows in by_length.values():
             ids = torch.tensor([self.row.padding + texts[row] for row in rows], device=self.device)
-            scores[rows] = self.row.processors(ids, logits[rows])
+            scores[rows] = processors(ids, logits[rows])
         return scores
 
     # -- verification --------------------------------------------------------------------------------------------------

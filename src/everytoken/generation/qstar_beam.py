@@ -28,7 +28,9 @@ from ..core.trace import TokenTrace
 from ..decoding.base import BY_NAME, Example
 from ..decoding.call import DecodingCall
 from ..decoding.checks import check_empty_cache, refuse_inputs
+from ..decoding.inputs import check_unchanged_inputs, device_of
 from ..decoding.loop import LoopDecoder
+from ..decoding.processors import processors_for_beams
 
 
 class ValueSearch(LogitsProcessor):
@@ -103,7 +105,7 @@ class QStarBeam(LoopDecoder):
 
     def load_helpers(self, model: PreTrainedModel) -> None:
         if isinstance(self.reference, str):
-            self.reference = load_model(self.reference, dtype=model.dtype, device=model.device)
+            self.reference = load_model(self.reference, dtype=model.dtype, device=device_of(model))
 
     def check_call(self, call: DecodingCall[Any]) -> None:
         """Turns the call into a beam search of ``width`` beams.
@@ -119,12 +121,14 @@ class QStarBeam(LoopDecoder):
             raise BadInputError("Several returned sequences need num_beams.", f"Pass num_beams={width} to generate.")
         if self.score == "value" or self.trace_enabled:
             refuse_inputs("QStarBeam, for its reference or trace,", call.model_kwargs, ())
+            check_unchanged_inputs("QStarBeam, for its reference or trace,", call.model)
         if width > 1:
             check_empty_cache("QStarBeam", call.model_kwargs.get("past_key_values"))
             config.num_beams, config.length_penalty = width, self.length_penalty
             config.num_return_sequences = config.num_return_sequences or 1
             config.early_stopping = False if config.early_stopping is None else config.early_stopping
         if width > 1 and not given:
+            call.processors = processors_for_beams(call.processors, width)
             call.input_ids, call.model_kwargs = call.model._expand_inputs_for_generation(
                 expand_size=width, is_encoder_decoder=False, input_ids=call.input_ids, **call.model_kwargs
             )

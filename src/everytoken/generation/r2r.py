@@ -32,10 +32,12 @@ from ..core.errors import BadInputError, TokenizerMismatchError
 from ..core.loading import check_model_name, load_model
 from ..decoding.base import BY_NAME, Decoder, Example
 from ..decoding.call import DecodingCall, DecodingStats
-from ..decoding.checks import check_same_vocabulary, check_unread
+from ..decoding.checks import check_decoder_only, check_same_vocabulary, check_unread
+from ..decoding.inputs import check_reads_text, device_of
 from ..decoding.matcher import Matcher
-from ..decoding.row import DecodingRow
+from ..decoding.row import DecodingRow, fit, known_tokens
 from ..decoding.row_cache import RowCache, check_cached, room_before
+from .speculative import check_feature_target
 from .speculative.drafting import DraftSession, is_feature_draft
 from .speculative.trees import TokenTree
 
@@ -53,9 +55,13 @@ class Router(Protocol):
 
 @dataclass
 class EntropyRouter:
-    """Baseline: the entropy of the small model's distribution, in nats."""
+    """Baseline: the entropy of the small model's distribution, in nats.
 
-    threshold: float = 1.5
+    Args:
+        threshold: nats; the official code's.
+    """
+
+    threshold: float = 0.45
 
     def __call__(self, hidden: torch.Tensor, embedding: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return torch.distributions.Categorical(logits=logits.float()).entropy()
@@ -65,19 +71,20 @@ class EntropyRouter:
 class AleatoricRouter:
     """Baseline: expected entropy under a Dirichlet whose evidence are the largest (positive) logits.
 
-    With ``a_k = max(l_k, 0) + 1`` over the top K and ``a`` their sum: ``-sum_k a_k/a (digamma(a_k + 1) - digamma(a +
-    1))``.
+    With ``a_k = max(l_k, 0)`` over the top K and ``a`` their sum: ``-sum_k a_k/a (digamma(a_k + 1) - digamma(a + 1))``.
+    That is the official code's measure, and its threshold. It grows with K and with the size of the logits, not with
+    what entropy measures: the two thresholds cannot be exchanged.
 
     Args:
         threshold: nats.
         top_k: logits that count as evidence.
     """
 
-    threshold: float = 1.5
+    threshold: float = 2.275
     top_k: int = 10
 
     def __call__(self, hidden: torch.Tensor, embedding: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        evidence = logits.float().topk(min(self.top_k, logits.shape[-1]), -1).values.clamp(min=0) + 1
+        evidence = logits.float().topk(min(self.top_k, logits.shape[-1]), -1).values.clamp(min=1e-6)
         total = evidence.sum(-1, keepdim=True)
         return -(evidence / total * (torch.digamma(evidence + 1) - torch.digamma(total + 1))).sum(-1)
 
@@ -134,7 +141,9 @@ class Writer:
 
     def __init__(self, small: PreTrainedModel, vocab: int):
         self.model, self.vocab, self.cache = small, vocab, RowCache(small)
+        self.device = device_of(small)
         self.embed = small.get_input_embeddings()
+        self.known = self.embed.weight.shape[0]
         self._seen: torch.Tensor | None = None
         self._thread = threading.get_ident()
         self._hook = small.get_output_embeddings().register_forward_pre_hook(self._see)
@@ -145,7 +154,7 @@ class Writer:
 
     def step(self, text: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads what is new of ``text``: the last hidden state ``[D]`` and logits ``[V]`` after it."""
-        logits: torch.Tensor = self.cache.read(text)["logits"]
+        logits: torch.Tensor = self.cache.read(known_tokens(text, self.model))["logits"]
         assert self._seen is not None
         return self._seen[0, -1], logits[0, -1, : self.vocab].float()
 
@@ -166,7 +175,9 @@ class DraftWriter(Writer):
 
     def __init__(self, small: PreTrainedModel, target: PreTrainedModel, vocab: int):
         self.vocab, self.session = vocab, DraftSession(small, target, vocab)
+        self.device = device_of(target)
         self.embed = target.get_input_embeddings()
+        self.known = vocab
         self.verified = 0  # tokens of the text that the large model has read
         self.tree = TokenTree()
 
@@ -216,10 +227,12 @@ class R2R(Decoder):
             ``FeatureDraftForCausalLM``. None is only allowed for the embedded model, whose draft ships with the
             package.
         router: a folder, a ``TokenRouter``, ``"entropy"``, ``"aleatoric"``, or any ``Router``; None routes by entropy.
-        threshold: value from which the large model writes the token; None is the router's own. 0 gives the large
-            model's own text, anything above 1 (for probabilities) the small model's.
+        threshold: value from which the large model writes the token; None is the router's own (0.45 nats for
+            ``"entropy"``, 2.275 for ``"aleatoric"``, as in the official code). 0 gives the large model's own text,
+            anything above 1 (for probabilities) the small model's.
         matcher: a ``Matcher`` in its initial state: the text stays inside what it allows.
 
+    The small model may lack tokens that were added to the large one: the large one writes them where it has its turn.
     Rows of a batch are decoded one after the other: the two models would lag in each row by another number of tokens.
     The trace has ``source`` ("small" or "large") and ``divergence``, the router's value.
 
@@ -230,6 +243,7 @@ class R2R(Decoder):
     stats_type: ClassVar[type[DecodingStats]] = R2RStats
     trace_columns: ClassVar[tuple[str, ...]] = ("source", "divergence")
     lossless: ClassVar[bool] = False
+    recurrent: ClassVar[bool] = True
     small_model: Any = field(default=None, metadata=BY_NAME)
     router: Any = field(default=None, metadata=BY_NAME)
     threshold: float | None = None
@@ -265,7 +279,7 @@ class R2R(Decoder):
 
             self.small_model = load_draft(model)
         elif isinstance(self.small_model, str):
-            self.small_model = load_model(self.small_model, dtype=model.dtype, device=model.device)
+            self.small_model = load_model(self.small_model, dtype=model.dtype, device=device_of(model))
 
     @property
     def large_share(self) -> float:
@@ -291,11 +305,13 @@ class R2R(Decoder):
                 error.message.replace("The draft", "The small model").replace("the target", "the large model"),
                 "R2R needs two models with one tokenizer.",
             ) from error
+        check_cached("R2R", call.model)
+        if not check_feature_target(self.small_model, call.model):
+            check_decoder_only("R2R's small model", self.small_model.config)
+            check_reads_text("R2R's small model", self.small_model, recurrent=True)
+            check_cached("R2R's small model", self.small_model)
         router = as_router(self.router)
         cache = call.model_kwargs.get("past_key_values")
-        check_cached("R2R", call.model)
-        if not is_feature_draft(self.small_model):
-            check_cached("R2R's small model", self.small_model)
         if cache is not None and cache.get_seq_length() > 0 and is_feature_draft(self.small_model):
             raise BadInputError(
                 "A feature draft as the small model starts from an empty cache.", "Leave past_key_values out."
@@ -327,10 +343,9 @@ class R2R(Decoder):
                     hidden, logits = writer.step(row.text)
                     stats.draft_forwards += 1
                     stats.proposed += 1
-                    scores = row.processed(logits)
-                    token = row.choose(scores)
-                    embedding = writer.embed(torch.tensor([token], device=hidden.device))
-                    value = float(router(hidden[None], embedding, logits[None])[0])
+                    scores = row.processed(fit(logits, vocab))
+                    token, value = self._proposed(writer, row, router, hidden, logits, scores)
+                    logits = fit(logits, vocab)
                 if value is None or value >= threshold:
                     logits = cache.read(row.text)["logits"][0, -1, :vocab].float()  # all since its last turn
                     stats.target_forwards += 1
@@ -343,6 +358,25 @@ class R2R(Decoder):
                     done = row.append(token, scores, logits, source="small", divergence=value)
         finally:
             writer.close()
+
+    def _proposed(
+        self,
+        writer: Writer,
+        row: DecodingRow,
+        router: Router,
+        hidden: torch.Tensor,
+        logits: torch.Tensor,
+        scores: torch.Tensor,
+    ) -> tuple[int, float]:
+        """The small model's token and its divergence; infinite where only tokens that it lacks are allowed."""
+        restricted = row.matcher is not None or len(row.processors) > 0
+        if restricted and bool(scores.isneginf().all()):
+            return -1, float("inf")
+        token = row.choose(scores)
+        if token >= writer.known:
+            return token, float("inf")
+        embedding = writer.embed(torch.tensor([token], device=writer.device)).to(hidden.device)
+        return token, float(router(hidden[None], embedding, logits[None])[0])
 
     @classmethod
     def examples(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Example]:

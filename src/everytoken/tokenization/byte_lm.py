@@ -17,11 +17,13 @@ import torch
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
 from ..decoding.checks import check_croppable
+from ..decoding.inputs import check_trees
 from ..decoding.masks import attention_mask_for
 from .base import start_token
 from .byte_view import ByteView, split_character
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHUNK = 256
@@ -67,6 +69,7 @@ class ByteLM:
 
     Raises:
         BadInputError: a tokenizer that changes texts, or that has neither BOS nor EOS while no context is given.
+        UnsupportedModelError: a model that cannot read the nodes of a tree in one forward.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class ByteLM:
         tolerance: float = 1e-6,
         unit: str = "token",
     ):
+        check_trees("ByteLM", model)
         self.model, self.tokenizer, self.exact, self.tolerance = model, tokenizer, exact, tolerance
         self.unit = unit
         self.view = ByteView.of(tokenizer)
@@ -179,7 +183,7 @@ class ByteLM:
             above = self._nodes[path[:-1]]
             self._nodes[path] = _Node(slots[path], above.logp + float(above.logps[path[-1]]), logps[place])
 
-    def _forward(self, tokens: list[int], positions: list[int], mask: torch.Tensor | None) -> np.ndarray:
+    def _forward(self, tokens: list[int], positions: list[int], mask: torch.Tensor | BlockMask | None) -> np.ndarray:
         """``[k, V]`` log-probabilities after each token."""
         self._check_length(max(positions) + 1)
         device = self.model.device

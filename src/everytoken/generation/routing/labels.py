@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...core.errors import BadInputError
 from ...core.scoring import turn_ids
 from ...decoding.checks import check_same_vocabulary
+from ...decoding.row import known_tokens
 from ..speculative.modeling_feature_draft import FeatureDraftForCausalLM, FeatureTap
 from .modeling_token_router import top_logits
 from .verifiers import Verifier
@@ -173,7 +174,8 @@ def read_answer(
         seen: list[torch.Tensor] = []
         hook = small.get_output_embeddings().register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
         try:
-            output = small(text, logits_to_keep=len(new) + 1)
+            known = torch.tensor([known_tokens(ids + new, small)], device=text.device)
+            output = small(known, logits_to_keep=len(new) + 1)
         finally:
             hook.remove()
         states = seen[0][0]

@@ -56,3 +56,22 @@ def load_draft(target: PreTrainedModel, folder: str | Path | None = None) -> Fea
     with quiet_transformers():
         draft = FeatureDraftForCausalLM.from_pretrained(path, dtype=target.dtype, use_safetensors=True)
     return draft.attach(target).eval()
+
+
+def check_feature_target(draft: PreTrainedModel, target: PreTrainedModel) -> bool:
+    """Whether ``draft`` is a ``FeatureDraftForCausalLM``, which reads its target's hidden states and weights.
+
+    Raises:
+        UnsupportedModelError: it is, and accelerate offloads the target's weights.
+    """
+    from ...decoding.inputs import is_offloaded
+    from .modeling_feature_draft import FeatureDraftForCausalLM
+
+    if not isinstance(draft, FeatureDraftForCausalLM):
+        return False
+    if is_offloaded(target):
+        raise UnsupportedModelError(
+            "A feature draft computes with its target's embeddings and head; this target's weights are offloaded.",
+            "Use a plain causal language model as the draft.",
+        )
+    return True

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ...decoding.inputs import device_of
+from ...decoding.row import fit, known_tokens
 from ...decoding.row_cache import RowCache, room_before
 from .trees import TokenTree
 
@@ -27,6 +29,10 @@ class DraftSession:
 
     The cache holds the committed text (root included) and, during a round, the tree nodes already run, in
     ``self.rows``. ``commit`` drops those and remembers the new text; the next forward runs it first.
+
+    Args:
+        vocab: the target's vocabulary size. A draft may know fewer tokens: it proposes no others, and reads another
+            token in their place.
     """
 
     def __init__(self, draft: Any, target: PreTrainedModel, vocab: int):
@@ -41,7 +47,7 @@ class DraftSession:
         self.cache = RowCache(draft)
         self.trees = self.uses_features or self.cache.trees
         self.text: list[int] = []  # committed, for drafts that read the text alone
-        self.device = target.device
+        self.device = device_of(target)
         self.pending: list[int] = []
         self.pending_features: torch.Tensor | None = None
         self.carry: torch.Tensor | None = None  # target features of the last verified position
@@ -70,8 +76,9 @@ class DraftSession:
         self.rows, self.states = {}, {}
         if self.uses_features:
             self._commit_features(tokens, path)
-        self.pending += tokens
-        self.text += tokens
+            self.pending += tokens
+        else:
+            self.text += known_tokens(tokens, self.model)
 
     def _commit_features(self, tokens: list[int], path: list[int] | None) -> None:
         """Features one position before each of ``tokens``, from the target's last forward."""
@@ -106,9 +113,9 @@ class DraftSession:
                 walk = tree.parents[walk]
         depths, tokens = [tree.depths[node] - 1 for node in nodes], [tree.tokens[node] for node in nodes]
         if not self.uses_features:
-            output = self.cache.read_tree(tokens, depths, mask if self.trees else None)
+            output = self.cache.read_tree(known_tokens(tokens, self.model), depths, mask if self.trees else None)
             logits: torch.Tensor = output["logits"]
-            return logits[0, -len(nodes) :, : self.vocab].float()
+            return fit(logits[0, -len(nodes) :].float(), self.vocab)
         positions = torch.tensor([depths], device=self.device) + (self.offset or 0) + self.base
         hidden = torch.stack([self.states[tree.parents[node]] for node in nodes])[None]
         ids = torch.tensor([tokens], device=self.device)
@@ -117,11 +124,10 @@ class DraftSession:
     def _run_root(self, reduced: bool) -> torch.Tensor:
         if not self.uses_features:
             output = self.cache.read(self.text)
-            self.pending = []
             self.base = self.cache.length
             self.cache.mark()
             logits: torch.Tensor = output["logits"]
-            return logits[0, -1:, : self.vocab].float()
+            return fit(logits[0, -1:].float(), self.vocab)
         position = (self.offset or 0) + self.cache.length
         ids = torch.tensor([self.pending], device=self.device)
         positions = torch.arange(position, position + len(self.pending), device=self.device)[None]
@@ -150,4 +156,4 @@ class DraftSession:
         for node, state in zip(nodes, output.hidden_states[0][0, -len(nodes) :], strict=True):
             self.states[node] = state
         logits: torch.Tensor = output.logits[0, -len(nodes) :].float()
-        return logits if reduced else logits[:, : self.vocab]
+        return logits if reduced else fit(logits, self.vocab)
