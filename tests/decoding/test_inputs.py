@@ -13,7 +13,8 @@ from transformers import DynamicCache, TextIteratorStreamer
 from everytoken.constraints.awrs import AWRS
 from everytoken.core.errors import BadInputError, EverytokenError, UnsupportedModelError
 from everytoken.decoding.inputs import changes_inputs, check_trees, device_of, is_offloaded, takes
-from everytoken.decoding.row import attention_mask_for, read_on
+from everytoken.decoding.masks import attention_mask_for
+from everytoken.decoding.row import read_on
 from everytoken.generation.dyspec import DySpec
 from everytoken.generation.qstar_beam import QStarBeam
 from everytoken.generation.r2r import R2R
