@@ -70,6 +70,7 @@ def test_every_block_is_one_that_runs(name):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", run_page.pages())
 def test_a_page_runs_as_printed(name):
     """Every Python and console block, in order, with the files that it names, in a process of its own."""

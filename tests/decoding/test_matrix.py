@@ -20,6 +20,7 @@ def test_a_family_of_the_commit_tier(name):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [name for name in all_families() if name not in FEW])
 def test_a_family(name):
     family = Family(name)

@@ -370,6 +370,7 @@ def test_what_is_honoured_changes_the_result(tmp_path, case):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "case", [case for case in CHANGES if case[0] != "DPOConfig" or case[1] not in QUICK], ids=identified
 )
