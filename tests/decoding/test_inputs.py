@@ -13,7 +13,9 @@ from transformers import DynamicCache, TextIteratorStreamer
 from everytoken.constraints.awrs import AWRS
 from everytoken.core.errors import BadInputError, EverytokenError, UnsupportedModelError
 from everytoken.decoding.inputs import changes_inputs, check_trees, device_of, is_offloaded, takes
-from everytoken.decoding.row import attention_mask_for, read_on
+from everytoken.decoding.masks import attention_mask_for
+from everytoken.decoding.row import read_on
+from everytoken.decoding.row_cache import RowCache
 from everytoken.generation.dyspec import DySpec
 from everytoken.generation.qstar_beam import QStarBeam
 from everytoken.generation.r2r import R2R
@@ -22,6 +24,8 @@ from everytoken.testing.decoder import Recorder
 from everytoken.testing.models import tiny_llama, tiny_tokenizer
 
 from ..testing.test_decoder import Plain
+from .families import build
+from .matrix import nearly
 
 PROMPT = torch.tensor([[3, 5, 8, 2, 7, 7, 4]])
 NEW = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -198,11 +202,25 @@ def test_attention_without_masks_of_trees_is_refused():
 
 
 @pytest.mark.slow
-def test_trees_through_flex_attention():
-    target, draft = tiny_llama(29, scale=2), tiny_llama(29, seed=9)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_trees_through_flex_attention(name):
+    """Also where layers have a window, which ends within the text and the tree."""
+    target = tiny_llama(29, scale=2) if name == "llama" else build(name)
+    target.generation_config.eos_token_id = None
+    draft = nearly(target)
     expected = target.generate(PROMPT, **NEW).tolist()
     target.set_attn_implementation("flex_attention")
-    assert target.generate(PROMPT, custom_generate=DySpec(draft, budget=6), **NEW).tolist() == expected
+    decoder = DySpec(draft, budget=6)
+    assert RowCache(target).trees
+    assert target.generate(PROMPT, custom_generate=decoder, **NEW).tolist() == expected
+    assert decoder.stats.accepted > 0
+
+
+def test_attention_without_masks_of_trees_drafts_one_path():
+    model = tiny_llama(29)
+    assert RowCache(model).trees
+    model.config._attn_implementation = "flash_attention_2"
+    assert not RowCache(model).trees
 
 
 # -- vocabularies of unequal size --------------------------------------------------------------------------------------

@@ -29,9 +29,9 @@ from transformers.cache_utils import (
 
 from ..core.errors import BadInputError, UnsupportedModelError
 from .inputs import TREE_ATTENTION, device_of, takes
+from .masks import attention_mask_for
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
     from transformers.utils import ModelOutput
 
 KEYED = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -311,7 +311,7 @@ class RowCache:
             elif kind == "chunked_attention" and chunk is not None:
                 part = part & (positions[:, None] // chunk == keys // chunk)
             length, offset = self.cache.get_mask_sizes(len(positions), layer)
-            masks[kind] = _for_attention(self.model, part[None, None, :, offset : offset + length])
+            masks[kind] = attention_mask_for(self.model, part[None, None, :, offset : offset + length])
         return masks if kinds else masks[only]
 
     def room(self, length: int) -> float:
@@ -409,12 +409,6 @@ def _copied(layer: Any) -> dict[str, Any] | None:
     }
     flags = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size")
     return held | {name: dict(getattr(layer, name)) for name in flags}
-
-
-def _for_attention(model: PreTrainedModel, allowed: torch.Tensor) -> torch.Tensor | BlockMask:
-    from .row import attention_mask_for
-
-    return attention_mask_for(model, allowed)
 
 
 def room_before(model: PreTrainedModel, length: int) -> float:

@@ -18,7 +18,7 @@ from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
 from ..decoding.checks import check_croppable
 from ..decoding.inputs import check_trees
-from ..decoding.row import attention_mask_for
+from ..decoding.masks import attention_mask_for
 from .base import start_token
 from .byte_view import ByteView, split_character
 
