@@ -25,7 +25,6 @@ from everytoken.testing.models import tiny_llama, tiny_tokenizer
 
 from ..testing.test_decoder import Plain
 from .families import build
-from .matrix import nearly
 
 PROMPT = torch.tensor([[3, 5, 8, 2, 7, 7, 4]])
 NEW = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -202,18 +201,33 @@ def test_attention_without_masks_of_trees_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
-def test_trees_through_flex_attention(name):
-    """Also where layers have a window, which ends within the text and the tree."""
-    target = tiny_llama(29, scale=2) if name == "llama" else build(name)
-    target.generation_config.eos_token_id = None
-    draft = nearly(target)
+def test_trees_through_flex_attention():
+    target, draft = tiny_llama(29, scale=2), tiny_llama(29, seed=9)
     expected = target.generate(PROMPT, **NEW).tolist()
     target.set_attn_implementation("flex_attention")
-    decoder = DySpec(draft, budget=6)
-    assert RowCache(target).trees
-    assert target.generate(PROMPT, custom_generate=decoder, **NEW).tolist() == expected
-    assert decoder.stats.accepted > 0
+    assert target.generate(PROMPT, custom_generate=DySpec(draft, budget=6), **NEW).tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_a_trees_flex_mask_shows_what_its_boolean_mask_shows(name):
+    """Also in layers with a window, which ends within the text and the tree."""
+    model = build(name)
+    held = RowCache(model)
+    with torch.no_grad():
+        held.read([*PROMPT[0].tolist(), 3, 5])
+    held.mark()
+    model.config._attn_implementation = "sdpa"
+    allowed, depths = torch.rand(3, held.length + 3) > 0.3, torch.tensor([0, 1, 1]) + held.length
+    boolean = held._masks(allowed, depths)
+    model.config._attn_implementation = "flex_attention"
+    assert RowCache(model).trees
+    blocks = held._masks(allowed, depths)
+    kinds = list(boolean) if isinstance(boolean, dict) else [None]
+    for kind in kinds:
+        expected, mask = (boolean, blocks) if kind is None else (boolean[kind], blocks[kind])
+        rows, columns = torch.meshgrid(torch.arange(3), torch.arange(expected.shape[-1]), indexing="ij")
+        assert tuple(mask.shape) == (1, 1, *expected.shape[-2:])
+        assert torch.equal(mask.mask_mod(torch.tensor(0), torch.tensor(0), rows, columns), expected[0, 0])
 
 
 def test_attention_without_masks_of_trees_drafts_one_path():
