@@ -15,6 +15,7 @@ from everytoken.core.errors import BadInputError, EverytokenError, UnsupportedMo
 from everytoken.decoding.inputs import changes_inputs, check_trees, device_of, is_offloaded, takes
 from everytoken.decoding.masks import attention_mask_for
 from everytoken.decoding.row import read_on
+from everytoken.decoding.row_cache import RowCache
 from everytoken.generation.dyspec import DySpec
 from everytoken.generation.qstar_beam import QStarBeam
 from everytoken.generation.r2r import R2R
@@ -23,6 +24,7 @@ from everytoken.testing.decoder import Recorder
 from everytoken.testing.models import tiny_llama, tiny_tokenizer
 
 from ..testing.test_decoder import Plain
+from .families import build
 
 PROMPT = torch.tensor([[3, 5, 8, 2, 7, 7, 4]])
 NEW = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -198,12 +200,41 @@ def test_attention_without_masks_of_trees_is_refused():
     assert not takes(model, "token_type_ids")
 
 
-@pytest.mark.slow
-def test_trees_through_flex_attention():
+def test_flex_attention_on_a_cpu_is_refused():
+    """There torch's compiler fails at a single token; the masks are compared below."""
     target, draft = tiny_llama(29, scale=2), tiny_llama(29, seed=9)
-    expected = target.generate(PROMPT, **NEW).tolist()
     target.set_attn_implementation("flex_attention")
-    assert target.generate(PROMPT, custom_generate=DySpec(draft, budget=6), **NEW).tolist() == expected
+    with pytest.raises(UnsupportedModelError, match="flex_attention on a CPU"):
+        target.generate(PROMPT, custom_generate=DySpec(draft, budget=6), **NEW)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_a_trees_flex_mask_shows_what_its_boolean_mask_shows(name):
+    """Also in layers with a window, which ends within the text and the tree."""
+    model = build(name)
+    held = RowCache(model)
+    with torch.no_grad():
+        held.read([*PROMPT[0].tolist(), 3, 5])
+    held.mark()
+    model.config._attn_implementation = "sdpa"
+    allowed, depths = torch.rand(3, held.length + 3) > 0.3, torch.tensor([0, 1, 1]) + held.length
+    boolean = held._masks(allowed, depths)
+    model.config._attn_implementation = "flex_attention"
+    assert RowCache(model).trees
+    blocks = held._masks(allowed, depths)
+    kinds = list(boolean) if isinstance(boolean, dict) else [None]
+    for kind in kinds:
+        expected, mask = (boolean, blocks) if kind is None else (boolean[kind], blocks[kind])
+        rows, columns = torch.meshgrid(torch.arange(3), torch.arange(expected.shape[-1]), indexing="ij")
+        assert tuple(mask.shape) == (1, 1, *expected.shape[-2:])
+        assert torch.equal(mask.mask_mod(torch.tensor(0), torch.tensor(0), rows, columns), expected[0, 0])
+
+
+def test_attention_without_masks_of_trees_drafts_one_path():
+    model = tiny_llama(29)
+    assert RowCache(model).trees
+    model.config._attn_implementation = "flash_attention_2"
+    assert not RowCache(model).trees
 
 
 # -- vocabularies of unequal size --------------------------------------------------------------------------------------

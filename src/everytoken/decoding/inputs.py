@@ -132,6 +132,16 @@ def _says_something(value: Any) -> bool:
     return value is not None and value is not False
 
 
+def check_flex(decoder: str, model: PreTrainedModel) -> None:
+    """Raises UnsupportedModelError for flex attention on a CPU: torch cannot compile it for one token there."""
+    attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    if attention == "flex_attention" and device_of(model).type == "cpu":
+        raise UnsupportedModelError(
+            f"{decoder} does not support flex_attention on a CPU: torch cannot compile it for one token.",
+            "Load the model with attn_implementation='sdpa'.",
+        )
+
+
 def check_trees(decoder: str, model: PreTrainedModel) -> None:
     """Raises UnsupportedModelError for a model that cannot read the nodes of a tree in one forward.
 

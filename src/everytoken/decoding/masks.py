@@ -1,14 +1,14 @@
-"""Attention masks in the form that a model's attention takes."""
+"""A mask of one's own in the form that a model's attention takes: a row for each query, a column for each key."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+    from transformers import PreTrainedModel
 
 
 def attention_mask_for(model: PreTrainedModel, allowed: torch.Tensor) -> torch.Tensor | BlockMask:

@@ -20,6 +20,7 @@ from ..core.errors import BadInputError
 from ..core.trace import Value
 from .matcher import Matcher, fill_mask
 from .processors import stateless
+from .row_cache import RowCache
 
 
 class DecodingRow:
@@ -180,8 +181,6 @@ def known_tokens(text: list[int], helper: PreTrainedModel) -> list[int]:
 def read_on(model: PreTrainedModel, cache: Cache, text: list[int], vocab: int) -> torch.Tensor:
     """Runs a model over what its cache does not hold of ``text`` yet, in one forward: logits ``[V]`` of the next
     token."""
-    from .row_cache import RowCache
-
     held = RowCache(model, cache)
     held.prompt = held.length or None
     output = held.read(text)

@@ -46,7 +46,7 @@ from ..core.errors import BadInputError
 from ..decoding.base import Decoder, Example
 from ..decoding.call import DecodingCall
 from ..decoding.checks import check_decoder_only, check_same_vocabulary, check_unread
-from ..decoding.inputs import check_reads_text
+from ..decoding.inputs import check_flex, check_reads_text
 from ..decoding.matcher import Matcher, fill_mask
 from ..decoding.row import DecodingRow
 from ..decoding.row_cache import RowCache, check_cached, check_rewindable
@@ -129,6 +129,7 @@ class DySpec(Decoder):
         """Raises TokenizerMismatchError for a draft of another vocabulary, UnsupportedModelError for a target or
         draft that tokens and a cache do not suffice for, or a cache from which tokens cannot be dropped."""
         assert self.draft_model is not None
+        check_flex("DySpec", call.model)
         check_cached("DySpec", call.model)
         if not check_feature_target(self.draft_model, call.model):
             check_decoder_only("DySpec's draft", self.draft_model.config)
