@@ -464,7 +464,7 @@ def test_random_documents_are_valid(number):
 def test_official_suite():
     """No invalid instance is accepted; valid ones are rejected only where spelling is canonical by design."""
     expected = {
-        "const.json": 5, "enum.json": 4, "type.json": 1, "vocabulary.json": 1, "format.json": 13,
+        "const.json": 5, "enum.json": 4, "type.json": 1, "vocabulary.json": 1, "format.json": 16,
         "date-time.json": 2, "email.json": 5, "time.json": 6,
     }  # fmt: skip
     judged, refused, rejected = 0, 0, {}
@@ -473,6 +473,8 @@ def test_official_suite():
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
+                    # an unknown format is an annotation, by the standard
+                    warnings.filterwarnings("ignore", ".*is not known and says nothing")
                     compiled = compile_(
                         Grammar.from_json_schema(case["schema"], strict_mode=False, property_order="any")
                     )
