@@ -53,6 +53,7 @@ def diagnose() -> list[dict[str, Any]]:
                 note(f"{name} ({extra})", "missing", "not installed", f"pip install 'everytoken[{extra}]'")
     _devices(note)
     _caches(note)
+    _weights(note)
     return findings
 
 
