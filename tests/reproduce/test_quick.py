@@ -195,8 +195,6 @@ def test_rto():
     assert all(f">{name}</text>" in curve_svg(result) for name in ARMS)
 
 
-# fails where the quick start of the sums bed reaches the ceiling (0.953 of 128 questions): to be mended in the bed
-@pytest.mark.exhaustive
 @pytest.mark.reproduction("cdpo")
 def test_cdpo():
     """Contrastive estimation finds critical tokens better than chance, even of a few wrong traces."""
@@ -214,8 +212,6 @@ def test_ift():
     assert distinct(result, "SFT", "IFT")
 
 
-# fails where the quick start of the sums bed reaches the ceiling (0.953 of 128 questions): to be mended in the bed
-@pytest.mark.exhaustive
 @pytest.mark.reproduction("cdpo")
 def test_the_sums_bed_can_decide():
     """Its positive control: more of what the start learnt from."""

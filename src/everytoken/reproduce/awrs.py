@@ -136,7 +136,7 @@ def run(context: Context) -> Arms:
         for name in ("AWRS", "AWRS, unweighted"):
             tests = steps = spent = 0.0
             for index, inputs in enumerate(work):
-                context.progress(f"{task}, {name}: prompt {index + 1} of {len(work)}")
+                context.report(f"{task}, {name}: prompts", index + 1, len(work))
                 decoder = AWRS(compiled, proper_weights=name == "AWRS", seed=1000 * context.seed + index)
                 torch.manual_seed(context.seed)
                 model.generate(
@@ -153,7 +153,7 @@ def run(context: Context) -> Arms:
             arms[name][f"{task}: tests a token"] = tests / steps
             arms[name][f"{task}: milliseconds a token"] = 1e3 * spent / steps
         # full masking with the same checker, at states along one text
-        context.progress(f"{task}: masking with the same checker")
+        context.report(f"{task}: masking with the same checker", 0, 0)
         matcher = GrammarMatcher(compiled)
         times = []
         text = decoder._spell(decoder.particles_[0][0])
@@ -169,7 +169,7 @@ def run(context: Context) -> Arms:
         baseline = arms["masking with the same checker"]
         baseline[f"{task}: tests a token"] = float(vocab)
         baseline[f"{task}: milliseconds a token"] = 1e3 * statistics.median(times)
-    context.progress("posterior of a toy model")
+    context.report("posterior of a toy model", 0, 0)
     toy = toy_divergence(context.seed, 8, 2_000 if context.quick else 20_000)
     arms["masking with the same checker"]["divergence from the posterior, nats"] = toy["masking"]
     arms["AWRS"]["divergence from the posterior, nats"] = toy["AWRS"]

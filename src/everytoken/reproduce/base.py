@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
 
 from ..core.errors import BadInputError
+from ..core.progress import Report, silent
 from ..core.results import (
     Arms,
     Claim,
@@ -43,6 +44,7 @@ from ..core.results import (
 if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
+    from rich.status import Status
     from rich.table import Table
     from transformers import PreTrainedModel
 
@@ -105,7 +107,7 @@ class Context:
         scale: ``"quick"`` (a smaller version, in a minute or two), ``"cpu"`` (at most 40 minutes a part and four
             hours a claim on two cores) or ``"gpu"``.
         model: as for ``load_model``; None is the embedded default.
-        progress: call it with a line of text to report.
+        report: ``report(stage, done, total)``, as ``core.progress`` has it.
         artifacts: fill with anything worth keeping in the result file (curves, samples).
         folder: where finished parts are kept until the experiment ends; None keeps none.
     """
@@ -113,7 +115,7 @@ class Context:
     seed: int
     scale: Scale = "cpu"
     model: str | None = None
-    progress: Callable[[str], None] = lambda _line: None
+    report: Report = silent
     artifacts: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     _parts: set[str] = field(default_factory=set, repr=False)
@@ -298,8 +300,8 @@ def execute(
             continue
         with console.status(f"seed {seed} of {count} ...") as status:
 
-            def show(line: str, seed: int = seed, update: Callable[[str], None] = status.update) -> None:
-                update(f"seed {seed}: {line}")
+            def show(stage: str, done: int, total: int, seed: int = seed, status: Status = status) -> None:
+                status.update(f"seed {seed}: {stage}" + (f", {done} of {total}" if total else ""))
 
             context = Context(seed, scale, model, show, folder=place / f"parts-{seed}")
             seed_everything(seed)

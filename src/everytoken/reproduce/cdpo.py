@@ -70,7 +70,7 @@ def tuned(
     traces: list[tuple[str, str]],
     steps: int,
     lr: float,
-    report: Callable[[str], None],
+    report: Report,
     label: str,
 ) -> PreTrainedModel:
     """A copy of ``model`` tuned on traces."""
@@ -94,7 +94,7 @@ def own_traces(context: Context, model: PreTrainedModel, tokenizer: PreTrainedTo
     for p, t, good in marked:
         if not good and t not in wrong.setdefault(p, []):
             wrong[p].append(t)
-    context.progress(f"{sum(good for *_, good in marked)} of {len(marked)} traces are right")
+    context.report("traces that are right", sum(good for *_, good in marked), len(marked))
     both = [p for p in dict.fromkeys(prompts) if p in right and wrong.get(p)]
     if not both:
         raise BadInputError(
@@ -119,7 +119,7 @@ def critical(
     oracle = RolloutOracle(model, tokenizer, correct, rollouts=sizes.rollouts, max_new_tokens=56, batch_size=512)
     rows, labels = [], []
     for index, (prompt, text) in enumerate(failed):
-        context.progress(f"rollouts from every prefix of wrong trace {index + 1} of {len(failed)}")
+        context.report("rollouts from every prefix of wrong traces", index + 1, len(failed))
         row = PromptResponse(tokenizer(prompt)["input_ids"], tokenizer(text + "\n")["input_ids"])
         found = critical_tokens(oracle.score(*row))
         if found:
@@ -160,8 +160,8 @@ def run(context: Context) -> Arms:
     both, right, wrong = own_traces(context, model, tokenizer, sizes)
     positives = [(p, right[p] + "\n") for p in both]
     negatives = [(p, t + "\n") for p in both for t in wrong[p]]
-    positive = tuned(model, tokenizer, positives, sizes.steps, 3e-4, context.progress, "p+")
-    negative = tuned(model, tokenizer, negatives, sizes.steps, 3e-4, context.progress, "p-")
+    positive = tuned(model, tokenizer, positives, sizes.steps, 3e-4, context.report, "p+")
+    negative = tuned(model, tokenizer, negatives, sizes.steps, 3e-4, context.report, "p-")
     estimator = ContrastiveEstimator(positive, negative)
     arms = context.part("critical tokens", lambda: critical(context, model, tokenizer, sizes, estimator))
 
@@ -188,7 +188,7 @@ def run(context: Context) -> Arms:
         loss, annotators = (DPOLoss(0.1), []) if name == "DPO" else (CDPOLoss(0.1), [estimator])
         best, policy = -1.0, model
         for lr in rates:  # each loss gets the learning rate that suits it, by other questions than the test's
-            context.progress(f"{name}: {sizes.steps} steps on {len(pairs)} pairs, learning rate {lr}")
+            context.report(f"{name} on {len(pairs)} pairs, learning rate {lr}", 0, sizes.steps)
             trainer = train_quietly(
                 copy.deepcopy(model),
                 copy.deepcopy(model),

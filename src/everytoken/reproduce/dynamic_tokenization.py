@@ -136,7 +136,7 @@ def merged_prefixes(
     kept: dict[float, list[float]] = {share: [] for share in shares}
     with torch.inference_mode():
         for language in languages:
-            context.progress(language)
+            context.report(language, 0, 0)
             ids = tokenizer(halves(declarations()[language])[1], add_special_tokens=False)["input_ids"]
             rows = windows(ids, PREFIX + REST, 2)
             prefixes, rest = [row[:-REST] for row in rows], [row[-REST:] for row in rows]
@@ -179,7 +179,7 @@ def prefill_times(
     prefill = DynamicPrefill(DynamicTokenizer(tokenizer, reduction=1.0, embedder=embedder))
     seconds: dict[str, list[float]] = {"no merging": [], "hypernetwork": []}
     for language in MEASURED[:3] if context.quick else MEASURED:
-        context.progress(f"prefill times, {language}")
+        context.report(f"prefill times, {language}", 0, 0)
         ids = torch.tensor([tokenizer(declarations()[language], add_special_tokens=False)["input_ids"][:512]])
         times: dict[str, list[float]] = {name: [] for name in seconds}
         for _ in range(4):
@@ -203,12 +203,12 @@ def large_vocabulary(
     from ..tokenization.large_vocabulary import LargeVocabulary
     from .stochastok import prose
 
-    context.progress("a large vocabulary")
+    context.report("a large vocabulary", 0, 0)
     corpus = [*sources(), prose(), *(halves(text)[0] for text in declarations().values())]
     tokens = DynamicTokenizer(tokenizer).vocabulary(corpus, LARGE)
     text = prose()
     sample = windows(tokenizer(text[:600_000], add_special_tokens=False)["input_ids"], 256, 8)
-    context.progress(f"an index over {len(tokens):,} new tokens")
+    context.report(f"an index over {len(tokens):,} new tokens", 0, 0)
     began = time.perf_counter()
     decoder = LargeVocabulary(tokens, embedder).build(model, sample)
     context.artifacts["tokens in the index"] = len(decoder)
@@ -224,7 +224,7 @@ def large_vocabulary(
         for row in hidden[:200]:
             decoder.nearest(row[None], exact)
         arms[name]["milliseconds a lookup"] = (time.perf_counter() - began) / 200 * 1e3
-    context.progress("generating over it")
+    context.report("generating over it", 0, 0)
     steps, new, texts = 0, 0, []
     for row in held:
         out = model.generate(

@@ -94,7 +94,7 @@ def run(context: Context) -> Arms:
         lengths: list[float] = []
         texts = []
         for index, inputs in enumerate(work):
-            context.progress(f"{name}: prompt {index + 1} of {len(work)}")
+            context.report(f"{name}: prompts", index + 1, len(work))
             decoder = build()
             arguments = dict(do_sample=False) | extra
             if decoder is not None:

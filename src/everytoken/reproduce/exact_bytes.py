@@ -79,7 +79,7 @@ def second_model(context: Context) -> tuple[PreTrainedModel, PreTrainedTokenizer
             rows = torch.cat([torch.full((16, 1), tokenizer.bos_token_id), rows], 1)
             yield rows, rows
 
-    fit(model, batches(), 12 if context.quick else 160, 2e-3, context.progress, "the second model")
+    fit(model, batches(), 12 if context.quick else 160, 2e-3, context.report, "the second model")
     return model, tokenizer
 
 
@@ -95,7 +95,7 @@ def ensemble(context: Context, lm: ByteLM) -> Arms:
     bits: dict[str, list[float]] = {"embedded model": [], "second model": [], "ensemble": []}
     count, size = (1, 40) if context.quick else (8, 100)
     for number in range(count):
-        context.progress(f"ensembles: text {number + 1} of {count}")
+        context.report("ensembles: texts", number + 1, count)
         data = text[(start := int(rng.integers(0, len(text) - 400))) : start + 60 + size].encode()
         for name, model in (("embedded model", lm), ("second model", other), ("ensemble", both)):
             bits[name].append((model.logprob(data[:60]) - model.logprob(data)) / math.log(2) / size)
@@ -117,7 +117,7 @@ def run(context: Context) -> Arms:
     lm = ByteLM(model, tokenizer)
     forwards = 0
     for number, (prefix, wanted) in enumerate(work, 1):
-        context.progress(f"prompt {number} of {len(work)}")
+        context.report("prompts", number, len(work))
         ids = [*lm.context, *tokenizer(prefix, add_special_tokens=False)["input_ids"]]
         naive = ByteLM(model, tokenizer, context=ids)
         hits["own tokens"].append(naive.generate("", NEXT) == wanted)

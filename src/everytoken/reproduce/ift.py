@@ -101,7 +101,7 @@ def tune(
     class Watch(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step % 10 == 0:
-                context.progress(f"{name}: step {state.global_step} of {steps}")
+                context.report(name, state.global_step, steps)
 
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(

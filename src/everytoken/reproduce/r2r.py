@@ -76,15 +76,15 @@ def run(context: Context) -> Arms:
     checks = [worked_sum(random.Random(seed), terms, SEPARATORS)[0] for seed in range(60)]
     # learning is sudden and its moment differs by seed: the large model goes on until it can add, the small one stops
     # when it gets a third of the answers right, for later there would be no gap to close
-    trained = {"large": fit(large, batches, 60 if context.quick else 600, 2e-3, context.progress, "the large model")}
+    trained = {"large": fit(large, batches, 60 if context.quick else 600, 2e-3, context.report, "the large model")}
     while not context.quick and trained["large"] < 1800 and solved(large, tokenizer, checks) < 0.95:
-        trained["large"] += fit(large, batches, 300, 2e-3, context.progress, "the large model, again")
+        trained["large"] += fit(large, batches, 300, 2e-3, context.report, "the large model, again")
     trained["small"] = fit(
         small,
         batches,
         60 if context.quick else 700,
         3e-3,
-        context.progress,
+        context.report,
         "the small model",
         enough=lambda: solved(small, tokenizer, checks) >= 1 / 3,
     )
@@ -100,7 +100,7 @@ def run(context: Context) -> Arms:
         max_new_tokens=80,
         batch=64,
         count=vocab,
-        report=lambda stage, done, total: context.progress(f"{stage}: {done} of {total}"),
+        report=context.report,
     )
     learn, held = split_by_prompt(labels, 0.2, context.seed)
     config = TokenRouterConfig(
@@ -119,7 +119,7 @@ def run(context: Context) -> Arms:
         began = time.perf_counter()
         share = 0.0
         for index, prompt in enumerate(prompts):
-            context.progress(f"{name}: sum {index + 1} of {len(prompts)}")
+            context.report(f"{name}: sums", index + 1, len(prompts))
             inputs = tokenizer(prompt, return_tensors="pt")
             output = model.generate(**inputs, max_new_tokens=80, do_sample=False, custom_generate=decoder)
             new = output[0, inputs["input_ids"].shape[1] :]

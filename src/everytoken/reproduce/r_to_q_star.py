@@ -126,10 +126,10 @@ def run(context: Context) -> Arms:
         tokenizer,
         steps * batch,
         max_new_tokens=new_tokens,
-        report=lambda _stage, done, total: context.progress(f"{done} of {total} pairs sampled"),
+        report=context.report,
     )
     policy = load_model(context.model, dtype="float32", packed=True)
-    context.progress(f"DPO, {steps} steps")
+    context.report("DPO", 0, steps)
     train_quietly(
         policy,
         base,
@@ -153,7 +153,7 @@ def run(context: Context) -> Arms:
     for _, prompt, text in scored[:samples]:
         if (changed := corrupt(base, tokenizer, prompt, text, rng)) is not None:
             cases.append((prompt, *changed))
-    context.progress("credit of planted errors")
+    context.report("credit of planted errors", 0, 0)
     ranks = planted(ImplicitReward(policy, base, 0.1), tokenizer, cases)
     arms: Arms = {}
     for name, found in ranks.items():
@@ -165,7 +165,7 @@ def run(context: Context) -> Arms:
     for name, model in (("DPO policy", policy), ("base model", base)):
         curve[name] = {}
         for width in WIDTHS[:2] if context.quick else WIDTHS:
-            context.progress(f"{name}, {width} beams")
+            context.report(f"{name}, {width} beams", 0, 0)
             rewards = []
             for first in range(0, len(prompts), 8):
                 part = prompts[first : first + 8]

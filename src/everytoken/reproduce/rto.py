@@ -59,7 +59,7 @@ def rollouts(
 
     class Watch(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            context.progress(f"{name} batch {len(rewards)} of {batches}: reward {rewards[-1]:+.3f}")
+            context.report(f"{name}, reward {rewards[-1]:+.3f}", len(rewards), batches)
 
     with tempfile.TemporaryDirectory() as folder:
         args = RTOConfig(

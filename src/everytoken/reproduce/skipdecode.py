@@ -82,18 +82,18 @@ def run(context: Context) -> Arms:
     terms = 2 if context.quick else 4
     batches = answer_batches(rng, lambda r: worked_sum(r, terms), tokenizer, 64)
     base = small_model(len(tokenizer), hidden, layers, end=tokenizer.eos_token_id, context=256)
-    trained = fit(base, batches, steps, 2e-3, context.progress, "the full model")
+    trained = fit(base, batches, steps, 2e-3, context.report, "the full model")
     # learning is sudden and its moment differs by seed: tuning starts from a model that can do its task
     checks = [worked_sum(random.Random(seed), terms) for seed in range(64)]
     while not context.quick and trained < 1500 and mean(quality(base, tokenizer, None, checks)["exact match"]) < 0.95:
-        trained += fit(base, batches, 250, 2e-3, context.progress, "the full model, again")
+        trained += fit(base, batches, 250, 2e-3, context.report, "the full model, again")
     context.artifacts["steps of the full model"] = trained
     test = random.Random(10_000 + context.seed)
     work = [worked_sum(test, terms) for _ in range(32 if context.quick else 128)]
     length = len(work[0][1])  # tokens of an answer, give or take one
     arms: Arms = {}
     tuned = copy.deepcopy(base)
-    fit(tuned, batches, tuning, 1e-3, context.progress, "full depth, tuned")
+    fit(tuned, batches, tuning, 1e-3, context.report, "full depth, tuned")
     arms["full depth"] = quality(tuned, tokenizer, None, work)
     nominal = {}
     for ratio in SPEEDUPS:
@@ -101,15 +101,15 @@ def run(context: Context) -> Arms:
         nominal[f"{ratio}x"] = speedup(schedule, layers, length)
         skipping = copy.deepcopy(base)
         with skip_layers(skipping, schedule):
-            fit(skipping, batches, tuning, 1e-3, context.progress, f"SkipDecode {ratio}x")
-        context.progress(f"SkipDecode {ratio}x writes")
+            fit(skipping, batches, tuning, 1e-3, context.report, f"SkipDecode {ratio}x")
+        context.report(f"SkipDecode {ratio}x writes", 0, 0)
         arms[f"SkipDecode {ratio}x"] = quality(skipping, tokenizer, SkipDecode(schedule), work)
         arms[f"not tuned {ratio}x"] = quality(base, tokenizer, SkipDecode(schedule), work)
         short = copy.deepcopy(base)
         kept = max(1, round(layers / ratio))
         short.model.layers = short.model.layers[:kept]
         short.config.num_hidden_layers = kept
-        fit(short, batches, tuning, 1e-3, context.progress, f"truncated {ratio}x")
+        fit(short, batches, tuning, 1e-3, context.report, f"truncated {ratio}x")
         arms[f"truncated {ratio}x"] = quality(short, tokenizer, None, work)
     context.artifacts["nominal speed-up"] = nominal
     return arms

@@ -183,8 +183,8 @@ def game(context: Context) -> dict[str, list[float]]:
                     torch.tensor([mask + [-100] * (width - len(mask)) for mask in masks]),
                 )
 
-        fit(model, pretraining(), steps, 2e-3, context.progress, f"game, {arm}, pretraining")
-        fit(model, tuning_batches(), tuning, 1e-3, context.progress, f"game, {arm}, fine-tuning")
+        fit(model, pretraining(), steps, 2e-3, context.report, f"game, {arm}, pretraining")
+        fit(model, tuning_batches(), tuning, 1e-3, context.report, f"game, {arm}, fine-tuning")
         scores[arm] = play(model, tokenizer, tests_set)
     context.artifacts["game"] = {"words": len(words), "tokens of prose": len(ids), "chance": 0.25}
     context.artifacts["game"] |= {arm: mean(values) for arm, values in scores.items()}
@@ -262,7 +262,7 @@ def spelling(context: Context) -> dict[str, list[float]]:
             batches(lists, bare(vocabulary, prop, context.seed)),
             steps,
             3e-3,
-            context.progress,
+            context.report,
             f"spelling, {arm}",
         )
         fit(
@@ -270,7 +270,7 @@ def spelling(context: Context) -> dict[str, list[float]]:
             batches(questions, bare(vocabulary, 0.0, 0)),
             tuning,
             1e-3,
-            context.progress,
+            context.report,
             f"spelling, {arm}, questions",
         )
         rows = torch.from_numpy(asked(np.repeat(unseen, 3), np.tile(np.arange(3), len(unseen))))
@@ -306,7 +306,7 @@ def addition(context: Context) -> dict[str, list[float]]:
             batches(draw, bare(vocabulary, prop, context.seed)),
             steps,
             3e-3,
-            context.progress,
+            context.report,
             f"addition, {arm}",
         )
         ids = torch.from_numpy(rows(test))

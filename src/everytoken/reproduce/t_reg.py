@@ -53,10 +53,10 @@ def run(context: Context) -> Arms:
     teacher, tokenizer = load_model(context.model, dtype="float32", packed=True), load_tokenizer(context.model)
     asked = TeacherRewards(ContrastivePromptRewards(teacher, tokenizer, BETTER, WORSE, batch_size=64), work.writer)
     policy, dpo = train_arm(context, work, "DPO", DPOLoss(beta=0.1))
-    context.progress("asking the embedded model with two prompts")
+    context.report("asking the embedded model with two prompts", 0, 0)
     _, regularised = train_arm(context, work, "T-REG", TREGLoss(beta=0.1, alpha=0.25), [asked])
     arms = figures(context, {"DPO": dpo, "T-REG": regularised})
-    context.progress("token rewards against the lexicon")
+    context.report("token rewards against the lexicon", 0, 0)
 
     def credit(ids: torch.Tensor, mask: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         return ImplicitReward(policy, work.start, 0.1).score(ids, mask, attention)
@@ -74,10 +74,11 @@ def run(context: Context) -> Arms:
 
 
 def fresh_rows(work: Work, context: Context) -> list[PromptResponse]:
-    """Continuations of held-out openings by the start."""
+    """Continuations of held-out openings by the start; a quick start knows few words, so it writes more of them."""
     torch.manual_seed(context.seed + 1)
-    rows = work.writer.sample(work.start, work.prompts)
-    return [PromptResponse(work.writer.encode(p), r) for p, r in zip(work.prompts, rows, strict=True) if r]
+    prompts = work.prompts * (8 if context.quick else 1)
+    rows = work.writer.sample(work.start, prompts)
+    return [PromptResponse(work.writer.encode(p), r) for p, r in zip(prompts, rows, strict=True) if r]
 
 
 REPRODUCTION = Reproduction(

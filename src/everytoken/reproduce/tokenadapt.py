@@ -88,13 +88,13 @@ def run(context: Context) -> Arms:
     held_out, training = text[-60_000:], text[:2_000_000]
     held_out = held_out[: 6_000 if context.quick else 12_000]
     arms: Arms = {name: {} for name in ("original", *ARMS)}
-    context.progress("the original")
+    context.report("the original", 0, 0)
     arms["original"]["bits a byte"] = bits_a_byte(model, old, held_out)
     embedder = remembering()
     for target in TARGETS[:1] if context.quick else TARGETS:
         tokenizer = load_any_tokenizer(target)
         for name, settings in ARMS.items():
-            context.progress(f"{target}: {name}")
+            context.report(f"{target}: {name}", 0, 0)
             method = TokenAdapt(embedder=embedder, seed=context.seed, **settings)
             fresh = method.transplant(model, old, tokenizer)
             bits = bits_a_byte(fresh, tokenizer, held_out)
@@ -114,7 +114,7 @@ def supertokens(context: Context, training: str, held_out: str) -> Arms:
     from ..tokenization.supertokens import SupertokenTrainer
     from .stochastok import bpe
 
-    context.progress("supertokens")
+    context.report("supertokens", 0, 0)
     size = 2_048 if context.quick else 8_192
     supers = SupertokenTrainer(size, seed=context.seed).train(training.split("\n\n"))
     plain = bpe(training, size)

@@ -184,7 +184,7 @@ def run(context: Context) -> Arms:
     exact: dict[str, dict[str, float]] = {}
     for length in lengths:
         label = f"{length // 1000}k"
-        context.progress(f"attention over {label} cached tokens")
+        context.report(f"attention over {label} cached tokens", 0, 0)
         spent = attention_times(model, length, 5 if context.quick else 9)
         arms["full attention"] |= {
             f"attention step at {label}, ms": 1e3 * spent["full"],
@@ -205,7 +205,7 @@ def run(context: Context) -> Arms:
         for depth in depths:
             key = chance.randint(10000, 99999)
             prompt = passkey_prompt(tokenizer, length, depth, key)
-            context.progress(f"pass key at {depth:.0%} of {label}")
+            context.report(f"pass key at {depth:.0%} of {label}", 0, 0)
             hits["TokenSelect"].append(finds(tokenizer, model, TokenSelect(), prompt, key))
             if length <= 16000:  # full attention reads 32k tokens in a quarter of an hour
                 hits["full attention"].append(finds(tokenizer, model, None, prompt, key))
@@ -213,7 +213,7 @@ def run(context: Context) -> Arms:
             if values:
                 arms[name][f"pass keys found at {label}"] = [float(value) for value in values]
         found[label] = {name: f"{sum(values)} of {len(values)}" for name, values in hits.items()}
-        context.progress(f"decoding behind {label} tokens")
+        context.report(f"decoding behind {label} tokens", 0, 0)
         speeds = decode_speed(model, prompt, 6 if context.quick else 12)
         reused[label] = speeds.pop("selections reused")
         for name, value in speeds.items():

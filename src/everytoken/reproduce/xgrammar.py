@@ -116,7 +116,7 @@ def run(context: Context) -> Arms:
     compiler = GrammarCompiler(info, cache_limit=0)
     schema, anything = compiler.compile_json_schema(SCHEMA), compiler.compile_builtin_json_grammar()
     GrammarMatcher(anything).allowed_tokens()  # the kernels are compiled
-    context.progress("masks along documents")
+    context.report("masks along documents", 0, 0)
     arms: Arms = {}
     split: dict[str, Values] = {}
     naive: dict[str, Values] = {}
@@ -141,7 +141,7 @@ def run(context: Context) -> Arms:
         tokens = seconds = 0.0
         valid: list[float] = []
         for index, inputs in enumerate(work):
-            context.progress(f"{name}: prompt {index + 1} of {len(work)}")
+            context.report(f"{name}: prompts", index + 1, len(work))
             torch.manual_seed(context.seed)
             extra = {} if decoder is None else {"custom_generate": decoder}
             began = time.perf_counter()

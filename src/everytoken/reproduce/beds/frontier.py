@@ -83,8 +83,8 @@ def train_arm(
                 curve.append(measure(work, model, context.seed))
                 model.train()
                 kl, reward = curve[-1]
-                done = f"{name} step {state.global_step} of {work.size.steps}"
-                context.progress(f"{done}: reward {mean(reward):+.3f}, KL {kl:.2f}")
+                stage = f"{name}, reward {mean(reward):+.3f}, KL {kl:.2f}"
+                context.report(stage, state.global_step, work.size.steps)
 
     def train() -> tuple[PreTrainedModel, Curve]:
         curve.append(measure(work, work.start, context.seed))

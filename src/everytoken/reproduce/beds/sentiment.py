@@ -146,7 +146,7 @@ class SentimentBed:
     def rows(self, context: Context) -> list[Pair]:
         writer, count = small_writer(context), sizes(context).pairs
         torch.manual_seed(derive_seed(context.seed, "pairs"))
-        context.progress(f"{count} pairs of the small model's own continuations")
+        context.report(f"{count} pairs of the small model's own continuations", 0, 0)
         return writer.pairs(writer.model(), count)
 
     def measure(self, context: Context, model: PreTrainedModel) -> dict[str, Values]:
@@ -160,7 +160,7 @@ class SentimentBed:
         from ...preference.short_training import train_quietly
 
         writer, size = small_writer(context), sizes(context)
-        context.progress("DPO")
+        context.report("DPO", 0, size.steps)
         return train_quietly(
             writer.model(),
             writer.model(),
@@ -212,7 +212,7 @@ def small_writer(context: Context) -> SmallWriter:
                 ids, attention, _mask = pad_rows(picked, small.pad_token_id)
                 yield ids, torch.where(attention.bool(), ids, -100)
 
-        fit(model, batches(), steps, 2e-3, context.progress, "test bed")
+        fit(model, batches(), steps, 2e-3, context.report, "test bed")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             made = Path(temporary) / "bed"
@@ -237,7 +237,7 @@ def written(context: Context, prompts: list[str], path: Path) -> list[str]:
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(texts), encoding="utf-8")
             temporary.replace(path)
-            context.progress(f"test bed: {len(texts)} of {len(prompts)} continuations written")
+            context.report("test bed: continuations", len(texts), len(prompts))
     return texts
 
 

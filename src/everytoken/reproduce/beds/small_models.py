@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...core.progress import Report
+
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -41,14 +43,15 @@ def fit(
     batches: Batches,
     steps: int,
     lr: float,
-    report: Callable[[str], None],
+    report: Report,
     label: str,
     enough: Callable[[], bool] | None = None,
+    every: int = 20,
 ) -> int:
     """AdamW with warm-up and cosine decay over ``batches`` of ``(ids [B, T], labels [B, T])``; returns the steps taken.
 
     Args:
-        enough: called every 20 steps; training ends where it returns True.
+        enough: called every ``every`` steps, and training ends where it returns True.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=max(0.1, 2 / steps))
@@ -62,12 +65,12 @@ def fit(
         schedule.step()
         optimizer.zero_grad()
         if step % 20 == 0:
-            report(f"{label}: step {step} of {steps}, loss {loss.item():.3f}")
-            if enough is not None and step:
-                model.eval()
-                if enough():
-                    return step + 1
-                model.train()
+            report(f"{label}, loss {loss.item():.3f}", step, steps)
+        if enough is not None and step and step % every == 0:
+            model.eval()
+            if enough():
+                return step + 1
+            model.train()
     model.eval()
     return steps
 

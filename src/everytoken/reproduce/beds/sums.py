@@ -81,7 +81,10 @@ class SumsBed:
         return answer_batches(random.Random(derive_seed(context.seed, name)), example, self.tokenizer(), size)
 
     def start(self, context: Context) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Trained until it is right in 45% of its samples: rollouts must be able to fail and to succeed."""
+        """Trained until it is right in 45% of its samples: rollouts must be able to fail and to succeed.
+
+        A quick start stops at 30%: its steps are few and large, and greedy answers are right long before samples are.
+        """
         tokenizer = self.tokenizer()
         key = context.seed, context.scale
         if key not in self._starts:
@@ -90,11 +93,12 @@ class SumsBed:
             model.generation_config.pad_token_id = tokenizer.pad_token_id
             probe = questions(0, "probe", 64)
 
-            def enough() -> bool:
-                return sum(graded(model, tokenizer, probe, sample=True)) / len(probe) >= 0.45
+            share, steps, every = (0.3, 900, 10) if context.quick else (0.45, 3000, 20)
 
-            steps = 900 if context.quick else 3000
-            fit(model, self.batches(context, "base"), steps, 1e-3, context.progress, "base model", enough)
+            def enough() -> bool:
+                return sum(graded(model, tokenizer, probe, sample=True)) / len(probe) >= share
+
+            fit(model, self.batches(context, "base"), steps, 1e-3, context.report, "base model", enough, every)
             self._starts[key] = model
         return copy.deepcopy(self._starts[key]), tokenizer
 
@@ -112,5 +116,5 @@ class SumsBed:
     def positive_control(self, context: Context) -> PreTrainedModel:
         model, _ = self.start(context)
         steps = 300 if context.quick else 600
-        fit(model, self.batches(context, "control"), steps, 1e-3, context.progress, "positive control")
+        fit(model, self.batches(context, "control"), steps, 1e-3, context.report, "positive control")
         return model
