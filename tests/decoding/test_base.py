@@ -20,7 +20,7 @@ from everytoken.decoding.checks import (
     refuse_unsupported,
 )
 from everytoken.decoding.trial import Trial, TrialRequest, run_decoders
-from everytoken.generation.dyspec import DySpec
+from everytoken.generation.r2r import R2R
 from everytoken.generation.skipdecode import LinearDepth, SkipDecode
 
 from ..conftest import tiny_llama
@@ -92,7 +92,7 @@ def test_what_a_decoder_lacks_is_said_from_the_configuration():
     with pytest.raises(BadInputError, match="impossible"):
         SkipDecode(speedup=3.0).check_model(config)
     with pytest.raises(UnsupportedModelError, match="No draft model ships"):
-        DySpec().check_model(config)
+        R2R().check_model(config)
     with pytest.raises(UnsupportedModelError, match="encoder"):
         SkipDecode().check_model(T5Config())
 
@@ -101,4 +101,4 @@ def test_a_trial_asks_before_weights_are_read(tmp_path):
     model = tiny_llama(9)
     model.config.save_pretrained(tmp_path)  # there are no weights to read
     with pytest.raises(UnsupportedModelError, match="No draft model ships"):
-        run_decoders(TrialRequest([Trial("dyspec", DySpec)], model=str(tmp_path)), "a prompt")
+        run_decoders(TrialRequest([Trial("r2r", R2R)], model=str(tmp_path)), "a prompt")

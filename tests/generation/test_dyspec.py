@@ -104,7 +104,44 @@ def test_budget_zero_is_plain_decoding():
 @pytest.mark.parametrize(("shape", "which"), shaped(SHAPES))
 def test_sampled_distribution_is_the_targets(shape, which):
     target = tiny_llama(4, seed=3, scale=0.4)
-    check_distribution(target, DySpec(drafts(target)[which], **shape), [1, 2], 1500)
+    check_distribution(target, DySpec(drafts(target)[which], drawn=True, **shape), [1, 2], 1500)
+
+
+REPEATING = [1, 2, 3, 1, 2, 1, 1, 2]
+"""A prompt in which text finds something to propose."""
+
+
+@pytest.mark.parametrize("corpus", [None, [[1, 2, 3, 0], [2, 0, 0], [3, 3, 1]]], ids=["prompt", "corpus"])
+def test_text_alone_keeps_the_targets_distribution(corpus):
+    """No draft model: the adaptive rules decide every round what is checked."""
+    target = tiny_llama(4, seed=3, scale=0.4)
+    decoder = DySpec("text", corpus=corpus)
+    check_distribution(target, decoder, REPEATING, 600)
+    assert decoder.stats.proposed > 0
+    assert decoder.stats.draft_forwards == 0
+
+
+def test_text_and_draft_in_one_tree_keep_the_targets_distribution():
+    target = tiny_llama(4, seed=3, scale=0.4)
+    check_distribution(target, DySpec(tiny_llama(4, seed=7), threshold=0.02), REPEATING, 600)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_ranked_nodes_keep_the_targets_distribution(temperature):
+    target = tiny_llama(5, seed=5, scale=0.5)
+    check_distribution(target, DySpec(tiny_llama(5, seed=8), budget=6), [1, 2], 600, temperature=temperature, top_k=3)
+
+
+@pytest.mark.parametrize("decoder", [DySpec("text"), DySpec(tiny_llama(23, seed=7)), DySpec(tiny_llama(23, seed=1))])
+def test_ranked_nodes_sample_plain_samplings_own_text(decoder):
+    """A node is there or not, whatever the target draws: the draws are plain sampling's, one a token."""
+    target = tiny_llama(23, seed=1, scale=0.3)
+    prompt = torch.tensor([[3, 5, 8, 2, 3, 5, 8]])
+    arguments = dict(max_new_tokens=40, do_sample=True, top_k=0)
+    torch.manual_seed(3)
+    expected = target.generate(prompt, **arguments)
+    torch.manual_seed(3)
+    assert target.generate(prompt, custom_generate=decoder, **arguments).tolist() == expected.tolist()
 
 
 @pytest.mark.slow
@@ -112,19 +149,30 @@ def test_sampled_distribution_is_the_targets(shape, which):
 def test_sampled_distribution_is_the_targets_long(which):
     target = tiny_llama(5, seed=4, scale=0.4)
     for shape in SHAPES:
-        check_distribution(target, DySpec(drafts(target)[which], **shape), [1, 2], 1200)
+        for drawn in (True, False):
+            check_distribution(target, DySpec(drafts(target)[which], drawn=drawn, **shape), [1, 2], 1200)
 
 
 def test_sampled_distribution_with_temperature_and_top_k():
     target = tiny_llama(5, seed=5, scale=0.5)
-    check_distribution(target, DySpec(tiny_llama(5, seed=8), budget=6), [1, 2], 2000, temperature=0.6, top_k=3)
+    decoder = DySpec(tiny_llama(5, seed=8), budget=6, drawn=True)
+    check_distribution(target, decoder, [1, 2], 2000, temperature=0.6, top_k=3)
 
 
 # -- with a matcher ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("shape", "which"), shaped([SHAPES[1], SHAPES[2], SHAPES[5]]))
 def test_a_matcher_keeps_the_masked_distribution(shape, which):
     target, matcher = tiny_llama(5, seed=3, scale=0.4), ToyMatcher(5)
-    check_distribution(target, DySpec(drafts(target)[which], matcher=matcher, **shape), [1, 2], 1200, matcher=matcher)
+    decoder = DySpec(drafts(target)[which], matcher=matcher, drawn=True, **shape)
+    check_distribution(target, decoder, [1, 2], 1200, matcher=matcher)
+    assert matcher.text == []
+
+
+def test_text_nodes_obey_a_matcher():
+    target, matcher = tiny_llama(5, seed=3, scale=0.4), ToyMatcher(5)
+    decoder = DySpec("text", matcher=matcher, trace_enabled=True)
+    check_distribution(target, decoder, REPEATING, 600, matcher=matcher)
+    assert decoder.stats.proposed > 0
     assert matcher.text == []
 
 
@@ -184,7 +232,96 @@ def test_a_wrong_acceptance_rule_would_be_caught(monkeypatch):
     monkeypatch.setattr(dyspec._Speculation, "_accept", always)
     target = tiny_llama(4, seed=3, scale=0.4)
     with pytest.raises(AssertionError):
-        check_distribution(target, DySpec(tiny_llama(4, seed=7), budget=5), [1, 2], 1500)
+        check_distribution(target, DySpec(tiny_llama(4, seed=7), budget=5, drawn=True), [1, 2], 1500)
+
+
+# -- what is checked ---------------------------------------------------------------------------------------------------
+def test_text_alone_follows_a_repetition():
+    """A greedy tiny model soon repeats itself; the text it repeats proposes it again."""
+    target = tiny_llama(23, seed=1)
+    decoder = DySpec()
+    prompt = torch.tensor([[3, 5, 8, 2]])
+    output = target.generate(prompt, max_new_tokens=60, do_sample=False, custom_generate=decoder)
+    assert output.tolist() == target.generate(prompt, max_new_tokens=60, do_sample=False).tolist()
+    assert decoder.stats.draft_forwards == 0
+    assert decoder.stats.target_forwards < 20
+
+
+def test_a_trial_needs_no_draft_model(tmp_path):
+    from everytoken.decoding.trial import Trial, TrialRequest, run_decoders
+    from everytoken.testing.models import tiny_tokenizer
+
+    tiny_llama(14, seed=1).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "corpus.txt").write_text("abcabc")
+    trial = Trial("dyspec", DySpec, {"corpus": str(tmp_path / "corpus.txt")})
+    result = run_decoders(TrialRequest([trial], model=str(tmp_path), options={"max_new_tokens": 30}), "abc")
+    assert result.rows["dyspec"]["target forwards"] < 30
+    assert result.texts["dyspec"] == result.texts["plain generate"]
+
+
+def test_a_fixed_size_tree_of_text_alone():
+    target, prompt = tiny_llama(23, seed=1), torch.tensor([[3, 5, 8, 2]])
+    decoder = DySpec(threshold=None, budget=4)
+    output = target.generate(prompt, max_new_tokens=40, do_sample=False, custom_generate=decoder)
+    assert output.tolist() == target.generate(prompt, max_new_tokens=40, do_sample=False).tolist()
+    assert decoder.stats.accepted > 0
+
+
+def test_a_corpus_proposes_what_the_prompt_does_not_hold():
+    target = tiny_llama(23, seed=1)
+    prompt = torch.tensor([[3, 5, 8, 2]])
+    text = target.generate(prompt, max_new_tokens=16, do_sample=False)
+    forwards = []
+    for corpus in (None, text.tolist()):
+        decoder = DySpec("text", corpus=corpus)
+        target.generate(prompt, max_new_tokens=16, do_sample=False, custom_generate=decoder)
+        forwards.append(decoder.stats.target_forwards)
+    assert forwards[1] < forwards[0]
+
+
+def test_nodes_of_both_sources_share_one_tree():
+    """Beside a draft that knows nothing, text brings what it would alone; a token proposed twice is one node."""
+    target, prompt = tiny_llama(23, seed=1), torch.tensor([[3, 5, 8, 2]])
+    trees = []
+
+    class Watched(DySpec):
+        def grow(self, *args):
+            trees.append(super().grow(*args))
+            return trees[-1]
+
+    useless = tiny_llama(23, seed=7)
+    accepted = {}
+    for text_nodes in (False, True):
+        decoder = Watched(useless, text_nodes=text_nodes)
+        target.generate(prompt, max_new_tokens=60, do_sample=False, custom_generate=decoder)
+        accepted[text_nodes] = decoder.stats.mean_accepted
+    assert accepted[True] > accepted[False] + 1
+    for tree in trees:
+        assert all(len({tree.tokens[kid] for kid in kids}) == len(kids) for kids in tree.children)
+
+
+def test_a_steep_cost_leaves_plain_decoding():
+    target, prompt = tiny_llama(23, seed=1), torch.tensor([[3, 5, 8, 2]])
+    decoder = DySpec(target, budget=8, cost=lambda tokens: float(tokens) ** 2)
+    output = target.generate(prompt, max_new_tokens=20, do_sample=False, custom_generate=decoder)
+    assert output.tolist() == target.generate(prompt, max_new_tokens=20, do_sample=False).tolist()
+    assert decoder.stats.proposed == 0
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+def test_a_flat_cost_fills_the_budget_and_never_exceeds_it(sampling):
+    target, sizes = tiny_llama(23, seed=1, scale=0.2), []
+
+    class Watched(DySpec):
+        def decode_row(self, call, row):
+            super().decode_row(call, row)
+            sizes.append((call.stats.proposed, call.stats.rounds))
+
+    decoder = Watched(target, budget=6, threshold=1e-6, cost=lambda tokens: 1.0)
+    target.generate(torch.tensor([[3, 5]]), max_new_tokens=20, do_sample=sampling, custom_generate=decoder)
+    ((proposed, rounds),) = sizes
+    assert 5 * rounds <= proposed <= 6 * rounds
 
 
 # -- the tree ----------------------------------------------------------------------------------------------------------
@@ -530,10 +667,39 @@ def test_empty_and_too_long_prompts():
         DySpec(target)(target, torch.ones(1, 300, dtype=torch.long), generation_config=config)
 
 
-def test_no_shipped_draft_for_other_models():
-    target = tiny_llama(23)
-    with pytest.raises(UnsupportedModelError, match="train_draft"):
-        target.generate(torch.tensor([[1]]), max_new_tokens=3, custom_generate=DySpec())
+def test_nothing_to_propose_is_refused(tmp_path):
+    target, ids = tiny_llama(23), torch.tensor([[1]])
+    with pytest.raises(UnsupportedModelError, match="No draft model ships"):
+        target.generate(ids, max_new_tokens=3, custom_generate=DySpec(text_nodes=False))
+    with pytest.raises(BadInputError, match="nothing that proposes"):
+        DySpec("text", text_nodes=False)
+    with pytest.raises(BadInputError, match="no folder or file"):
+        DySpec(str(tmp_path / "absent"))
+    with pytest.raises(BadInputError, match="drawn=True draws from a draft"):
+        target.generate(ids, max_new_tokens=3, do_sample=True, custom_generate=DySpec(drawn=True))
+
+
+def test_a_corpus_that_cannot_be_searched_is_refused(tmp_path):
+    target, ids = tiny_llama(23), torch.tensor([[1]])
+    with pytest.raises(BadInputError, match="There is no file"):
+        DySpec(corpus=str(tmp_path / "absent.txt"))
+    with pytest.raises(BadInputError, match="searched for text nodes"):
+        DySpec(target, corpus=[[1, 2]], text_nodes=False)
+    for alone in (dict(threshold=None), dict(drawn=True)):
+        with pytest.raises(BadInputError, match="draft model's tree alone"):
+            target.generate(
+                ids, max_new_tokens=3, do_sample=True, custom_generate=DySpec(target, corpus=[[1, 2]], **alone)
+            )
+    with pytest.raises(BadInputError, match="prepare"):
+        target.generate(ids, max_new_tokens=3, custom_generate=DySpec(corpus=["some text"]))
+
+
+def test_a_draft_is_loaded_by_its_folder(tmp_path):
+    target, ids = tiny_llama(23, seed=1), torch.tensor([[3, 5]])
+    target.save_pretrained(tmp_path)
+    decoder = DySpec(str(tmp_path), budget=6, threshold=None, max_children=1, text_nodes=False)
+    target.generate(ids, max_new_tokens=15, do_sample=False, custom_generate=decoder)
+    assert decoder.stats.mean_accepted > 5
 
 
 def test_static_cache_is_refused():

@@ -113,16 +113,21 @@ def load_function(path: str, what: str = "A function", example: str = "checks:is
     return found
 
 
+def check_file(path: Path) -> None:
+    """Raises BadInputError where there is no such file."""
+    if path.is_dir():
+        raise BadInputError(f"{path} is a folder, not a file.")
+    if not path.is_file():
+        raise BadInputError(f"There is no file {path}.")
+
+
 def read_text(path: Path) -> str:
     """A file of the user's.
 
     Raises:
         BadInputError: no such file, one that may not be read, or one that is no UTF-8.
     """
-    if path.is_dir():
-        raise BadInputError(f"{path} is a folder, not a file.")
-    if not path.is_file():
-        raise BadInputError(f"There is no file {path}.")
+    check_file(path)
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

@@ -233,7 +233,7 @@ class Decoder:
     def figures(self) -> dict[str, float]:
         """What is worth comparing after a call, beside speed."""
         figures = {"target forwards": float(self.stats.target_forwards)}
-        if self.stats.draft_forwards:
+        if self.stats.draft_forwards or self.stats.proposed:
             figures |= {"accepted a round": self.stats.mean_accepted, "proposed": float(self.stats.proposed)}
         return figures
 

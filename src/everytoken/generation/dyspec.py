@@ -20,18 +20,28 @@ is accepted, the output is the target's own greedy text, and (as nothing random 
 ranked by the value ``v R[y]`` of the node itself, which maximises the expected number of accepted tokens among all
 trees of that size.
 
-Two choices of ours, both without influence on the result: draft forwards of the fixed-size tree are batched, by looking
-ahead at every slot that may still be filled; and each round starts by running the draft over the tokens just committed,
-so a draft that reads the target's hidden states (``drafts.FeatureDraftForCausalLM``) gets the true ones.
+Choices of ours, none of which changes the result:
+
+- Sampling proposes the draft's likeliest tokens by default. Verification then follows the target's own sample wherever
+  it is in the tree, and the same ranking serves that is best in greedy decoding. ``drawn=True`` is the paper's way.
+- Nodes also come from the text itself (``speculative.matches``): how it went on before, after words like the last ones.
+  They need no draft model, so ``DySpec()`` works with any target, and they cost no forward. Beside a draft a token that
+  both propose is one node.
+- Of the grown tree those nodes are kept that pay for themselves (``speculative.pace``), perhaps none.
+- Draft forwards of the fixed-size tree are batched, by looking ahead at every slot that may still be filled.
+- Each round starts by running the draft over the tokens just committed, so a draft that reads the target's hidden
+  states (``FeatureDraftForCausalLM``) gets the true ones.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -43,17 +53,24 @@ from transformers.generation.logits_process import (
 )
 
 from ..core.errors import BadInputError
-from ..decoding.base import Decoder, Example
+from ..core.loading import check_model_name
+from ..core.settings import check_file
+from ..decoding.base import BY_NAME, Decoder, Example
 from ..decoding.call import DecodingCall
 from ..decoding.checks import check_decoder_only, check_same_vocabulary, check_unread
 from ..decoding.inputs import check_flex, check_reads_text
-from ..decoding.matcher import Matcher, fill_mask
+from ..decoding.matcher import Matcher
 from ..decoding.row import DecodingRow
 from ..decoding.row_cache import RowCache, check_cached, check_rewindable
-from .speculative import check_feature_target
-from .speculative.drafting import DraftSession
-from .speculative.trees import Candidates, Expand, TokenTree, grow_tree
+from .speculative import check_draft_ships, check_feature_target, find_draft, load_draft, load_named_draft
+from .speculative.drafting import DraftSession, draft_share
+from .speculative.matches import Corpus, TextMatches, corpus_tokens
+from .speculative.pace import Cost, Pace, default_cost
+from .speculative.proposals import Proposals, process
+from .speculative.trees import Expand, TokenTree, grow_tree
 
+TEXT = "text"
+"""As ``draft_model``: text alone proposes."""
 # Processors that look at one row of scores and not at the text before it: they can run on all nodes at once.
 PATH_FREE = (
     TemperatureLogitsWarper,
@@ -71,14 +88,24 @@ class DySpec(Decoder):
     """Lossless speculative decoding with a dynamic token tree.
 
     Args:
-        draft_model: a small causal language model with the target's tokenizer, or a ``FeatureDraftForCausalLM``. None
-            is only allowed for the embedded target, whose draft ships with the package.
+        draft_model: a small causal language model with the target's tokenizer, a ``FeatureDraftForCausalLM``, or the
+            hub id or folder of either. None takes the draft that ``everytoken train dyspec`` trained for this model,
+            or that ships for it; where there is none, and for ``"text"``, text alone proposes.
         budget: nodes of the tree, at most. 0 is plain decoding, 1 one speculated token. Choose it from the cost of a
             target forward over so many tokens (16 suits a small model on a CPU, 64 a 7B model on a GPU).
         threshold: a number grows layer by layer all slots above it, with one draft forward a layer (the paper: about
-            1/budget); None grows the fixed-size tree, which needs more draft forwards.
+            1/budget), and keeps of these nodes what pays; None grows the paper's fixed-size tree from the draft model
+            alone, always full, which needs more draft forwards.
         max_depth: longest drafted path.
         max_children: drafted alternatives considered per node.
+        drawn: when sampling, draw the nodes from the draft's distribution, as the paper does, and correct for it.
+            Otherwise the likeliest tokens are proposed, and verification follows the target's own sample: the
+            distribution is the same, and so is plain sampling's text from the same seed.
+        text_nodes: propose how the text went on before after words like the last ones.
+        corpus: texts to search as well: a file, texts, or the tokens of texts. Texts need the tokenizer:
+            ``DySpec(corpus=...).prepare(tokenizer, vocab_size)``.
+        cost: what a target forward over n tokens costs, in any unit: ``cost(n)``. None is a straight line
+            (``speculative.pace.default_cost``).
         matcher: a ``Matcher`` in its initial state. Every node of the tree is masked by it, in the draft's
             distribution and in the target's, so the output has exactly the distribution of masked plain decoding.
 
@@ -88,12 +115,17 @@ class DySpec(Decoder):
     proposes them, and the target still writes them.
     """
 
-    draft_model: PreTrainedModel | None = None
+    draft_model: Any = field(default=None, metadata=BY_NAME)
     budget: int = 16
     threshold: float | None = 0.08
     max_depth: int = 12
     max_children: int = 8
+    drawn: bool = field(default=False, kw_only=True)
+    text_nodes: bool = field(default=True, kw_only=True)
+    corpus: Any = field(default=None, kw_only=True, repr=False, metadata=BY_NAME)
+    cost: Cost | None = field(default=None, kw_only=True, repr=False)
     matcher: Matcher | None = field(default=None, kw_only=True, repr=False)
+    searched: Corpus | None = field(default=None, init=False, repr=False, compare=False)
     trace_columns: ClassVar[tuple[str, ...]] = ("round", "depth", "draft_prob", "source", "value")
     processes_once: ClassVar[bool] = True
     recurrent: ClassVar[bool] = True
@@ -106,36 +138,70 @@ class DySpec(Decoder):
             )
         if self.threshold is not None and not 0 < self.threshold < 1:
             raise BadInputError(f"threshold is a probability between 0 and 1; got {self.threshold}.", "Try 1 / budget.")
-
-    def check_model(self, config: PreTrainedConfig) -> None:
-        """Without a draft of the user's, one must ship for the target.
-
-        Raises:
-            UnsupportedModelError: no draft is given and none ships for this model.
-        """
-        super().check_model(config)
-        if self.draft_model is None:
-            from .speculative import check_draft_ships
-
-            check_draft_ships(config)
+        if self.draft_model == TEXT and not self.text_nodes:
+            raise BadInputError("text_nodes=False leaves nothing that proposes.", "Name a draft_model.")
+        if self.corpus is not None and not self.text_nodes:
+            raise BadInputError("A corpus is searched for text nodes, and text_nodes=False turns them off.")
+        if isinstance(self.corpus, (str, Path)):
+            check_file(Path(self.corpus))
+        if isinstance(self.draft_model, str) and self.draft_model != TEXT:
+            check_model_name(self.draft_model)
 
     def load_helpers(self, model: PreTrainedModel) -> None:
-        if self.draft_model is None:
-            from .speculative import load_draft
+        """Loads the draft that was named, or the one that is there for this model.
 
-            self.draft_model = load_draft(model)
+        Raises:
+            UnsupportedModelError: there is none, and ``text_nodes`` is off.
+            EverytokenError: the folder that was named holds no draft.
+        """
+        if self.draft_model == TEXT:
+            return
+        if isinstance(self.draft_model, (str, Path)):
+            self.draft_model = load_named_draft(model, self.draft_model)
+        elif self.draft_model is None:
+            folder = find_draft(model)
+            if folder is not None:
+                self.draft_model = load_draft(model, folder)
+            elif not self.text_nodes:
+                check_draft_ships(model.config)
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Self:
+        """Reads the corpus with the model's tokenizer; returns the decoder."""
+        if self.corpus is not None:
+            self.searched = Corpus(corpus_tokens(self.corpus, tokenizer))
+        return self
+
+    @property
+    def drafting(self) -> PreTrainedModel | None:
+        """The draft model, once it is loaded; None where text alone proposes."""
+        return None if isinstance(self.draft_model, (str, Path)) else self.draft_model
 
     def check_call(self, call: DecodingCall[Any]) -> None:
         """Raises TokenizerMismatchError for a draft of another vocabulary, UnsupportedModelError for a target or
-        draft that tokens and a cache do not suffice for, or a cache from which tokens cannot be dropped."""
-        assert self.draft_model is not None
+        draft that tokens and a cache do not suffice for, or a cache from which tokens cannot be dropped, BadInputError
+        for ``drawn`` without a draft, or a corpus of texts that no tokenizer has read."""
+        draft = self.drafting
         check_flex("DySpec", call.model)
         check_cached("DySpec", call.model)
-        if not check_feature_target(self.draft_model, call.model):
-            check_decoder_only("DySpec's draft", self.draft_model.config)
-            check_reads_text("DySpec's draft", self.draft_model, recurrent=True)
-            check_cached("DySpec's draft", self.draft_model)
-        check_same_vocabulary(call.model, self.draft_model)
+        if draft is not None:
+            if not check_feature_target(draft, call.model):
+                check_decoder_only("DySpec's draft", draft.config)
+                check_reads_text("DySpec's draft", draft, recurrent=True)
+                check_cached("DySpec's draft", draft)
+            check_same_vocabulary(call.model, draft)
+        drawn = self.drawn and bool(call.config.do_sample)
+        if draft is None and drawn:
+            raise BadInputError(
+                "drawn=True draws from a draft model's distribution, and there is none for this model.",
+                "Leave drawn out: text nodes need no distribution. Or train a draft: everytoken train dyspec.",
+            )
+        if self.corpus is not None and draft is not None and (drawn or self.threshold is None):
+            raise BadInputError(
+                "A corpus is searched for text nodes; drawn=True and threshold=None grow the draft model's tree alone.",
+                "Leave the corpus out, or those.",
+            )
+        if self.corpus is not None and self.searched is None:
+            self.searched = Corpus(corpus_tokens(self.corpus))
         cache = call.model_kwargs.get("past_key_values")
         check_rewindable("DySpec", self.new_row_cache(call) if cache is None else cache)
 
@@ -155,6 +221,7 @@ class DySpec(Decoder):
 
         draft = tiny_llama(model.config.vocab_size, seed=9)
         return {
+            "text alone": Example(lambda **settings: cls(TEXT, **settings), exact=True),
             "layers": Example(lambda **settings: cls(draft, budget=6, **settings), exact=True),
             "fixed size": Example(lambda **settings: cls(draft, budget=4, threshold=None, **settings), exact=True),
             "itself as draft": Example(lambda **settings: cls(model, budget=5, **settings), exact=True),
@@ -165,15 +232,27 @@ class _Speculation:
     """Decoding of one prompt: target cache, draft, and the rounds."""
 
     def __init__(self, decoder: DySpec, call: DecodingCall[Any], row: DecodingRow):
-        assert decoder.draft_model is not None
         assert row.cache is not None
         self.decoder, self.row, self.model, self.stats = decoder, row, call.model, call.stats
-        self.vocab = check_same_vocabulary(call.model, decoder.draft_model)
+        self.vocab = call.vocab_size
         self.cache, self.device, self.max_length = RowCache(call.model, row.cache), row.device, call.config.max_length
         self.path_free = all(type(item) in PATH_FREE for item in row.processors)
-        self.draft = DraftSession(decoder.draft_model, call.model, self.vocab)
+        draft = decoder.drafting
+        self.draft = None if draft is None else DraftSession(draft, call.model, self.vocab)
         # where a model cannot mask a tree, one path is drafted: it needs no mask
-        self.branches = self.cache.trees and self.draft.trees
+        self.branches = self.cache.trees and (self.draft is None or self.draft.trees)
+        self.drawn = row.do_sample and decoder.drawn
+        self.matches = None
+        self.choosy = decoder.threshold is not None and not self.drawn
+        if decoder.text_nodes and (self.choosy or self.draft is None):
+            self.matches = TextMatches(self.vocab, decoder.searched)
+        cost = decoder.cost or default_cost(self.device.type)
+        share = 0.0 if self.draft is None else draft_share(call.model, self.draft.model)
+        self.pace = Pace(cost, share * cost(1), rereads=not self.branches)
+        width = min(decoder.max_children, decoder.budget) if self.branches else 1
+        self.proposals = Proposals(
+            row, self.draft, self.matches, self.pace, self.stats, self.path_free, self.drawn, self.choosy, width
+        )
 
     # -- the loop ------------------------------------------------------------------------------------------------------
     def decode(self) -> None:
@@ -184,14 +263,18 @@ class _Speculation:
             while not done:
                 # a tree deeper than the room left would only be thrown away
                 room = (self.max_length or 1 << 30) - len(self.row.padding) - len(self.row.text) - 1
-                tree = self._grow(min(self.decoder.budget, 1 << 30 if room > 0 else 0), room)
+                forwards, accepted = self.stats.draft_forwards, self.stats.accepted
+                tree = self._grow(self.decoder.budget, room)
                 logits = self._verify_forward(tree)
                 self.stats.rounds += 1
                 self.stats.proposed += len(tree) - 1
                 done = self._walk(tree, logits, turn)
                 turn += 1
+                asked, came = self.stats.draft_forwards - forwards, self.stats.accepted - accepted
+                self.pace.add(len(tree) - 1, asked, sum(tree.values[1:]), came)
         finally:
-            self.draft.close()
+            if self.draft is not None:
+                self.draft.close()
             self.cache.close()
 
     def _prefill(self) -> torch.Tensor:
@@ -201,9 +284,12 @@ class _Speculation:
         past = self.cache.length
         output = self.cache.read(self.row.text)
         self.stats.target_forwards += 1
-        # a draft of its own reads the whole text; one that lives on the target's states, what the target read just now
-        start = past if self.draft.uses_features else 0
-        self.draft.commit(self.row.text[start:], start)
+        if self.matches is not None:
+            self.matches.commit(self.row.text)
+        if self.draft is not None:
+            # a draft that reads text needs all of it; one that reads the target's states, what was read just now
+            start = past if self.draft.uses_features else 0
+            self.draft.commit(self.row.text[start:], start)
         logits: torch.Tensor = output["logits"]
         return logits[0, -1, : self.vocab].float()
 
@@ -226,79 +312,20 @@ class _Speculation:
     # -- growing -------------------------------------------------------------------------------------------------------
     def _grow(self, budget: int, room: int) -> TokenTree:
         """The tree for this round; ``room`` bounds its depth."""
-        tree = TokenTree()
-        tree.add(self.row.text[-1], -1, 1.0)
-        room = int(min(room, self.cache.room(len(self.row.text)), self.draft.room(len(self.row.text))))
+        root = TokenTree()
+        root.add(self.row.text[-1], -1, 1.0)
+        reach = math.inf if self.draft is None else self.draft.room(len(self.row.text))
+        room = int(min(room, self.cache.room(len(self.row.text)), reach, self.decoder.max_depth))
         if budget == 0 or room <= 0:
+            return root
+        self.proposals.begin()
+        # of more nodes than will be checked the best are kept, and of those what pays
+        size = 2 * budget if self.choosy else budget
+        tree = self.decoder.grow(root, lambda nodes: self.proposals.expand(root, nodes), size, room, self.drawn)
+        if not self.choosy:
             return tree
-        depth = min(self.decoder.max_depth, room)
-        return self.decoder.grow(tree, lambda nodes: self._expand(tree, nodes), budget, depth, self.row.do_sample)
-
-    def _expand(self, tree: TokenTree, nodes: list[int]) -> Candidates:
-        """Draft candidates after each of ``nodes`` (one draft forward): tokens and probabilities, in drawing order."""
-        self.stats.draft_forwards += 1
-        reduced = not self.row.do_sample and self.path_free and self.row.matcher is None
-        # processors that remember the text are not asked about drafts: any draft distribution gives the target's text
-        logits = self.draft.forward(tree, nodes, reduced)
-        width = min(self.decoder.max_children, self.decoder.budget) if self.branches else 1
-        if reduced:  # greedy: the ranking needs no full-size distribution
-            top = torch.softmax(logits, -1).topk(min(width, logits.shape[-1]), -1)
-            tokens = self.draft.token_ids[top.indices] if self.draft.token_ids is not None else top.indices
-            return list(zip(tokens.tolist(), top.values.tolist(), strict=True))
-        paths = [tree.path(node) for node in nodes]
-        scores = self._process(self._masked(logits, paths), [self.row.text + path for path in paths])
-        dists = torch.softmax(scores, -1).nan_to_num(0.0)  # no token at all where all are forbidden to the draft
-        if not self.row.do_sample:
-            top = dists.topk(min(width, dists.shape[-1]), -1)
-            kept = (top.values > 0).sum(-1).tolist()  # a matcher may leave fewer tokens than that
-            rows = zip(top.indices.tolist(), top.values.tolist(), kept, strict=True)
-            return [(tokens[:count], probs[:count]) for tokens, probs, count in rows]
-        for node, dist in zip(nodes, dists, strict=True):
-            tree.dists[node] = dist
-        # Gumbel top-k: the order in which y ~ R would be drawn one by one without replacement
-        noise = -torch.empty_like(dists).exponential_().log()
-        keys = torch.where(dists > 0, dists.log() + noise, -torch.inf)
-        order = keys.topk(min(width, dists.shape[-1]), -1).indices
-        probs = dists.gather(-1, order).tolist()
-        candidates = []
-        for tokens, chances in zip(order.tolist(), probs, strict=True):
-            pairs = [(token, prob) for token, prob in zip(tokens, chances, strict=True) if prob > 0]
-            candidates.append(([token for token, _ in pairs], [prob for _, prob in pairs]))
-        return candidates
-
-    def _masked(self, logits: torch.Tensor, paths: list[list[int]]) -> torch.Tensor:
-        """Logits ``[n, V]`` without what the matcher forbids after each path below the text; the matcher ends where it
-        began."""
-        if self.row.matcher is None:
-            return logits
-        logits = logits.clone()
-        for row, path in enumerate(paths):
-            taken = 0
-            for token in path:
-                if self.row.matcher.is_terminated() or not self.row.matcher.accept_token(token):
-                    break
-                taken += 1
-            if taken == len(path):
-                fill_mask(self.row.matcher, logits[row])
-            if taken:
-                self.row.matcher.rollback(taken)
-        return logits
-
-    def _process(self, logits: torch.Tensor, texts: list[list[int]]) -> torch.Tensor:
-        """Logits processors on ``[n, V]`` rows, each with its own text (rows of equal length share a call)."""
-        processors = self.row.stateless
-        if not processors:
-            return logits
-        if self.path_free:
-            return processors(torch.tensor([texts[0]], device=self.device).expand(len(texts), -1), logits)
-        scores = torch.empty_like(logits)
-        by_length: dict[int, list[int]] = {}
-        for row, text in enumerate(texts):
-            by_length.setdefault(len(text), []).append(row)
-        for rows in by_length.values():
-            ids = torch.tensor([self.row.padding + texts[row] for row in rows], device=self.device)
-            scores[rows] = processors(ids, logits[rows])
-        return scores
+        best = tree.ranked()[:budget]
+        return tree.only(best[: self.pace.worth([tree.values[node] for node in best])])
 
     # -- verification --------------------------------------------------------------------------------------------------
     def _walk(self, tree: TokenTree, logits: torch.Tensor, turn: int) -> bool:
@@ -308,16 +335,16 @@ class _Speculation:
         greedy = None
         if not self.row.do_sample and self.path_free and self.row.matcher is None:
             greedy = (
-                (self._process(logits, [self.row.text] * len(tree)) if self.row.processors else logits)
+                (process(self.row, logits, [self.row.text] * len(tree), True) if self.row.processors else logits)
                 .argmax(-1)
                 .tolist()
             )
         while not stop:
             scores = self.row.processed(logits[node]) if greedy is None or self.row.scores is not None else logits[node]
-            if greedy is None and self.row.do_sample:
+            if self.drawn:
                 child, chosen = self._accept(tree, node, torch.softmax(scores, -1))
             else:
-                chosen = int(scores.argmax()) if greedy is None else greedy[node]
+                chosen = self.row.choose(scores) if greedy is None else greedy[node]
                 child = next((kid for kid in tree.children[node] if tree.tokens[kid] == chosen), None)
             source = "target" if child is None else "draft"
             prob = tree.probs[child] if child is not None else None
@@ -339,8 +366,15 @@ class _Speculation:
             self.stats.target_forwards += 1
         committed = self.row.text[past + 1 :]
         if not stop:
-            self.draft.commit(committed, past + 1, path)
+            self._tell(committed, past + 1, path)
         return stop
+
+    def _tell(self, tokens: list[int], position: int, path: list[int] | None = None) -> None:
+        """New text for those that propose; ``path`` as for ``DraftSession.commit``."""
+        if self.matches is not None:
+            self.matches.commit(tokens)
+        if self.draft is not None:
+            self.draft.commit(tokens, position, path)
 
     def _accept(self, tree: TokenTree, node: int, target: torch.Tensor) -> tuple[int | None, int]:
         """Speculative sampling over the children of ``node``; returns ``(child or None, token)``."""
@@ -368,5 +402,5 @@ class _Speculation:
         token = self.row.choose(scores)
         stop = self.row.append(token, scores, logits, round=0, depth=0, source="target")
         if not stop:
-            self.draft.commit([token], len(self.row.text) - 1)
+            self._tell([token], len(self.row.text) - 1)
         return stop

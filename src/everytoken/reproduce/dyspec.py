@@ -59,7 +59,7 @@ def kary_decoder(draft: Any, branching: tuple[int, ...]) -> DySpec:
             return tree
 
     size = sum(int(torch.tensor(branching[: i + 1]).prod()) for i in range(len(branching)))
-    return FixedTree(draft, budget=size)
+    return FixedTree(draft, budget=size, threshold=None)  # always all of its nodes
 
 
 def run(context: Context) -> Arms:

@@ -124,7 +124,7 @@ def test_following_the_target_gives_the_features_that_dyspec_gives(pair):
 
 def test_errors(pair, tmp_path):
     target, draft = pair
-    with pytest.raises(ValueError, match="train_draft"):
+    with pytest.raises(ValueError, match="everytoken train dyspec"):
         draft.attach(tiny_llama(31))
     draft.detach_target()
     with pytest.raises(RuntimeError, match="attach"):
@@ -151,6 +151,6 @@ def test_the_shipped_draft():
     folder = draft_folder()
     assert sum(path.stat().st_size for path in folder.iterdir()) < 15_000_000
     record = json.loads((folder / "training.json").read_text())
-    assert len(record["stages"]) == 2
-    assert all(stage["curve"] for stage in record["stages"])
-    assert record["stages"][-1]["held_out_agreement"][0] > 0.5
+    stages = record.get("stages", [record])  # the first one was trained in two
+    assert all(stage["curve"] for stage in stages)
+    assert stages[-1]["held_out_agreement"][0] > 0.5

@@ -24,6 +24,23 @@ def is_feature_draft(model: Any) -> bool:
     return isinstance(model, FeatureDraftForCausalLM)
 
 
+def draft_share(target: PreTrainedModel, draft: PreTrainedModel) -> float:
+    """What a draft forward costs in steps of the target, by the weights that each reads."""
+
+    def read(model: PreTrainedModel) -> int:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        tied = head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", None)
+        looked_up = 0 if tied or embedding is None else sum(item.numel() for item in embedding.parameters())
+        return sum(item.numel() for item in model.parameters()) - looked_up
+
+    if is_feature_draft(draft):
+        own = sum(item.numel() for item in draft.parameters())
+        weights = own + draft.config.draft_vocab_size * draft.config.hidden_size
+    else:
+        weights = read(draft)
+    return min(weights / max(read(target), 1), 1.0)
+
+
 class DraftSession:
     """The draft's side: its cache of committed text, and forwards over tree nodes.
 

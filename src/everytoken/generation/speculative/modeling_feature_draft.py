@@ -26,8 +26,32 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
+from ...core.errors import UnsupportedModelError
 from ...core.packing import pack_linears
 from .configuration_feature_draft import FeatureDraftConfig
+
+FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "ln_final", "final_norm")
+
+
+def decoder_parts(target: PreTrainedModel) -> tuple[nn.ModuleList, nn.Module]:
+    """A model's blocks, and the module that gives its last state: the norm behind them, or the last block.
+
+    Raises:
+        UnsupportedModelError: it has no list of as many blocks as its configuration says.
+    """
+    depth = getattr(target.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    for parent in target.get_decoder().modules():
+        for child in parent.children():
+            if isinstance(child, nn.ModuleList) and len(child) == depth:
+                norms = [
+                    getattr(parent, name) for name in FINAL_NORMS if isinstance(getattr(parent, name, None), nn.Module)
+                ]
+                return child, norms[0] if norms else child[-1]
+    raise UnsupportedModelError(
+        f"A feature draft reads the states between a model's blocks; {type(target).__name__} shows no list of "
+        f"{depth} blocks.",
+        "Use a plain causal language model as draft, or draft_model='text'.",
+    )
 
 
 class FeatureTap:
@@ -40,22 +64,14 @@ class FeatureTap:
     """
 
     def __init__(self, target: PreTrainedModel, layers: list[int]):
-        backbone = target.base_model
-        blocks = getattr(backbone, "layers", None)
-        norm = getattr(backbone, "norm", None)
-        if blocks is None or norm is None:
-            raise ValueError(
-                f"{type(target).__name__} has no `base_model.layers` and `base_model.norm`: a feature draft reads "
-                f"them. "
-                "Use a plain causal language model as draft instead."
-            )
+        blocks, last = decoder_parts(target)
         self.layers = list(layers)
         self.last: Any = None
         self._thread = threading.get_ident()
         self._parts: dict[int, torch.Tensor] = {}
         self._handles = []
         for layer in self.layers:
-            module = norm if layer == len(blocks) else blocks[layer - 1]
+            module = last if layer == len(blocks) else blocks[layer - 1]
             self._handles.append(module.register_forward_hook(self._recorder(layer)))
 
     def _recorder(self, layer: int) -> Any:
@@ -122,14 +138,17 @@ class FeatureDraftForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         if embedding.weight.shape != (self.config.target_vocab_size, self.config.hidden_size):
             raise ValueError(
                 f"This draft was trained for a target with vocabulary {self.config.target_vocab_size} and hidden size "
-                f"{self.config.hidden_size}; got {tuple(embedding.weight.shape)}. Train one for this target with "
-                "scripts/train_draft.py, or pass a small causal language model with the same tokenizer."
+                f"{self.config.hidden_size}; got {tuple(embedding.weight.shape)}. Train one for this target "
+                "(everytoken train dyspec), or pass a small causal language model with the same tokenizer."
             )
         self.to(device=head.weight.device, dtype=head.weight.dtype)
         self._target = [target, embedding]
         rows = head.weight.detach()[self.draft_token_ids.long()].contiguous()
-        layer = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+        bias = getattr(head, "bias", None)
+        layer = nn.Linear(rows.shape[1], rows.shape[0], bias=bias is not None, device="meta")
         layer.weight = nn.Parameter(rows, requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach()[self.draft_token_ids.long()].contiguous(), requires_grad=False)
         self._head_layer = [layer]  # in a list: the target's weights are not this module's to save
         if not self.training:
             pack_linears(self)

@@ -63,6 +63,19 @@ class TokenTree:
             node = self.parents[node]
         return tokens[::-1]
 
+    def ranked(self) -> list[int]:
+        """Nodes below the root by falling value; parents before their children."""
+        return sorted(range(1, len(self)), key=lambda node: (-self.values[node], node))
+
+    def only(self, nodes: list[int]) -> TokenTree:
+        """The tree of the root and ``nodes``, which must hold the parents of all of them; distributions are not
+        kept."""
+        kept, places = TokenTree(), {0: 0}
+        kept.add(self.tokens[0], -1, 1.0)
+        for node in sorted(nodes):
+            places[node] = kept.add(self.tokens[node], places[self.parents[node]], self.probs[node])
+        return kept
+
     def ancestor_mask(self) -> torch.Tensor:
         """``[n, n]`` bool: row i sees itself and its ancestors."""
         mask = torch.eye(len(self), dtype=torch.bool)
