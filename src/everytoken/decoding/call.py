@@ -7,6 +7,7 @@ can serve several threads at a time.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..core.trace import TokenTrace
@@ -104,9 +105,9 @@ class DecodingCall(Generic[StatsT]):
         caches = (self.model_kwargs.get(name) for name in ("past_key_values", "cache_params"))
         return next((cache for cache in caches if cache is not None), None)
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """The width of the model's logits."""
+        """The width of the model's logits; asked for at every token, where a configuration's attributes are slow."""
         return int(self.model.config.get_text_config().vocab_size)
 
     @property
