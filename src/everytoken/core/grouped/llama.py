@@ -1,0 +1,168 @@
+"""A Llama's forward in one compiled call, with weights of 4 bits (a head of 8) in groups of 32.
+
+A token of a small model costs transformers several hundred calls, and their overhead more than the arithmetic. Here all
+layers, the attention and the head are one function that a few threads run together. It reads several tokens behind
+others at the price of the arithmetic alone, and each token's result is the same, bit for bit, however many are read
+with it: the sums of a token are taken in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM
+
+from ..errors import UnsupportedModelError
+from . import kernels
+from .team import run_together
+from .weights import GroupedWeight
+
+CHUNK = 64
+"""Tokens that are read together, at most; longer texts are read piece by piece."""
+
+
+def lacks(model: torch.nn.Module) -> str | None:
+    """Why this forward is not the one of a model, in words, or None if it is."""
+    config = getattr(model, "config", None)
+    if type(model) is not LlamaForCausalLM or config is None:
+        return f"{type(model).__name__} is no plain LlamaForCausalLM"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):
+        return f"its rotary embedding changes with the text ({rope.get('rope_type')})"
+    if config.attention_bias or config.mlp_bias or model.lm_head.bias is not None:
+        return "its layers have biases"
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act}"
+    sizes = (config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim)
+    if any(size % 32 for size in sizes) or config.num_key_value_heads * config.head_dim % 8 or config.vocab_size % 8:
+        return f"its sizes ({', '.join(map(str, sizes))}; vocabulary {config.vocab_size}) are no multiples of 32 and 8"
+    return None
+
+
+@dataclass
+class Room:
+    """Arrays that a forward over up to so many tokens writes into."""
+
+    rows: int
+    members: int
+    arrays: tuple[np.ndarray, ...]
+
+
+class LlamaForward:
+    """The forward of one model.
+
+    Args:
+        model: ``lacks`` nothing.
+        weights: the grouped weight of every linear layer, by module name.
+
+    Raises:
+        UnsupportedModelError: the model is not of this kind.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, weights: dict[str, GroupedWeight]):
+        problem = lacks(model)
+        if problem is not None:
+            raise UnsupportedModelError(f"This model has no compiled forward: {problem}.", "transformers' own works.")
+        config = model.config
+        self.size, self.middle, self.width = config.hidden_size, config.intermediate_size, config.head_dim
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.layers, self.vocab = config.num_hidden_layers, config.vocab_size
+        self.epsilon = float(config.rms_norm_eps)
+        self.embedding = model.get_input_embeddings()
+        self.rotary = model.model.rotary_emb
+        layers = list(model.model.layers)
+        pairs = [(layer.input_layernorm.weight, layer.post_attention_layernorm.weight) for layer in layers]
+        self.norms = np.stack([[first.detach().numpy(), second.detach().numpy()] for first, second in pairs])
+        self.last_norm = model.model.norm.weight.detach().numpy()
+
+        def stacked(*names: str) -> tuple[np.ndarray, np.ndarray]:
+            kinds = []
+            for kind in ("weights", "scales"):
+                rows = [
+                    np.concatenate([getattr(weights[f"model.layers.{layer}.{name}"], kind) for name in names])
+                    for layer in range(self.layers)
+                ]
+                kinds.append(np.stack(rows))
+            return kinds[0], kinds[1]
+
+        self.packed = (
+            *stacked("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            *stacked("self_attn.o_proj"),
+            *stacked("mlp.gate_proj", "mlp.up_proj"),
+            *stacked("mlp.down_proj"),
+            weights["lm_head"].weights,
+            weights["lm_head"].scales,
+        )
+        self._room: Room | None = None
+
+    def tables(self, positions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Rotary tables ``[R, d]`` for positions ``[R]``."""
+        cos, sin = self.rotary(self.embedding.weight, positions[None])
+        return np.ascontiguousarray(cos[0].float().numpy()), np.ascontiguousarray(sin[0].float().numpy())
+
+    def _arrays(self, rows: int, keys: int) -> tuple[np.ndarray, ...]:
+        """Room for a forward; kept for the next."""
+        members = torch.get_num_threads()
+        room = self._room
+        if room is None or room.rows < rows or room.members != members or room.arrays[-1].shape[1] < keys:
+            rows, keys = max(rows, 16 if room is None else room.rows), keys + 1024
+            widest, inner = max(self.size, self.middle, self.heads * self.width), self.heads * self.width
+            arrays = (
+                np.empty((rows, inner + 2 * self.kv_heads * self.width), np.float32),
+                np.empty((rows, inner), np.float32),
+                np.empty((rows, 2 * self.middle), np.float32),
+                np.empty((rows, self.size), np.float32),
+                np.empty((members, rows * widest), np.int16),
+                np.empty((members, rows * widest // 32), np.float32),
+                np.empty((members, rows * widest // 32), np.float32),
+                np.empty((members, rows, widest), np.float32),
+                np.empty((members, keys), np.float32),
+            )
+            self._room = Room(rows, members, arrays)
+        assert self._room is not None
+        return self._room.arrays
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        past: int,
+        allowed: torch.Tensor | None = None,
+        wanted: int = 1,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reads tokens behind ``past`` others.
+
+        Args:
+            tokens, positions: ``[R]``.
+            keys, values: ``[L, kv heads, room, d]`` float32; filled up to ``past``, and here for R more.
+            allowed: ``[R, R]`` boolean, which of the new tokens each may see; None: those up to itself. Only for R up
+                to ``CHUNK``.
+            wanted: the last so many tokens get logits.
+
+        Returns:
+            logits ``[wanted, V]``, and the states ``[L + 1, R, D]`` (what enters each layer; the last, normalised).
+        """
+        count = len(tokens)
+        states = np.empty((self.layers + 1, count, self.size), np.float32)
+        logits = np.empty((wanted, self.vocab), np.float32)
+        embedded = self.embedding.weight[tokens].float().numpy()
+        cos, sin = self.tables(positions)
+        for first in range(0, count, CHUNK):
+            rows = min(CHUNK, count - first)
+            part = slice(first, first + rows)
+            seen = np.tri(rows, dtype=np.bool_) if allowed is None else np.ascontiguousarray(allowed.numpy())
+            asked = max(0, min(rows, first + rows - (count - wanted)))
+            some = np.empty((self.layers + 1, rows, self.size), np.float32) if rows < count else states
+            run_together(
+                kernels.llama_forward, np.ascontiguousarray(embedded[part]), self.norms, self.last_norm, self.epsilon,
+                *self.packed, keys.numpy(), values.numpy(), past + first, seen, cos[part], sin[part], asked, some,
+                logits[max(0, first - (count - wanted)) :][:asked], *self._arrays(rows, past + count),
+            )  # fmt: skip
+            if rows < count:
+                states[:, part] = some
+        return torch.from_numpy(logits), torch.from_numpy(states)
