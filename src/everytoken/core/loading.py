@@ -542,6 +542,23 @@ def _dtype_and_device(
     return needed or dtype, device
 
 
+def exact_in_4_bits(model: str | os.PathLike[str] | None) -> bool:
+    """Whether a model is a GGUF file whose linear layers are all of 4 bits, so that ``weights="int4"`` changes nothing.
+
+    Raises:
+        BadInputError: see ``check_model_name``.
+    """
+    import gguf
+
+    if model is not None and str(model) != EMBEDDED:
+        check_model_name(model)
+        if not os.fspath(model).endswith(".gguf"):
+            return False
+    source = embedded_gguf() if model is None or str(model) == EMBEDDED else Path(model).expanduser()
+    kinds = {item.tensor_type.name for item in gguf.GGUFReader(source).tensors if item.name.startswith("blk.")}
+    return kinds <= {"F32", "Q4_0", "Q4_1"} and kinds != {"F32"}
+
+
 def _kept_groups(folder: Path) -> Path | None:
     """The file in the cache that keeps a local folder's weights of 4 bits; None for models of the hub."""
     from .grouped.weights import LAYOUT

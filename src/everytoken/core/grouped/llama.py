@@ -8,7 +8,9 @@ with it: the sums of a token are taken in the same order.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +41,13 @@ def lacks(model: torch.nn.Module) -> str | None:
     if any(size % 32 for size in sizes) or config.num_key_value_heads * config.head_dim % 8 or config.vocab_size % 8:
         return f"its sizes ({', '.join(map(str, sizes))}; vocabulary {config.vocab_size}) are no multiples of 32 and 8"
     return None
+
+
+def _versions(model: torch.nn.Module) -> list[tuple[str, int, int]]:
+    """Names, places and change counts of all parameters, which adapters and edits change."""
+    return [
+        (name, item.data_ptr(), 0 if item.is_inference() else item._version) for name, item in model.named_parameters()
+    ]
 
 
 @dataclass
@@ -95,7 +104,25 @@ class LlamaForward:
             weights["lm_head"].weights,
             weights["lm_head"].scales,
         )
-        self._room: Room | None = None
+        self._versions = _versions(model)
+        self._rooms = threading.local()
+
+    def stands_for(self, model: torch.nn.Module) -> bool:
+        """Whether it still gives what the model's own forward gives: nobody watches or has changed it."""
+        config = model.config
+        if model.training or config.output_attentions or config.output_hidden_states:
+            return False
+        if hasattr(model, "_hf_hook") or model.forward.__func__ is not type(model).forward:
+            return False
+        if any(item._forward_hooks or item._forward_pre_hooks for item in model.modules()):
+            return False
+        return self._versions == _versions(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_rooms"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _rooms=threading.local())
 
     def tables(self, positions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Rotary tables ``[R, d]`` for positions ``[R]``."""
@@ -103,9 +130,9 @@ class LlamaForward:
         return np.ascontiguousarray(cos[0].float().numpy()), np.ascontiguousarray(sin[0].float().numpy())
 
     def _arrays(self, rows: int, keys: int) -> tuple[np.ndarray, ...]:
-        """Room for a forward; kept for the next."""
+        """Room for a forward; a thread keeps it for the next."""
         members = torch.get_num_threads()
-        room = self._room
+        room: Room | None = getattr(self._rooms, "room", None)
         if room is None or room.rows < rows or room.members != members or room.arrays[-1].shape[1] < keys:
             rows, keys = max(rows, 16 if room is None else room.rows), keys + 1024
             widest, inner = max(self.size, self.middle, self.heads * self.width), self.heads * self.width
@@ -120,9 +147,8 @@ class LlamaForward:
                 np.empty((members, rows, widest), np.float32),
                 np.empty((members, keys), np.float32),
             )
-            self._room = Room(rows, members, arrays)
-        assert self._room is not None
-        return self._room.arrays
+            room = self._rooms.room = Room(rows, members, arrays)
+        return room.arrays
 
     @torch.no_grad()
     def __call__(
