@@ -10,7 +10,6 @@ from transformers import DynamicCache
 
 from everytoken.core.grouped.linear import group_linears
 from everytoken.decoding.lean import LeanRowCache, lean_forward, row_cache
-from everytoken.decoding.pace import RETRY, Pace
 from everytoken.decoding.plain import PlainDecoding
 from everytoken.decoding.row_cache import RowCache
 from everytoken.generation.dyspec import DySpec
@@ -117,18 +116,3 @@ def test_a_copy_has_a_forward_of_its_own(model):
     other = copy.deepcopy(model)
     text = model.generate(IDS, custom_generate=PlainDecoding(), **GREEDY)
     assert torch.equal(other.generate(IDS, custom_generate=PlainDecoding(), **GREEDY), text)
-
-
-def test_the_pace_prefers_what_is_faster_and_comes_back_to_the_rest():
-    pace, chosen = Pace((0, 4)), []
-    for _ in range(400):
-        way = pace.choose()
-        chosen.append(way)
-        pace.saw(way, 1 if way == 0 else 2, 1.0 if way == 0 else 3.0)
-    assert chosen[:4] == [0, 0, 4, 4]
-    retries = [place for place, way in enumerate(chosen[4:]) if way == 4]
-    assert 1 < len(retries) < 400 / RETRY
-    for _ in range(2000):  # drafts are accepted now
-        way = pace.choose()
-        pace.saw(way, 1 if way == 0 else 5, 1.0 if way == 0 else 3.0)
-    assert pace.best == 4

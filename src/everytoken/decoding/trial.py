@@ -151,7 +151,7 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
     if lean_forward(model) is not None:
         from .plain import PlainDecoding
 
-        work.run("plain, compiled", PlainDecoding(), prompt)
+        work.run("plain, compiled", PlainDecoding(), prompt, shown=False)
         # the baseline comes first: the fastest way of decoding plainly
         result.rows = dict(sorted(result.rows.items(), key=lambda item: -item[1][result.headline]))
     for name, decoder in decoders.items():
@@ -231,8 +231,12 @@ class _Work:
         self.result.rows[name] = row | figures
         self.result.texts[name] = self.tokenizer.decode(new, skip_special_tokens=True)
 
-    def run(self, name: str, decoder: Decoder, prompt: str) -> None:
-        """Decodes with one method; loading its helpers and preparing it is not part of the time."""
+    def run(self, name: str, decoder: Decoder, prompt: str, shown: bool = True) -> None:
+        """Decodes with one method; loading its helpers and preparing it is not part of the time.
+
+        Args:
+            shown: stream its text.
+        """
         notes, arguments = self.result.notes, self.arguments
         decoder.load_helpers(self.model)
         began = time.perf_counter()
@@ -244,7 +248,9 @@ class _Work:
             notes.append(f"{name} samples; it ran at temperature 1 (choose with --temperature).")
         stage = f"decoding with {name}"
         self.request.report(stage, 0, 0)
-        streamer = self.streamer(stage, self.request.stream) if decoder.streams else None
+        streamer = (
+            self.streamer(stage, self.request.stream if shown else lambda _text: None) if decoder.streams else None
+        )
         output, seconds = self.timed(
             lambda: decoder.generate(self.model, **self.inputs, **arguments, streamer=streamer)
         )

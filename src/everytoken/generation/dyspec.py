@@ -45,13 +45,13 @@ from transformers.generation.logits_process import (
 )
 
 from ..core.errors import BadInputError
+from ..core.pace import Pace
 from ..decoding.base import Decoder, Example
 from ..decoding.call import DecodingCall
 from ..decoding.checks import check_decoder_only, check_same_vocabulary, check_unread
 from ..decoding.inputs import check_flex, check_reads_text
 from ..decoding.lean import LeanRowCache, row_cache
 from ..decoding.matcher import Matcher, fill_mask
-from ..decoding.pace import Pace
 from ..decoding.row import DecodingRow
 from ..decoding.row_cache import check_cached, check_rewindable
 from .speculative import check_feature_target

@@ -27,6 +27,8 @@ from .llama import LlamaForward, lacks
 from .team import run_together
 from .weights import GroupedWeight, group_weight
 
+WORTH = 8_000_000
+"""Multiplications for which waking other threads pays."""
 HINT = "Load the model with weights='as they come' for that."
 HELD_OUT = (
     "The harbour lay quiet under a thin layer of mist. Two fishermen mended their nets and talked about the price of "
@@ -97,11 +99,12 @@ def forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     rows = x.reshape(-1, weight.shape[1])
     if not len(rows):
         return F.linear(x, self.weight, self.bias)
-    out, members = np.empty((len(rows), weight.rows), np.float32), torch.get_num_threads()
+    out = np.empty((len(rows), weight.rows), np.float32)
+    members = torch.get_num_threads() if len(rows) * weight.rows * weight.shape[1] > WORTH else 1
     steps, sums = (np.empty((members, rows.numel() // 32), np.float32) for _ in range(2))
     room = (np.empty((members, rows.numel()), np.int16), steps, sums)
     numbers = np.ascontiguousarray(rows.numpy())
-    run_together(kernels.linear, weight.bits, weight.weights, weight.scales, numbers, *room, out)
+    run_together(kernels.linear, members, weight.bits, weight.weights, weight.scales, numbers, *room, out)
     result = torch.from_numpy(out)[:, : weight.shape[0]].reshape(*x.shape[:-1], -1)
     return result if self.bias is None else result + self.bias
 

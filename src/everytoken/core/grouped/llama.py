@@ -9,6 +9,7 @@ with it: the sums of a token are taken in the same order.
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from ..errors import UnsupportedModelError
+from ..pace import Pace
 from . import kernels
 from .team import run_together
 from .weights import GroupedWeight
@@ -41,6 +43,15 @@ def lacks(model: torch.nn.Module) -> str | None:
     if any(size % 32 for size in sizes) or config.num_key_value_heads * config.head_dim % 8 or config.vocab_size % 8:
         return f"its sizes ({', '.join(map(str, sizes))}; vocabulary {config.vocab_size}) are no multiples of 32 and 8"
     return None
+
+
+def _some_threads() -> list[int]:
+    """As many threads as torch may use, half of them, and so on to one: on a busy machine, fewer are faster, because
+    all wait for the one that is not running."""
+    counts = [torch.get_num_threads()]
+    while counts[-1] > 1:
+        counts.append(counts[-1] // 2)
+    return counts
 
 
 def _versions(model: torch.nn.Module) -> list[tuple[str, int, int]]:
@@ -106,6 +117,7 @@ class LlamaForward:
         )
         self._versions = _versions(model)
         self._rooms = threading.local()
+        self._paces: dict[tuple[int, int], Pace] = {}  # by how many tokens are read together
 
     def stands_for(self, model: torch.nn.Module) -> bool:
         """Whether it still gives what the model's own forward gives: nobody watches or has changed it."""
@@ -129,12 +141,12 @@ class LlamaForward:
         cos, sin = self.rotary(self.embedding.weight, positions[None])
         return np.ascontiguousarray(cos[0].float().numpy()), np.ascontiguousarray(sin[0].float().numpy())
 
-    def _arrays(self, rows: int, keys: int) -> tuple[np.ndarray, ...]:
+    def _arrays(self, rows: int, keys: int, members: int) -> tuple[np.ndarray, ...]:
         """Room for a forward; a thread keeps it for the next."""
-        members = torch.get_num_threads()
         room: Room | None = getattr(self._rooms, "room", None)
-        if room is None or room.rows < rows or room.members != members or room.arrays[-1].shape[1] < keys:
+        if room is None or room.rows < rows or room.members < members or room.arrays[-1].shape[1] < keys:
             rows, keys = max(rows, 16 if room is None else room.rows), keys + 1024
+            members = members if room is None else max(members, room.members)
             widest, inner = max(self.size, self.middle, self.heads * self.width), self.heads * self.width
             arrays = (
                 np.empty((rows, inner + 2 * self.kv_heads * self.width), np.float32),
@@ -184,11 +196,15 @@ class LlamaForward:
             seen = np.tri(rows, dtype=np.bool_) if allowed is None else np.ascontiguousarray(allowed.numpy())
             asked = max(0, min(rows, first + rows - (count - wanted)))
             some = np.empty((self.layers + 1, rows, self.size), np.float32) if rows < count else states
+            kind = rows.bit_length(), torch.get_num_threads()
+            pace = self._paces.setdefault(kind, Pace(_some_threads()))
+            members, began = pace.choose(), time.perf_counter()
             run_together(
-                kernels.llama_forward, np.ascontiguousarray(embedded[part]), self.norms, self.last_norm, self.epsilon,
+                kernels.llama_forward, members, np.ascontiguousarray(embedded[part]), self.norms, self.last_norm, self.epsilon,
                 *self.packed, keys.numpy(), values.numpy(), past + first, seen, cos[part], sin[part], asked, some,
-                logits[max(0, first - (count - wanted)) :][:asked], *self._arrays(rows, past + count),
+                logits[max(0, first - (count - wanted)) :][:asked], *self._arrays(rows, past + count, members),
             )  # fmt: skip
+            pace.saw(members, rows, time.perf_counter() - began)
             if rows < count:
                 states[:, part] = some
         return torch.from_numpy(logits), torch.from_numpy(states)

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch
 
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
@@ -30,15 +29,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def run_together(function: Callable[..., Any], *arguments: Any) -> None:
-    """Calls ``function(meeting, member, members, *arguments)`` in as many threads as torch uses, and waits for all.
+def run_together(function: Callable[..., Any], members: int, *arguments: Any) -> None:
+    """Calls ``function(meeting, member, members, *arguments)`` in so many threads, this one among them.
 
     Args:
         function: compiled without Python's lock (``nogil``), so that its calls run at the same time. ``meeting`` is an
             int64 array for ``kernels.meet``: those who wait, rounds so far, and whether the others have given up.
     """
     global _pool, _size
-    members = torch.get_num_threads()
     meeting = np.zeros(3, np.int64)
     if members == 1:
         function(meeting, 0, 1, *arguments)
