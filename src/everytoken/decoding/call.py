@@ -7,6 +7,7 @@ can serve several threads at a time.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..core.trace import TokenTrace
@@ -95,9 +96,9 @@ class DecodingCall(Generic[StatsT]):
         """``[B, N]``, or None where nothing is padded."""
         return self.model_kwargs.get("attention_mask")
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """The width of the model's logits."""
+        """The width of the model's logits; asked for at every token, where a configuration's attributes are slow."""
         return int(self.model.config.get_text_config().vocab_size)
 
     @property

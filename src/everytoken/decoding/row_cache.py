@@ -213,6 +213,11 @@ class RowCache:
         self.keeps = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
         self.plain = type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
         self.switch = rope_switch(model.config)
+        # read once: a configuration's attributes are slow
+        text = model.config.get_text_config(decoder=True)
+        self._kinds = getattr(text, "layer_types", None)
+        self._window = getattr(text, "sliding_window", None)
+        self._chunk = getattr(text, "attention_chunk_size", None)
         self.started = False
         self._mark = self.length
         self._placed = torch.empty(0, dtype=torch.long, device=self.device)
@@ -295,13 +300,10 @@ class RowCache:
 
     def _masks(self, allowed: torch.Tensor, positions: torch.Tensor) -> Any:
         """``allowed`` for every kind of layer, in the form that the model takes."""
-        text = self.model.config.get_text_config(decoder=True)
         before = torch.arange(self._mark, device=positions.device)
         keys = torch.cat([before, self._placed, positions])
-        kinds = getattr(text, "layer_types", None)
-        window = getattr(text, "sliding_window", None)
+        kinds, window, chunk = self._kinds, self._window, self._chunk
         only = "sliding_attention" if window is not None else "full_attention"
-        chunk = getattr(text, "attention_chunk_size", None)
         masks = {}
         for kind in set(kinds) if kinds else {only}:
             layer = kinds.index(kind) if kinds else 0
