@@ -220,7 +220,8 @@ def main() -> None:
         (DOCS / f"{place.kind}s" / f"{place.name}.md").write_text(place_page(place, cards), encoding="utf-8")
     stations = [place for place in house.values() if place.kind == "station"]
     (DOCS / "methods" / "index.md").write_text(methods_page(stations, list(catalog.values())), encoding="utf-8")
-    (DOCS / "scoreboard.md").write_text(scoreboard(load_results(ROOT / "results")), encoding="utf-8")
+    measured, beds = load_results(ROOT / "results"), load_results(ROOT / "results" / "beds")
+    (DOCS / "scoreboard.md").write_text(scoreboard(measured, beds), encoding="utf-8")
     (DOCS / "assets" / "tokenselect.md").write_text(selection_table(), encoding="utf-8")
     (DOCS / "assets" / "bench-attention.md").write_text(bench_table("attention"), encoding="utf-8")
     (DOCS / "assets" / "bench-preference.md").write_text(bench_table("preference"), encoding="utf-8")

@@ -62,6 +62,17 @@ def test_a_control_says_whether_a_bed_can_decide(start, helped, verdicts):
     assert (result["name"], bed.measured) == ("bed-coin", 2)
 
 
+def test_the_scoreboard_shows_what_controls_said():
+    from everytoken.reproduce.scoreboard import scoreboard
+
+    good, bad = (execute(control(Coin(0.5, helped), seeds=1), console=QUIET) for helped in (0.75, 0.52))
+    page = scoreboard([], [good, bad])
+    assert "| coin: a coin | right 0.5 | 0.75 | +0.25 |" in page
+    ends = [line.rsplit("|", 2)[1].strip() for line in page.splitlines() if line.startswith("| coin")]
+    assert ends == ["yes", "no"]
+    assert "Test beds" not in scoreboard([])
+
+
 @pytest.mark.parametrize("name", BEDS)
 def test_beds_keep_the_contract(name):
     bed = find_bed(name)

@@ -89,7 +89,7 @@ def scoreboard(
             if card is not None and card.reproduction:
                 result["claims"] = measured_claims(card.load_reproduction(), result["runs"])
             write(result, results)
-    out.write_text(render(found), encoding="utf-8")
+    out.write_text(render(found, load_results(results / "beds")), encoding="utf-8")
     Console().print(f"{len(found)} result(s) -> {out}", highlight=False)
 
 

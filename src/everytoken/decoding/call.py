@@ -7,13 +7,14 @@ can serve several threads at a time.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..core.trace import TokenTrace
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+    from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
     from transformers.generation.streamers import BaseStreamer
 
     from .row import DecodingRow
@@ -76,6 +77,8 @@ class DecodingCall(Generic[StatsT]):
         stats: the counters; ``decoder.stats`` shows them after the call.
         trace: one TokenTrace a row, if the decoder traces.
         rows: one ``DecodingRow`` a prompt; empty in transformers' own loops.
+        by_steps: whether the model is handed more than tokens, positions and a cache, or keeps its state elsewhere: the
+            texts are read by ``generate``'s own steps then (``steps.py``).
     """
 
     model: PreTrainedModel
@@ -89,6 +92,7 @@ class DecodingCall(Generic[StatsT]):
     stats: StatsT
     trace: list[TokenTrace] = field(default_factory=list)
     rows: list[DecodingRow] = field(default_factory=list)
+    by_steps: bool = False
 
     @property
     def attention_mask(self) -> torch.Tensor | None:
@@ -96,8 +100,14 @@ class DecodingCall(Generic[StatsT]):
         return self.model_kwargs.get("attention_mask")
 
     @property
+    def cache(self) -> Cache | None:
+        """The cache that ``generate`` made or was given, under either name; None where the model takes none."""
+        caches = (self.model_kwargs.get(name) for name in ("past_key_values", "cache_params"))
+        return next((cache for cache in caches if cache is not None), None)
+
+    @cached_property
     def vocab_size(self) -> int:
-        """The width of the model's logits."""
+        """The width of the model's logits; asked for at every token, where a configuration's attributes are slow."""
         return int(self.model.config.get_text_config().vocab_size)
 
     @property

@@ -27,7 +27,7 @@ Choices of ours, none of which changes the result:
 - Nodes also come from the text itself (``speculative.matches``): how it went on before, after words like the last ones.
   They need no draft model, so ``DySpec()`` works with any target, and they cost no forward. Beside a draft a token that
   both propose is one node.
-- Of the grown tree those nodes are kept that pay for themselves (``speculative.pace``), perhaps none.
+- Of the grown tree those nodes are kept that pay for themselves (``speculative.worth``), perhaps none.
 - Draft forwards of the fixed-size tree are batched, by looking ahead at every slot that may still be filled.
 - Each round starts by running the draft over the tokens just committed, so a draft that reads the target's hidden
   states (``FeatureDraftForCausalLM``) gets the true ones.
@@ -36,9 +36,11 @@ Choices of ours, none of which changes the result:
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,20 +56,22 @@ from transformers.generation.logits_process import (
 
 from ..core.errors import BadInputError
 from ..core.loading import check_model_name
+from ..core.pace import Pace
 from ..core.settings import check_file
 from ..decoding.base import BY_NAME, Decoder, Example
 from ..decoding.call import DecodingCall
 from ..decoding.checks import check_decoder_only, check_same_vocabulary, check_unread
 from ..decoding.inputs import check_flex, check_reads_text
+from ..decoding.lean import LeanRowCache, row_cache
 from ..decoding.matcher import Matcher
 from ..decoding.row import DecodingRow
-from ..decoding.row_cache import RowCache, check_cached, check_rewindable
+from ..decoding.row_cache import check_cached, check_rewindable
 from .speculative import check_draft_ships, check_feature_target, find_draft, load_draft, load_named_draft
 from .speculative.drafting import DraftSession, draft_share
 from .speculative.matches import Corpus, TextMatches, corpus_tokens
-from .speculative.pace import Cost, Pace, default_cost
 from .speculative.proposals import Proposals, process
 from .speculative.trees import Expand, TokenTree, grow_tree
+from .speculative.worth import Cost, Worth, default_cost
 
 TEXT = "text"
 """As ``draft_model``: text alone proposes."""
@@ -81,6 +85,11 @@ PATH_FREE = (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
 )
+
+
+WIDTHS = (3, 7)
+"""Budgets that are tried beside none and the one that was asked for."""
+_paces: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], Pace]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -97,6 +106,10 @@ class DySpec(Decoder):
             1/budget), and keeps of these nodes what pays; None grows the paper's fixed-size tree from the draft model
             alone, always full, which needs more draft forwards.
         max_depth: longest drafted path.
+        adaptive: try several budgets up to this one, none among them, and use the fastest by the clock. The text stays
+            the same, and which tokens were drafted may differ from run to run. Greedy decoding only; a sample would not
+            be the same for the same seed. None: where the target has a compiled forward, whose plain steps are often
+            cheaper than any draft (``load_model(weights="int4")``).
         max_children: drafted alternatives considered per node.
         drawn: when sampling, draw the nodes from the draft's distribution, as the paper does, and correct for it.
             Otherwise the likeliest tokens are proposed, and verification follows the target's own sample: the
@@ -105,7 +118,7 @@ class DySpec(Decoder):
         corpus: texts to search as well: a file, texts, or the tokens of texts. Texts need the tokenizer:
             ``DySpec(corpus=...).prepare(tokenizer, vocab_size)``.
         cost: what a target forward over n tokens costs, in any unit: ``cost(n)``. None is a straight line
-            (``speculative.pace.default_cost``).
+            (``speculative.worth.default_cost``).
         matcher: a ``Matcher`` in its initial state. Every node of the tree is masked by it, in the draft's
             distribution and in the target's, so the output has exactly the distribution of masked plain decoding.
 
@@ -120,6 +133,7 @@ class DySpec(Decoder):
     threshold: float | None = 0.08
     max_depth: int = 12
     max_children: int = 8
+    adaptive: bool | None = None
     drawn: bool = field(default=False, kw_only=True)
     text_nodes: bool = field(default=True, kw_only=True)
     corpus: Any = field(default=None, kw_only=True, repr=False, metadata=BY_NAME)
@@ -202,7 +216,7 @@ class DySpec(Decoder):
             )
         if self.corpus is not None and self.searched is None:
             self.searched = Corpus(corpus_tokens(self.corpus))
-        cache = call.model_kwargs.get("past_key_values")
+        cache = call.cache
         check_rewindable("DySpec", self.new_row_cache(call) if cache is None else cache)
 
     def matcher_for(self, call: DecodingCall[Any], row: int) -> Matcher | None:
@@ -235,10 +249,10 @@ class _Speculation:
         assert row.cache is not None
         self.decoder, self.row, self.model, self.stats = decoder, row, call.model, call.stats
         self.vocab = call.vocab_size
-        self.cache, self.device, self.max_length = RowCache(call.model, row.cache), row.device, call.config.max_length
+        self.cache, self.device, self.max_length = row_cache(call.model, row.cache), row.device, call.config.max_length
         self.path_free = all(type(item) in PATH_FREE for item in row.processors)
         draft = decoder.drafting
-        self.draft = None if draft is None else DraftSession(draft, call.model, self.vocab)
+        self.draft = None if draft is None else DraftSession(draft, call.model, self.vocab, self.cache)
         # where a model cannot mask a tree, one path is drafted: it needs no mask
         self.branches = self.cache.trees and (self.draft is None or self.draft.trees)
         self.drawn = row.do_sample and decoder.drawn
@@ -248,11 +262,21 @@ class _Speculation:
             self.matches = TextMatches(self.vocab, decoder.searched)
         cost = decoder.cost or default_cost(self.device.type)
         share = 0.0 if self.draft is None else draft_share(call.model, self.draft.model)
-        self.pace = Pace(cost, share * cost(1), rereads=not self.branches)
+        self.worth = Worth(cost, share * cost(1), rereads=not self.branches)
         width = min(decoder.max_children, decoder.budget) if self.branches else 1
         self.proposals = Proposals(
-            row, self.draft, self.matches, self.pace, self.stats, self.path_free, self.drawn, self.choosy, width
+            row, self.draft, self.matches, self.worth, self.stats, self.path_free, self.drawn, self.choosy, width
         )
+        self.pace = self._pace(decoder)
+
+    def _pace(self, decoder: DySpec) -> Pace | None:
+        """The measured pace of this draft with this target, which goes on from call to call; None: always draft."""
+        wanted = isinstance(self.cache, LeanRowCache) if decoder.adaptive is None else decoder.adaptive
+        if not wanted or self.row.do_sample or decoder.budget == 0:
+            return None
+        known = _paces.setdefault(self.model, {})
+        key = (id(decoder.draft_model), decoder.budget, decoder.threshold, torch.get_num_threads())
+        return known.setdefault(key, Pace((0, *(width for width in WIDTHS if width < decoder.budget), decoder.budget)))
 
     # -- the loop ------------------------------------------------------------------------------------------------------
     def decode(self) -> None:
@@ -264,14 +288,18 @@ class _Speculation:
                 # a tree deeper than the room left would only be thrown away
                 room = (self.max_length or 1 << 30) - len(self.row.padding) - len(self.row.text) - 1
                 forwards, accepted = self.stats.draft_forwards, self.stats.accepted
-                tree = self._grow(self.decoder.budget, room)
+                began, before = time.perf_counter(), len(self.row.new)
+                budget = self.decoder.budget if self.pace is None else self.pace.choose()
+                tree = self._grow(budget, room)
                 logits = self._verify_forward(tree)
-                self.stats.rounds += 1
+                self.stats.rounds += self.pace is None or len(tree) > 1
                 self.stats.proposed += len(tree) - 1
                 done = self._walk(tree, logits, turn)
                 turn += 1
                 asked, came = self.stats.draft_forwards - forwards, self.stats.accepted - accepted
-                self.pace.add(len(tree) - 1, asked, sum(tree.values[1:]), came)
+                self.worth.add(len(tree) - 1, asked, sum(tree.values[1:]), came)
+                if self.pace is not None and room > budget:  # a tree that was cut short says nothing about its budget
+                    self.pace.saw(budget, len(self.row.new) - before, time.perf_counter() - began)
         finally:
             if self.draft is not None:
                 self.draft.close()
@@ -325,7 +353,7 @@ class _Speculation:
         if not self.choosy:
             return tree
         best = tree.ranked()[:budget]
-        return tree.only(best[: self.pace.worth([tree.values[node] for node in best])])
+        return tree.only(best[: self.worth.nodes([tree.values[node] for node in best])])
 
     # -- verification --------------------------------------------------------------------------------------------------
     def _walk(self, tree: TokenTree, logits: torch.Tensor, turn: int) -> bool:

@@ -18,6 +18,7 @@ import torch
 
 from ..core.errors import BadInputError
 from ..core.logprobs import entropy_from_logits
+from ..core.progress import Report
 from ..core.rng import derive_seed
 from ..core.scoring import PromptResponse, output_head, response_hidden, response_logps, score_rows
 from .base import Arms, Claim, Context, Reproduction, Values, mean, mean_ranks

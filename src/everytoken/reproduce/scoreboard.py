@@ -30,8 +30,8 @@ SHOWN: dict[Verdict, str] = {
 }
 
 
-def scoreboard(results: Sequence[Result]) -> str:
-    """``docs/scoreboard.md`` from result files."""
+def scoreboard(results: Sequence[Result], beds: Sequence[Result] = ()) -> str:
+    """``docs/scoreboard.md`` from result files, and from those of the test beds' positive controls."""
     totals = Counter(claim["verdict"] for result in results for claim in result["claims"])
     counted = ", ".join(
         f"{totals[verdict]} {_counted(verdict, totals[verdict])}" for verdict in SHOWN if totals[verdict]
@@ -51,10 +51,35 @@ def scoreboard(results: Sequence[Result]) -> str:
             f"| [{result['name']}](#{result['name']}) | {cell(claim['metric'])} | {formatted(claim)} | "
             f"{cell(formatted_interval(claim)) or 'none'} | {SHOWN[claim['verdict']]} | {tally(result)} |"
         )
-    lines += ["", "## Every claim", ""]
+    lines += ["", *bed_lines(beds), "## Every claim", ""]
     for result in results:
         lines += details(result)
     return "\n".join(lines)
+
+
+def bed_lines(beds: Sequence[Result]) -> list[str]:
+    """What the positive controls say of the beds that experiments stand on."""
+    if not beds:
+        return []
+    from .beds.base import can_decide
+
+    lines = [
+        "## Test beds",
+        "",
+        "A bed must show that it can decide before a method is judged on it: something known to help must help there,",
+        "and its start must lie between chance and the ceiling.",
+        "",
+        "| bed | start | after what is known to help | difference | 95% interval | can it decide? |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for result in beds:
+        claim, (bed, _, _) = result["claims"][0], result["summary"].rpartition(":")
+        lines.append(
+            f"| {cell(result['name'].removeprefix('bed-'))}: {cell(bed)} "
+            f"| {claim['metric']} {claim['baseline_value']:.3g} | {claim['method_value']:.3g} | {formatted(claim)} "
+            f"| {cell(formatted_interval(claim)) or 'none'} | {'yes' if can_decide(result) else 'no'} |"
+        )
+    return [*lines, ""]
 
 
 def tally(result: Result) -> str:

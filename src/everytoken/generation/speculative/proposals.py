@@ -15,8 +15,8 @@ from ...decoding.matcher import Matcher, fill_mask
 from ...decoding.row import DecodingRow
 from .drafting import DraftSession
 from .matches import TextMatches
-from .pace import Pace
 from .trees import Candidates, TokenTree
+from .worth import Worth
 
 BESIDE_A_DRAFT = 0.5
 """The share of what matches in the text are believed that they keep beside a draft model's opinion."""
@@ -40,14 +40,14 @@ class Proposals:
         row: DecodingRow,
         draft: DraftSession | None,
         matches: TextMatches | None,
-        pace: Pace,
+        worth: Worth,
         stats: DecodingStats,
         path_free: bool,
         drawn: bool,
         choosy: bool,
         width: int,
     ):
-        self.row, self.draft, self.matches, self.pace, self.stats = row, draft, matches, pace, stats
+        self.row, self.draft, self.matches, self.worth, self.stats = row, draft, matches, worth, stats
         self.path_free, self.drawn, self.choosy, self.width = path_free, drawn, choosy, width
         self.asking = draft is not None
         # tokens beyond the draft's own vocabulary are not needed where their scores decide nothing
@@ -55,7 +55,7 @@ class Proposals:
 
     def begin(self) -> None:
         """A new round."""
-        self.asking = self.draft is not None and (not self.choosy or self.pace.rested())
+        self.asking = self.draft is not None and (not self.choosy or self.worth.rested())
 
     def expand(self, tree: TokenTree, nodes: list[int]) -> Candidates:
         """Candidates after each of ``nodes``: tokens and chances, in drawing order or falling.
@@ -65,7 +65,7 @@ class Proposals:
         """
         paths = [tree.path(node) for node in nodes]
         if self.asking and self.choosy and nodes != [0]:
-            self.asking = self.pace.asks([tree.values[node] for node in nodes])
+            self.asking = self.worth.asks([tree.values[node] for node in nodes])
         if self.drawn:
             return self._draw(tree, nodes, paths)
         by_draft = self._ask(tree, nodes, paths) if self.asking else None

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everytoken.generation.speculative.pace import LONGEST_REST, Pace, default_cost
+from everytoken.generation.speculative.worth import LONGEST_REST, Worth, default_cost
 
 
 def line(slope):
@@ -21,67 +21,67 @@ def test_the_kept_nodes_gain_most(chances, costs):
     def cost(tokens):
         return 1 + sum(costs[: tokens - 1])
 
-    pace = Pace(cost)
-    gains = [sum(chances[:count]) - pace.rate * cost(1 + count) for count in range(len(chances) + 1)]
-    assert gains[pace.worth(chances)] == pytest.approx(max(gains))
+    worth = Worth(cost)
+    gains = [sum(chances[:count]) - worth.rate * cost(1 + count) for count in range(len(chances) + 1)]
+    assert gains[worth.nodes(chances)] == pytest.approx(max(gains))
 
 
 def test_a_step_in_the_curve_is_taken_as_a_whole():
     """Nodes that do not pay one by one may pay together, where a forward of many tokens costs no more than of two."""
-    pace = Pace(lambda tokens: 1.0 if tokens == 1 else 1.5)
-    assert pace.worth([0.3]) == 0
-    assert pace.worth([0.3, 0.3, 0.3]) == 3
+    worth = Worth(lambda tokens: 1.0 if tokens == 1 else 1.5)
+    assert worth.nodes([0.3]) == 0
+    assert worth.nodes([0.3, 0.3, 0.3]) == 3
 
 
 def test_nodes_below_their_marginal_cost_are_left_out():
-    pace = Pace(line(0.2))
-    assert pace.worth([0.9, 0.5, 0.21, 0.19, 0.01]) == 3
+    worth = Worth(line(0.2))
+    assert worth.nodes([0.9, 0.5, 0.21, 0.19, 0.01]) == 3
 
 
 def test_the_rate_never_falls_below_plain_decoding():
-    pace = Pace(line(0.5))
+    worth = Worth(line(0.5))
     for _ in range(50):
-        pace.add(8, 2, 4.0, 0)
-    assert pace.rate == 1.0
-    assert pace.belief < 0.2
-    assert pace.worth([0.5, 0.4]) == 0
+        worth.add(8, 2, 4.0, 0)
+    assert worth.rate == 1.0
+    assert worth.belief < 0.2
+    assert worth.nodes([0.5, 0.4]) == 0
 
 
 def test_better_rounds_make_it_pickier():
-    pace = Pace(line(0.1))
-    assert pace.worth([0.15]) == 1
+    worth = Worth(line(0.1))
+    assert worth.nodes([0.15]) == 1
     for _ in range(50):
-        pace.add(4, 0, 4.0, 4)
-    assert pace.rate > 2
-    assert pace.worth([0.15]) == 0
+        worth.add(4, 0, 4.0, 4)
+    assert worth.rate > 2
+    assert worth.nodes([0.15]) == 0
 
 
 def test_a_draft_that_fails_rests_longer_and_longer_and_comes_back():
-    pace = Pace(line(0.05), draft_cost=0.2)
+    worth = Worth(line(0.05), draft_cost=0.2)
     took_part = []
     for _ in range(200):
-        took_part.append(pace.rested())
-        pace.add(4 if took_part[-1] else 0, 3 if took_part[-1] else 0, 1.0, 0)
+        took_part.append(worth.rested())
+        worth.add(4 if took_part[-1] else 0, 3 if took_part[-1] else 0, 1.0, 0)
     assert took_part[0]
     assert sum(took_part[100:]) <= 100 / LONGEST_REST * 4
     assert any(took_part[150:])
     for _ in range(40):  # it is good now
-        took_part.append(pace.rested())
-        pace.add(4, 3 if took_part[-1] else 0, 1.0, 4 if took_part[-1] else 0)
+        took_part.append(worth.rested())
+        worth.add(4, 3 if took_part[-1] else 0, 1.0, 4 if took_part[-1] else 0)
     assert all(took_part[-20:])
 
 
 def test_reading_again_is_paid_for():
     chances = [0.3]
-    assert Pace(line(0.05)).worth(chances) == 1
-    assert Pace(line(0.05), rereads=True).worth(chances) == 0
-    assert Pace(line(0.05), rereads=True).worth([0.95]) == 1
+    assert Worth(line(0.05)).nodes(chances) == 1
+    assert Worth(line(0.05), rereads=True).nodes(chances) == 0
+    assert Worth(line(0.05), rereads=True).nodes([0.95]) == 1
 
 
 def test_draft_forwards_are_asked_where_they_can_pay():
-    pace = Pace(line(0.05), draft_cost=0.1)
-    assert pace.asks([0.5, 0.2])
-    assert not pace.asks([0.1, 0.05])
+    worth = Worth(line(0.05), draft_cost=0.1)
+    assert worth.asks([0.5, 0.2])
+    assert not worth.asks([0.1, 0.05])
 
 
 def test_default_costs():

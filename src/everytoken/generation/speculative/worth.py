@@ -9,7 +9,7 @@ nodes are accepted with chances ``v_1 >= v_2 >= ...`` those k are kept that maxi
 Maximising each round's own tokens a unit of cost would be another rule, and a worse one for the whole text: the best
 rate over many rounds is reached by holding every round against the common rate (Dinkelbach's condition).
 
-The chances are the draft's opinion. ``Pace`` counts how many tokens they promised and how many came, and believes them
+The chances are the draft's opinion. ``Worth`` counts how many tokens they promised and how many came, and believes them
 as far as that. Older rounds count less and less, so a text that becomes easier is noticed.
 """
 
@@ -38,7 +38,7 @@ def default_cost(device: str) -> Cost:
     return lambda tokens: 1 + slope * (tokens - 1)
 
 
-class Pace:
+class Worth:
     """The rate so far, and what follows from it for the next round.
 
     Args:
@@ -66,7 +66,7 @@ class Pace:
         """The share of promised tokens that came."""
         return min(self.came / self.promised, 1.0)
 
-    def worth(self, chances: Sequence[float]) -> int:
+    def nodes(self, chances: Sequence[float]) -> int:
         """How many of the nodes with these falling chances of acceptance pay for themselves together."""
         best, most, total = 0, -self.rate * self.step, 0.0
         for count, chance in enumerate(chances, 1):
