@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 from everytoken.core.errors import EverytokenError
+from everytoken.generation.draft_training import FILES, TRAINING
 from everytoken.generation.speculative import draft_folder
-from everytoken.generation.speculative.training import FILES, TRAINING
 from everytoken.training.base import TrainingContext, read_config
 
 

@@ -262,7 +262,7 @@ class _Speculation:
             self.matches = TextMatches(self.vocab, decoder.searched)
         cost = decoder.cost or default_cost(self.device.type)
         share = 0.0 if self.draft is None else draft_share(call.model, self.draft.model)
-        self.worth = Worth(cost, share * cost(1), rereads=not self.branches)
+        self.worth = Worth(cost, share * cost(1), rereads=bool(getattr(call.model, "_is_stateful", False)))
         width = min(decoder.max_children, decoder.budget) if self.branches else 1
         self.proposals = Proposals(
             row, self.draft, self.matches, self.worth, self.stats, self.path_free, self.drawn, self.choosy, width

@@ -1,9 +1,9 @@
 """``everytoken train dyspec``: a feature draft for any causal language model, from nothing but the model.
 
-1. The model answers prompts (``answers``); the texts are kept in the output folder.
-2. A draft of one block learns its distribution at every position (``distillation``). Every ``evaluate_every`` steps the
-   held-out agreement is measured, the best weights so far are saved, and a checkpoint with the optimizer's state is
-   written: the same command goes on from it, also with more ``steps``.
+1. The model answers prompts (``speculative.answers``); the texts are kept in the output folder.
+2. A draft of one block learns its distribution at every position (``speculative.distillation``). Every
+   ``evaluate_every`` steps the held-out agreement is measured, the best weights so far are saved, and a checkpoint with
+   the optimizer's state is written: the same command goes on from it, also with more ``steps``.
 3. The best draft goes into the user's cache, where ``DySpec`` finds it for this model, and decodes held-out prompts to
    say what it is worth.
 """
@@ -26,14 +26,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from ...core.errors import BadInputError, CacheError, UnsupportedModelError
-from ...decoding.checks import check_decoder_only
-from ...decoding.inputs import check_reads_text, is_offloaded
-from ...training.base import Training, TrainingContext, TrainingResult
-from . import load_draft, trained_draft_folder
-from .answers import collect_answers, read_prompts
-from .distillation import Row, collate, distil, feature_layers, new_draft
-from .modeling_feature_draft import FeatureDraftForCausalLM, FeatureTap, decoder_parts
+from ..core.errors import BadInputError, CacheError, UnsupportedModelError
+from ..decoding.checks import check_decoder_only
+from ..decoding.inputs import check_reads_text, is_offloaded
+from ..training.base import Training, TrainingContext, TrainingResult
+from .speculative import load_draft, trained_draft_folder
+from .speculative.answers import collect_answers, read_prompts
+from .speculative.distillation import Row, collate, distil, feature_layers, new_draft
+from .speculative.modeling_feature_draft import FeatureDraftForCausalLM, FeatureTap, decoder_parts
 
 
 @dataclass
@@ -106,7 +106,7 @@ def check_target(target: PreTrainedModel) -> None:
 
 def run(config: DraftTraining, context: TrainingContext) -> TrainingResult:
     """The whole of it; what is in the output folder already is not made again."""
-    from ...core.loading import load_model, load_tokenizer
+    from ..core.loading import load_model, load_tokenizer
 
     prompts = None if context.data is None else read_prompts(context.data)
     context.report("loading the model", 0, 0)
@@ -345,7 +345,7 @@ def measure(
     held: list[Row],
 ) -> dict[str, float]:
     """What the draft is worth on held-out prompts, greedily: counted, not timed."""
-    from ..dyspec import DySpec
+    from .dyspec import DySpec
 
     draft: FeatureDraftForCausalLM = load_draft(target, folder)
     figures: dict[str, float] = {}

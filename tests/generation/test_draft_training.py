@@ -10,17 +10,17 @@ from safetensors.torch import load_file
 
 from everytoken.catalog.cards import find_card
 from everytoken.core.errors import BadInputError, UnsupportedModelError
+from everytoken.generation.draft_training import DraftTraining, check_target, run
 from everytoken.generation.dyspec import DySpec
 from everytoken.generation.speculative import find_draft, trained_draft_folder
 from everytoken.generation.speculative.answers import before_loop, kept_answers, read_prompts
 from everytoken.generation.speculative.distillation import Row, collate, new_draft, unrolled
 from everytoken.generation.speculative.modeling_feature_draft import FeatureDraftForCausalLM, FeatureTap
-from everytoken.generation.speculative.training import DraftTraining, check_target, run
 from everytoken.testing.models import tiny_tokenizer
 from everytoken.training.base import TrainingContext
 
-from ...conftest import tiny_llama
-from ...decoding.families import build
+from ..conftest import tiny_llama
+from ..decoding.families import build
 
 QUICK = dict(
     answers=12, max_new_tokens=16, gather=4, steps=6, batch_size=4, length=24, draft_vocab=20, evaluate_every=3, tried=1
