@@ -29,8 +29,7 @@ demo: $(VENV)/.base ## install, then the main job, offline, on the embedded mode
 
 # Tests come in two tiers. `make test` is what every commit must pass: tiny models, within one process. `make test-full` adds what
 # is slow: the embedded model, real processes, and the quick experiments of the methods that changed since the commit SINCE.
-# `make test-all` is both, with every experiment and what is exhaustive (all model families, every field of TRL's
-# configurations, every page of the docs).
+# `make test-all` is both, with every experiment and what is exhaustive (all model families, the long pages of the docs).
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=30
 SINCE ?=
 

@@ -151,7 +151,7 @@ class DySpec(Decoder):
             check_reads_text("DySpec's draft", self.draft_model, recurrent=True)
             check_cached("DySpec's draft", self.draft_model)
         check_same_vocabulary(call.model, self.draft_model)
-        cache = call.model_kwargs.get("past_key_values")
+        cache = call.cache
         check_rewindable("DySpec", self.new_row_cache(call) if cache is None else cache)
 
     def matcher_for(self, call: DecodingCall[Any], row: int) -> Matcher | None:
