@@ -27,7 +27,7 @@ CHUNK = 64
 """Tokens that are read together, at most; longer texts are read piece by piece."""
 
 
-def lacks(model: torch.nn.Module) -> str | None:
+def lacks(model: Any) -> str | None:
     """Why this forward is not the one of a model, in words, or None if it is."""
     config = getattr(model, "config", None)
     if type(model) is not LlamaForCausalLM or config is None:
@@ -119,7 +119,7 @@ class LlamaForward:
         self._rooms = threading.local()
         self._paces: dict[tuple[int, int], Pace] = {}  # by how many tokens are read together
 
-    def stands_for(self, model: torch.nn.Module) -> bool:
+    def stands_for(self, model: Any) -> bool:
         """Whether it still gives what the model's own forward gives: nobody watches or has changed it."""
         config = model.config
         if model.training or config.output_attentions or config.output_hidden_states:
