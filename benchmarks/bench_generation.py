@@ -2,8 +2,8 @@
 
 Peers: transformers' plain generate (with its linear layers packed for the CPU, and as it comes), assisted generation
 with the same draft, prompt lookup, beam search, and llama-cpp-python on the same GGUF file where it is installed. It
-reads 4-bit weights, as do the arms that say so; all others are float32. SkipDecode runs a model that was not tuned for it and R2R routes by
-entropy: their speed is measured here, not their text.
+reads 4-bit weights, as do the arms that say so; all others are float32. SkipDecode runs a model that was not tuned for
+it and R2R routes by entropy: their speed is measured here, not their text.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def test_every_block_is_one_that_runs(name):
             compile(block.code, name, "exec")
 
 
-SHORT = ("docs/concepts.md", "docs/index.md", "docs/tokenizers.md")
+SHORT = ("docs/concepts.md", "docs/index.md")
 """Pages that take less than two minutes: they run in the full tier, the others in ``make test-all``."""
 
 

@@ -102,6 +102,10 @@ def test_transformers_forward_runs_where_someone_looks(model):
     hook.remove()
     assert lean_forward(model) is not None
     assert lean_forward(model, DynamicCache()) is not None
+    norm = model.model.norm
+    norm.forward = norm.forward  # someone's replacement
+    assert lean_forward(model) is None
+    del norm.forward
     model.config.output_hidden_states = True
     assert lean_forward(model) is None
     model.config.output_hidden_states = False

@@ -223,7 +223,7 @@ def test_the_reports_texts_are_answers_to_what_was_trained(place, tmp_path, monk
 
     config = find_card("tdpo").load_training().config(samples=2, sample_tokens=3)
     session = TrainingSession(config, TrainingContext(str(place / "model"), None, tmp_path), "tdpo", {})
-    session.tokenizer.chat_template = "{{ tools[0].name }} {% for m in messages %}{{ m.content }}{% endfor %}: "
+    session.tokenizer.chat_template = "{{ tools[0].name }} {% for m in messages %}{{ m.content }}{% endfor %}, "
     asked = [{"role": "user", "content": [{"type": "text", "text": "why"}]}]
     rows = [{"prompt": asked, "tools": [{"name": name}]} for name in ("look", "ask", "go")]
     read = []
@@ -236,7 +236,7 @@ def test_the_reports_texts_are_answers_to_what_was_trained(place, tmp_path, monk
     monkeypatch.setattr(type(session.policy), "generate", generate)
     answered = session.sampled(Dataset.from_list(rows))
     assert len(session.write_texts(session.policy, answered)) == 2
-    assert read == ["look why: ", "ask why: "]
+    assert read == ["look why, ", "ask why, "]
     assert session.sampled(Dataset.from_list([{"chosen": "a"}])) == []
 
 

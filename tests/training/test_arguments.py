@@ -83,7 +83,7 @@ INHERITED = {
     "per_device_train_batch_size": Changes(4),
     "seed": Changes(1),
     "use_liger_kernel": Refused(True),
-    "warmup_steps": Changes(2),
+    "warmup_steps": Changes(2, {"lr_scheduler_type": "constant_with_warmup"}),
     "weight_decay": Changes(0.5),
 }
 
@@ -123,7 +123,7 @@ SFT = INHERITED | {
     "bf16_full_eval": Apart("rounds the model for its evaluation, as transformers says"),
     "chat_template_path": LOADING,
     "completion_only_loss": Changes(False),
-    "dataset_kwargs": Changes({"add_special_tokens": False}),
+    "dataset_kwargs": Refused({"add_special_tokens": False}),
     "dataset_num_proc": COST,
     "dataset_text_field": Apart("names the column of rows of plain text"),
     "eos_token": Changes("k"),
@@ -299,7 +299,7 @@ def rto(folder: str, **changes: Any) -> Any:
 
 
 def outcome(made: Any) -> list[Any]:
-    """What a run ends with: its weights, its logs, the shape of a batch, and whether a reference is held."""
+    """What a run ends with: its weights, its logs, a batch's shapes and tokens, and whether a reference is held."""
     torch.manual_seed(made.args.seed)
     made.train()
     unlike = ("runtime", "per_second", "step_time", "flos")
@@ -309,8 +309,10 @@ def outcome(made: Any) -> list[Any]:
     ]
     weights = torch.cat([weight.detach().flatten() for weight in made.model.parameters()])
     batch = next(iter(made.get_train_dataloader()))
-    shapes = {name: tuple(value.shape) for name, value in batch.items()} if isinstance(batch, dict) else None
-    return [weights.sum().item(), weights.abs().sum().item(), str(logs), shapes, getattr(made, "ref_model", 0) is None]
+    seen = None
+    if isinstance(batch, dict):
+        seen = {name: (tuple(value.shape), value.sum().item()) for name, value in batch.items()}
+    return [weights.sum().item(), weights.abs().sum().item(), str(logs), seen, getattr(made, "ref_model", 0) is None]
 
 
 KINDS = {"DPOConfig": (dpo, DPO), "SFTConfig": (sft, SFT), "GRPOConfig": (rto, GRPO)}

@@ -543,7 +543,7 @@ def _dtype_and_device(
 
 
 def exact_in_4_bits(model: str | os.PathLike[str] | None) -> bool:
-    """Whether a model is a GGUF file whose linear layers are all of 4 bits, so that ``weights="int4"`` changes nothing.
+    """Whether a model is a GGUF file with layers of Q4_0 or Q4_1 and a head of Q8_0, which ``int4`` keeps as they are.
 
     Raises:
         BadInputError: see ``check_model_name``.
@@ -555,8 +555,12 @@ def exact_in_4_bits(model: str | os.PathLike[str] | None) -> bool:
         if not os.fspath(model).endswith(".gguf"):
             return False
     source = embedded_gguf() if model is None or str(model) == EMBEDDED else Path(model).expanduser()
-    kinds = {item.tensor_type.name for item in gguf.GGUFReader(source).tensors if item.name.startswith("blk.")}
-    return kinds <= {"F32", "Q4_0", "Q4_1"} and kinds != {"F32"}
+    tensors = {item.name: item for item in gguf.GGUFReader(source).tensors}
+    layers = {
+        item.tensor_type.name for name, item in tensors.items() if name.startswith("blk.") and len(item.shape) > 1
+    }
+    head = tensors.get("output.weight", tensors.get("token_embd.weight"))
+    return bool(layers) and layers <= {"Q4_0", "Q4_1"} and head is not None and head.tensor_type.name == "Q8_0"
 
 
 def _kept_groups(folder: Path) -> Path | None:

@@ -138,6 +138,8 @@ class Decoder:
     processes_once: ClassVar[bool] = False
     """Whether ``row.processed`` is asked exactly once for every token, in order: processors that remember earlier calls
     may take part then."""
+    compiled: ClassVar[bool] = False
+    """Whether it reads through ``decoding.lean``, and so gains from a model's compiled forward."""
     recurrent: ClassVar[bool] = False
     """Whether it decodes models that keep a recurrent state beside their cache."""
     steps: ClassVar[bool] = False

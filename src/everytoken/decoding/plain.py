@@ -27,6 +27,7 @@ class PlainDecoding(Decoder):
     trace_columns: ClassVar[tuple[str, ...]] = ("source",)
     processes_once: ClassVar[bool] = True
     recurrent: ClassVar[bool] = True
+    compiled: ClassVar[bool] = True
 
     def decode_row(self, call: DecodingCall[Any], row: DecodingRow) -> None:
         assert row.cache is not None

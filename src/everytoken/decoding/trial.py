@@ -168,7 +168,8 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
 
 
 def chosen_weights(request: TrialRequest) -> str:
-    """How the linear layers run: as the user says, or 4 bits where that changes no weight, and packed elsewhere.
+    """How the linear layers run: as the user says; else 4 bits where that changes no weight and all methods gain from
+    it, and packed elsewhere.
 
     Raises:
         BadInputError: a model's path that does not exist.
@@ -184,7 +185,8 @@ def chosen_weights(request: TrialRequest) -> str:
     import torch
 
     plain = options.get("dtype", "auto") in ("auto", "float32") and not torch.cuda.is_available()
-    return "int4" if plain and exact_in_4_bits(request.model) else "packed"
+    gains = all(getattr(item.factory, "compiled", False) for item in request.trials)
+    return "int4" if plain and gains and exact_in_4_bits(request.model) else "packed"
 
 
 def check_context(config: PreTrainedConfig, length: int, new_tokens: int, extends: bool) -> str | None:

@@ -101,9 +101,10 @@ def prompts_and_pairs(config: RTOTraining, context: TrainingContext) -> tuple[li
             )
         if "chosen" in found[0]:
             pairs = pairs_or_example(context)
-        if index := next((str(index) for index, row in enumerate(found) if row.get("tools")), ""):
+        bringing = [number for number, row in enumerate(found) if row.get("tools")]
+        if bringing:
             raise BadInputError(
-                f"{context.data}, row {index}: RTO's rollouts call no tools, and this row brings some.",
+                f"{context.data}, row {bringing[0]}: RTO's rollouts call no tools, and this row brings some.",
                 "Leave them out; in Python RTOTrainer(tools=...) takes functions that it can call.",
             )
         texts = [row["prompt"] if isinstance(row["prompt"], str) else plain_messages(row["prompt"]) for row in found]

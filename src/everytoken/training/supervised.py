@@ -79,6 +79,13 @@ class SupervisedTrainer(ResumingMixin, LaunchedMixin, SFTTrainer):
         args = kwargs.get("args", positional[1] if len(positional) > 1 else None)
         model = kwargs.get("model", positional[0] if positional else None)
         check_arguments(type(self).__name__, args, REFUSALS, model)
+        unread = sorted(set(getattr(args, "dataset_kwargs", None) or ()) - {"skip_prepare_dataset"})
+        if unread:
+            raise BadInputError(
+                f"{type(self).__name__} does not support dataset_kwargs with {', '.join(unread)}: TRL reads "
+                "skip_prepare_dataset alone.",
+                "Leave them out.",
+            )
         if kwargs.get("compute_loss_func") is not None:
             raise BadInputError(f"{type(self).__name__} does not support compute_loss_func: it has a loss of its own.")
         super().__init__(*positional, **kwargs)

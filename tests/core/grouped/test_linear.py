@@ -11,9 +11,10 @@ from torch import nn
 
 from everytoken.core.errors import BadInputError, UnsupportedModelError
 from everytoken.core.grouped.linear import group_linears
-from everytoken.core.loading import load_model
+from everytoken.core.loading import exact_in_4_bits, load_model
 from everytoken.testing.models import tiny_tokenizer
 
+from ..gguf_files import write_gguf
 from .conftest import small_llama
 
 
@@ -153,3 +154,35 @@ def test_a_folder_is_loaded_with_4_bits(tmp_path, monkeypatch):
     model = load_model(tmp_path / "model", weights="int4")
     assert model.weights_report.divergence > 0 and hasattr(model.lm_head, "_grouped")
     assert len(list((tmp_path / "cache" / "grouped").glob("model-*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", None])
+def test_a_gguf_file_of_4_bits_is_run_as_it_is_stored(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("EVERYTOKEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("EVERYTOKEN_MODELS", raising=False)
+    path, _ = write_gguf(tmp_path / "tiny.gguf", kind=kind)
+    model, plain = load_model(path, weights="int4"), load_model(path)
+    exact = kind in ("Q4_0", "Q4_1")
+    assert exact_in_4_bits(path) == exact == (model.weights_report.exact == 1)
+    same = [torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True)]
+    assert all(same) == exact
+
+
+def test_the_trial_runs_4_bits_where_they_change_nothing_and_compares_with_the_faster_plain_arm(tmp_path, monkeypatch):
+    from everytoken.decoding.plain import PlainDecoding
+    from everytoken.decoding.trial import Trial, TrialRequest, chosen_weights, run_decoders
+
+    monkeypatch.setenv("EVERYTOKEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("EVERYTOKEN_MODELS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path, _ = write_gguf(tmp_path / "tiny.gguf", kind="Q4_1")
+    trials = [Trial("plain", PlainDecoding)]
+    request = TrialRequest(trials, str(path), "abc", options={"max_new_tokens": 6})
+    result = run_decoders(request, "")
+    assert {"plain generate", "plain, compiled", "plain"} == set(result.rows)
+    plain = ("plain generate", "plain, compiled")
+    assert result.baseline == max(plain, key=lambda name: result.rows[name]["tokens per second"])
+    assert any("all weights as stored" in note for note in result.notes)
+    for options, expected in (({"weights": "packed"}, "packed"), ({"packed": False}, "as they come")):
+        assert chosen_weights(TrialRequest(trials, str(path), options=options)) == expected
+    assert chosen_weights(TrialRequest(trials, str(path), options={"dtype": "bfloat16"})) == "packed"

@@ -197,8 +197,8 @@ def _read(path: Path | None, linears: dict[str, nn.Linear]) -> dict[str, Grouped
         with safe_open(path, "numpy") as file:
             for name, text in (file.metadata() or {}).items():
                 bits, rows, columns, exact = json.loads(text)
-                parts = (file.get_tensor(f"{name}.{kind}") for kind in ("weights", "scales"))
-                weights[name] = GroupedWeight(bits, (rows, columns), *parts, exact)
+                packed, scales = (file.get_tensor(f"{name}.{kind}") for kind in ("weights", "scales"))
+                weights[name] = GroupedWeight(bits, (rows, columns), packed, scales, exact)
     except (OSError, ValueError, SafetensorError):
         return None
     same = {name: tuple(module.weight.shape) for name, module in linears.items()}

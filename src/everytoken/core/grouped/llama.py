@@ -27,7 +27,7 @@ CHUNK = 64
 """Tokens that are read together, at most; longer texts are read piece by piece."""
 
 
-def lacks(model: torch.nn.Module) -> str | None:
+def lacks(model: Any) -> str | None:
     """Why this forward is not the one of a model, in words, or None if it is."""
     config = getattr(model, "config", None)
     if type(model) is not LlamaForCausalLM or config is None:
@@ -119,15 +119,15 @@ class LlamaForward:
         self._rooms = threading.local()
         self._paces: dict[tuple[int, int], Pace] = {}  # by how many tokens are read together
 
-    def stands_for(self, model: torch.nn.Module) -> bool:
+    def stands_for(self, model: Any) -> bool:
         """Whether it still gives what the model's own forward gives: nobody watches or has changed it."""
         config = model.config
         if model.training or config.output_attentions or config.output_hidden_states:
             return False
-        if hasattr(model, "_hf_hook") or model.forward.__func__ is not type(model).forward:
-            return False
-        if any(item._forward_hooks or item._forward_pre_hooks for item in model.modules()):
-            return False
+        for module in model.modules():
+            replaced = "forward" in vars(module) and not hasattr(module, "_grouped")
+            if replaced or module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+                return False
         return self._versions == _versions(model)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -200,7 +200,8 @@ class LlamaForward:
             pace = self._paces.setdefault(kind, Pace(_some_threads()))
             members, began = pace.choose(), time.perf_counter()
             run_together(
-                kernels.llama_forward, members, np.ascontiguousarray(embedded[part]), self.norms, self.last_norm, self.epsilon,
+                kernels.llama_forward, members,
+                np.ascontiguousarray(embedded[part]), self.norms, self.last_norm, self.epsilon,
                 *self.packed, keys.numpy(), values.numpy(), past + first, seen, cos[part], sin[part], asked, some,
                 logits[max(0, first - (count - wanted)) :][:asked], *self._arrays(rows, past + count, members),
             )  # fmt: skip

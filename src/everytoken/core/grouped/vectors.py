@@ -14,7 +14,7 @@ bfloat16. A row's result does not depend on how many rows share a call: each goe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from llvmlite import binding, ir
 from numba import types
@@ -123,8 +123,7 @@ tile_4_1, tile_4_4 = _tile(1, 4), _tile(4, 4)
 tile_8_1, tile_8_4 = _tile(1, 8), _tile(4, 8)
 
 
-@intrinsic
-def bits_to_float(typingctx, bits):  # type: ignore[no-untyped-def]
+def _bits_to_float(typingctx, bits):  # type: ignore[no-untyped-def]
     """The float32 whose bits are those of an int32."""
 
     def generate(_context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
@@ -133,11 +132,14 @@ def bits_to_float(typingctx, bits):  # type: ignore[no-untyped-def]
     return types.float32(types.int32), generate
 
 
-@intrinsic
-def atomic_add(typingctx, address, value):  # type: ignore[no-untyped-def]
+def _atomic_add(typingctx, address, value):  # type: ignore[no-untyped-def]
     """Adds to the int64 at an address; returns what was there. Adding 0 reads it."""
 
     def generate(_context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
         return b.atomic_rmw("add", b.inttoptr(arguments[0], LONG.as_pointer()), arguments[1], "seq_cst")
 
     return types.int64(types.uintp, types.int64), generate
+
+
+bits_to_float: Callable[..., Any] = cast("Callable[..., Any]", intrinsic(_bits_to_float))
+atomic_add: Callable[..., Any] = cast("Callable[..., Any]", intrinsic(_atomic_add))

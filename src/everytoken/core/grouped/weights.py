@@ -91,7 +91,7 @@ def group_weight(weight: torch.Tensor, bits: int = 4) -> GroupedWeight:
             scales.append(np.ascontiguousarray(steps.transpose(0, 2, 1)).reshape(-1))
         else:
             parts = numbers.astype(np.uint16).reshape(tiles, TILE, groups, 4, 4, 2)
-            lines = sum(parts[..., place, :] << np.uint16(4 * place) for place in range(4))
+            lines = np.bitwise_or.reduce([parts[..., place, :] << np.uint16(4 * place) for place in range(4)])
             words.append(np.ascontiguousarray(lines.transpose(0, 2, 3, 1, 4)).reshape(-1))
             scales.append(np.ascontiguousarray(np.stack([steps, least]).transpose(1, 3, 0, 2)).reshape(-1))
     total = padded * columns // GROUP

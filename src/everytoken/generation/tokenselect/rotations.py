@@ -92,7 +92,7 @@ def plan_layers(model: PreTrainedModel) -> list[Plan]:
                 "Decode it without TokenSelect.",
             )
     expected = sum(kind not in ALONE and "full_attention" in kind for kind in kinds or [only] * text.num_hidden_layers)
-    if expected == 0 and not plans:
+    if set(kinds or ()) == {"linear_attention"}:
         raise UnsupportedModelError(
             f"TokenSelect selects keys for attention layers; {name} has no attention layers.",
             "Decode it without TokenSelect.",

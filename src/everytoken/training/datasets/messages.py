@@ -172,7 +172,7 @@ def with_asked_messages(row: Mapping[str, Any]) -> dict[str, Any]:
     It is read as the chosen side of ``with_prompt_messages`` is. A list that holds the conversation itself ends with
     the answer.
     """
-    found = with_prompt_messages(row | {"chosen": row["completion"], "rejected": row["completion"]})
+    found = with_prompt_messages({**row, "chosen": row["completion"], "rejected": row["completion"]})
     return {"prompt": found["prompt"], "completion": found["chosen"]}
 
 
@@ -194,7 +194,7 @@ def prompts_as_messages(dataset: Dataset, label: str = "The data") -> Dataset:
     read, answer = next(
         ((reader, columns[1]) for columns, reader in READERS.items() if set(columns) <= names), (None, "")
     )
-    first = next(iter(dataset), {}) if read is not None else {}
+    first: Mapping[str, Any] = next(iter(dataset), {}) if read is not None else {}
     if read is None or not (isinstance(first.get("prompt"), str) and isinstance(first.get(answer), list)):
         return dataset
 
