@@ -1,9 +1,9 @@
 """The decoders of the station and their peers on the same prompts: one table, medians over repeats, every arm by turns.
 
 Peers: transformers' plain generate (with its linear layers packed for the CPU, and as it comes), assisted generation
-with the same draft, prompt lookup, beam search, and llama-cpp-python on the same GGUF file where it is installed (it
-reads 4-bit weights; all other arms float32). SkipDecode runs a model that was not tuned for it and R2R routes by
-entropy: their speed is measured here, not their text.
+with the same draft, prompt lookup, beam search, and llama-cpp-python on the same GGUF file where it is installed. It
+reads 4-bit weights, as do the arms that say so; all others are float32. SkipDecode runs a model that was not tuned for
+it and R2R routes by entropy: their speed is measured here, not their text.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from common import report
 from everytoken.core.loading import embedded_gguf, load_model, load_tokenizer
 from everytoken.core.scoring import encode_prompt
+from everytoken.decoding.plain import PlainDecoding
 from everytoken.generation.dyspec import DySpec
 from everytoken.generation.qstar_beam import QStarBeam
 from everytoken.generation.r2r import R2R
@@ -40,6 +41,8 @@ def main() -> None:
         tokenizer = load_tokenizer()
         model, untouched = load_model(dtype=dtype, packed=True), load_model(dtype=dtype)
         draft, follower = load_draft(model), load_draft(model)
+        small = load_model(weights="int4")  # the GGUF's own 4 bits, and a compiled forward
+        small_draft = load_draft(small)
         work = [encode_prompt(tokenizer, prompt) for prompt in PROMPTS[: args.prompts]]
         llama = None
         if find_spec("llama_cpp") is not None:
@@ -49,6 +52,8 @@ def main() -> None:
         arms = {
             "plain generate": dict,
             "plain generate, linears not packed": dict,
+            "plain, compiled, 4 bits": lambda: {"custom_generate": PlainDecoding()},
+            "DySpec, 4 bits": lambda: {"custom_generate": DySpec(small_draft)},
             "assisted generation, same draft": lambda: {"assistant_model": follower.attach(model, follow=True)},
             "prompt lookup": lambda: {"prompt_lookup_num_tokens": 8},
             "DySpec (default: threshold)": lambda: {"custom_generate": DySpec(draft)},
@@ -83,7 +88,7 @@ def main() -> None:
                             if token == llama.token_eos() or len(new) == args.tokens:
                                 break
                     else:
-                        target = untouched if "not packed" in name else model
+                        target = untouched if "not packed" in name else small if "4 bits" in name else model
                         output = target.generate(**inputs, max_new_tokens=args.tokens, do_sample=False, **extra)
                         new = output[0, length:].tolist()
                     spent += time.perf_counter() - began
@@ -109,7 +114,7 @@ def main() -> None:
             same = sum(a == b for a, b in zip(texts[name], texts["plain generate"], strict=True))
             rows.append(
                 {
-                    "dtype": "4 bits" if name.startswith("llama.cpp") else dtype,
+                    "dtype": "4 bits" if name.startswith("llama.cpp") or "4 bits" in name else dtype,
                     "arm": name,
                     "tokens/s": statistics.median(values),
                     "ratio to plain": statistics.median(values) / plain,

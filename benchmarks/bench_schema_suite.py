@@ -56,6 +56,10 @@ def ours_in_order(schema: object) -> Judge:
     return ours(schema, "schema")
 
 
+def ours_flexible(schema: object) -> Judge:
+    return ours(schema, "flexible")
+
+
 def ours_required_first(schema: object) -> Judge:
     return ours(schema, "required_first")
 
@@ -173,6 +177,7 @@ def real(path: Path, limit: float, show: int, only: list[str]) -> None:
     engines = {
         "everytoken": ours_in_order,
         "everytoken, required first": ours_required_first,
+        "everytoken, flexible order": ours_flexible,
         "everytoken, any order": ours,
         "xgrammar": xgrammar_in_order,
         "xgrammar, any order": xgrammar,

@@ -69,9 +69,15 @@ def test_every_block_is_one_that_runs(name):
             compile(block.code, name, "exec")
 
 
+SHORT = ("docs/concepts.md", "docs/index.md")
+"""Pages that take less than two minutes: they run in the full tier, the others in ``make test-all``."""
+
+
 @pytest.mark.slow
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", run_page.pages())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in SHORT else pytest.mark.exhaustive) for name in run_page.pages()],
+)
 def test_a_page_runs_as_printed(name):
     """Every Python and console block, in order, with the files that it names, in a process of its own."""
     done = subprocess.run(

@@ -115,15 +115,30 @@ def test_files_of_the_house():
     assert load_house()["core"].kind == "floor"
     good = 'name = "attic"\nkind = "floor"\norder = 9\nflow = "what is kept"\n'
     assert parse_place(good, "attic.toml").exports == ()
+    assert parse_place(good + 'trial = "a.b:c"\n', "attic.toml").trial == "a.b:c"
     for change in (
         ("attic", "cellar"),
         ("floor", "roof"),
         ("order = 9", 'order = "9"'),
         ("flow", "flows"),
+        ("flow =", "trials = 3\nflow ="),
         ("= 9", "="),
     ):
         with pytest.raises(CardError, match=r"attic\.toml"):
             parse_place(good.replace(*change), "attic.toml")
+
+
+def test_a_trial_is_the_cards_or_its_stations():
+    """Where a station adds nothing to what the floor tries, its file in the house names the floor's."""
+    from everytoken.constraints.trial import trial as of_constraints
+    from everytoken.decoding.trial import trial as of_decoders
+
+    assert find_card("dyspec").load_trial() is parse_card(GOOD, "new-method.toml").load_trial() is of_decoders
+    assert find_card("xgrammar").load_trial() is of_constraints
+    own = parse_card(GOOD + 'trial = "everytoken.constraints.trial:trial"\n', "new-method.toml")
+    assert own.load_trial() is of_constraints
+    with pytest.raises(BadInputError, match="nothing to try"):
+        parse_card(GOOD.replace("generation", "audit"), "new-method.toml").load_trial()
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,12 @@ import torch
 from ..conftest import tiny_llama
 
 
-def write_gguf(path: Path, seed: int = 0) -> tuple[Path, torch.Tensor]:
-    """Writes the file; returns its path and the input embeddings."""
+def write_gguf(path: Path, seed: int = 0, kind: str | None = None) -> tuple[Path, torch.Tensor]:
+    """Writes the file; returns its path and the input embeddings.
+
+    Args:
+        kind: of the layers' weights, for example ``Q4_1``; the head is of Q8_0 then. None: all float32.
+    """
     import gguf
 
     from everytoken.core.vocabulary import byte_stand_ins
@@ -51,7 +55,12 @@ def write_gguf(path: Path, seed: int = 0) -> tuple[Path, torch.Tensor]:
     for layer in range(config.num_hidden_layers):
         tensors |= {f"blk.{layer}.{theirs}": f"model.layers.{layer}.{ours}" for ours, theirs in inner.items()}
     for theirs, ours in tensors.items():
-        writer.add_tensor(f"{theirs}.weight", state[f"{ours}.weight"].float().numpy())
+        values = state[f"{ours}.weight"].float().numpy()
+        if kind is None or values.ndim == 1:
+            writer.add_tensor(f"{theirs}.weight", values)
+            continue
+        stored = gguf.GGMLQuantizationType[kind if theirs.startswith("blk.") else "Q8_0"]
+        writer.add_tensor(f"{theirs}.weight", gguf.quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,7 +1,7 @@
 """The matrix decoder x family: what each decoder does on a tiny model of each family, against plain ``generate``.
 
-``python -m tests.decoding.matrix`` runs all of it, or the families named, and writes their rows of the documentation's
-table; ``test_matrix.py`` compares.
+``python -m tests.decoding.matrix`` runs all of it, or the families and decoders named, and writes their cells of the
+documentation's table; ``test_matrix.py`` compares.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ import copy
 import functools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from everytoken.constraints.awrs import AWRS
+from everytoken.constraints.engine.compiled import CompiledGrammar
+from everytoken.constraints.logits_processor import letters
+from everytoken.constraints.xgrammar import XGrammar
 from everytoken.core.errors import BadInputError, UnsupportedModelError
 from everytoken.decoding.base import Decoder
 from everytoken.generation.dyspec import DySpec
@@ -31,7 +35,7 @@ from .families import EXCLUDED, VOCAB, all_families, build
 TABLE = Path(__file__).parents[2] / "docs" / "assets" / "families.md"
 PROMPT = torch.randint(2, VOCAB, (1, 12), generator=torch.Generator().manual_seed(1))
 PADDED = torch.cat([torch.nn.functional.pad(PROMPT[:, :8], (4, 0)), PROMPT])
-SAME, ABSENT = "same", "no plain text"
+SAME, ABSENT, UNTRIED = "same", "no plain text", "not tried"
 REASONS = {
     "a": (
         r"takes none|does not take .*past_key_values|state in its layers|cache_params|needs a cache that grows",
@@ -42,7 +46,7 @@ REASONS = {
         "A selection is given rotary positions of its own; the family has no rotary embedding, or none to ask.",
     ),
     "c": (
-        r"does not know how|has another form|are handed rotary|cannot read the attention|does not go through|is told",
+        r"does not know how|has another form|are handed rotary|cannot read the attention|is told",
         "A selection is given rotary positions of its own; the family rotates, or attends, in a way that cannot be "
         "repeated at other positions.",
     ),
@@ -53,6 +57,19 @@ REASONS = {
     "e": (
         r"starts from an empty cache|take the padding out|does not say how many",
         "Padding cannot be taken out of the family's cache, so a padded row's cache is not continued.",
+    ),
+    "f": (
+        r"does not go through",
+        "A selection takes the place of a layer's attention function; the family's layers have none to replace.",
+    ),
+    "h": (
+        r"has no attention layers",
+        "A selection is made for attention layers; the family has none.",
+    ),
+    "g": (
+        r"selects keys itself",
+        "A selection is made among keys that a layer attends to in full; the family's layers select or merge keys "
+        "themselves.",
     ),
 }
 """Why a cell that plain ``generate`` serves may be refused: what the error says, and what in the method forbids it."""
@@ -92,18 +109,35 @@ def exact_decoders(model: PreTrainedModel) -> dict[str, list[Callable[[], Decode
         "SkipDecode": [lambda: SkipDecode(LinearDepth(layers, layers, 1, 8))],
         "TokenSelect": [lambda: selecting(chunk_size=64), lambda: selecting(chunk_size=5)],
         "QStarBeam": [lambda: QStarBeam(1)],
+        "XGrammar": [lambda: XGrammar(narrow())],
+        "AWRS": [lambda: AWRS(narrow())],
     }
 
 
-DECODERS = ("DySpec", "R2R", "SkipDecode", "TokenSelect", "QStarBeam")
+@functools.cache
+def narrow() -> CompiledGrammar:
+    """Forty letters from b to h: tokens 1 to 7."""
+    return letters(VOCAB, "[b-h]{40}")
+
+
+def masked(_row: int, _text: torch.Tensor) -> list[int]:
+    """The same as a function of plain ``generate``'s."""
+    return list(range(1, 8))
+
+
+DECODERS = ("DySpec", "R2R", "SkipDecode", "TokenSelect", "QStarBeam", "XGrammar", "AWRS")
+UNDER_MASK = ("XGrammar", "AWRS")
+"""Decoders that are compared with masked plain text."""
 
 
 def generate(model: PreTrainedModel, ids: torch.Tensor, new: int, decoder: Decoder | None = None, **given: Any) -> Any:
-    """Greedily, with logits; token 0 is padding."""
+    """Greedily, with logits; token 0 is padding. What only samples takes the likeliest token that the mask allows."""
+    if decoder is not None and decoder.samples_only:
+        given |= {"do_sample": True, "top_k": 1, "prefix_allowed_tokens_fn": masked}
     return model.generate(
         ids, attention_mask=(ids != 0).long() if "mask" not in given else given.pop("mask"), max_new_tokens=new,
-        do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_logits=True, custom_generate=decoder,
-        **given,
+        pad_token_id=0, return_dict_in_generate=True, output_logits=True, custom_generate=decoder,
+        **{"do_sample": False} | given,
     )  # fmt: skip
 
 
@@ -117,48 +151,67 @@ def close(ours: Any, theirs: Any, row: int | slice = slice(None)) -> bool:
     )
 
 
-class Family:
-    """A tiny model, and plain ``generate`` on it: one row, a padded batch, and a padded row's cache continued."""
+class Plain:
+    """What plain ``generate`` writes: one row, a padded batch, and a padded row's cache continued.
 
-    def __init__(self, name: str):
-        self.model = build(name)
-        self.model.generation_config = GenerationConfig(bos_token_id=1, pad_token_id=0)
-        self.greedy = generate(self.model, PROMPT, 6)
-        self.batch = generate(self.model, PADDED, 6)
-        self.alone = generate(self.model, PADDED[:1, 4:], 6)
-        self.first = generate(self.model, PADDED[:1], 3)
+    Args:
+        given: further arguments of ``generate``.
+    """
+
+    def __init__(self, model: PreTrainedModel, **given: Any):
+        self.greedy = generate(model, PROMPT, 6, **given)
+        self.batch = generate(model, PADDED, 6, **given)
+        self.alone = generate(model, PADDED[:1, 4:], 6, **given)
+        self.first = generate(model, PADDED[:1], 3, **given)
         self.mask = torch.cat([(PADDED[:1] != 0).long(), torch.ones(1, 3, dtype=torch.long)], 1)
         self.continued = None
         try:
             cache = copy.deepcopy(self.first.past_key_values)
             if cache is not None:
                 again = copy.deepcopy(cache)
-                once = generate(self.model, self.first.sequences, 3, mask=self.mask, past_key_values=cache)
-                generate(self.model, PROMPT, 1)
-                twice = generate(self.model, self.first.sequences, 3, mask=self.mask, past_key_values=again)
+                once = generate(model, self.first.sequences, 3, mask=self.mask, past_key_values=cache, **given)
+                generate(model, PROMPT, 1)
+                twice = generate(model, self.first.sequences, 3, mask=self.mask, past_key_values=again, **given)
                 self.continued = once if close(once, twice) else None  # some keep a state beside the cache
         except (ValueError, AttributeError, KeyError):  # plain generate cannot go on from it
             pass
 
-    def check(self, make: Callable[[], Decoder]) -> None:
+
+class Family:
+    """A tiny model, and what plain ``generate`` writes with it, freely and under a mask."""
+
+    def __init__(self, name: str):
+        self.model = build(name)
+        self.model.generation_config = GenerationConfig(bos_token_id=1, pad_token_id=0)
+        self.refusals: dict[str, str] = {}
+
+    @functools.cached_property
+    def free(self) -> Plain:
+        return Plain(self.model)
+
+    @functools.cached_property
+    def masked(self) -> Plain:
+        return Plain(self.model, prefix_allowed_tokens_fn=masked)
+
+    def check(self, make: Callable[[], Decoder], plain: Plain) -> None:
         """Asserts that a decoder writes plain's text wherever plain writes one."""
-        assert close(generate(self.model, PROMPT, 6, make()), self.greedy), "one row"
+        assert close(generate(self.model, PROMPT, 6, make()), plain.greedy), "one row"
         batch = generate(self.model, PADDED, 6, make())
         # some families write another text when padded: rows decoded one by one give the row's own
-        own = torch.stack(batch.logits)[:, 0], torch.stack(self.alone.logits)[:, 0]
-        assert close(batch, self.batch) or (close(batch, self.batch, 1) and torch.allclose(*own, atol=2e-3)), "padded"
-        if self.continued is None:
-            return
+        own = torch.stack(batch.logits)[:, 0], torch.stack(plain.alone.logits)[:, 0]
+        assert close(batch, plain.batch) or (close(batch, plain.batch, 1) and torch.allclose(*own, atol=2e-3)), "padded"
         decoder = make()
+        if plain.continued is None or not decoder.continues:
+            return
         if isinstance(decoder, TokenSelect):  # it continues caches of its own
             cache = decoder.new_cache(self.model)
             generate(self.model, PADDED[:1], 3, decoder, past_key_values=cache)
         else:
-            cache = copy.deepcopy(self.first.past_key_values)
-        output = generate(self.model, self.first.sequences, 3, decoder, mask=self.mask, past_key_values=cache)
+            cache = copy.deepcopy(plain.first.past_key_values)
+        output = generate(self.model, plain.first.sequences, 3, decoder, mask=plain.mask, past_key_values=cache)
         # some families lose count of positions when plain generate goes on; the row's own text is right as well
-        own = torch.stack(output.logits)[:, 0], torch.stack(self.alone.logits)[3:, 0]
-        assert close(output, self.continued) or torch.allclose(*own, atol=2e-3), "a cache continued"
+        own = torch.stack(output.logits)[:, 0], torch.stack(plain.alone.logits)[3:, 0]
+        assert close(output, plain.continued) or torch.allclose(*own, atol=2e-3), "a cache continued"
 
     def cell(self, decoder: str) -> str:
         """``SAME``, or the letter of the reason for which the decoder refuses the family before any forward."""
@@ -166,43 +219,48 @@ class Family:
             ran: list[int] = []
             hook = self.model.register_forward_pre_hook(lambda *_, ran=ran: ran.append(1))
             try:
-                self.check(make)
+                self.check(make, self.masked if decoder in UNDER_MASK else self.free)
             except (UnsupportedModelError, BadInputError) as error:
                 reason = next((letter for letter, (words, _) in REASONS.items() if re.search(words, str(error))), None)
                 assert reason is not None, f"refused without a reason in the method's structure: {error}"
                 assert reason == "e" or not ran, f"refused after a forward: {error}"
+                self.refusals[decoder] = str(error)
                 return reason
             finally:
                 hook.remove()
         return SAME
 
 
-def rows(families: list[str]) -> dict[str, dict[str, str]]:
+def rows(families: list[str], decoders: Sequence[str] = DECODERS) -> dict[str, dict[str, str]]:
     """Cells by family and decoder; a fault is shown as it is."""
     table: dict[str, dict[str, str]] = {}
     for name in families:
         try:
             family = Family(name)
+            assert family.masked if set(decoders) <= set(UNDER_MASK) else family.free
         except Exception as error:  # plain generate itself fails
-            table[name] = dict.fromkeys(DECODERS, f"{ABSENT}: {type(error).__name__}")
+            table[name] = dict.fromkeys(decoders, f"{ABSENT}: {type(error).__name__}")
             print(name, error, file=sys.stderr, flush=True)
             continue
         table[name] = {}
-        for decoder in DECODERS:
+        for decoder in decoders:
             try:
                 table[name][decoder] = family.cell(decoder)
             except Exception as error:
                 table[name][decoder] = f"FAULT {type(error).__name__}"
                 print(name, decoder, type(error).__name__, str(error)[:200], file=sys.stderr, flush=True)
-        print(name, table[name], flush=True)
+        print(name, table[name], *family.refusals.items(), flush=True)
     return table
 
 
 def written(table: dict[str, dict[str, str]]) -> str:
     """The documentation's table."""
     lines = [f"| family | {' | '.join(DECODERS)} |", f"| --- |{' --- |' * len(DECODERS)}"]
-    lines += [f"| {name} | {' | '.join(cells[item] for item in DECODERS)} |" for name, cells in sorted(table.items())]
-    counted = {item: sum(len(cells[item]) == 1 for cells in table.values()) for item in DECODERS}
+    lines += [
+        f"| {name} | {' | '.join(cells.get(item, UNTRIED) for item in DECODERS)} |"
+        for name, cells in sorted(table.items())
+    ]
+    counted = {item: sum(len(cells.get(item, UNTRIED)) == 1 for cells in table.values()) for item in DECODERS}
     lines += [f"| **refused of {len(table)}** | {' | '.join(str(counted[item]) for item in DECODERS)} |", ""]
     lines += [f"- *{letter}*: {text}" for letter, (_, text) in REASONS.items()]
     untried = sorted(set(all_families()) - set(table))
@@ -218,17 +276,20 @@ def written(table: dict[str, dict[str, str]]) -> str:
 
 def documented() -> dict[str, dict[str, str]]:
     """The cells of the documentation's table."""
-    found = {}
-    for line in TABLE.read_text(encoding="utf-8").splitlines():
+    lines = TABLE.read_text(encoding="utf-8").splitlines()
+    found, names = {}, [cell.strip() for cell in lines[0].strip("|").split("|")][1:]
+    for line in lines[2:]:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if line.startswith("| ") and len(cells) == len(DECODERS) + 1 and cells[0] not in ("family", "---"):
-            found[cells[0]] = dict(zip(DECODERS, cells[1:], strict=True))
+        if line.startswith("| ") and len(cells) == len(names) + 1:
+            found[cells[0]] = dict(zip(names, cells[1:], strict=True))
     return {name: cells for name, cells in found.items() if not name.startswith("**")}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    chosen = sys.argv[1:] or all_families()
-    outcome = rows(chosen)
-    known = documented() if TABLE.exists() else {}
-    TABLE.write_text(written(known | outcome), encoding="utf-8")
+    decoders = [item for item in sys.argv[1:] if item in DECODERS] or DECODERS
+    chosen = [item for item in sys.argv[1:] if item not in DECODERS] or all_families()
+    for item in chosen:  # written after each: an interruption loses nothing
+        known = documented() if TABLE.exists() else {}
+        cells = rows([item], decoders)[item]
+        TABLE.write_text(written(known | {item: known.get(item, {}) | cells}), encoding="utf-8")

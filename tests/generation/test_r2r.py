@@ -164,6 +164,21 @@ def test_entropy_and_aleatoric_values():
     assert value.item() == pytest.approx(float(-(draws * draws.clamp(min=1e-12).log()).sum(-1).mean()), abs=0.01)
 
 
+@pytest.mark.parametrize(("router", "official"), [("entropy", 0.45), ("aleatoric", 2.275)])
+def test_thresholds_belong_to_their_measure(router, official):
+    """The official code's, which decide where none is given."""
+    model, prompt = tiny_llama(13, seed=1, scale=0.4), torch.tensor([[3, 5, 8, 2]])
+    small, sources = tiny_llama(13, seed=9, scale=0.4), []
+    for threshold in (None, official):
+        decoder = R2R(small, router, threshold, trace_enabled=True)
+        model.generate(prompt, custom_generate=decoder, max_new_tokens=20, do_sample=False, pad_token_id=0)
+        sources.append(decoder.trace[0].columns["source"])
+        values = decoder.trace[0].columns["divergence"]
+        assert sources[-1] == ["large" if value is None or value >= official else "small" for value in values]
+    assert sources[0] == sources[1]
+    assert as_router(router).threshold == official
+
+
 def test_top_logits_fall_and_are_filled_up():
     logits = torch.tensor([[1.0, 3.0, 2.0]])
     assert top_logits(logits, 2).tolist() == [[3.0, 2.0]]

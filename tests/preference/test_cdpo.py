@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from everytoken.reproduce.beds.small_models import character_tokenizer
 
 from ..conftest import tiny_llama
 from .problems import evaluate, log_ratio, pairs
+from .test_trainer import first_batch, make
 
 SEEDS = st.integers(0, 200)
 
@@ -72,8 +74,52 @@ def test_per_position_pairs_tokens_inside_the_sigmoid():
         assert output.losses[row].item() == pytest.approx(sum(terms).item() / len(terms), abs=1e-5)
 
 
+@pytest.mark.parametrize("weight_chosen", [False, True])
+def test_the_grids_mean_is_that_of_the_authors_code(weight_chosen):
+    """The difference of weighted log-ratios stays a grid, and the loss is its mean over every position of the padded
+    batch: prompt and padding count too, at the loss of a difference of zero.
+    """
+    policy, reference, labels, mask, columns = problem(5)
+    mask[:, :, -1] = False  # padding of the whole batch
+    settings_ = dict(beta=0.3, weight_chosen=weight_chosen, label_smoothing=0.1, per_position=True)
+    output, grad = evaluate(CDPOLoss(position_mean="grid", **settings_), policy, reference, labels, mask, columns)
+    u, s = log_ratio(policy, reference, labels, mask), columns["contrast"]
+    logits = (s[0] if weight_chosen else 1) * u[0] - (1 - s[1]) * u[1]  # [B, T], zero outside both responses
+    grid = -0.9 * F.logsigmoid(0.3 * logits) - 0.1 * F.logsigmoid(-0.3 * logits)
+    assert output.losses.mean().item() == pytest.approx(grid.mean().item(), abs=1e-6)
+    assert grid[:, -1].tolist() == pytest.approx([math.log(2)] * 3)
+    (plain,) = torch.autograd.grad(grid.mean(), policy)
+    assert torch.allclose(grad, plain, atol=1e-7)
+    by_tokens, _ = evaluate(CDPOLoss(**settings_), policy, reference, labels, mask, columns)
+    assert abs(by_tokens.losses.mean() - output.losses.mean()) > 1e-3
+
+
+def test_the_grid_is_the_trainers_padded_batch(tmp_path, embedded_tokenizer):
+    """From logits of whole padded rows, as the authors' code has it: a position for every token but the first."""
+    estimator = ContrastiveEstimator(tiny_llama(49152, seed=3, eos=2), tiny_llama(49152, seed=4, eos=2))
+    loss = CDPOLoss(per_position=True, position_mean="grid")
+    trainer = make(tmp_path, embedded_tokenizer, loss, annotators=[estimator])
+    batch = first_batch(trainer)
+    found = trainer.compute_loss(trainer.model, dict(batch))
+    ids, inside = batch["input_ids"], batch["completion_mask"][:, 1:].bool()
+    logps = [
+        torch.log_softmax(model(input_ids=ids, attention_mask=batch["attention_mask"]).logits[:, :-1], -1)
+        .gather(-1, ids[:, 1:, None])[..., 0] * inside
+        for model in (trainer.model, trainer.ref_model)
+    ]  # fmt: skip
+    chosen, rejected = (logps[0] - logps[1]).chunk(2)
+    score = estimator.score(ids, batch["completion_mask"].bool(), batch["attention_mask"])[:, 1:].chunk(2)[1]
+    grid = -F.logsigmoid(0.1 * (chosen - (1 - score) * rejected))
+    assert found.item() == pytest.approx(grid.mean().item(), abs=1e-5)
+
+
 def test_bad_settings():
-    for setting in (dict(beta=0), dict(label_smoothing=0.5)):
+    for setting in (
+        dict(beta=0),
+        dict(label_smoothing=0.5),
+        dict(position_mean="rows"),
+        dict(position_mean="grid"),  # without per_position there are no positions to average
+    ):
         with pytest.raises(BadInputError):
             CDPOLoss(**setting)
 

@@ -21,6 +21,7 @@ from everytoken.preference.ift import IFTSettings, IFTTrainer, relation_weights
 from everytoken.training.finite_check import NonFiniteLossError
 
 from ..conftest import tiny_llama
+from ..trainer_settings import trainer_settings
 
 SEEDS = st.integers(0, 300)
 
@@ -114,21 +115,7 @@ ROWS = [
 
 
 def config(folder, **changes):
-    settings_ = dict(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        max_steps=3,
-        learning_rate=1e-2,
-        report_to=[],
-        logging_steps=1,
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        seed=0,
-        gradient_checkpointing=False,
-    )
-    return trl.SFTConfig(**settings_ | changes)
+    return trl.SFTConfig(**trainer_settings(folder, **changes))
 
 
 def make(folder, tokenizer, settings_=None, rows=ROWS, **changes):

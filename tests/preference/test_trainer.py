@@ -12,6 +12,7 @@ from everytoken.preference.dpo import DPOLoss
 from everytoken.preference.tdpo import TDPOLoss
 
 from ..conftest import tiny_llama
+from ..trainer_settings import trainer_settings
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
@@ -25,20 +26,7 @@ ROWS = [
 
 
 def config(folder, **changes):
-    settings = dict(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        max_steps=3,
-        learning_rate=1e-2,
-        report_to=[],
-        logging_steps=1,
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        seed=0,
-    )
-    return trl.DPOConfig(**settings | changes)
+    return trl.DPOConfig(**trainer_settings(folder, **changes))
 
 
 def make(folder, tokenizer, loss=None, rows=ROWS, trainer_class=None, annotators=None, monitor_kl=False, **changes):

@@ -106,7 +106,8 @@ def test_every_method_trains_and_reports(place, tmp_path, name):
     }
     assert f'"{column.get(name, "implicit_reward")}"' in page
     if name == "t-reg":
-        assert (tmp_path / "out" / "model" / "adapter_config.json").is_file()
+        adapter = json.loads((tmp_path / "out" / "model" / "adapter_config.json").read_text())
+        assert adapter["base_model_name_or_path"] == str(place / "model")
     else:
         from transformers import AutoModelForCausalLM
 
@@ -203,11 +204,54 @@ def test_bad_data_is_named(place, tmp_path):
         training = find_card(name).load_training()
         with pytest.raises(BadInputError, match=message):
             training.run(training.config(), context)
+    (tmp_path / "tools.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "tools": [{"name": "look"}]}\n')
+    context.data, rto = str(tmp_path / "tools.jsonl"), find_card("rto").load_training()
+    with pytest.raises(BadInputError, match="row 1: RTO's rollouts call no tools"):
+        rto.run(rto.config(dpo=str(place / "guide")), context)
     with pytest.raises(BadInputError, match="row 1: 'completion' is empty"):
         demonstrations(tmp_path / "half.jsonl")
     with pytest.raises(BadInputError, match="row 0 has question"):
         demonstrations(tmp_path / "other.jsonl")
     assert demonstrations(place / "pairs.jsonl")[0] == {"prompt": ROWS[0]["prompt"], "completion": ROWS[0]["chosen"]}
+
+
+def test_the_reports_texts_are_answers_to_what_was_trained(place, tmp_path, monkeypatch):
+    """With the rows' tools and their messages' parts, as the trainer reads them."""
+    from datasets import Dataset
+
+    from everytoken.training.session import TrainingSession
+
+    config = find_card("tdpo").load_training().config(samples=2, sample_tokens=3)
+    session = TrainingSession(config, TrainingContext(str(place / "model"), None, tmp_path), "tdpo", {})
+    session.tokenizer.chat_template = "{{ tools[0].name }} {% for m in messages %}{{ m.content }}{% endfor %}, "
+    asked = [{"role": "user", "content": [{"type": "text", "text": "why"}]}]
+    rows = [{"prompt": asked, "tools": [{"name": name}]} for name in ("look", "ask", "go")]
+    read = []
+    original = type(session.policy).generate
+
+    def generate(self, ids, **arguments):
+        read.append(session.tokenizer.decode(ids[0]))
+        return original(self, ids, **arguments)
+
+    monkeypatch.setattr(type(session.policy), "generate", generate)
+    answered = session.sampled(Dataset.from_list(rows))
+    assert len(session.write_texts(session.policy, answered)) == 2
+    assert read == ["look why, ", "ask why, "]
+    assert session.sampled(Dataset.from_list([{"chosen": "a"}])) == []
+
+
+def test_an_adapter_names_its_base_as_the_user_did(tmp_path):
+    """Not where the base lay on this machine, which says nothing elsewhere."""
+    from everytoken.core.loading import EMBEDDED
+    from everytoken.training.session import name_base
+
+    name_base(tmp_path, "org/model")  # a whole model has no adapter's file
+    assert not list(tmp_path.iterdir())
+    file = tmp_path / "adapter_config.json"
+    for given, kept in (("org/model", "org/model"), ("models/mine", "models/mine"), (None, EMBEDDED)):
+        file.write_text(json.dumps({"base_model_name_or_path": "/root/cache/model", "r": 2}))
+        name_base(tmp_path, given)
+        assert json.loads(file.read_text()) == {"base_model_name_or_path": kept, "r": 2}
 
 
 def test_an_interruption_leaves_a_checkpoint(place, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from everytoken.reinforcement.rto import RTOConfig, RTOTrainer, token_rewards
 from everytoken.training.finite_check import NonFiniteLossError
 
 from ..conftest import tiny_llama
+from ..trainer_settings import trainer_settings
 
 SEEDS = st.integers(0, 300)
 
@@ -95,24 +96,15 @@ def score(completions, **_):
 
 
 def config(folder, cls=RTOConfig, **changes):
-    settings_ = dict(
-        output_dir=str(folder),
+    own = dict(
         per_device_train_batch_size=8,
         num_generations=4,
         max_completion_length=6,
         max_steps=2,
         learning_rate=1e-3,
-        report_to=[],
-        logging_steps=1,
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        seed=0,
         num_iterations=2,
-        gradient_checkpointing=False,
     )
-    return cls(**settings_ | changes)
+    return cls(**trainer_settings(folder, **own | changes))
 
 
 def policy():
@@ -317,6 +309,9 @@ def test_bad_input(tmp_path, embedded_tokenizer):
         config(tmp_path, estimator="td")
     with pytest.raises(BadInputError, match="RTOConfig"):
         RTOTrainer(policy(), reward_funcs=score, args=config(tmp_path, trl.GRPOConfig), train_dataset=None)
+    rows = datasets.Dataset.from_list([row | {"tools": "[]"} for row in PROMPTS])
+    with pytest.raises(BadInputError, match="without the tools of a data column"):
+        RTOTrainer(policy(), reward_funcs=score, dpo_model=policy(), args=config(tmp_path), train_dataset=rows)
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_saves_the_batch(tmp_path, embedded_tokenizer):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from everytoken.core.errors import BadInputError
+from everytoken.core.errors import BadInputError, UnsupportedModelError
 from everytoken.tokenization.byte_lm import EOS, ByteLM, _Node
 from everytoken.tokenization.byte_view import fillings, split_character
 
@@ -308,3 +308,17 @@ def test_characters_whose_kind_decides_the_cut(char):
             spelt += lm.view.bytes[token]
         assert tuple(kept) in {cover.tokens for cover in lm.covers(text[:size])}, size
     check_steps(lm, text)
+
+
+def test_a_model_with_windows_is_refused_before_any_forward(monkeypatch):
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    tokenizer = byte_level()
+    config = Gemma3TextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model = Gemma3ForCausalLM(config)
+    monkeypatch.setattr(model, "forward", lambda *a, **k: pytest.fail("a forward pass before the refusal"))
+    with pytest.raises(UnsupportedModelError, match="DynamicSlidingWindowLayer"):
+        ByteLM(model, tokenizer)

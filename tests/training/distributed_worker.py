@@ -27,6 +27,7 @@ from tests.conftest import tiny_llama
 from tests.preference.test_ift import ROWS as DEMONSTRATIONS
 from tests.preference.test_trainer import ROWS
 from tests.reinforcement.test_rto import PROMPTS, score
+from tests.trainer_settings import trainer_settings
 
 datasets.disable_progress_bars()
 
@@ -34,20 +35,7 @@ datasets.disable_progress_bars()
 def main(kind: str, out: Path, size: int) -> None:
     tokenizer = load_tokenizer()
     model, reference, guide = (tiny_llama(49152, seed=seed, eos=2) for seed in (1, 2, 3))
-    settings = dict(
-        output_dir=str(out / "run"),
-        per_device_train_batch_size=size,
-        max_steps=2,
-        learning_rate=1e-3,
-        report_to=[],
-        logging_steps=1,
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        seed=0,
-        gradient_checkpointing=False,
-    )
+    settings = trainer_settings(out / "run", per_device_train_batch_size=size, max_steps=2, learning_rate=1e-3)
     common = dict(processing_class=tokenizer)
     if kind in ("tdpo", "tgdpo"):
         loss = TDPOLoss() if kind == "tdpo" else TGDPOLoss()

@@ -16,16 +16,15 @@ from everytoken.preference.trainer import PreferenceTrainer
 from everytoken.testing.models import tiny_llama, tiny_tokenizer
 from everytoken.training.checkpoints import defect, newest_whole
 
+from ..trainer_settings import trainer_settings
+
 
 def trainer(folder, **changes):
     vocab = len(tiny_tokenizer())
-    settings = dict(
-        output_dir=str(folder), per_device_train_batch_size=2, max_steps=4, learning_rate=1e-3, report_to=[],
-        save_strategy="steps", save_steps=2, use_cpu=True, bf16=False, disable_tqdm=True, gradient_checkpointing=False,
-    )  # fmt: skip
+    own = dict(per_device_train_batch_size=2, max_steps=4, learning_rate=1e-3, save_strategy="steps", save_steps=2)
     return PreferenceTrainer(
         tiny_llama(vocab, seed=1, eos=0), ref_model=tiny_llama(vocab, seed=1, eos=0),
-        args=trl.DPOConfig(**settings | changes), processing_class=tiny_tokenizer(),
+        args=trl.DPOConfig(**trainer_settings(folder, **own | changes)), processing_class=tiny_tokenizer(),
         train_dataset=datasets.Dataset.from_list([{"prompt": "ab", "chosen": "cde", "rejected": "fgh"}] * 4),
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ from everytoken.core.scoring import response_logps
 from everytoken.training.supervised import SupervisedTrainer, tune_copy
 
 from ..conftest import tiny_llama
+from ..trainer_settings import trainer_settings
 
 ROWS = [
     {"input_ids": [1, 5, 6, 7, 8], "labels": [-100, -100, 6, 7, 8]},
@@ -28,18 +29,7 @@ class PerToken(SupervisedTrainer):
 
 
 def make(kind, folder, tokenizer, **changes):
-    args = trl.SFTConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=3,
-        max_steps=1,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-        **changes,
-    )
+    args = trl.SFTConfig(**trainer_settings(folder, per_device_train_batch_size=3, max_steps=1, **changes))
     model = tiny_llama(49152, seed=1, eos=2)
     data = datasets.Dataset.from_list(ROWS)
     return kind(model, args=args, train_dataset=data, processing_class=copy.deepcopy(tokenizer))

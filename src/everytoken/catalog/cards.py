@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import BadInputError, UnknownNameError
-from .house import CardError, stations
+from .house import CardError, load_house, stations
 
 STATUSES = ("measured", "implemented", "planned")
 ENTRY_POINTS = "everytoken.cards"
@@ -154,11 +154,14 @@ class Card:
     def load_trial(self) -> Any:
         """What runs the method beside its baseline for ``try`` and ``compare``: the card's own trial, or its station's.
 
+        A station's is what its file in the house names, or else its module ``trial``.
+
         Raises:
             BadInputError: there is neither.
         """
-        if self.trial:
-            return _attribute(self, self.trial)
+        named = self.trial or load_house()[self.station].trial
+        if named:
+            return _attribute(self, named)
         try:
             return importlib.import_module(f"everytoken.{self.station}.trial").trial
         except ModuleNotFoundError as error:

@@ -8,7 +8,7 @@ exports, the pages of the reference and the order of every list follow from them
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from importlib.resources import files
 
@@ -33,6 +33,7 @@ class Place:
         order: its place in every list; tokens pass the stations in this order.
         flow: what it does, in a few words.
         exports: public names that belong to it and to no method, each ``module:Name``.
+        trial: ``module:attribute`` of what tries a station's methods; empty where its own module ``trial`` does.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Place:
     order: int
     flow: str
     exports: tuple[str, ...] = ()
+    trial: str = ""
 
 
 def parse_place(text: str, source: str) -> Place:
@@ -53,7 +55,8 @@ def parse_place(text: str, source: str) -> Place:
     except tomllib.TOMLDecodeError as error:
         raise CardError(f"{source} is not valid TOML: {error}.") from error
     known = {item.name for item in fields(Place)}
-    wrong = sorted(set(raw) ^ known - {"exports"} if "exports" not in raw else set(raw) ^ known)
+    needed = {item.name for item in fields(Place) if item.default is MISSING}
+    wrong = sorted((set(raw) - known) | (needed - set(raw)))
     if wrong:
         raise CardError(f"{source} lacks or does not know: {', '.join(wrong)}.", f"Fields: {', '.join(sorted(known))}.")
     if raw["kind"] not in KINDS or not isinstance(raw["order"], int) or source != f"{raw['name']}.toml":

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ..catalog.cards import Card, find_card
@@ -255,12 +254,6 @@ def svg_bars(result: TrialResult) -> str:
     }
     drawn = {name: value if isfinite(value) else 0.0 for name, value in values.items()}  # its note says what it is
     return bars_svg(drawn, result.headline, baseline=result.baseline, notes=notes)
-
-
-def print_texts(result: TrialResult, console: Console) -> None:
-    for name, text in result.texts.items():
-        console.print(f"[bold]{escape(name)}[/]")
-        console.print(text, markup=False, highlight=False)
 
 
 def emit_json(result: TrialResult, **extra: Any) -> None:

@@ -47,6 +47,9 @@ def compare(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
     dtype: Annotated[str, typer.Option()] = "auto",
+    weights: Annotated[
+        str, typer.Option(help="Decoders: how linear layers run: auto, 'as they come', packed, bfloat16 or int4.")
+    ] = "auto",
     steps: Annotated[int, typer.Option(min=1)] = 6,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
@@ -70,7 +73,9 @@ def compare(
     check_ending(plot, "A plot", (".svg",))
     check_ending(trace, "Traces of several methods", (".html", ".htm"))
     check_files(plot, trace)
-    options = options_from(max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, steps=steps, seed=seed)
+    options = options_from(
+        max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, weights=weights, steps=steps, seed=seed
+    )
     with watched(Console(stderr=True)) as (report, _):
         request = TrialRequest(trials, model, prompt, str(data) if data is not None else None, options, report=report)
         result = trial(request)

@@ -47,6 +47,9 @@ def try_method(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
+    weights: Annotated[
+        str, typer.Option(help="Decoders: how linear layers run: auto, 'as they come', packed, bfloat16 or int4.")
+    ] = "auto",
     steps: Annotated[int, typer.Option(min=1, help="Training steps (preference losses).")] = 6,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
@@ -60,7 +63,9 @@ def try_method(
     check_files(trace)
     console = Console()
     streamed: list[str] = []
-    options = options_from(max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, steps=steps, seed=seed)
+    options = options_from(
+        max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, weights=weights, steps=steps, seed=seed
+    )
     with watched(Console(stderr=True)) as (report, quiet):
 
         def stream(text: str) -> None:

@@ -29,14 +29,14 @@ from typing import Any, ClassVar, Protocol, Self, cast
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import BadInputError
 from ..core.settings import load_function
 from ..decoding.base import Decoder, Example
 from ..decoding.call import DecodingCall, DecodingStats
-from ..decoding.inputs import takes
 from ..decoding.row import DecodingRow
+from ..decoding.steps import Steps, check_pickable, ids_of_row, inputs_of_row
 from .base import CallableConstraint, Constraint, DeadEndError
 from .engine.compiled import CompiledGrammar
 from .engine.compiler import GrammarCompiler
@@ -305,6 +305,8 @@ class AWRS(Decoder):
     station: ClassVar[str] = "constraints"
     continues: ClassVar[bool] = False
     lossless: ClassVar[bool] = False
+    steps: ClassVar[bool] = True
+    carries: ClassVar[frozenset[str] | None] = None
     colour: ClassVar[str] = "evaluations"
     samples_only: ClassVar[bool] = True
     constraint: Any = None
@@ -406,8 +408,10 @@ class AWRS(Decoder):
             check_vocabulary(self._compiled, config)
 
     def check_call(self, call: DecodingCall[AWRSStats]) -> None:
-        """Raises BadInputError without a tokenizer."""
+        """Raises BadInputError without a tokenizer, and what ``check_pickable`` raises for several particles."""
         self.judge()
+        if self.particles > 1:
+            check_pickable("AWRS with several particles", call.model, call.model_kwargs)
 
     def decode_rows(self, call: DecodingCall[AWRSStats]) -> None:
         rng = np.random.default_rng(int(torch.randint(1 << 62, (1,))) if self.seed is None else self.seed)
@@ -420,16 +424,14 @@ class AWRS(Decoder):
         Raises:
             DeadEndError: every particle died; says how far the text was valid.
         """
-        stats, vocab, device, prompt = call.stats, call.vocab_size, row.device, len(row.text)
-        cache = DynamicCache(config=call.model.config)
-        keep = {"logits_to_keep": 1} if takes(call.model, "logits_to_keep") else {}
-        output = call.model(input_ids=row.ids[:, len(row.padding) :], past_key_values=cache, use_cache=True, **keep)
+        stats, vocab = call.stats, call.vocab_size
+        steps = Steps(call.model, inputs_of_row(call, row))
+        logits = steps.read(ids_of_row(call, row))[:, :vocab].expand(self.particles, -1)
         stats.target_forwards += 1
         alive = [_Particle(self.judge(), row.fork()) for _ in range(self.particles)]
         everyone = list(alive)
-        logits = output.logits[:, -1, :vocab].float().expand(self.particles, -1)
         if self.particles > 1:
-            cache.batch_repeat_interleave(self.particles)
+            steps.pick([0] * self.particles)
         while alive:
             text = torch.cat([particle.row.ids for particle in alive])
             scores = row.processors(text, logits.clone())
@@ -459,14 +461,9 @@ class AWRS(Decoder):
                 break
             places = [place for _, place in going]
             if places != list(range(logits.shape[0])):
-                cache.batch_select_indices(torch.tensor(places, device=device))
-            last = torch.tensor([[particle.row.text[-1]] for particle in alive], device=device)
-            where = {}
-            if takes(call.model, "position_ids"):
-                where["position_ids"] = torch.full_like(last, prompt + len(alive[0].row.new) - 1)
-            output = call.model(input_ids=last, past_key_values=cache, use_cache=True, **where)
+                steps.pick(places)
+            logits = steps.read(torch.cat([ids_of_row(call, particle.row) for particle in alive]))[:, :vocab]
             stats.target_forwards += 1
-            logits = output.logits[:, -1, :vocab].float()
         log_weights = np.array([particle.log_weight for particle in everyone])
         weights = normalised(log_weights)
         stats.log_marginal = log_mean(log_weights)

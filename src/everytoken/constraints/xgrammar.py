@@ -46,7 +46,8 @@ from ..decoding.base import Decoder, Example
 from ..decoding.call import DecodingCall, DecodingStats
 from ..decoding.checks import check_unread
 from ..decoding.matcher import apply_token_bitmask_inplace, bitmask_to_bool
-from ..decoding.row import DecodingRow, read_on
+from ..decoding.row import DecodingRow
+from ..decoding.steps import reader
 from .engine.compiled import CompiledGrammar
 from .engine.compiler import GrammarCompiler
 from .engine.matcher import GrammarMatcher
@@ -80,8 +81,9 @@ class XGrammar(Decoder):
         any_whitespace: for ``schema``: free white space between JSON tokens.
         strict_mode: for ``schema``: objects are closed unless the schema says otherwise.
 
-    With ``jump_forward=False`` the tokens are those of ``generate`` with a ``GrammarLogitsProcessor``. Rows of a batch
-    are decoded one after the other. The trace has ``choice_bits`` (how many bits of choice the grammar left),
+    With ``jump_forward=False`` the tokens are those of ``generate`` with a ``GrammarLogitsProcessor``, on every model
+    that ``generate`` decodes without an encoder. Rows of a batch are decoded one after the other; images and other
+    further inputs come with one row. The trace has ``choice_bits`` (how many bits of choice the grammar left),
     ``allowed`` tokens, their ``allowed_mass`` under the model, and the ``source`` of the token: model, forced or jump.
     """
 
@@ -89,6 +91,8 @@ class XGrammar(Decoder):
     trace_columns: ClassVar[tuple[str, ...]] = ("choice_bits", "allowed", "source", "allowed_mass")
     station: ClassVar[str] = "constraints"
     lossless: ClassVar[bool] = False
+    steps: ClassVar[bool] = True
+    carries: ClassVar[frozenset[str] | None] = None
     colour: ClassVar[str] = "choice_bits"
     constraint: CompiledGrammar | Sequence[CompiledGrammar] | None = None
     schema: str | None = None
@@ -160,15 +164,18 @@ class XGrammar(Decoder):
 
     def _decode(self, call: DecodingCall[XGrammarStats], row: DecodingRow, pool: ThreadPoolExecutor) -> None:
         """A forward over what is new, its mask beside it, a token, and what must follow that."""
-        matcher, cache = cast(GrammarMatcher, row.matcher), row.cache
-        assert cache is not None
-        check_unread(cache, len(row.text))
+        matcher = cast(GrammarMatcher, row.matcher)
+        if row.cache is not None:
+            check_unread(row.cache, len(row.text))
+        elif call.cache is not None and len(call.rows) == 1:
+            check_unread(call.cache, row.ids.shape[1])
+        read = reader(call, row)
         vocab = call.vocab_size
         bitmask = torch.zeros(1, (vocab + 31) // 32, dtype=torch.int32)
         stop = False
         while not stop:
             masking = pool.submit(matcher.fill_next_token_bitmask, bitmask)  # while the model reads the last tokens
-            logits = read_on(call.model, cache, row.text, vocab)
+            logits = read()
             call.stats.target_forwards += 1
             restricted = masking.result()
             mass, allowed = 1.0, vocab

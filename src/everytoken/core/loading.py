@@ -49,6 +49,8 @@ REMEMBERED = 100
 _HASHES = "gguf-hashes.json"
 _MANIFEST = "everytoken.json"
 _FORMAT = 1
+WEIGHTS = ("as they come", "packed", "bfloat16", "int4")
+"""Ways of running a model's linear layers."""
 
 
 def cache_dir() -> Path:
@@ -457,6 +459,7 @@ def load_model(
     device: str | torch.device | None = None,
     packed: bool = False,
     trust_remote_code: bool = False,
+    weights: str | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode. Its weights are read from safetensors (or GGUF), never from a pickle.
@@ -467,17 +470,23 @@ def load_model(
             embedded model).
         device: where to put it; default CPU, or CUDA if there is one.
         packed: pack the linear layers for faster inference on a CPU (``core.packing``). Costs the weights' memory
-            again.
+            again. The same as ``weights="packed"``.
         trust_remote_code: run code that a hub repository or folder brings; off unless you ask.
+        weights: how the linear layers run: ``"as they come"`` (the default), ``"packed"``, ``"bfloat16"``, or
+            ``"int4"`` (4 bits a weight on a CPU, ``core.grouped``; exact for a GGUF of Q4_0 or Q4_1, rounded otherwise;
+            ``model.weights_report`` says how far that is from float32).
         kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        BadInputError: an unknown dtype or path; weights that are pickles only; a model that needs code of its own.
+        UnsupportedModelError: ``weights="int4"`` for a model that it cannot work for.
+        BadInputError: an unknown dtype, ``weights`` or path; weights that are pickles only; a model that needs code of
+            its own.
         EverytokenError: the hub cannot be reached, or has no such model.
         CacheError: the embedded model cannot be converted (cache folder read-only or full).
     """
     if isinstance(dtype, str) and dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
         raise BadInputError(f"Unknown dtype {dtype!r}.", "Use float32, bfloat16, float16 or auto.")
+    dtype, device = _dtype_and_device(weights, packed, dtype, device)
     if not kwargs.pop("use_safetensors", True):
         raise BadInputError("use_safetensors=False would read a pickle, which may run any code.", "Leave it out.")
     name = resolve(model)
@@ -497,8 +506,69 @@ def load_model(
         raise _hub_error(name, error) from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = loaded.to(device).eval()
-    if packed:
+    if packed or weights == "packed":
         from .packing import pack_linears
 
         pack_linears(loaded)
+    elif weights == "int4":
+        from .grouped.linear import HELD_OUT, group_linears
+
+        tokens = load_tokenizer(model, trust_remote_code)(HELD_OUT, return_tensors="pt")["input_ids"]
+        loaded.weights_report = group_linears(loaded, tokens, _kept_groups(Path(name)))
     return loaded
+
+
+def _dtype_and_device(
+    weights: str | None, packed: bool, dtype: str | torch.dtype, device: str | torch.device | None
+) -> tuple[str | torch.dtype, str | torch.device | None]:
+    """The dtype and device that a way of running the weights needs.
+
+    Raises:
+        BadInputError: an unknown way, or one that contradicts the other arguments.
+    """
+    if weights is None:
+        return dtype, device
+    if weights not in WEIGHTS:
+        raise BadInputError(f"Unknown weights {weights!r}.", f"Use one of: {', '.join(WEIGHTS)}.")
+    if packed and weights != "packed":
+        raise BadInputError(f"packed=True and weights={weights!r} contradict each other.", "Leave packed out.")
+    needed = {"bfloat16": "bfloat16", "int4": "float32"}.get(weights)
+    if needed is not None and str(dtype).removeprefix("torch.") not in ("auto", needed):
+        raise BadInputError(f"weights={weights!r} needs {needed}, not {dtype}.", "Leave dtype out.")
+    if weights == "int4":
+        if device is not None and not str(device).startswith("cpu"):
+            raise BadInputError(f"weights='int4' runs on a CPU, not on {device}.", "Leave device out.")
+        device = "cpu"
+    return needed or dtype, device
+
+
+def exact_in_4_bits(model: str | os.PathLike[str] | None) -> bool:
+    """Whether a model is a GGUF file with layers of Q4_0 or Q4_1 and a head of Q8_0, which ``int4`` keeps as they are.
+
+    Raises:
+        BadInputError: see ``check_model_name``.
+    """
+    import gguf
+
+    if model is not None and str(model) != EMBEDDED:
+        check_model_name(model)
+        if not os.fspath(model).endswith(".gguf"):
+            return False
+    source = embedded_gguf() if model is None or str(model) == EMBEDDED else Path(model).expanduser()
+    tensors = {item.name: item for item in gguf.GGUFReader(source).tensors}
+    layers = {
+        item.tensor_type.name for name, item in tensors.items() if name.startswith("blk.") and len(item.shape) > 1
+    }
+    head = tensors.get("output.weight", tensors.get("token_embd.weight"))
+    return bool(layers) and layers <= {"Q4_0", "Q4_1"} and head is not None and head.tensor_type.name == "Q8_0"
+
+
+def _kept_groups(folder: Path) -> Path | None:
+    """The file in the cache that keeps a local folder's weights of 4 bits; None for models of the hub."""
+    from .grouped.weights import LAYOUT
+
+    if not folder.is_dir():
+        return None
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.safetensors"))]
+    digest = hashlib.sha256(repr((LAYOUT, str(folder.resolve()), facts)).encode()).hexdigest()[:16]
+    return cache_dir() / "grouped" / f"{folder.name}-{digest}.safetensors"

@@ -132,11 +132,16 @@ def check_guide(
         )
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
-    """Ids of a prompt: of a text as it is, of messages by the chat template, up to where the answer begins."""
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, **template: Any) -> list[int]:
+    """Ids of a prompt: of a text as it is, of messages by the chat template, up to where the answer begins.
+
+    Args:
+        template: further arguments of the chat template, such as ``tools``.
+    """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+    options: dict[str, Any] = {"add_generation_prompt": True, **template}
+    return list(tokenizer.apply_chat_template(prompt, return_dict=True, **options)["input_ids"])
 
 
 def check_prompt(prompt: str) -> None:

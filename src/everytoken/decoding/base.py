@@ -45,6 +45,7 @@ from .checks import (
     check_one_row,
     check_positions,
     check_prompt,
+    check_undivided,
     check_whole_text,
     must_sync,
     refuse_inputs,
@@ -52,7 +53,7 @@ from .checks import (
     refuse_unsupported,
     split_rows,
 )
-from .inputs import callers_arguments, check_prepared_inputs, check_reads_text, check_unchanged_inputs
+from .inputs import callers_arguments, check_prepared_inputs, check_reads_text, check_unchanged_inputs, device_of
 from .matcher import Matcher
 
 if TYPE_CHECKING:
@@ -137,8 +138,13 @@ class Decoder:
     processes_once: ClassVar[bool] = False
     """Whether ``row.processed`` is asked exactly once for every token, in order: processors that remember earlier calls
     may take part then."""
+    compiled: ClassVar[bool] = False
+    """Whether it reads through ``decoding.lean``, and so gains from a model's compiled forward."""
     recurrent: ClassVar[bool] = False
     """Whether it decodes models that keep a recurrent state beside their cache."""
+    steps: ClassVar[bool] = False
+    """Whether ``generate``'s own steps are enough for it (``steps.py``): then it decodes every model that ``generate``
+    does, and passes on every input of a row that is alone."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -185,8 +191,11 @@ class Decoder:
         """Decodes all of ``call.rows``; by default one after the other, each with a cache of its own."""
         from .row_cache import restore_padding, strip_padding
 
-        given = call.model_kwargs.get("past_key_values")
+        given = call.cache
         for row in call.rows:
+            if call.by_steps:
+                self.decode_row(call, row)
+                continue
             row.cache = given if given is not None and len(call.rows) == 1 else self.new_row_cache(call)
             # a row alone has no padding, but plain generate counts it as part of what its cache holds
             padding = len(row.padding) if len(call.rows) == 1 else 0
@@ -337,21 +346,30 @@ class Decoder:
 
     def _check(self, call: DecodingCall[Any]) -> None:
         """What a loop over rows can honour of a call; ``LoopDecoder`` asks for less."""
-        name, cache = type(self).__name__, call.model_kwargs.get("past_key_values")
+        from .steps import needs_steps
+
+        name, cache = type(self).__name__, call.cache
         refuse_unsupported(name, call.config, call.synced_gpus)
-        check_reads_text(name, call.model, self.recurrent)
-        check_unchanged_inputs(name, call.model)
+        if not self.steps:
+            check_reads_text(name, call.model, self.recurrent)
+            check_unchanged_inputs(name, call.model)
         self._check_common(call)
-        check_prepared_inputs(name, call.model, call.input_ids, call.model_kwargs)
+        if self.steps:
+            device_of(call.model)
+            check_undivided(name, len(call.input_ids), call.model_kwargs)
+            call.by_steps = needs_steps(call)
+        else:
+            check_prepared_inputs(name, call.model, call.input_ids, call.model_kwargs)
         if not self.processes_once:
             refuse_processors(name, call.processors)
         check_whole_text(name, call.input_ids, call.model_kwargs, call.config)
         longest = max(len(ids) for ids, _ in split_rows(call.input_ids, call.attention_mask))
         if not self.extrapolates:
             check_prompt(call.model, longest)
-        check_positions(name, call.model_kwargs.get("position_ids"), call.attention_mask, call.input_ids.shape[1])
+        if not call.by_steps or len(call.input_ids) > 1:
+            check_positions(name, call.model_kwargs.get("position_ids"), call.attention_mask, call.input_ids.shape[1])
         check_one_row(name, call.input_ids.shape[0], call.streamer, cache)
-        if cache is not None and longest < call.input_ids.shape[1]:
+        if cache is not None and longest < call.input_ids.shape[1] and not call.by_steps:
             from .row_cache import check_strippable
 
             check_strippable(name, call.model, cache)
@@ -364,7 +382,7 @@ class Decoder:
         if call.model_kwargs.get("inputs_embeds") is None:
             check_not_empty(call.input_ids.shape[1])
         if not self.continues:
-            check_empty_cache(name, call.model_kwargs.get("past_key_values"))
+            check_empty_cache(name, call.cache)
         if self.samples_only and not call.config.do_sample:
             raise BadInputError(f"{name} samples; greedy decoding was asked for.", "Pass do_sample=True.")
         if call.streamer is not None:

@@ -14,7 +14,7 @@ from ..core.trace import TokenTrace
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+    from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
     from transformers.generation.streamers import BaseStreamer
 
     from .row import DecodingRow
@@ -77,6 +77,8 @@ class DecodingCall(Generic[StatsT]):
         stats: the counters; ``decoder.stats`` shows them after the call.
         trace: one TokenTrace a row, if the decoder traces.
         rows: one ``DecodingRow`` a prompt; empty in transformers' own loops.
+        by_steps: whether the model is handed more than tokens, positions and a cache, or keeps its state elsewhere: the
+            texts are read by ``generate``'s own steps then (``steps.py``).
     """
 
     model: PreTrainedModel
@@ -90,11 +92,18 @@ class DecodingCall(Generic[StatsT]):
     stats: StatsT
     trace: list[TokenTrace] = field(default_factory=list)
     rows: list[DecodingRow] = field(default_factory=list)
+    by_steps: bool = False
 
     @property
     def attention_mask(self) -> torch.Tensor | None:
         """``[B, N]``, or None where nothing is padded."""
         return self.model_kwargs.get("attention_mask")
+
+    @property
+    def cache(self) -> Cache | None:
+        """The cache that ``generate`` made or was given, under either name; None where the model takes none."""
+        caches = (self.model_kwargs.get(name) for name in ("past_key_values", "cache_params"))
+        return next((cache for cache in caches if cache is not None), None)
 
     @cached_property
     def vocab_size(self) -> int:

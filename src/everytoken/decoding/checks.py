@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 
-PREPARED = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
+PREPARED = frozenset({
+    "attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache", "logits_to_keep",
+})  # fmt: skip
 """Inputs that ``generate`` prepares for every causal language model, and that every decoder here takes care of."""
 STATEFUL = frozenset({"SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor"})
 """Processors that follow a text step by step: they cannot be asked twice about one token."""
@@ -57,17 +59,32 @@ def refuse_inputs(decoder: str, model_kwargs: Mapping[str, Any], carried: Collec
         model_kwargs: what ``generate`` would hand to the model.
         carried: inputs passed on, beside those that ``generate`` prepares itself.
     """
-    lost = [
-        name
-        for name, value in model_kwargs.items()
-        if value is not None and name not in PREPARED and name not in carried
-    ]
-    lost = ["pixel_values or other media" if name == "mm_encoder_outputs" else name for name in lost]
+    lost = [name for name in further_inputs(model_kwargs) if name not in carried]
     if lost:
         raise BadInputError(
-            f"{decoder} does not pass {', '.join(sorted(lost))} on to the model.",
+            f"{decoder} does not pass {_listed(lost)} on to the model.",
             "Leave it out, or decode without custom_generate.",
         )
+
+
+def check_undivided(decoder: str, rows: int, model_kwargs: Mapping[str, Any]) -> None:
+    """Raises BadInputError for inputs of a decoder that passes them on as they are, and so with one row only."""
+    given = further_inputs(model_kwargs)
+    refuse_inputs(decoder, {name: model_kwargs[name] for name in given if name == "inputs_embeds"}, ())
+    if rows > 1 and given:
+        raise BadInputError(
+            f"{decoder} decodes rows one after the other and cannot divide {_listed(given)} among them.",
+            "Pass the rows one at a time.",
+        )
+
+
+def further_inputs(model_kwargs: Mapping[str, Any]) -> list[str]:
+    """Names of the model inputs that ``generate`` does not prepare for every causal language model."""
+    return sorted(name for name, value in model_kwargs.items() if value is not None and name not in PREPARED)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(sorted("pixel_values or other media" if name == "mm_encoder_outputs" else name for name in names))
 
 
 def must_sync(model: PreTrainedModel) -> bool:

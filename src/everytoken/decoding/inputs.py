@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-READ = frozenset(
-    {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
-)
+CACHES = ("past_key_values", "cache_params")
+"""What models call the cache that they read on from."""
+READ = frozenset({
+    "input_ids", "attention_mask", "position_ids", *CACHES, "use_cache", "logits_to_keep", "cache_position",
+})  # fmt: skip
 """What a loop over rows gives to a model, or leaves to the model's own defaults."""
 TREE_ATTENTION = frozenset({"eager", "sdpa", "flex_attention"})
 """Implementations of attention that take a mask with a row for each node of a tree."""
@@ -38,6 +40,16 @@ def takes(model: PreTrainedModel, name: str) -> bool:
     if kind not in _parameters:
         _parameters[kind] = frozenset(inspect.signature(kind.forward).parameters)
     return name in _parameters[kind]
+
+
+def cache_argument(model: PreTrainedModel) -> str | None:
+    """What ``forward`` calls the cache that it reads on from; None where it takes none."""
+    return next((name for name in CACHES if takes(model, name)), None)
+
+
+def keeps_state_in_layers(model: PreTrainedModel) -> bool:
+    """Whether some layer keeps a recurrent state of the last text in itself."""
+    return any(hasattr(module, "recurrent_states") for module in model.modules())
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
@@ -96,7 +108,8 @@ def check_reads_text(decoder: str, model: PreTrainedModel, recurrent: bool = Fal
             f"{decoder} reads several tokens at a time into a cache; {kind} keeps a recurrent state instead.",
             "Use a model with attention only, or decode without custom_generate.",
         )
-    lacking = [name for name in ("input_ids", "past_key_values") if not takes(model, name)]
+    lacking = [] if takes(model, "input_ids") else ["input_ids"]
+    lacking += [] if cache_argument(model) else ["past_key_values"]
     if lacking:
         raise UnsupportedModelError(
             f"{decoder} decodes with tokens and a cache; {kind}.forward does not take {' and '.join(lacking)}.",
@@ -109,7 +122,7 @@ def check_unchanged_inputs(decoder: str, model: PreTrainedModel) -> None:
     changed = changes_inputs(model)
     if changed is not None:
         raise BadInputError(
-            f"{decoder} calls the model with tokens alone and would not pass on {changed}.",
+            f"{decoder} reads a text's tokens alone and cannot take {changed} into account.",
             "Use an adapter in the weights such as LoRA, or decode without custom_generate.",
         )
 
@@ -118,14 +131,19 @@ def check_prepared_inputs(
     decoder: str, model: PreTrainedModel, input_ids: torch.Tensor, model_kwargs: Mapping[str, Any]
 ) -> None:
     """Raises BadInputError for inputs that the model's own ``prepare_inputs_for_generation`` adds to the user's."""
-    given = {name: value for name, value in model_kwargs.items() if value is not None}
-    prepared = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **given)
-    added = sorted(name for name, value in prepared.items() if name not in READ and _says_something(value))
+    added = added_inputs(model, input_ids, model_kwargs)
     if added:
         raise BadInputError(
             f"{decoder} does not pass {', '.join(added)} on to the model, which {type(model).__name__} asks for.",
             "Decode without custom_generate.",
         )
+
+
+def added_inputs(model: PreTrainedModel, input_ids: torch.Tensor, model_kwargs: Mapping[str, Any]) -> list[str]:
+    """Names of what ``prepare_inputs_for_generation`` hands to a model beside tokens, positions and a cache."""
+    given = {name: value for name, value in model_kwargs.items() if value is not None}
+    prepared = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **given)
+    return sorted(name for name, value in prepared.items() if name not in READ and _says_something(value))
 
 
 def _says_something(value: Any) -> bool:

@@ -20,6 +20,7 @@ from ..core.errors import BadInputError
 from ..core.trace import Value
 from .base import Decoder
 from .call import DecodingCall
+from .inputs import check_unchanged_inputs
 from .matcher import Matcher, fill_mask
 from .output import BeamDecodingOutput, DecodingOutput, with_stats
 
@@ -110,6 +111,9 @@ class LoopDecoder(Decoder):
     changes_model: ClassVar[bool] = True
     """Whether ``applied`` changes the model itself, so that calls on one model must take turns."""
 
+    counts_text: ClassVar[bool] = False
+    """Whether it counts the text's tokens in the cache, so that nothing else may stand before them."""
+
     def applied(self, call: DecodingCall[Any]) -> AbstractContextManager[Any]:
         """What is different about ``call.model`` during a call; may change ``call.config`` and
         ``call.model_kwargs``."""
@@ -139,6 +143,8 @@ class LoopDecoder(Decoder):
 
     def _check(self, call: DecodingCall[Any]) -> None:
         mode = self.mode(call.config)
+        if self.carries is not None or self.counts_text:
+            check_unchanged_inputs(type(self).__name__, call.model)
         self._check_common(call)
         if LOOPS[mode] != "_sample" and call.streamer is not None:
             raise BadInputError("A streamer cannot follow beam search.", "Leave it out.")

@@ -28,7 +28,7 @@ from transformers.cache_utils import (
 )
 
 from ..core.errors import BadInputError, UnsupportedModelError
-from .inputs import TREE_ATTENTION, device_of, takes
+from .inputs import TREE_ATTENTION, cache_argument, device_of, keeps_state_in_layers, takes
 from .masks import attention_mask_for
 
 if TYPE_CHECKING:
@@ -54,12 +54,12 @@ def new_cache(model: PreTrainedModel) -> Cache:
 
 def check_cached(reader: str, model: PreTrainedModel) -> None:
     """Raises UnsupportedModelError for a model that keeps what it has read elsewhere than in ``past_key_values``."""
-    if not takes(model, "past_key_values"):
+    if cache_argument(model) is None:
         raise UnsupportedModelError(
             f"{reader} reads on from past_key_values; {type(model).__name__} takes none.",
             "Models that keep their state elsewhere cannot be decoded by it.",
         )
-    if any(hasattr(module, "recurrent_states") for module in model.modules()):
+    if keeps_state_in_layers(model):
         raise UnsupportedModelError(
             f"{reader} takes tokens back in past_key_values; {type(model).__name__} keeps its state in its layers.",
             "Models that keep their state elsewhere cannot be decoded by it.",
@@ -210,6 +210,7 @@ class RowCache:
         self.trees = takes_trees(model, self.cache)
         self.device = device_of(model)
         self.positions = takes(model, "position_ids")
+        self.name = cache_argument(model) or "past_key_values"
         self.keeps = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
         self.plain = type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
         self.switch = rope_switch(model.config)
@@ -239,7 +240,6 @@ class RowCache:
         output = None
         for end in steps:
             output = self._read(text[:end])
-        self.started = True
         assert output is not None
         return output
 
@@ -252,7 +252,7 @@ class RowCache:
         device = self.device
         if self.plain:
             inputs: dict[str, Any] = {"input_ids": torch.tensor([text[self.length :]], device=device)}
-            inputs |= {"past_key_values": self.cache, "use_cache": True, **self.keeps}
+            inputs |= {self.name: self.cache, "use_cache": True, **self.keeps}
             if self.positions:
                 inputs["position_ids"] = torch.arange(self.length, len(text), device=device)[None]
         else:  # some models prepare their inputs in a way of their own
@@ -260,18 +260,19 @@ class RowCache:
             inputs = self.model.prepare_inputs_for_generation(
                 torch.tensor([text], device=device),
                 next_sequence_length=len(text) - self.length,
-                past_key_values=self.cache,
                 attention_mask=torch.ones(1, len(text), dtype=torch.long, device=device),
                 use_cache=True,
                 is_first_iteration=not self.started,
+                **{self.name: self.cache},
                 **self.keeps,
                 **(given if self.positions else {}),
             )
         output: ModelOutput = self.model(**inputs, return_dict=True)
-        fresh = output.get("past_key_values")
+        fresh = output.get(self.name)
         if fresh is not None and fresh is not self.cache:  # the model read the text anew: the caller's object goes on
             self.cache.__dict__.update(fresh.__dict__)
         self.length = len(text)
+        self.started = True
         return output
 
     def read_tree(self, tokens: list[int], depths: list[int], allowed: torch.Tensor | None) -> ModelOutput:
@@ -289,8 +290,8 @@ class RowCache:
             mask = self._masks(allowed.to(device), positions)
         output: ModelOutput = self.model(
             input_ids=torch.tensor([tokens], device=device),
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.name: self.cache},
             **({"attention_mask": mask} if mask is not None else {}),
             **({"position_ids": positions[None]} if self.positions else {}),
         )

@@ -120,6 +120,7 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
         item.name: item.factory(**item.settings, trace_enabled=True) for item in request.trials
     }
     from ..core.loading import load_config, load_model, load_tokenizer
+    from .lean import lean_forward
 
     options = request.options
     config = load_config(request.model)
@@ -132,7 +133,8 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
     length = inputs["input_ids"].shape[1]
     extends = all(decoder.extrapolates for decoder in decoders.values())
     beyond = check_context(config, length, new_tokens, extends)
-    model = load_model(request.model, dtype=options.get("dtype", "auto"), packed=bool(options.get("packed", True)))
+    weights = chosen_weights(request)
+    model = load_model(request.model, dtype=options.get("dtype", "auto"), weights=weights)
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     temperature = float(options.get("temperature", 0.0))
     arguments: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": temperature > 0}
@@ -145,6 +147,13 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
     counted = work.streamer("plain decoding", lambda _text: None)
     output, seconds = work.timed(lambda: model.generate(**inputs, **arguments, streamer=counted))
     work.record("plain generate", output, seconds, {"target forwards": float(output.shape[1] - length)})
+    result.notes.append(f"Weights: {getattr(model, 'weights_report', weights)} (choose with --weights).")
+    if lean_forward(model) is not None:
+        from .plain import PlainDecoding
+
+        work.run("plain, compiled", PlainDecoding(), prompt, shown=False)
+        # the baseline comes first: the fastest way of decoding plainly
+        result.rows = dict(sorted(result.rows.items(), key=lambda item: -item[1][result.headline]))
     for name, decoder in decoders.items():
         work.run(name, decoder, prompt)
         if temperature == 0 and decoder.lossless:
@@ -156,6 +165,28 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
     wanted = [decoder.colour for decoder in decoders.values()]
     result.column = next((name for name in wanted if all(name in trace.columns for trace in result.traces)), None)
     return result
+
+
+def chosen_weights(request: TrialRequest) -> str:
+    """How the linear layers run: as the user says; else 4 bits where that changes no weight and all methods gain from
+    it, and packed elsewhere.
+
+    Raises:
+        BadInputError: a model's path that does not exist.
+    """
+    from ..core.loading import exact_in_4_bits
+
+    options = request.options
+    asked = str(options.get("weights", "auto"))
+    if asked != "auto":
+        return asked
+    if not options.get("packed", True):
+        return "as they come"
+    import torch
+
+    plain = options.get("dtype", "auto") in ("auto", "float32") and not torch.cuda.is_available()
+    gains = all(getattr(item.factory, "compiled", False) for item in request.trials)
+    return "int4" if plain and gains and exact_in_4_bits(request.model) else "packed"
 
 
 def check_context(config: PreTrainedConfig, length: int, new_tokens: int, extends: bool) -> str | None:
@@ -202,8 +233,12 @@ class _Work:
         self.result.rows[name] = row | figures
         self.result.texts[name] = self.tokenizer.decode(new, skip_special_tokens=True)
 
-    def run(self, name: str, decoder: Decoder, prompt: str) -> None:
-        """Decodes with one method; loading its helpers and preparing it is not part of the time."""
+    def run(self, name: str, decoder: Decoder, prompt: str, shown: bool = True) -> None:
+        """Decodes with one method; loading its helpers and preparing it is not part of the time.
+
+        Args:
+            shown: stream its text.
+        """
         notes, arguments = self.result.notes, self.arguments
         decoder.load_helpers(self.model)
         began = time.perf_counter()
@@ -215,7 +250,9 @@ class _Work:
             notes.append(f"{name} samples; it ran at temperature 1 (choose with --temperature).")
         stage = f"decoding with {name}"
         self.request.report(stage, 0, 0)
-        streamer = self.streamer(stage, self.request.stream) if decoder.streams else None
+        streamer = (
+            self.streamer(stage, self.request.stream if shown else lambda _text: None) if decoder.streams else None
+        )
         output, seconds = self.timed(
             lambda: decoder.generate(self.model, **self.inputs, **arguments, streamer=streamer)
         )

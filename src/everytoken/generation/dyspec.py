@@ -27,8 +27,10 @@ so a draft that reads the target's hidden states (``drafts.FeatureDraftForCausal
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -43,13 +45,15 @@ from transformers.generation.logits_process import (
 )
 
 from ..core.errors import BadInputError
+from ..core.pace import Pace
 from ..decoding.base import Decoder, Example
 from ..decoding.call import DecodingCall
 from ..decoding.checks import check_decoder_only, check_same_vocabulary, check_unread
 from ..decoding.inputs import check_flex, check_reads_text
+from ..decoding.lean import LeanRowCache, row_cache
 from ..decoding.matcher import Matcher, fill_mask
 from ..decoding.row import DecodingRow
-from ..decoding.row_cache import RowCache, check_cached, check_rewindable
+from ..decoding.row_cache import check_cached, check_rewindable
 from .speculative import check_feature_target
 from .speculative.drafting import DraftSession
 from .speculative.trees import Candidates, Expand, TokenTree, grow_tree
@@ -66,6 +70,11 @@ PATH_FREE = (
 )
 
 
+WIDTHS = (3, 7)
+"""Budgets that are tried beside none and the one that was asked for."""
+_paces: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], Pace]] = WeakKeyDictionary()
+
+
 @dataclass
 class DySpec(Decoder):
     """Lossless speculative decoding with a dynamic token tree.
@@ -78,6 +87,10 @@ class DySpec(Decoder):
         threshold: a number grows layer by layer all slots above it, with one draft forward a layer (the paper: about
             1/budget); None grows the fixed-size tree, which needs more draft forwards.
         max_depth: longest drafted path.
+        adaptive: try several budgets up to this one, none among them, and use the fastest by the clock. The text stays
+            the same, and which tokens were drafted may differ from run to run. Greedy decoding only; a sample would not
+            be the same for the same seed. None: where the target has a compiled forward, whose plain steps are often
+            cheaper than any draft (``load_model(weights="int4")``).
         max_children: drafted alternatives considered per node.
         matcher: a ``Matcher`` in its initial state. Every node of the tree is masked by it, in the draft's
             distribution and in the target's, so the output has exactly the distribution of masked plain decoding.
@@ -93,10 +106,12 @@ class DySpec(Decoder):
     threshold: float | None = 0.08
     max_depth: int = 12
     max_children: int = 8
+    adaptive: bool | None = None
     matcher: Matcher | None = field(default=None, kw_only=True, repr=False)
     trace_columns: ClassVar[tuple[str, ...]] = ("round", "depth", "draft_prob", "source", "value")
     processes_once: ClassVar[bool] = True
     recurrent: ClassVar[bool] = True
+    compiled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.budget < 0 or self.max_depth < 1 or self.max_children < 1:
@@ -136,7 +151,7 @@ class DySpec(Decoder):
             check_reads_text("DySpec's draft", self.draft_model, recurrent=True)
             check_cached("DySpec's draft", self.draft_model)
         check_same_vocabulary(call.model, self.draft_model)
-        cache = call.model_kwargs.get("past_key_values")
+        cache = call.cache
         check_rewindable("DySpec", self.new_row_cache(call) if cache is None else cache)
 
     def matcher_for(self, call: DecodingCall[Any], row: int) -> Matcher | None:
@@ -169,11 +184,22 @@ class _Speculation:
         assert row.cache is not None
         self.decoder, self.row, self.model, self.stats = decoder, row, call.model, call.stats
         self.vocab = check_same_vocabulary(call.model, decoder.draft_model)
-        self.cache, self.device, self.max_length = RowCache(call.model, row.cache), row.device, call.config.max_length
+        self.cache, self.device, self.max_length = row_cache(call.model, row.cache), row.device, call.config.max_length
         self.path_free = all(type(item) in PATH_FREE for item in row.processors)
-        self.draft = DraftSession(decoder.draft_model, call.model, self.vocab)
+        self.draft = DraftSession(decoder.draft_model, call.model, self.vocab, self.cache)
         # where a model cannot mask a tree, one path is drafted: it needs no mask
         self.branches = self.cache.trees and self.draft.trees
+
+        self.pace = self._pace(decoder)
+
+    def _pace(self, decoder: DySpec) -> Pace | None:
+        """The measured pace of this draft with this target, which goes on from call to call; None: always draft."""
+        wanted = isinstance(self.cache, LeanRowCache) if decoder.adaptive is None else decoder.adaptive
+        if not wanted or self.row.do_sample or decoder.budget == 0:
+            return None
+        known = _paces.setdefault(self.model, {})
+        key = (id(decoder.draft_model), decoder.budget, decoder.threshold, torch.get_num_threads())
+        return known.setdefault(key, Pace((0, *(width for width in WIDTHS if width < decoder.budget), decoder.budget)))
 
     # -- the loop ------------------------------------------------------------------------------------------------------
     def decode(self) -> None:
@@ -184,12 +210,16 @@ class _Speculation:
             while not done:
                 # a tree deeper than the room left would only be thrown away
                 room = (self.max_length or 1 << 30) - len(self.row.padding) - len(self.row.text) - 1
-                tree = self._grow(min(self.decoder.budget, 1 << 30 if room > 0 else 0), room)
+                began, before = time.perf_counter(), len(self.row.new)
+                budget = self.decoder.budget if self.pace is None else self.pace.choose()
+                tree = self._grow(min(budget, 1 << 30 if room > 0 else 0), room)
                 logits = self._verify_forward(tree)
-                self.stats.rounds += 1
+                self.stats.rounds += self.pace is None or len(tree) > 1
                 self.stats.proposed += len(tree) - 1
                 done = self._walk(tree, logits, turn)
                 turn += 1
+                if self.pace is not None and room > budget:  # a tree that was cut short says nothing about its budget
+                    self.pace.saw(budget, len(self.row.new) - before, time.perf_counter() - began)
         finally:
             self.draft.close()
             self.cache.close()

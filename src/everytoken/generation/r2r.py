@@ -32,7 +32,7 @@ from ..core.errors import BadInputError, TokenizerMismatchError
 from ..core.loading import check_model_name, load_model
 from ..decoding.base import BY_NAME, Decoder, Example
 from ..decoding.call import DecodingCall, DecodingStats
-from ..decoding.checks import check_decoder_only, check_same_vocabulary, check_unread
+from ..decoding.checks import check_decoder_only, check_same_vocabulary, check_unread, is_filled
 from ..decoding.inputs import check_reads_text, device_of
 from ..decoding.matcher import Matcher
 from ..decoding.row import DecodingRow, fit, known_tokens
@@ -311,8 +311,8 @@ class R2R(Decoder):
             check_reads_text("R2R's small model", self.small_model, recurrent=True)
             check_cached("R2R's small model", self.small_model)
         router = as_router(self.router)
-        cache = call.model_kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0 and is_feature_draft(self.small_model):
+        cache = call.cache
+        if cache is not None and is_feature_draft(self.small_model) and is_filled(cache):
             raise BadInputError(
                 "A feature draft as the small model starts from an empty cache.", "Leave past_key_values out."
             )

@@ -34,12 +34,14 @@ from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 from ..core.errors import BadInputError, UnsupportedModelError
 from ..core.trace import TokenTrace
 from ..decoding.base import Example
 from ..decoding.call import DecodingCall, DecodingStats
+from ..decoding.checks import is_filled
+from ..decoding.inputs import cache_argument
 from ..decoding.loop import LoopDecoder, by_row
 
 Run = Callable[[], torch.Tensor]
@@ -190,6 +192,11 @@ def counts(cache: Cache, index: int) -> bool:
     return index < len(cache.layers) and isinstance(cache.layers[index], CacheLayerMixin)
 
 
+def counted(cache: Cache) -> bool:
+    """Whether a cache knows how many tokens it holds; one of recurrent layers alone does not."""
+    return not cache.layers or any(counts(cache, index) for index in range(len(cache.layers)))
+
+
 def held(cache: Cache) -> int:
     """Tokens that a cache holds: as many as in its fullest layer, since every token passes some layer that counts."""
     counted = (cache.layers[index].get_seq_length() for index in range(len(cache.layers)) if counts(cache, index))
@@ -266,6 +273,7 @@ class SkipDecode(LoopDecoder):
     trace_columns: ClassVar[tuple[str, ...]] = ("layers",)
     lossless: ClassVar[bool] = False
     colour: ClassVar[str] = "layers"
+    counts_text: ClassVar[bool] = True
     schedule: DepthSchedule | None = None
     speedup: float = 2.0
     warmup: int = 1
@@ -308,9 +316,9 @@ class SkipDecode(LoopDecoder):
     def check_call(self, call: DecodingCall[SkipDecodeStats]) -> None:
         """Raises BadInputError where attentions are asked for (a skipped layer has none), UnsupportedModelError for a
         model that reads its text anew for every token: earlier tokens would run with the layers of the last."""
-        if "past_key_values" not in inspect.signature(call.model.forward).parameters:
+        if cache_argument(call.model) is None:
             raise UnsupportedModelError(
-                f"SkipDecode needs a cache that grows; {type(call.model).__name__} takes no past_key_values.",
+                f"SkipDecode needs a cache that grows; {type(call.model).__name__} takes none.",
                 "Use a model that caches keys.",
             )
         if call.config.output_attentions:
@@ -320,7 +328,7 @@ class SkipDecode(LoopDecoder):
 
     @contextmanager
     def applied(self, call: DecodingCall[SkipDecodeStats]) -> Iterator[None]:
-        model, stats, model_kwargs = call.model, call.stats, call.model_kwargs
+        model, stats = call.model, call.stats
         layers = find_layers(model)
         total = len(layers)
         mask = call.attention_mask
@@ -332,11 +340,16 @@ class SkipDecode(LoopDecoder):
             room = max((call.config.max_length or prompt + 128) - prompt, 1)
             schedule = LinearDepth.for_speedup(total, self.speedup, room, self.warmup)
         check_schedule(schedule, total)
-        cache = model_kwargs.get("past_key_values")
-        if cache is None or getattr(cache, "is_compileable", False):
+        cache = call.cache
+        if cache is None or any(isinstance(layer, StaticLayer) for layer in cache.layers):
             raise BadInputError("SkipDecode needs a cache that grows.", "Leave cache_implementation out.")
         self._check_cache(cache, active_layers(schedule, 0, total))
-        now = {"depth": schedule.depth(0)}
+        if not counted(cache) and is_filled(cache):
+            raise BadInputError(
+                "SkipDecode needs to know how many tokens a cache holds; recurrent layers do not say it.",
+                "Leave past_key_values out.",
+            )
+        now = {"depth": schedule.depth(0), "read": 0}
 
         stack = next(item for item in model.modules() if any(child is layers for child in item.children()))
         inputs = inspect.signature(stack.forward)
@@ -345,7 +358,9 @@ class SkipDecode(LoopDecoder):
             given = inputs.bind_partial(*args, **kwargs).arguments
             names = ("input_ids", "inputs_embeds", "hidden_states")
             tokens = next(given[name] for name in names if given.get(name) is not None)
-            now["depth"] = schedule.depth(held(cache) + tokens.shape[1] - prompt)
+            before = held(cache) if counted(cache) else now["read"]
+            now["read"] += tokens.shape[1]
+            now["depth"] = schedule.depth(before + tokens.shape[1] - prompt)
             stats.layers_run.append(0)
 
         def route(index: int, hidden: torch.Tensor, run: Run) -> torch.Tensor:

@@ -19,7 +19,8 @@ from ..decoding.trial import TrialRequest, TrialResult
 from ..training.base import Training, TrainingContext, TrainingResult
 from ..training.config import TrainConfig, derive_config
 from ..training.datasets.make_dataset import pairs_or_example
-from ..training.datasets.pairs import read_rows
+from ..training.datasets.messages import plain_messages, prompts_as_messages
+from ..training.datasets.pairs import check_value, read_rows
 from ..training.quiet import quiet_arguments, without_printer
 from ..training.session import TrainingSession
 from ..training.trial import TrialWork
@@ -35,25 +36,49 @@ METRICS = {"loss": "loss", "nll": "nll", "entropy": ""}
 IFTTraining = derive_config("IFTTraining", TrainConfig, IFTSettings)
 
 
+KINDS = (("prompt", "completion"), ("messages",), ("text",))
+RENDERED = ("tools", "chat_template_kwargs")
+"""What the chat template renders besides the messages."""
+
+
 def demonstrations(path: str | Path) -> Dataset:
     """Rows with ``prompt`` and ``completion``, ``messages`` or ``text``; pairs give their chosen side.
 
+    Messages may be tool calls without content, or hold their text as parts; a text prompt may stand beside messages.
+    The rows' ``tools`` and ``chat_template_kwargs`` are kept.
+
     Raises:
-        BadInputError: nothing there, or a row without them, which it names.
+        BadInputError: nothing there, or a bad row, which it names.
     """
     from datasets import Dataset
 
     rows = read_rows(path)
     if "chosen" in rows[0] and "completion" not in rows[0]:
-        rows = [{"prompt": row.get("prompt"), "completion": row.get("chosen")} for row in rows]
-    kinds = [set(keys) for keys in (("prompt", "completion"), ("messages",), ("text",)) if set(keys) <= set(rows[0])]
-    if not kinds:
+        rows = [row | {"completion": row.get("chosen")} for row in rows]
+    kind = next((keys for keys in KINDS if set(keys) <= set(rows[0])), None)
+    if kind is None:
         raise BadInputError(f"{path} needs prompt and completion, messages, or text; row 0 has {', '.join(rows[0])}.")
-    for index, row in enumerate(rows):
-        for key in kinds[0]:
-            if not row.get(key):
-                raise BadInputError(f"{path}, row {index}: {key!r} is empty or missing.", "Remove or mend that row.")
-    return Dataset.from_list([{key: row[key] for key in kinds[0]} for row in rows])
+    made = [_demonstration(row, kind, f"{path}, row {index}") for index, row in enumerate(rows)]
+    # arguments of tool calls differ in their keys: one table of all keys would add empty ones to each
+    return prompts_as_messages(Dataset.from_list(made, on_mixed_types="use_json"), str(path))
+
+
+def _demonstration(row: dict[str, Any], kind: tuple[str, ...], where: str) -> dict[str, Any]:
+    """A checked row with its messages as plain text."""
+    for key in kind:
+        if not row.get(key):
+            raise BadInputError(f"{where}: {key!r} is empty or missing.", "Remove or mend that row.")
+        check_value(row[key], f"{where}: {key!r}")
+    texts = [isinstance(row[key], str) for key in kind]
+    if kind in (("messages",), ("text",)) and texts != [kind == ("text",)]:
+        raise BadInputError(f"{where}: {kind[0]!r} must be {'text' if kind == ('text',) else 'a list of messages'}.")
+    if texts == [False, True]:
+        raise BadInputError(f"{where}: the completion is text and the prompt messages.", "Make a message of the text.")
+    try:
+        values = {key: row[key] if isinstance(row[key], str) else plain_messages(row[key]) for key in kind}
+    except BadInputError as error:
+        raise BadInputError(f"{where}: {error.message}", error.hint) from error
+    return values | {name: row[name] for name in RENDERED if row.get(name)}
 
 
 @quiet_training()
@@ -69,8 +94,8 @@ def train_ift(config: TrainConfig, context: TrainingContext) -> TrainingResult:
         )
     session = TrainingSession(config, context, "ift", METRICS)
     train, held = session.split(rows)
-    prompts = list(held["prompt"]) if "prompt" in held.column_names else []
-    before = session.write_texts(session.policy, prompts)
+    answered = session.sampled(held)
+    before = session.write_texts(session.policy, answered)
     args = SFTConfig(**config.arguments(session.checkpoints), max_length=config.max_length)
     trainer = IFTTrainer(
         session.policy, ift=config.part(IFTSettings), args=args, train_dataset=train, eval_dataset=held,
@@ -86,7 +111,7 @@ def train_ift(config: TrainConfig, context: TrainingContext) -> TrainingResult:
             traces.append(
                 demonstration_trace(trainer, session.tokenizer, trainer.eval_dataset[index], f"held-out row {index}")
             )
-    return session.finish(trainer, figures, prompts, before, traces, "weight")
+    return session.finish(trainer, figures, answered, before, traces, "weight")
 
 
 @torch.no_grad()

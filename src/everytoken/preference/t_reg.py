@@ -19,7 +19,6 @@ The idea and q are the paper's; where v stands, sums against means, and alpha ar
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,9 +30,9 @@ from torch.nn import functional as F
 from ..core.errors import BadInputError
 from ..core.logprobs import masked_mean, masked_sum
 from ..core.progress import Report, silent, within
-from ..core.scoring import PromptResponse, head_module, model_fingerprint, response_logps, score_rows
+from ..core.scoring import PromptResponse, head_module, model_fingerprint, prompt_ids, response_logps, score_rows
 from ..training.column_makers import ColumnMaker, ColumnSources, Example, TokenAnnotator
-from ..training.datasets.messages import Message, instructed, plain_messages
+from ..training.datasets.messages import Message, instructed, plain_messages, template_options
 from .base import PairScores, PreferenceOutput
 
 if TYPE_CHECKING:
@@ -189,15 +188,13 @@ class ContrastivePromptRewards:
     def _instructed(self, example: Example, instruction: str) -> list[int]:
         """Messages by the chat template, as the policy's own prompt but for the instruction in their system message."""
         messages = plain_messages(example.prompt)
-        tools = json.loads(example.tools) if isinstance(example.tools, str) else example.tools
-        template = {name: value for name, value in (example.chat_template_kwargs or {}).items() if value is not None}
+        template = template_options(example.tools, example.chat_template_kwargs)
 
         def ids(shown: list[Message]) -> list[int]:
-            options: dict[str, Any] = {"add_generation_prompt": True, "tools": tools, **template}
-            return list(self.tokenizer.apply_chat_template(shown, return_dict=True, **options)["input_ids"])
+            return prompt_ids(self.tokenizer, shown, **template)
 
         def text(shown: list[Message]) -> str:
-            options: dict[str, Any] = {"add_generation_prompt": True, "tools": tools, **template}
+            options: dict[str, Any] = {"add_generation_prompt": True, **template}
             return str(self.tokenizer.apply_chat_template(shown, tokenize=False, **options))
 
         plain, read = ids(messages), list(example.prompt_ids)

@@ -106,8 +106,8 @@ def train_on_pairs(
     rows = pairs_or_example(context, config.drop_identical)
     session = TrainingSession(config, context, name, METRICS)
     train, held = session.split(rows)
-    prompts = list(held["prompt"]) if "prompt" in held.column_names else []
-    before = session.write_texts(session.policy, prompts)
+    answered = session.sampled(held)
+    before = session.write_texts(session.policy, answered)
     args = DPOConfig(
         **config.arguments(session.checkpoints),
         max_length=config.max_length,
@@ -146,7 +146,7 @@ def train_on_pairs(
     measured = trainer.evaluate()
     figures = {name: float(measured[f"eval_{name}"]) for name in FIGURES if f"eval_{name}" in measured}
     traces = _pair_traces(session, trainer, loss, trainer.eval_dataset)
-    return session.finish(trainer, figures, prompts, before, traces, "implicit_reward")
+    return session.finish(trainer, figures, answered, before, traces, "implicit_reward")
 
 
 def _pair_traces(session: TrainingSession, trainer: Any, loss: PreferenceLoss, rows: Dataset) -> list[TokenTrace]:

@@ -190,7 +190,8 @@ class RTOTrainer(RolloutTrainer):
         kwargs: as for ``trl.GRPOTrainer``.
 
     Raises:
-        BadInputError: no DPO model though its reward is asked for, or a GRPOConfig setting that has no meaning here.
+        BadInputError: no DPO model though its reward is asked for, a GRPOConfig setting that has no meaning here, or
+            data with a column of tools, which no rollout would see.
         TokenizerMismatchError: the DPO model reads another vocabulary.
         UnsupportedModelError: prompts with images, or a model whose logits are made in a way of its own.
         RewardError, NonFiniteLossError: while training; the offending batch is in ``output_dir/bad_batch.json``.
@@ -217,6 +218,11 @@ class RTOTrainer(RolloutTrainer):
         check_arguments("RTOTrainer", args, REFUSALS, model)
         if {"image", "images"} & set(getattr(kwargs.get("train_dataset"), "column_names", None) or ()):
             raise UnsupportedModelError("RTOTrainer scores text only, and these prompts have images.")
+        if "tools" in (getattr(kwargs.get("train_dataset"), "column_names", None) or ()):
+            raise BadInputError(
+                "Rollouts are written without the tools of a data column: TRL does not read it.",
+                "Give functions that can be called, RTOTrainer(tools=...), and leave the column out.",
+            )
         head_module(model)
         if args.dpo_reward_scale and dpo_model is None:
             raise BadInputError(

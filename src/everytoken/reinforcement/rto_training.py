@@ -25,6 +25,7 @@ from ..training.base import Training, TrainingContext, TrainingResult
 from ..training.column_makers import ColumnSources
 from ..training.config import TrainConfig
 from ..training.datasets.make_dataset import pairs_or_example
+from ..training.datasets.messages import message_text, plain_messages
 from ..training.datasets.pairs import read_rows
 from ..training.distributed import load_unplaced
 from ..training.quiet import quiet_arguments, without_printer
@@ -100,7 +101,13 @@ def prompts_and_pairs(config: RTOTraining, context: TrainingContext) -> tuple[li
             )
         if "chosen" in found[0]:
             pairs = pairs_or_example(context)
-        texts = [row["prompt"] for row in found]
+        bringing = [number for number, row in enumerate(found) if row.get("tools")]
+        if bringing:
+            raise BadInputError(
+                f"{context.data}, row {bringing[0]}: RTO's rollouts call no tools, and this row brings some.",
+                "Leave them out; in Python RTOTrainer(tools=...) takes functions that it can call.",
+            )
+        texts = [row["prompt"] if isinstance(row["prompt"], str) else plain_messages(row["prompt"]) for row in found]
         prompts = list(dict.fromkeys(texts)) if isinstance(texts[0], str) else texts
     if config.dpo_reward_scale and config.dpo is None and pairs is None:
         raise BadInputError(
@@ -121,8 +128,8 @@ def train_rto(config: RTOTraining, context: TrainingContext) -> TrainingResult:
     prompts, pairs = prompts_and_pairs(config, context)
     session = TrainingSession(config, context, "rto", METRICS)
     train, held = session.split(Dataset.from_list([{"prompt": prompt} for prompt in prompts]))
-    held_prompts = list(held["prompt"])
-    before = session.write_texts(session.policy, held_prompts)
+    answered = session.sampled(held)
+    before = session.write_texts(session.policy, answered)
     dpo = None
     if settings.dpo_reward_scale and config.dpo is not None:
         dpo = load_unplaced(config.dpo)
@@ -169,10 +176,12 @@ def train_rto(config: RTOTraining, context: TrainingContext) -> TrainingResult:
     traces = []
     if session.reads:
         final = trainer.accelerator.unwrap_model(trainer.model).eval()
-        for prompt, text in zip(held_prompts, session.write_texts(final, held_prompts), strict=False):
+        for row, text in zip(answered, session.write_texts(final, answered), strict=False):
             if text:
-                traces.append(rollout_trace(final, session.reference, dpo, session.tokenizer, prompt, text, settings))
-    return session.finish(trainer, figures, held_prompts, before, traces, "token_reward")
+                traces.append(
+                    rollout_trace(final, session.reference, dpo, session.tokenizer, row["prompt"], text, settings)
+                )
+    return session.finish(trainer, figures, answered, before, traces, "token_reward")
 
 
 def sentiment(prompts: list[Prompt], completions: list[Prompt], **_: Any) -> list[float]:
@@ -181,7 +190,7 @@ def sentiment(prompts: list[Prompt], completions: list[Prompt], **_: Any) -> lis
     """
     from ..training.datasets.sentiment import positivity
 
-    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
+    texts = [completion if isinstance(completion, str) else message_text(completion[-1]) for completion in completions]
     heads = [prompt if isinstance(prompt, str) else "" for prompt in prompts]
     return positivity([head + text for head, text in zip(heads, texts, strict=True)])
 
@@ -205,8 +214,8 @@ def rollout_trace(
     stats = ImplicitReward(policy, reference, 1.0).statistics(ids, mask)
     logps, ref_logps = (stats[name][0, len(before) :].cpu() for name in ("logps", "ref_logps"))
     charge = -settings.init_kl_coef * (logps - ref_logps)
-    shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    trace = TokenTrace(after, title=f"after training: {shown}", station="reinforcement")
+    asked = prompt if isinstance(prompt, str) else message_text(prompt[-1])
+    trace = TokenTrace(after, title=f"after training: {asked}", station="reinforcement")
     shaped = torch.zeros_like(charge)
     if dpo_model is not None:
         shaped = settings.dpo_reward_scale * (response_logps(dpo_model, ids, mask)[0, len(before) :].cpu() - ref_logps)

@@ -33,9 +33,9 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from ..core.errors import BadInputError
 from ..decoding.base import Decoder, Example
 from ..decoding.call import DecodingStats
-from ..decoding.loop import MatcherLogitsProcessor
+from ..decoding.loop import LoopDecoder, MatcherLogitsProcessor
 from .matcher import ToyMatcher
-from .models import tiny_llama, tiny_tokenizer
+from .models import tiny_llama, tiny_llava, tiny_tokenizer
 
 VOCAB = 13
 NEW = 12
@@ -435,6 +435,57 @@ class DecoderConformance:
             with pytest.raises(BadInputError, match="token_type_ids"):
                 self.run(model, decoder, token_type_ids=types)
             assert not seen
+
+    def test_images_reach_the_model_or_are_refused(self, case: Case) -> None:
+        """Also embeddings beside the tokens: neither is dropped."""
+        reader, image = tiny_llava(VOCAB, seed=1, layers=4, eos=0), VOCAB - 1
+        example = self.example(case, self.model())
+        prompt = torch.tensor([[3, image, image, image, image, 5, 6]])
+        pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        decoder = example.make()
+        if decoder.carries is None or "pixel_values" in decoder.carries:
+            seen: list[torch.Tensor] = []
+            reader.model.vision_tower.register_forward_pre_hook(
+                lambda _module, args, kwargs: seen.append(kwargs.get("pixel_values", args[0] if args else None)),
+                with_kwargs=True,
+            )
+            output = self.run(reader, decoder, prompt, pixel_values=pixels)
+            assert seen
+            assert all(torch.equal(item[:1], pixels) for item in seen)
+            if example.exact:
+                plain = self.run(reader, None, prompt, likeliest=decoder.samples_only, pixel_values=pixels)
+                assert output.tolist() == plain.tolist()
+        else:
+            self.refused(reader, "pixel_values", lambda: self.run(reader, decoder, prompt, pixel_values=pixels))
+        if decoder.carries is None and isinstance(decoder, LoopDecoder):
+            return  # transformers' own loop reads them
+        model = self.model()
+        embeds = model.get_input_embeddings()(self.prompt()).detach()
+        self.refused(model, "inputs_embeds", lambda: self.run(model, example.make(), inputs_embeds=embeds))
+
+    @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+    def test_virtual_tokens_reach_the_model_or_are_refused(self, case: Case, kind: str) -> None:
+        """What PEFT's prompt learning puts before the text."""
+        peft = pytest.importorskip("peft")
+        model = self.model()
+        example = self.example(case, model)
+        config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        torch.manual_seed(0)
+        tuned = peft.get_peft_model(model, config).eval()
+        ids = {"input_ids": self.prompt(), "attention_mask": torch.ones_like(self.prompt())}
+        arguments: dict[str, Any] = {"max_new_tokens": NEW, "pad_token_id": 0, "do_sample": False}
+        decoder = example.make()
+        if decoder.samples_only:
+            arguments |= {"do_sample": True, "top_k": 1}
+        try:
+            got = tuned.generate(**ids, **arguments, custom_generate=decoder)
+        except BadInputError as error:
+            assert "PEFT's p" in str(error)
+            return
+        if example.exact:
+            assert got.tolist() == tuned.generate(**ids, **arguments).tolist()
+        else:
+            assert decoder.carries is None
 
     # -- what is left behind -------------------------------------------------------------------------------------------
     def test_cancelling_leaves_the_model_as_it_was(self, case: Case) -> None:

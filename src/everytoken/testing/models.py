@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 
 def tiny_llama(
@@ -38,6 +47,33 @@ def tiny_llama(
             if weight.dim() > 1:
                 weight.normal_(0, 0.3)
         model.lm_head.weight.mul_(3 * scale)
+    return model
+
+
+def tiny_llava(vocab: int = 13, **settings: Any) -> LlavaForConditionalGeneration:
+    """A ``tiny_llama`` that reads images of 8 by 8 pixels, each as four tokens of the highest id.
+
+    Args:
+        vocab: tokens, the image's included.
+        settings: of the Llama.
+    """
+    llama = tiny_llama(vocab, **settings)
+    config = LlavaConfig(
+        text_config=llama.config,
+        vision_config=CLIPVisionConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+        ),
+        image_token_index=vocab - 1,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.3)
+    model.model.language_model.load_state_dict(llama.model.state_dict())
+    model.lm_head.load_state_dict(llama.lm_head.state_dict())
+    model.generation_config.eos_token_id = llama.config.eos_token_id
+    model.generation_config.pad_token_id = 0
     return model
 
 

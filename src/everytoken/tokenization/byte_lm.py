@@ -19,6 +19,7 @@ from ..core.trace import TokenTrace
 from ..decoding.checks import check_croppable
 from ..decoding.inputs import check_trees
 from ..decoding.masks import attention_mask_for
+from ..decoding.row_cache import new_cache
 from .base import start_token
 from .byte_view import ByteView, split_character
 
@@ -69,7 +70,8 @@ class ByteLM:
 
     Raises:
         BadInputError: a tokenizer that changes texts, or that has neither BOS nor EOS while no context is given.
-        UnsupportedModelError: a model that cannot read the nodes of a tree in one forward.
+        UnsupportedModelError: a model that cannot read the nodes of a tree in one forward, or whose cache forgets
+            (sliding windows, recurrent states).
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class ByteLM:
         unit: str = "token",
     ):
         check_trees("ByteLM", model)
+        check_croppable("ByteLM", new_cache(model))
         self.model, self.tokenizer, self.exact, self.tolerance = model, tokenizer, exact, tolerance
         self.unit = unit
         self.view = ByteView.of(tokenizer)
@@ -100,9 +103,7 @@ class ByteLM:
 
     # -- the tree of left parts, on a cache ----------------------------------------------------------------------------
     def _reset(self) -> None:
-        from transformers import DynamicCache
-
-        self._cache = DynamicCache(config=self.model.config)
+        self._cache = new_cache(self.model)
         self._settled, self._base_logp = b"", 0.0
         self._base: list[int] = []
         self._nodes: dict[tuple[int, ...], _Node] = {}
@@ -154,7 +155,6 @@ class ByteLM:
         for begin in range(0, len(chain), CHUNK):  # all logits of a long prompt at once would take gigabytes
             part = chain[begin : begin + CHUNK]
             logps = self._forward(part, list(range(len(self._base), len(self._base) + len(part))), None)
-            check_croppable("ByteLM", self._cache)
             for place, token in enumerate(part):
                 if len(self._base) >= len(self.context) and before is not None:
                     self._base_logp += float(before[token])
@@ -336,10 +336,8 @@ class ByteLM:
     def _plain(
         self, tokens: list[int], new: bytes, size: int, do_sample: bool, temperature: float, rng: np.random.Generator
     ) -> bytes:
-        from transformers import DynamicCache
-
         keep = self._cache
-        self._cache = DynamicCache(config=self.model.config)
+        self._cache = new_cache(self.model)
         try:
             fresh, position, ends = tokens, 0, set(self.eos)
             while len(new) < size and position + len(fresh) <= self._longest:

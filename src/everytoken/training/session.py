@@ -14,10 +14,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..core.errors import BadInputError
 from ..core.progress import Report
-from ..core.scoring import prompt_ids
 from .base import TrainingContext, TrainingResult
 from .checkpoints import newest_whole
 from .config import TrainConfig
+from .datasets.messages import message_text, row_prompt_ids
 from .distributed import in_shards, load_unplaced, process_state, save_whole
 from .quiet import ReportSteps, without_printer
 from .report import training_report
@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 
     from ..core.trace import TokenTrace
 
-Prompt = str | list[dict[str, str]]
+Prompt = str | list[dict[str, Any]]
 """As TRL has it: text, or a list of messages."""
+Row = Mapping[str, Any]
+"""A row with a ``prompt``, and ``tools`` and ``chat_template_kwargs`` where the data have them."""
 
 
 class TrainingSession:
@@ -84,14 +86,20 @@ class TrainingSession:
         parts = rows.train_test_split(test_size=held, seed=self.config.seed)
         return parts["train"], parts["test"]
 
-    def write_texts(self, model: PreTrainedModel, prompts: Sequence[Prompt]) -> list[str]:
-        """Greedy continuations, by the processes that read."""
+    def sampled(self, held: Dataset) -> list[Row]:
+        """The held-out rows whose prompts are answered for the report; none where rows have no prompt."""
+        if "prompt" not in held.column_names:
+            return []
+        return list(held.select(range(min(self.config.samples, len(held)))))
+
+    def write_texts(self, model: PreTrainedModel, rows: Sequence[Row]) -> list[str]:
+        """Greedy answers to the rows' prompts, with their tools, by the processes that read."""
         if not self.reads:
             return []
         texts = []
         model.eval()
-        for prompt in prompts[: self.config.samples]:
-            ids = prompt_ids(self.tokenizer, prompt)
+        for row in rows:
+            ids = row_prompt_ids(self.tokenizer, row)
             with torch.no_grad():
                 output = model.generate(
                     torch.tensor([ids], device=model.device),
@@ -123,7 +131,7 @@ class TrainingSession:
         self,
         trainer: Any,
         figures: dict[str, float],
-        prompts: Sequence[Prompt],
+        rows: Sequence[Row],
         before: list[str],
         traces: Sequence[TokenTrace],
         column: str | None,
@@ -133,8 +141,8 @@ class TrainingSession:
         Args:
             trainer: after training.
             figures: the final evaluation.
-            prompts: whose texts were written before and are written again.
-            before: those texts.
+            rows: whose prompts were answered before and are answered again.
+            before: those answers.
             traces: credit of fixed examples.
             column: the score of the traces that the report shows first.
         """
@@ -142,7 +150,7 @@ class TrainingSession:
         save_whole(trainer, out / "model")
         if self.main:
             name_base(out / "model", self.context.model)
-        after = self.write_texts(trainer.accelerator.unwrap_model(trainer.model), prompts)
+        after = self.write_texts(trainer.accelerator.unwrap_model(trainer.model), rows)
         files: list[Path] = []
         if self.main:
             self.tokenizer.save_pretrained(out / "model")
@@ -157,7 +165,7 @@ class TrainingSession:
             }
             curves = {name: points for name, points in curves.items() if points}
             settings = dataclasses.asdict(self.config)
-            samples = [(_shown(prompt), a, b) for prompt, a, b in zip(prompts, before, after, strict=False)]
+            samples = [(shown(row["prompt"]), a, b) for row, a, b in zip(rows, before, after, strict=False)]
             report = training_report(
                 out / "report.html",
                 f"{self.name}: {self.context.model or 'embedded model'}",
@@ -197,8 +205,9 @@ def name_base(folder: Path, model: str | None) -> None:
         file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _shown(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+def shown(prompt: Prompt) -> str:
+    """A prompt as readers see it."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {message_text(m)}" for m in prompt)
 
 
 class ShowMetrics(ReportSteps):

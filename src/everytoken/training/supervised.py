@@ -11,6 +11,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from ..core.errors import BadInputError
@@ -19,13 +20,15 @@ from ..core.logprobs import masked_sum
 from ..core.progress import Report, silent
 from .arguments import Refusals, check_arguments
 from .checkpoints import ResumingMixin
+from .datasets.messages import MessageTokenizer, prompts_as_messages
 from .distributed import LaunchedMixin, in_shards
 from .finite_check import stopped
 from .quiet import ReportSteps, quiet_arguments, without_printer
 from .scored_forward import add_scored_forward
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from datasets import Dataset
+    from transformers import PreTrainedModel
 
 
 WHOLE_ROWS = "the tokens of whole rows are weighted, and a row would mix with its neighbour"
@@ -76,10 +79,27 @@ class SupervisedTrainer(ResumingMixin, LaunchedMixin, SFTTrainer):
         args = kwargs.get("args", positional[1] if len(positional) > 1 else None)
         model = kwargs.get("model", positional[0] if positional else None)
         check_arguments(type(self).__name__, args, REFUSALS, model)
+        unread = sorted(set(getattr(args, "dataset_kwargs", None) or ()) - {"skip_prepare_dataset"})
+        if unread:
+            raise BadInputError(
+                f"{type(self).__name__} does not support dataset_kwargs with {', '.join(unread)}: TRL reads "
+                "skip_prepare_dataset alone.",
+                "Leave them out.",
+            )
         if kwargs.get("compute_loss_func") is not None:
             raise BadInputError(f"{type(self).__name__} does not support compute_loss_func: it has a loss of its own.")
         super().__init__(*positional, **kwargs)
         add_scored_forward(self.accelerator.unwrap_model(self.model))
+
+    def _prepare_dataset(self, dataset: Dataset, processing_class: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's preparation, for messages as users have them: without content, with content as parts, or beside a text
+        prompt.
+        """
+        if "input_ids" not in (getattr(dataset, "column_names", None) or ()):
+            dataset = prompts_as_messages(dataset)
+            if isinstance(processing_class, PreTrainedTokenizerBase):
+                processing_class = MessageTokenizer(processing_class)
+        return super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
 
     def token_losses(self, model: torch.nn.Module, inputs: dict[str, Any]) -> TargetLosses:
         """The cross-entropy of every target, each with weight 1."""

@@ -185,6 +185,8 @@ class Builder:
             self.calls[source].append((item.name, end))
             return end
         if kind is Alt:
+            if literals := _literals(item):
+                return self._automaton(trie(literals), source)
             end = self.state()
             for part in item.parts:
                 self.empties[self.add(part, source)].append(end)
@@ -602,7 +604,7 @@ def minimise(automaton: Automaton) -> Automaton:
     Moore's refinement over classes of symbols; a round compares 64-bit hashes of all states' rows at once.
     """
     size = len(automaton)
-    if size <= 1 or not is_deterministic(automaton):
+    if size <= 1 or "_minimal" in automaton.__dict__ or not is_deterministic(automaton):
         return automaton
     cuts = sorted({x for edges in automaton.edges for low, high, _ in edges for x in (low, high + 1)})
     place = {cut: number for number, cut in enumerate(cuts)}
@@ -653,6 +655,7 @@ def minimise(automaton: Automaton) -> Automaton:
                 merged.append((low, high, onto[to]))
         output.edges[-1] = merged
         output.calls[-1] = [(name, onto[to]) for name, to in automaton.calls[state]]
+    output.__dict__["_minimal"] = True  # automata are not changed once they are made
     return output
 
 

@@ -26,7 +26,9 @@ def counted(pattern: Automaton, low: int, high: int | None) -> Automaton:
     Raises:
         GrammarError: there are too many states.
     """
-    source, lows, highs, target, whole, final = _characters(minimise(trim(pattern)))
+    source, lows, highs, target, whole, final = _characters(
+        minimise(pattern if "_minimal" in pattern.__dict__ else trim(pattern))
+    )
     size, top = len(final), low if high is None else high
     if high is not None and high < low:
         return Automaton([[]], [[]], [False])

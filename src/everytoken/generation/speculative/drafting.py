@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...decoding.inputs import device_of
+from ...decoding.lean import LeanRowCache
 from ...decoding.row import fit, known_tokens
 from ...decoding.row_cache import RowCache, room_before
 from .trees import TokenTree
@@ -33,14 +34,20 @@ class DraftSession:
     Args:
         vocab: the target's vocabulary size. A draft may know fewer tokens: it proposes no others, and reads another
             token in their place.
+        read_by: the target's cache, if the target reads through one; None where something else calls the target.
     """
 
-    def __init__(self, draft: Any, target: PreTrainedModel, vocab: int):
+    def __init__(self, draft: Any, target: PreTrainedModel, vocab: int, read_by: RowCache | None = None):
         from .modeling_feature_draft import FeatureDraftForCausalLM, FeatureTap
 
         self.model, self.vocab = draft, vocab
         self.uses_features = isinstance(draft, FeatureDraftForCausalLM)
-        self.tap = FeatureTap(target, draft.config.feature_layers) if self.uses_features else None
+        self.tap = None
+        if self.uses_features:
+            lean = read_by if isinstance(read_by, LeanRowCache) else None  # its forward runs no hooks
+            self.tap = FeatureTap(target, draft.config.feature_layers, hooked=lean is None)
+            if lean is not None:
+                lean.watchers.append(self.tap.see)
         if self.uses_features and (draft._head is None or draft._target[0] is not target):
             draft.attach(target)
         self.token_ids = draft.draft_token_ids.long() if self.uses_features else None
@@ -49,7 +56,7 @@ class DraftSession:
         self.text: list[int] = []  # committed, for drafts that read the text alone
         self.device = device_of(target)
         self.pending: list[int] = []
-        self.pending_features: torch.Tensor | None = None
+        self.pending_features: list[torch.Tensor] = []
         self.carry: torch.Tensor | None = None  # target features of the last verified position
         self.base = 0  # cache rows of committed text
         self.offset: int | None = (
@@ -92,9 +99,7 @@ class DraftSession:
         else:  # tokens[i] follows tree node path[i]
             previous = self.tap.last[0][torch.tensor(path, device=self.device)]
             self.carry = previous[-1:]
-        previous = previous[: len(tokens)]
-        known = self.pending_features
-        self.pending_features = previous if known is None else torch.cat([known, previous])
+        self.pending_features.append(previous[: len(tokens)])
 
     def forward(self, tree: TokenTree, nodes: list[int], reduced: bool) -> torch.Tensor:
         """Logits after each of ``nodes`` (the root among them only in the round's first call): ``[len(nodes), V]``."""
@@ -131,11 +136,11 @@ class DraftSession:
         position = (self.offset or 0) + self.cache.length
         ids = torch.tensor([self.pending], device=self.device)
         positions = torch.arange(position, position + len(self.pending), device=self.device)[None]
-        features = self.pending_features[None]  # type: ignore[index]
+        features = torch.cat(self.pending_features)[None]
         logits = self._call(ids, positions, None, [0], reduced, features=features)
         self.base = self.cache.length
         self.cache.mark()
-        self.pending, self.pending_features = [], None
+        self.pending, self.pending_features = [], []
         return logits
 
     def _call(

@@ -35,11 +35,14 @@ class FeatureTap:
 
     Positions are absolute; a later forward over the same positions overwrites them, as a cropped cache would.
 
+    Args:
+        hooked: by hooks on the target; otherwise whoever calls the target hands its states to ``see``.
+
     Attributes:
         last: ``[B, q, len(layers) * hidden]`` features of the most recent forward.
     """
 
-    def __init__(self, target: PreTrainedModel, layers: list[int]):
+    def __init__(self, target: PreTrainedModel, layers: list[int], hooked: bool = True):
         backbone = target.base_model
         blocks = getattr(backbone, "layers", None)
         norm = getattr(backbone, "norm", None)
@@ -54,7 +57,7 @@ class FeatureTap:
         self._thread = threading.get_ident()
         self._parts: dict[int, torch.Tensor] = {}
         self._handles = []
-        for layer in self.layers:
+        for layer in self.layers if hooked else ():
             module = norm if layer == len(blocks) else blocks[layer - 1]
             self._handles.append(module.register_forward_hook(self._recorder(layer)))
 
@@ -68,6 +71,10 @@ class FeatureTap:
                 self._parts = {}
 
         return record
+
+    def see(self, states: torch.Tensor) -> None:
+        """Takes what a forward without hooks computed: ``[L + 1, q, hidden]``, as ``hidden_states`` are numbered."""
+        self.last = torch.cat([states[layer] for layer in self.layers], dim=-1)[None]
 
     def remove(self) -> None:
         """Takes the hooks off the target."""

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .decoder import TokenSelect
 
 IMPLEMENTATION = "token_select"
+Angles = tuple[torch.Tensor, ...]
+"""What a rotary embedding returns, by parts."""
 Turn = Callable[[torch.Tensor, int], torch.Tensor]
 """``(states [B, H, T, d], first position) -> states``: rotates, as ``Rotation`` does."""
 
@@ -76,13 +78,29 @@ class Asked(Exception):  # no error: it ends a layer's forward where it has show
         raise self
 
 
+def angles_of(given: object) -> Angles:
+    """What a rotary embedding returned, by parts: cosines and sines ``[B, T, d]``, or one complex tensor of them.
+
+    Raises:
+        UnsupportedModelError: it is neither.
+    """
+    if isinstance(given, torch.Tensor) and given.is_complex() and given.dim() == 3:
+        return (given,)
+    if isinstance(given, tuple) and len(given) == 2 and all(part.dim() == 3 for part in given):
+        return given
+    raise UnsupportedModelError(
+        "TokenSelect reads a rotary embedding as cosines and sines [B, T, d]; this model has another form.",
+        "It works with models that rotate as Llama does.",
+    )
+
+
 class Rotation:
     """The model's own rotary embedding, at positions of our choice.
 
     Args:
         rotary: the embedding.
-        apply: ``(queries, keys, cos, sin) -> both rotated``.
-        compute: the embedding's forward, ``(states, positions [1, T]) -> cos, sin``; its own by default.
+        apply: ``(queries, keys, *angles) -> both rotated``.
+        compute: the embedding's forward, ``(states, positions [1, T]) -> angles``; its own by default.
         last: whether the last dimensions of a vector are rotated, and not the first.
         halved: whether cosines and sines are given once for both halves of what is rotated.
     """
@@ -91,39 +109,42 @@ class Rotation:
         self,
         rotary: nn.Module,
         apply: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-        compute: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
+        compute: Callable[..., object] | None = None,
         last: bool = False,
         halved: bool = False,
     ):
         self.rotary, self.apply, self.last = rotary, apply, last
         self.compute = rotary.forward if compute is None else compute
         probe = torch.zeros(1, 1, device=next(iter(rotary.buffers())).device)
-        self.width = self.compute(probe, torch.zeros(1, 1, dtype=torch.long, device=probe.device))[0].shape[-1]
-        self.width *= 1 + halved
-        self.table: tuple[torch.Tensor, torch.Tensor] | None = None
+        first = angles_of(self.compute(probe, torch.zeros(1, 1, dtype=torch.long, device=probe.device)))
+        self.width = first[0].shape[-1] * (2 if halved or first[0].is_complex() else 1)
+        self.table: Angles | None = None
+        self.dtype: torch.dtype | None = None
         self.compiled = False
         switch = rope_switch(rotary.config) if hasattr(rotary, "config") else None
         self.limit = min(int(getattr(rotary, "original_max_seq_len", 1024)), 1 << 30 if switch is None else switch[0])
         if (
-            probe.device.type == "cpu" and not halved
+            probe.device.type == "cpu" and not halved and len(first) == 2
         ):  # the kernel rotates one half of a vector against the other, as most models do
             x = torch.linspace(-1, 1, 4 * self.width).view(1, 1, 4, self.width)
             turned, half = self(x, 3), torch.cat([-x[..., self.width // 2 :], x[..., : self.width // 2]], -1)
-            cos, sin = (part[:, 3:7] for part in self.table)  # type: ignore[attr-defined]
+            assert self.table is not None
+            cos, sin = (part[:, 3:7] for part in self.table)
             self.compiled = torch.allclose(turned, x * cos + half * sin, atol=1e-5)
 
     def __call__(self, x: torch.Tensor, start: int = 0) -> torch.Tensor:
         """Rotates ``[B, H, T, d]`` to positions ``start .. start + T - 1``."""
         end = start + x.shape[-2]
-        if self.table is None or self.table[0].shape[1] < end or self.table[0].dtype != x.dtype:
+        if self.table is None or self.table[0].shape[1] < end or self.dtype != x.dtype:
             # up to the trained length with room to spare; beyond, some embeddings depend on how far they are asked for
             room = end if end >= self.limit else min(self.limit, max(1024, 2 * end))
-            self.table = self.compute(x, torch.arange(room, device=x.device)[None])
-        cos, sin = (part[:, start:end] for part in self.table)
+            self.table = angles_of(self.compute(x, torch.arange(room, device=x.device)[None]))
+            self.dtype = x.dtype
+        angles = [part[:, start:end] for part in self.table]
         if self.width == x.shape[-1]:
-            return self.apply(x, x[:, :1], cos, sin)[0]
+            return self.apply(x, x[:, :1], *angles)[0]
         turned = x[..., -self.width :] if self.last else x[..., : self.width]
-        turned = self.apply(turned, turned[:, :1], cos, sin)[0]
+        turned = self.apply(turned, turned[:, :1], *angles)[0]
         rest = x[..., : -self.width] if self.last else x[..., self.width :]
         return torch.cat([rest, turned] if self.last else [turned, rest], -1)
 
@@ -142,6 +163,16 @@ def rotate_halves(
     def turn(x: torch.Tensor) -> torch.Tensor:
         half = x.shape[-1] // 2
         return x * cos[:, None] + torch.cat([-x[..., half:], x[..., :half]], -1) * sin[:, None]
+
+    return turn(query), turn(key)
+
+
+def rotate_pairs(query: torch.Tensor, key: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Neighbours as the parts of a complex number: ``[B, H, T, d]`` with complex ``angles`` ``[B, T, d / 2]``."""
+
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * angles[:, None]).flatten(-2).type_as(x)
 
     return turn(query), turn(key)
 
@@ -252,6 +283,14 @@ def token_select_attention(
     if state.alone:
         return _exact(query, key, value, attention_mask, extras).transpose(1, 2).contiguous(), None
     length, new = key.shape[2], query.shape[2]
+    if new > settings.chunk_size:  # a whole prompt in one forward: what a chunk asks and sees is the same
+        before, parts = length - new, []
+        for start in range(0, new, settings.chunk_size):
+            end = min(start + settings.chunk_size, new)
+            mask = None if attention_mask is None else attention_mask[:, : before + end]
+            mine, keys, values = query[:, :, start:end], key[:, :, : before + end], value[:, :, : before + end]
+            parts.append(token_select_attention(module, mine, keys, values, mask, scaling, dropout, softcap, s_aux)[0])
+        return torch.cat(parts, 1), None
     if attention_mask is None and length <= settings.budget:
         outputs = _attend(rotation, query, key, value, extras)
         _count(state.stats, layer, range(query.shape[0]), None, None, query, length)
@@ -261,7 +300,7 @@ def token_select_attention(
         part = slice(row, row + 1)
         mine, keys, values, scored = query[part], key[part], value[part], None if layer is None else layer.score_keys
         scored = key if scored is None or scored.shape[-1] != key.shape[-1] else scored  # a latent cache holds no keys
-        candidates, text = scored[row], None
+        candidates, text = scored[row, :, :length], None
         asked: slice | torch.Tensor = slice(None)
         if attention_mask is not None:  # dropping padding leaves text only, in order
             text = attention_mask[row].nonzero()[:, 0]

@@ -38,6 +38,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from ...core.errors import BadInputError, UnsupportedModelError
 from ...core.trace import TokenTrace
@@ -46,9 +47,9 @@ from ...decoding.call import DecodingCall, DecodingStats
 from ...decoding.checks import is_filled
 from ...decoding.loop import LoopDecoder, model_lock
 from ...decoding.row_cache import check_cached
-from .attention import IMPLEMENTATION, LayerState, Rotation, TokenSelectStats, Turn, find_rotaries, still
+from .attention import IMPLEMENTATION, LayerState, Rotation, TokenSelectStats, Turn, still
 from .cache import TokenSelectCache, TokenSelectLayer
-from .rotations import CACHES, Plan, at_rest, plan_layers
+from .rotations import CACHES, Plan, at_rest, plan_layers, rotaries_of, same
 
 
 @dataclass
@@ -56,9 +57,9 @@ class _Handed:
     """What a rotary embedding handed to the layers of a forward: its own output ``real``, and ``rest`` in its place."""
 
     rotary: nn.Module
-    compute: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    real: tuple[torch.Tensor, torch.Tensor]
-    rest: tuple[torch.Tensor, torch.Tensor]
+    compute: Callable[..., object]
+    real: object
+    rest: object
 
 
 @dataclass
@@ -86,6 +87,7 @@ class TokenSelect(LoopDecoder):
     lossless: ClassVar[bool] = False
     colour: ClassVar[str] = "reads"
     extrapolates: ClassVar[bool] = True
+    counts_text: ClassVar[bool] = True
     top_k: int = 2048
     n_init: int = 128
     n_local: int = 512
@@ -172,7 +174,9 @@ class TokenSelect(LoopDecoder):
         if not isinstance(cache, TokenSelectCache):
             cache = self.new_cache(call.model)
             call.model_kwargs["past_key_values"] = cache
-        call.config.prefill_chunk_size = self.chunk_size
+        # not every recurrent layer reads several tokens behind its state: there each layer takes the chunks by itself
+        recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+        call.config.prefill_chunk_size = None if recurrent else self.chunk_size
         with self._attention(call.model, call.stats):
             yield cache
 
@@ -206,22 +210,19 @@ class TokenSelect(LoopDecoder):
     def _attention(self, model: PreTrainedModel, stats: TokenSelectStats) -> Iterator[None]:
         text = model.config.get_text_config(decoder=True)
         before, hooks = text._attn_implementation, []
-        rotaries, plans = find_rotaries(model), self._plans(model)
+        rotaries, plans = rotaries_of(model), self._plans(model)
         alone = any(plan.alone for plan in plans)
         handed: dict[tuple[object, ...], _Handed] = {}
         rotations: dict[tuple[object, ...], Rotation] = {}
 
-        def standing_still(rotary: nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+        def standing_still(rotary: nn.Module) -> Callable[..., object]:
             forward = rotary.forward
 
-            def stand_still(
-                x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any
-            ) -> tuple[torch.Tensor, torch.Tensor]:
+            def stand_still(x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> object:
                 key = (id(rotary), *args, *kwargs.items())
                 # layers that are left alone get the model's own; otherwise only its width is asked for, at position 0
                 real = forward(x, position_ids if alone else position_ids[..., :1] * 0, *args, **kwargs)
-                shape = (*position_ids.shape[-2:], at_rest(real)[0].shape[-1])
-                rest = x.new_ones(shape), x.new_zeros(shape)
+                rest = at_rest(real, position_ids.shape[-2:])
                 handed[key] = _Handed(rotary, lambda x, places: forward(x, places, *args, **kwargs), real, rest)
                 return rest
 
@@ -233,9 +234,10 @@ class TokenSelect(LoopDecoder):
             layer: TokenSelectLayer | None = None
             rotation: Turn = still
             if not plan.alone and isinstance(cache, TokenSelectCache):
-                layer = cast(TokenSelectLayer, cache.layers[plan.module.layer_idx])
-            cosines = given[0] if isinstance(given, tuple) else None
-            key = next((key for key, item in handed.items() if item.rest[0] is cosines), None)
+                index = cast(int, plan.module.layer_idx)
+                if index < len(cache.layers):  # a layer that borrows keys has no cache of its own
+                    layer = cast(TokenSelectLayer, cache.layers[index])
+            key = next((key for key, item in handed.items() if same(item.rest, given)), None)
             if key is not None and plan.alone:
                 kwargs = kwargs | {"position_embeddings": handed[key].real}
             elif key is not None and plan.apply is not None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,17 +20,22 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...core.errors import UnsupportedModelError
-from .attention import IMPLEMENTATION, Asked, Rotation, find_rotaries, rotate_halves
+from .attention import IMPLEMENTATION, Asked, Rotation, angles_of, find_rotaries, rotate_halves, rotate_pairs
 
 ALONE = frozenset({"sliding_attention", "chunked_attention"})
 """Kinds of layers that attend to a window: they are left alone."""
+SELECTING = frozenset({"indexed_attention", "compressed_sparse_attention", "heavily_compressed_attention"})
+"""Kinds of layers that choose, or merge, the keys that they attend to."""
 CACHES = ("past_key_values", "layer_past")
 """What attention layers call the cache."""
+PLACED = re.compile(r"rotary|rope|pos_|position|wpe|alibi")
+"""Names of modules that tell positions."""
 HONOURED = frozenset({
     "dropout", "scaling", "softcap", "s_aux", "sliding_window", "position_ids", "use_cache", "output_attentions",
     "is_causal",
 })  # fmt: skip
 """What a layer may tell its attention function."""
+Shared = dict[str, tuple[torch.Tensor, torch.Tensor]]
 Apply = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -50,6 +56,11 @@ class Plan:
     last: bool = False
     halved: bool = False
 
+    def rotates_as(self, other: Plan) -> bool:
+        """Whether another layer rotates alike."""
+        mine, theirs = ((item.apply, item.last, item.halved) for item in (self, other))
+        return mine == theirs
+
 
 def plan_layers(model: PreTrainedModel) -> list[Plan]:
     """A plan for every attention layer.
@@ -57,36 +68,63 @@ def plan_layers(model: PreTrainedModel) -> list[Plan]:
     Raises:
         UnsupportedModelError: a layer that rotates in an unknown way, or attends in one that selection cannot.
     """
-    rotaries = find_rotaries(model)
+    rotaries = rotaries_of(model)
     name = type(model).__name__
     text = model.config.get_text_config(decoder=True)
     kinds = getattr(text, "layer_types", None)
     only = "sliding_attention" if getattr(text, "sliding_window", None) is not None else "full_attention"
-    plans, full = [], 0
+    plans: list[Plan] = []
+    shared: Shared = {}
+    full: list[Plan] = []
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
-        if not isinstance(index, int) or not _attends(module):
+        if not isinstance(index, int) or not _attends(module, bool(rotaries)):
             continue
         kind = kinds[index] if kinds else only
         if kind in ALONE:
             plans.append(Plan(module, True))
         elif kind == "full_attention":
-            plans.append(_ask(name, module, rotaries, kind, text.hidden_size))
-            full += 1
+            full.append(_ask(name, module, rotaries, kind, text.hidden_size, shared, full))
+            plans.append(full[-1])
+        elif kind in SELECTING:
+            raise UnsupportedModelError(
+                f"TokenSelect selects keys for layers that attend to all of them; {name} selects keys itself ({kind}).",
+                "Decode it without TokenSelect.",
+            )
     expected = sum(kind not in ALONE and "full_attention" in kind for kind in kinds or [only] * text.num_hidden_layers)
-    if not plans or full != expected:
+    if set(kinds or ()) == {"linear_attention"}:
         raise UnsupportedModelError(
-            f"TokenSelect finds {full} of {expected} attention layers of {name} that are handed rotary embeddings.",
+            f"TokenSelect selects keys for attention layers; {name} has no attention layers.",
+            "Decode it without TokenSelect.",
+        )
+    if not plans or len(full) != expected:
+        raise UnsupportedModelError(
+            f"TokenSelect finds {len(full)} of {expected} attention layers of {name} that are handed rotary "
+            "embeddings.",
             "It works with models that rotate queries and keys in their layers, as Llama does.",
         )
     return plans
 
 
-def _attends(module: nn.Module) -> bool:
-    """Whether a module is an attention layer that is handed rotary embeddings and a cache."""
+def rotaries_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The rotary embeddings of a model; none where its attention knows no positions at all.
+
+    So it is in models whose recurrent layers tell the order of tokens, and that have no embedding of positions.
+
+    Raises:
+        UnsupportedModelError: positions come from elsewhere than a rotary embedding.
+    """
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    placed = any(PLACED.search(name.rpartition(".")[2]) for name, _ in model.named_modules())
+    return [] if "linear_attention" in kinds and not placed else find_rotaries(model)
+
+
+def _attends(module: nn.Module, rotates: bool = True) -> bool:
+    """Whether a module is an attention layer that is handed a cache and, where the model has any, rotary embeddings."""
     given = inspect.signature(module.forward).parameters
     inside = any(hasattr(child, "layer_idx") for name, child in module.named_modules() if name)
-    return "position_embeddings" in given and any(name in given for name in CACHES) and not inside
+    told = "position_embeddings" in given or not rotates
+    return told and any(name in given for name in CACHES) and not inside
 
 
 def real_and_still(rotary: nn.Module, x: torch.Tensor, positions: torch.Tensor, kind: str) -> tuple[object, object]:
@@ -96,27 +134,49 @@ def real_and_still(rotary: nn.Module, x: torch.Tensor, positions: torch.Tensor, 
     return real, at_rest(real)
 
 
-def at_rest(real: object) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of the angle 0, in the shape of ``real``.
+def at_rest(real: object, shape: Sequence[int] | None = None) -> object:
+    """The angle 0 in the form and, unless told another, the shape of ``real``.
 
     Raises:
-        UnsupportedModelError: ``real`` is no pair of them.
+        UnsupportedModelError: ``real`` is nothing that ``angles_of`` reads.
     """
-    if not (isinstance(real, tuple) and len(real) == 2 and all(part.dim() == 3 for part in real)):
-        raise UnsupportedModelError(
-            "TokenSelect reads a rotary embedding as cosines and sines [B, T, d]; this model has another form.",
-            "It works with models that rotate as Llama does.",
-        )
-    return torch.ones_like(real[0]), torch.zeros_like(real[1])
+    first, *others = angles_of(real)
+    shape = first.shape if shape is None else (*shape, first.shape[-1])
+    if not others:  # 1 as a complex number
+        return first.new_ones(shape)
+    return first.new_ones(shape), others[0].new_zeros(shape)
 
 
-def _ask(name: str, module: nn.Module, rotaries: list[nn.Module], kind: str, size: int) -> Plan:
-    """How one layer rotates."""
+def same(rest: object, given: object) -> bool:
+    """Whether a layer was handed ``rest`` itself; a tuple may have been packed anew."""
+    if isinstance(rest, tuple):
+        return isinstance(given, tuple) and len(given) == 2 and given[0] is rest[0]
+    return given is rest
+
+
+def _ask(
+    name: str,
+    module: nn.Module,
+    rotaries: list[nn.Module],
+    kind: str,
+    size: int,
+    shared: Shared,
+    before: list[Plan],
+) -> Plan:
+    """How one layer rotates.
+
+    Args:
+        shared: keys and values that layers hand on to later ones, by kind.
+        before: plans of earlier layers of this kind.
+    """
     weight = next(module.parameters())
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4, size, generator=generator).to(weight)
     start = 3
     positions = torch.arange(start, start + 4, device=x.device)[None]
+    if not rotaries:
+        _check_told(name, _see(name, module, x, None, positions, shared))
+        return Plan(module, False)
     rotary = rotaries[0]
     for asked in (kind, *sorted(ALONE)):  # an embedding for windows alone has no angles for this kind
         try:
@@ -127,33 +187,34 @@ def _ask(name: str, module: nn.Module, rotaries: list[nn.Module], kind: str, siz
             continue
     else:
         raise UnsupportedModelError(f"TokenSelect does not know how {name} computes its rotary embedding.")
-    turned, plain = (_see(name, module, x, given, positions) for given in (real, rest))
-    if unknown := sorted(turned.told - HONOURED):
-        raise UnsupportedModelError(
-            f"Attention of {name} is told {', '.join(unknown)}, which TokenSelect does not know.",
-            "It works with models that attend as Llama does.",
-        )
+    turned, plain = (_see(name, module, x, given, positions, shared) for given in (real, rest))
+    _check_told(name, turned)
     if torch.equal(turned.query, plain.query) and torch.equal(turned.key, plain.key):
         return Plan(module, False)
+    states = [(plain.query, turned.query), (plain.key, turned.key)]
+    borrowed = any(plain.key is key for key, _ in shared.values()) and turned.key is plain.key
+    if borrowed:  # an earlier layer's keys, which that layer rotates
+        del states[1]
     own = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     extra = {"layer_type": kind} if "layer_type" in inspect.signature(rotary.forward).parameters else {}
 
-    def compute(states: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pair: tuple[torch.Tensor, torch.Tensor] = rotary(states, places, **extra)
-        return pair
+    def compute(states: torch.Tensor, places: torch.Tensor) -> object:
+        return rotary(states, places, **extra)
 
     tolerance = 1e-4 if x.dtype == torch.float32 else 5e-2
-    forms = itertools.product((own, rotate_halves), (False, True), (False, True))
+    forms = itertools.product((own, rotate_halves, rotate_pairs), (False, True), (False, True))
     for apply, last, halved in forms:
         if apply is None:
             continue
         try:
             rotation = Rotation(rotary, apply, compute, last, halved)
             if all(
-                torch.allclose(rotation(before, start), after, atol=tolerance, rtol=tolerance)
-                for before, after in ((plain.query, turned.query), (plain.key, turned.key))
+                torch.allclose(rotation(still, start), after, atol=tolerance, rtol=tolerance) for still, after in states
             ):
-                return Plan(module, False, apply, last, halved)
+                plan = Plan(module, False, apply, last, halved)
+                if borrowed and not any(plan.rotates_as(other) for other in before):
+                    continue
+                return plan
         except (RuntimeError, TypeError, ValueError, IndexError):  # a function of another form: it does not fit
             continue
     raise UnsupportedModelError(
@@ -162,11 +223,22 @@ def _ask(name: str, module: nn.Module, rotaries: list[nn.Module], kind: str, siz
     )
 
 
-def _see(name: str, module: nn.Module, x: torch.Tensor, given: object, positions: torch.Tensor) -> Asked:
+def _check_told(name: str, asked: Asked) -> None:
+    """Raises UnsupportedModelError where a layer tells its attention function what a selection would not honour."""
+    if unknown := sorted(asked.told - HONOURED):
+        raise UnsupportedModelError(
+            f"Attention of {name} is told {', '.join(unknown)}, which TokenSelect does not know.",
+            "It works with models that attend as Llama does.",
+        )
+
+
+def _see(
+    name: str, module: nn.Module, x: torch.Tensor, given: object, positions: torch.Tensor, shared: Shared
+) -> Asked:
     """A layer's queries and keys, as they reach its attention function."""
     offered = {"hidden_states": x, "position_embeddings": given, "attention_mask": None}
     offered |= dict.fromkeys(CACHES)
-    offered |= {"position_ids": positions}
+    offered |= {"position_ids": positions, "shared_kv_states": shared}
     known = inspect.signature(module.forward).parameters
     asked = Asked()
     module._token_select = asked  # type: ignore[assignment]
@@ -175,7 +247,7 @@ def _see(name: str, module: nn.Module, x: torch.Tensor, given: object, positions
             module.forward(**{key: value for key, value in offered.items() if key in known})
     except Asked:
         return asked
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         raise UnsupportedModelError(f"TokenSelect cannot read the attention layers of {name}: {error}") from error
     finally:
         module.__dict__.pop("_token_select", None)

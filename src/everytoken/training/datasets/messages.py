@@ -6,11 +6,13 @@ lists that hold the whole conversation (UltraFeedback).
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...core.errors import BadInputError
+from ...core.scoring import prompt_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,6 +59,31 @@ def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         {name: value for name, value in message.items() if value is not None} | {"content": message_text(message)}
         for message in messages
     ]
+
+
+def template_options(tools: Any, chat_template_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a row has the chat template render besides its messages, as arguments of the template.
+
+    Args:
+        tools: the row's tools, as a list or as JSON text, or None.
+        chat_template_kwargs: further arguments; the empty ones, which a table adds, are left out.
+    """
+    further = {name: value for name, value in (chat_template_kwargs or {}).items() if value is not None}
+    return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **further}
+
+
+def row_prompt_ids(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> list[int]:
+    """Ids of a row's ``prompt``, as the trainers read it: a text as it is, messages by the chat template with
+    ``template_options``, up to where the answer begins.
+
+    Raises:
+        BadInputError: as ``message_text``.
+    """
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return prompt_ids(tokenizer, prompt)
+    options = template_options(row.get("tools"), row.get("chat_template_kwargs"))
+    return prompt_ids(tokenizer, plain_messages(prompt), **options)
 
 
 MARK = "\u241f mark \u241f"
@@ -139,20 +166,41 @@ def with_prompt_messages(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
-def has_text_prompt(row: Mapping[str, Any]) -> bool:
-    """Whether a row is of the kind that ``with_prompt_messages`` reads."""
-    return isinstance(row.get("prompt"), str) and isinstance(row.get("chosen"), list)
+def with_asked_messages(row: Mapping[str, Any]) -> dict[str, Any]:
+    """``prompt`` and ``completion`` as messages, for a demonstration with a text prompt beside a list of messages.
+
+    It is read as the chosen side of ``with_prompt_messages`` is. A list that holds the conversation itself ends with
+    the answer.
+    """
+    found = with_prompt_messages({**row, "chosen": row["completion"], "rejected": row["completion"]})
+    return {"prompt": found["prompt"], "completion": found["chosen"]}
+
+
+READERS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    ("prompt", "chosen", "rejected"): with_prompt_messages,
+    ("prompt", "completion"): with_asked_messages,
+}
+"""What makes messages of a text prompt, by the columns of the rows."""
 
 
 def prompts_as_messages(dataset: Dataset, label: str = "The data") -> Dataset:
-    """A dataset whose rows are ``with_prompt_messages``; one of another form as it is."""
+    """A dataset of pairs or demonstrations whose text prompts stand beside lists of messages, with its prompts as
+    messages; one of another form as it is.
+
+    Raises:
+        BadInputError: as ``with_prompt_messages``; it names the row.
+    """
     names = set(dataset.column_names or ())
-    if not {"prompt", "chosen", "rejected"} <= names or not has_text_prompt(next(iter(dataset), {})):
+    read, answer = next(
+        ((reader, columns[1]) for columns, reader in READERS.items() if set(columns) <= names), (None, "")
+    )
+    first: Mapping[str, Any] = next(iter(dataset), {}) if read is not None else {}
+    if read is None or not (isinstance(first.get("prompt"), str) and isinstance(first.get(answer), list)):
         return dataset
 
     def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
-            return with_prompt_messages(row)
+            return read(row)
         except BadInputError as error:
             raise BadInputError(f"{label}, row {index}: {error.message}", error.hint) from error
 

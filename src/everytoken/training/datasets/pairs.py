@@ -191,7 +191,7 @@ def check_rows(
     for index, row in enumerate(rows):
         where = f"{label}, {places[index] if places is not None else f'row {index}'}"
         for name in names:
-            _check_value(row.get(name), f"{where}: {name!r}", tokenized)
+            check_value(row.get(name), f"{where}: {name!r}", tokenized)
         if row[responses[0]] == row[responses[1]] and not identical:
             hint = "Remove such rows, or have them dropped and counted: drop_identical=True."
             if tokenized:  # differing messages can give the same tokens
@@ -202,7 +202,12 @@ def check_rows(
             raise BadInputError(f"{where}: prompt, chosen and rejected must all be text, or all be messages.")
 
 
-def _check_value(value: Any, where: str, tokenized: bool) -> None:
+def check_value(value: Any, where: str, tokenized: bool = False) -> None:
+    """Refuses a prompt or a response that is neither text nor messages (or, where ``tokenized``, token ids), or empty.
+
+    Raises:
+        BadInputError: it begins with ``where``.
+    """
     if tokenized:
         if not isinstance(value, (list, tuple)) or not value:
             raise BadInputError(f"{where} must be a non-empty list of token ids.")

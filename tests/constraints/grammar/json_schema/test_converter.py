@@ -52,6 +52,67 @@ def test_properties_keep_their_order_and_may_be_left_out():
         Grammar.from_json_schema(wide, property_order="any")
 
 
+def test_flexible_order_takes_every_order_and_still_asks_for_what_is_required():
+    def outcome(schema, value):
+        return in_schema(schema, value, property_order="flexible", **OPEN)
+
+    few = {"type": "object", "properties": {"a": {"type": "integer"}, "b": True}, "required": ["b"]}
+    assert outcome(few, {"b": 1, "z": 0, "a": 2}) and not outcome(few, {"a": 2}) and not outcome(few, {"b": 1, "a": ""})
+    assert not in_schema(few, '{"a": 1, "b": 0, "a": 2}', raw=True, property_order="flexible")
+    names = [f"p{n}" for n in range(12)]
+    many = {"type": "object", "properties": {n: {"type": "integer"} for n in names}, "required": ["p9", "p3", "p4"]}
+    rng = random.Random(0)
+    for _ in range(20):
+        order = rng.sample(names, rng.randint(3, 12))
+        document = dict.fromkeys(order, 1)
+        assert outcome(many, document) == ({"p9", "p3", "p4"} <= set(order))
+        assert outcome(many, document | {"further": "x"}) == ({"p9", "p3", "p4"} <= set(order))
+        assert not outcome(many, document | {order[0]: "x"})
+    assert outcome(many | {"required": []}, {}) and not outcome(many, {})
+    compiled = compile_(Grammar.from_json_schema(many, property_order="flexible"))
+    made = [random_text(compiled, rng) for _ in range(20)]
+    assert sum(text is not None for text in made) >= 5
+    for text in made:  # a name may come twice; readers take the last
+        assert text is None or not list(jsonschema.Draft202012Validator(many).iter_errors(json.loads(text)))
+    crowded = many | {"required": [*reversed(names[1:])]}  # too many for every order: the schema's, or that of required
+    assert outcome(crowded, dict.fromkeys(names, 1)) and outcome(crowded, dict.fromkeys(reversed(names), 1))
+    assert outcome(crowded, {"p1": 1, "p2": 1, "p0": 1} | dict.fromkeys(names, 1))
+    assert not outcome(crowded, dict.fromkeys(names[:-1], 1))
+    counted = many | {"minProperties": 4}  # a name that comes twice must not count twice
+    assert outcome(counted, dict.fromkeys(["p9", "p3", "p4", "p0"], 1))
+    text = '{"p9": 1, "p3": 1, "p4": 1, "p4": 1}'
+    compiled = compile_(Grammar.from_json_schema(counted, property_order="flexible", **OPEN))
+    assert not accepts(compiled, text)
+
+
+def test_hundreds_of_optional_properties_with_few_kinds_of_values_share_their_rules():
+    properties = {f"property{n}": {"type": "string", "description": f"number {n}"} for n in range(400)}
+    properties |= {f"other{n}": {"$ref": "#/$defs/x", "title": f"{n}"} for n in range(400)}
+    schema = {"type": "object", "properties": properties, "$defs": {"x": {"type": "object", "required": ["y"]}}}
+    grammar = Grammar.from_json_schema(schema, property_order="flexible")
+    assert len(grammar.rules) < 12
+    compiled = compile_(grammar)
+    assert accepts(compiled, '{"other399": {"y": 1}, "property7": "a", "property3": ""}')
+    assert not accepts(compiled, '{"property7": 1}') and not accepts(compiled, '{"other0": {}}')
+
+
+def test_a_reference_that_leads_nowhere_within_an_identified_part_is_read_from_the_root():
+    schema = {
+        "definitions": {
+            "zone": {"type": "integer"},
+            "maybe": {"$id": "other", "anyOf": [{"type": "null"}, {"$ref": "#/definitions/zone"}]},
+        },
+        "$ref": "#/definitions/maybe",
+    }
+    with pytest.warns(UserWarning, match="read from the document's root"):
+        assert in_schema(schema, 3) and in_schema(schema, None) and not in_schema(schema, "3")
+    schema["definitions"]["maybe"]["definitions"] = {"zone": {"type": "string"}}
+    assert in_schema(schema, "3") and not in_schema(schema, 3)
+    schema["definitions"]["maybe"]["anyOf"][1]["$ref"] = "#/definitions/absent"
+    with pytest.raises(GrammarError, match="leads nowhere"):
+        Grammar.from_json_schema(schema)
+
+
 def test_additional_properties_never_shadow_declared_ones():
     schema = {"type": "object", "properties": {"ab": {"type": "integer"}}, "additionalProperties": {"type": "string"}}
     assert in_schema(schema, {"ab": 1, "x": "y"}) and in_schema(schema, {"a": "1", "abc": "2", "": "3"})

@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import Any
 
 from ..automata import Automaton
-from ..expressions import EMPTY, NOTHING, Bytes, Expression, Graph, Ref, alt, seq
+from ..expressions import EMPTY, NOTHING, Bytes, Expression, Graph, Ref, Seq, alt, seq
 from ..json_text import QUOTE, inner
 from .names import names_automaton
 from .negation import SOME_PROPERTY
@@ -23,6 +23,9 @@ from .strings_and_numbers import INLINE, canonical_text, lengths, listed
 from .values import satisfies
 
 MAX_ANY_ORDER = 10
+MAX_EXACT, MAX_FREE = 7, 10
+"""``flexible``: objects of up to ``MAX_EXACT`` properties are written in any order and each once; up to ``MAX_FREE``
+required ones of larger objects come in any order."""
 MAX_OPTIONAL = 500
 """After any of them each later one may follow, which makes the automaton's size the square of their number."""
 MAX_CELLS, MAX_CLAIMS = 64, 6
@@ -52,12 +55,6 @@ def object_rule(schemas: SchemaRules, parts: Parts, depth: int) -> Expression:
         key = schemas.key(name)
         made = {bits: seq(key, colon, schemas.rule(value, depth + 1)) for bits, value in values.items()}
         entries.append((name, made))
-    if sum(name not in needed for name, _ in entries) > MAX_OPTIONAL:
-        schemas.fail(
-            parts[0][1],
-            f"more than {MAX_OPTIONAL:,} optional properties in one object.",
-            "Make some required, or group them.",
-        )
     low, high = lengths(parts, "minProperties", "maxProperties")
     extra = further_entries(schemas, parts, names, naming, claims, depth, colon)
     sure = sum(name in needed for name, _ in entries)
@@ -72,13 +69,22 @@ def object_rule(schemas: SchemaRules, parts: Parts, depth: int) -> Expression:
     if counted and limit * (len(entries) + 1) > 100_000:
         schemas.fail(parts[0][1], "minProperties or maxProperties is too large here.", "Lower it.")
     shape = Shape(low if counted else 0, high, (high if high is not None else low) if counted else 0, len(claims))
-    if schemas.options.property_order == "any" and len(entries) > 1:
+    order = schemas.options.property_order
+    if len(entries) > 1 and (order == "any" or (order == "flexible" and len(entries) <= MAX_EXACT)):
         graph = any_order(schemas, entries, needed, extra, between, shape, parts[0][1])
-    else:
+    elif order == "flexible" and len(entries) > 1 and not counted and not claims:
+        graph = flexible_order(schemas, entries, required(parts), extra, between)
+    else:  # names that may be written twice cannot be counted, nor fulfil a claim for sure
+        if sum(name not in needed for name, _ in entries) > MAX_OPTIONAL:
+            schemas.fail(
+                parts[0][1],
+                f"more than {MAX_OPTIONAL:,} optional properties in one object.",
+                "Make some required, group them, or set property_order='flexible'.",
+            )
         graph = in_order(entries, needed, extra, between, shape)
         places = {name: place for place, name in enumerate(required(parts))}
         other = sorted(entries, key=lambda entry: places.get(entry[0], len(places)))  # stable: the rest keeps its order
-        if schemas.options.property_order == "required_first" and graph is not None and other != entries:
+        if order in ("required_first", "flexible") and graph is not None and other != entries:
             second = in_order(other, needed, extra, between, shape)
             assert second is not None
             graph = alt(graph[0], second[0]), graph[1]
@@ -215,6 +221,67 @@ def any_order(
             else:
                 empty = True
     return (Graph(len(states), tuple(edges), frozenset(finals)), empty) if finals or empty else None
+
+
+def flexible_order(
+    schemas: SchemaRules, entries: list[Entry], needed: list[str], extra: dict[int, Expression], between: Expression
+) -> Filled:
+    """Optional properties at any place; required ones in any order if they are few, otherwise in one of two orders.
+
+    States are the required properties that have been written. The optional ones are not remembered: a name may come
+    twice, and both of its values satisfy the schema.
+    """
+    keys: dict[tuple[Expression, ...], list[Expression]] = {}  # by colon and value, which many share
+    for name, made in entries:
+        if name not in needed:
+            assert isinstance(made[0], Seq)
+            keys.setdefault(made[0].parts[1:], []).append(made[0].parts[0])
+    optional = [seq(alt(*names), *rest) for rest, names in keys.items()]
+    optional += extra.values()
+    others: Expression = NOTHING
+    if optional:
+        name = f"optional_{len(schemas.rules)}"
+        schemas.rules[name] = alt(*optional)
+        others = Ref(name)
+    keyed: dict[str, Expression] = {}
+    for place, (name, made) in enumerate(entries):
+        if name in needed:
+            rule = f"entry_{len(schemas.rules)}_{place}"
+            schemas.rules[rule] = made[0]
+            keyed[name] = Ref(rule)
+    if len(keyed) <= MAX_FREE:
+        graph: Expression = subsets(list(keyed.values()), others, between)
+    else:
+        lanes = [list(keyed.values()), [keyed[name] for name in needed]]
+        graph = alt(*(in_turn(lane, others, between) for lane in lanes))
+    return graph, not keyed
+
+
+def subsets(wanted: list[Expression], others: Expression, between: Expression) -> Graph:
+    """All of ``wanted`` in any order, and any number of ``others`` anywhere: at least one entry in all."""
+    full = (1 << len(wanted)) - 1
+    edges: list[tuple[int, Expression, int]] = []
+    for used in range(full + 1):  # 2 used: where an entry may start; 2 used + 1: after one
+        edges += [(2 * used, entry, 2 * (used | 1 << n) + 1) for n, entry in enumerate(wanted) if not used >> n & 1]
+        if others != NOTHING:
+            edges.append((2 * used, others, 2 * used + 1))
+        if used != full or others != NOTHING:
+            edges.append((2 * used + 1, between, 2 * used))
+    return Graph(2 * full + 2, tuple(edges), frozenset({2 * full + 1}))
+
+
+def in_turn(wanted: list[Expression], others: Expression, between: Expression) -> Graph:
+    """The same with ``wanted`` in this order."""
+    last = len(wanted)
+    edges: list[tuple[int, Expression, int]] = []
+    for place in range(last + 1):
+        if place < last:
+            edges.append((2 * place, wanted[place], 2 * place + 3))
+        if others != NOTHING:
+            edges.append((2 * place, others, 2 * place + 1))
+        if place < last or others != NOTHING:
+            edges.append((2 * place + 1, between, 2 * place))
+    return Graph(2 * last + 2, tuple(edges), frozenset({2 * last + 1}))
 
 
 @dataclass

@@ -7,6 +7,8 @@ from typing import TypedDict
 
 from ..expressions import GrammarError
 
+ORDERS = ("schema", "required_first", "flexible", "any")
+
 
 @dataclass(frozen=True)
 class SchemaOptions:
@@ -25,7 +27,10 @@ class SchemaOptions:
         strict: unsupported keywords raise; False warns and ignores them.
         property_order: ``"schema"`` writes properties in the schema's order (further ones at the end);
             ``"required_first"`` also allows the required ones first, in the order of ``required``, as many models write
-            them; ``"any"`` allows every order, for up to 10 properties an object.
+            them; ``"flexible"`` allows every order where at most 10 properties are required, and otherwise these in
+            the order of the schema or of ``required`` with the others between them; of more than 7 properties, an
+            optional one may be written twice (readers take the last). ``"any"`` allows every order and every name
+            once, for up to 10 properties an object.
     """
 
     any_whitespace: bool = True
@@ -37,8 +42,8 @@ class SchemaOptions:
     property_order: str = "schema"
 
     def __post_init__(self) -> None:
-        if self.property_order not in ("schema", "required_first", "any"):
-            raise GrammarError(f"property_order is 'schema', 'required_first' or 'any'; got {self.property_order!r}.")
+        if self.property_order not in ORDERS:
+            raise GrammarError(f"property_order is one of {', '.join(ORDERS)}; got {self.property_order!r}.")
         for name in ("indent", "max_whitespace"):
             value = getattr(self, name)
             if value is not None and (value < 0 or value > 1000):

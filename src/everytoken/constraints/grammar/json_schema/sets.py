@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any, NoReturn
 
 from ..expressions import GrammarError
-from .keywords import ANNOTATIONS, NEAR, NEAR_SHAPES, REFUSED, SUPPORTED
+from .keywords import ANNOTATIONS, NEAR, NEAR_SHAPES, REFUSED, STRINGS_AND_NUMBERS, SUPPORTED
 from .options import SchemaOptions
 
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
@@ -22,6 +22,10 @@ Part = tuple[SchemaObject, str]
 Parts = Sequence[Part]
 SHAPES: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
 
+SIMPLE = STRINGS_AND_NUMBERS | {"nullable", "minItems", "maxItems", "minProperties", "maxProperties"}
+"""Keywords whose values hold no schemas and no lists."""
+SILENT = ANNOTATIONS | {"$ref"}
+
 Member = tuple[int, bool]
 """A sub-schema (by its place in the converter's list) and whether its ``anyOf``/``oneOf`` have been decided."""
 
@@ -34,7 +38,8 @@ class SchemaSets:
         self.schemas: list[Schema] = []
         self.pointers: list[str] = []
         self.numbers: dict[int, int] = {}
-        self.copies: list[SchemaObject] = []  # kept, so that no other schema gets their identity
+        self.leaves: dict[tuple[tuple[str, str], ...], int] = {}  # by what they say: the numbers of simple schemas
+        self.copies: list[Schema] = []  # kept, so that no other schema gets their identity
         self.warned: set[str] = set()
         self.flat: dict[int, tuple[int, ...]] = {}
         self.complements: dict[int, tuple[Schema, Schema]] = {}  # by identity: a schema, and what it excludes
@@ -59,10 +64,15 @@ class SchemaSets:
 
     def number(self, schema: Schema, pointer: str) -> int:
         if id(schema) not in self.numbers:
-            self.numbers[id(schema)] = len(self.schemas)
-            self.schemas.append(schema)
-            self.pointers.append(pointer)
             self.check(schema, pointer)
+            following = len(self.schemas)
+            said = _said(schema)  # schemas that say the same, as most leaves do, are one: so are the rules made of them
+            found = following if said is None else self.leaves.setdefault(said, following)
+            self.numbers[id(schema)] = found
+            self.copies.append(schema)
+            if found == following:
+                self.schemas.append(schema)
+                self.pointers.append(pointer)
         return self.numbers[id(schema)]
 
     def check(self, schema: Schema, pointer: str) -> None:
@@ -168,19 +178,24 @@ class SchemaSets:
             if (uri, fragment) not in self.anchors:
                 self.fail(pointer, f"$ref {reference!r}: there is no such anchor.", "Check its spelling.")
             return self.anchors[uri, fragment]
-        target: Any  # any place of a JSON document
-        target, where = self.resources[uri]
-        for part in fragment.split("/")[1:]:
-            part = unquote(part).replace("~1", "/").replace("~0", "~")
-            try:
-                target = target[int(part)] if isinstance(target, list) else target[part]
-            except (KeyError, IndexError, ValueError, TypeError):
-                available = ", ".join(list(target)[:8]) if isinstance(target, dict) else "nothing"
-                self.fail(
-                    pointer, f"$ref {reference!r} leads nowhere: no {part!r} in {where}.", f"There is: {available}."
+        steps = [unquote(part).replace("~1", "/").replace("~0", "~") for part in fragment.split("/")[1:]]
+        resource = self.resources[uri]
+        found, missing = _followed(resource, steps)
+        if missing is not None and not base and resource[0] is not self.document:
+            whole, absent = _followed((self.document, "#"), steps)
+            if absent is None:
+                self.warn(
+                    f"{pointer}: $ref {reference!r} leads nowhere within {resource[1]}, which has an identifier of its "
+                    "own; it is read from the document's root."
                 )
-            where = at(where, escaped(part))
-        return target, where
+                return whole
+        if missing is not None:
+            target, where = found
+            available = ", ".join(list(target)[:8]) if isinstance(target, dict) else "nothing"
+            self.fail(
+                pointer, f"$ref {reference!r} leads nowhere: no {missing!r} in {where}.", f"There is: {available}."
+            )
+        return found
 
     def _collect_resources(self) -> None:
         """Base URIs of all sub-schemas, and what ``$id`` and ``$anchor`` name."""
@@ -223,8 +238,8 @@ class SchemaSets:
                 part = self.schemas[index]
                 if part is False:
                     return None
-                if part is not True and part:
-                    found.add((index, False))
+                if part is not True and part and not (part.keys() <= SILENT and "$ref" in part):
+                    found.add((index, False))  # what a bare $ref brings is there without it
         return frozenset(found)
 
     def without(self, schema: SchemaObject, keyword: str) -> SchemaObject:
@@ -244,6 +259,34 @@ class SchemaSets:
         """The parts of the set for schemas that apply together; None if one of them is ``false``."""
         members = self.members(schemas)
         return None if members is None else [self.part(index) for index, _ in sorted(members)]
+
+
+def _said(schema: Schema) -> tuple[tuple[str, str], ...] | None:
+    """What a schema without schemas in it says, annotations aside; None for others."""
+    if not isinstance(schema, dict) or len(schema) > 16:
+        return None
+    said = []
+    for key, value in schema.items():
+        if key in SIMPLE or (key == "type" and isinstance(value, str)):
+            if not isinstance(value, (str, int, float)):
+                return None
+            said.append((key, repr(value)))
+        elif key not in ANNOTATIONS or key.startswith("$"):
+            return None
+    return tuple(sorted(said))
+
+
+def _followed(start: Place, steps: Sequence[str]) -> tuple[Place, str | None]:
+    """Where a JSON pointer leads, and its first step that leads nowhere, if one does."""
+    target: Any  # any place of a JSON document
+    target, where = start
+    for step in steps:
+        try:
+            following = target[int(step)] if isinstance(target, list) else target[step]
+        except (KeyError, IndexError, ValueError, TypeError):
+            return (target, where), step
+        target, where = following, at(where, escaped(step))
+    return (target, where), None
 
 
 def kinds(parts: Parts) -> list[str]:
