@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,8 @@ from ..catalog.cards import find_card
 from .common import first_process, leave_processes, print_outcome, stages
 from .output import check_folder, print_json
 
+COMBINED = {"recipe": "everytoken.reinforcement.recipe_training"}
+"""What trains several methods together, and so has no card: name -> the module of its ``TRAINING``."""
 EXAMPLES = (
     "Examples:  everytoken train tgdpo --data pairs/train.jsonl --set steps=50  ·  "
     "everytoken train r2r --data prompts.txt --out router  ·  "
@@ -23,7 +26,8 @@ def trainable(incomplete: str) -> list[str]:
     """Names of methods that can be trained, for shell completion."""
     from ..catalog.cards import load_catalog
 
-    return [card.slug for card in load_catalog().values() if card.trainable and card.slug.startswith(incomplete)]
+    names = [*COMBINED, *(card.slug for card in load_catalog().values() if card.trainable)]
+    return [name for name in names if name.startswith(incomplete)]
 
 
 def train(
@@ -41,16 +45,21 @@ def train(
     from ..core.errors import require
     from ..training.base import TrainingContext, read_config
 
-    card = find_card(name)
-    training = card.load_training()
+    wanted = name.strip().lower()
+    if wanted in COMBINED:
+        require("trl", "train", f"Training {wanted}")
+        slug, training = wanted, import_module(COMBINED[wanted]).TRAINING
+    else:
+        card = find_card(name)
+        slug, training = card.slug, card.load_training()
     chosen = read_config(training, config, settings or [])
-    folder = out or Path(card.slug)
+    folder = out or Path(slug)
     check_folder(folder)
     if training.extra is not None:
-        require(training.extra[1], training.extra[0], f"Training {card.slug}")
+        require(training.extra[1], training.extra[0], f"Training {slug}")
     status = Console(stderr=True)
     if first_process():
-        status.print(f"[bold]{card.slug}[/]: {training.summary}", highlight=False)
+        status.print(f"[bold]{slug}[/]: {training.summary}", highlight=False)
     with stages(status) as report:
         result = training.run(chosen, TrainingContext(model, str(data) if data is not None else None, folder, report))
     leave_processes()

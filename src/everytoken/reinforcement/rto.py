@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -42,12 +42,11 @@ from ..core.errors import BadInputError, UnsupportedModelError
 from ..core.logprobs import masked_mean, masked_sum
 from ..core.scoring import check_guide, head_module
 from ..training.arguments import Refusals, check_arguments
-from ..training.checkpoints import ResumingMixin
-from ..training.distributed import LaunchedMixin, frozen, in_shards, shard
-from ..training.finite_check import stopped
+from ..training.distributed import frozen, in_shards, shard
 from ..training.scored_forward import fused_like, reference_adapter
 from .advantages import gae, group_advantages, last_token, whiten
 from .critic import Critic, value_loss
+from .rollouts import RolloutTrainer, rollouts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -179,7 +178,7 @@ class RTOConfig(RTOSettings, GRPOConfig):
             )
 
 
-class RTOTrainer(ResumingMixin, LaunchedMixin, GRPOTrainer):
+class RTOTrainer(RolloutTrainer):
     """Policy optimisation on token rewards; see the module's docstring.
 
     Args:
@@ -195,7 +194,7 @@ class RTOTrainer(ResumingMixin, LaunchedMixin, GRPOTrainer):
             data with a column of tools, which no rollout would see.
         TokenizerMismatchError: the DPO model reads another vocabulary.
         UnsupportedModelError: prompts with images, or a model whose logits are made in a way of its own.
-        NonFiniteLossError: while training; the offending batch is in ``output_dir/bad_batch.json``.
+        RewardError, NonFiniteLossError: while training; the offending batch is in ``output_dir/bad_batch.json``.
     """
 
     _tag_names = ["everytoken", "rto"]
@@ -275,23 +274,13 @@ class RTOTrainer(ResumingMixin, LaunchedMixin, GRPOTrainer):
 
     # -- rollouts
     # --------------------------------------------------------------------------------------------------------
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._rewards = super()._calculate_rewards(*args, **kwargs)
-        return self._rewards
-
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)
         mode = "train" if self.model.training else "eval"
-        mask = batch["completion_mask"].bool()
-        if "tool_mask" in batch:
-            mask = mask & batch["tool_mask"].bool()
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-        length = batch["completion_ids"].shape[1]
-        rewards = (self._rewards * self.reward_weights.to(self._rewards.device)).nansum(1)  # of all processes
-        rewards = self._normalised(rewards, mode)
-        first = self.accelerator.process_index * len(mask)
-        mine = rewards[first : first + len(mask)]
+        ids, attention, mask = rollouts_of(batch)
+        length = mask.shape[1]
+        # a row that no function scored counts as 0
+        mine = self.own_rows(self._normalised(self.sequence_rewards().nan_to_num(0.0), mode), len(mask))
 
         old = batch.get("old_per_token_logps")
         if old is None:
@@ -369,8 +358,7 @@ class RTOTrainer(ResumingMixin, LaunchedMixin, GRPOTrainer):
             self.args.gamma,
             self.args.scale_rewards,
         )
-        first = self.accelerator.process_index * rows
-        return found[first : first + rows, :length]
+        return self.own_rows(found, rows)[:, :length]
 
     # -- the critic
     # ------------------------------------------------------------------------------------------------------
@@ -399,19 +387,8 @@ class RTOTrainer(ResumingMixin, LaunchedMixin, GRPOTrainer):
                     self.critic_optimizer.zero_grad()
         return whiten(advantages, mask, lambda moments: self.accelerator.reduce(moments, reduction="sum"))
 
-    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        loss = super()._compute_loss(model, inputs)
-        if not torch.isfinite(loss):
-            texts = [self.processing_class.batch_decode(inputs[name]) for name in ("prompt_ids", "completion_ids")]
-            rows = zip(*texts, inputs["advantages"].tolist(), strict=True)
-            raise stopped(self, loss.item(), [{"prompt": p, "completion": c, "advantages": a} for p, c, a in rows])
-        return loss
-
-    # -- logs and checkpoints
+    # -- checkpoints
     # --------------------------------------------------------------------------------------------
-    def _log(self, name: str, values: torch.Tensor, mode: str) -> None:
-        self._metrics[mode][name].append(self.accelerator.gather(values.float()).mean().item())
-
     def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
         state: dict[str, Any] = {"moments": self._moments}
         if self.critic is not None:  # gathered from its shards by all processes

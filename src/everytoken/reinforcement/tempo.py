@@ -1,0 +1,142 @@
+"""TEMPO: credit from the prefix tree of a group's responses (arXiv 2509.18314).
+
+Responses to one prompt share prefixes. The mean reward of those that pass a node of their tree is a Monte-Carlo value
+``V`` of that prefix, for free. GRPO's advantage gets the change of value that a token makes::
+
+    A_{i,t} = [r_i - mean + td_coef (V(prefix with y_t) - V(prefix before y_t))] / (std + 1e-6)
+
+Where nobody branches the change is 0, and TEMPO is GRPO.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from ..core.errors import BadInputError
+from .base import Recipe, RolloutBatch
+
+EPSILON = 1e-6
+
+
+def prefix_values(
+    ids: torch.Tensor, mask: torch.Tensor, rewards: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The prefix tree of one group: values ``[G, T + 1]`` of every row's prefixes of 0 to T tokens, how many scored
+    rows share each ``[G, T + 1]``, and after how many tokens a row is alone ``[G]`` (T where it never is).
+
+    Every row is compared with all rows at once. A prefix longer than its response has no meaning.
+
+    Args:
+        ids: ``[G, T]``; padding may be anything.
+        mask: ``[G, T]``; a row's tokens come first.
+        rewards: ``[G]``; rows with NaN count nowhere.
+    """
+    rows, length = ids.shape
+    ended = torch.where(mask, ids, -1).int()  # a response that has ended shares no token with one that goes on
+    scored = ~rewards.isnan()
+    clean = rewards.nan_to_num(0.0).double()
+    counts = torch.zeros(rows, length + 1, dtype=torch.double, device=ids.device)
+    sums, alone = torch.zeros_like(counts), torch.zeros(rows, dtype=torch.long, device=ids.device)
+    differ = torch.ones(rows, length + 1, dtype=torch.uint8, device=ids.device)
+    for other in range(rows):
+        torch.ne(ended, ended[other], out=differ[:, :length].view(torch.bool))
+        shared = differ.argmax(1, keepdim=True)  # tokens before the first that differs; [G, 1]
+        counts.scatter_add_(1, shared, scored[other].double().expand(rows, 1))
+        sums.scatter_add_(1, shared, clean[other].expand(rows, 1))
+        self_excluded = shared[:, 0].clone()
+        self_excluded[other] = -1
+        alone = torch.maximum(alone, self_excluded + 1)
+    counts, sums = (table.flip(1).cumsum(1).flip(1) for table in (counts, sums))  # a shared prefix shares all before
+    return sums / counts.clamp(min=1), counts, alone.clamp(max=length)
+
+
+def tempo_advantages(
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    rewards: torch.Tensor,
+    groups: torch.Tensor,
+    scale: str = "group",
+    td_coef: float = 1.0,
+) -> torch.Tensor:
+    """Advantages ``[B, T]``, 0 outside ``mask``, in groups without two scored or two different rewards, and in rows
+    whose reward is NaN.
+
+    Args:
+        ids, mask: ``[B, T]``.
+        rewards, groups: ``[B]``.
+        scale: ``"group"`` divides by the sample standard deviation of the group's rewards; ``"none"`` does not.
+        td_coef: of the change of value; 0 is GRPO.
+    """
+    advantages = torch.zeros(mask.shape, dtype=torch.double, device=mask.device)
+    for group in groups.unique():
+        rows = (groups == group).nonzero()[:, 0]
+        r = rewards[rows].double()
+        scored = ~r.isnan()
+        count = scored.sum()
+        mean = r.nansum() / count.clamp(min=1)
+        gaps = (r - mean).nan_to_num(0.0)
+        varied = gaps.abs().max() > 1e-9
+        spread = (gaps.square().sum() / (count - 1).clamp(min=1)).sqrt() + EPSILON if scale == "group" else 1.0
+        found = gaps[:, None].expand(-1, mask.shape[1])
+        if td_coef:
+            values, _, _ = prefix_values(ids[rows], mask[rows], rewards[rows])
+            found = found + td_coef * values.diff(dim=1)
+        advantages[rows] = found / spread * (scored & varied & (count > 1))[:, None] * mask[rows]
+    return advantages.to(rewards.dtype)
+
+
+@dataclass
+class PrefixTreeAdvantage:
+    """``tempo_advantages`` as a piece; it logs the share of tokens whose value changes, and after how many tokens a
+    response is alone.
+    """
+
+    kind: ClassVar[str] = "group_advantage"
+    scale: str = "group"
+    td_coef: float = 1.0
+    metrics: dict[str, float] = field(default_factory=dict, init=False)
+
+    def __call__(self, batch: RolloutBatch) -> torch.Tensor:
+        changed, depths = 0, []
+        for rows in batch.group_rows():
+            values, _, alone = prefix_values(batch.ids[rows], batch.mask[rows], batch.rewards[rows])
+            changed += int(((values.diff(dim=1).abs() > 1e-9) & batch.mask[rows]).sum())
+            depths.append(alone.double().mean())
+        self.metrics = {
+            "tokens_with_td": changed / max(1, int(batch.mask.sum())),
+            "depth_alone": torch.stack(depths).mean().item(),
+        }
+        return tempo_advantages(batch.ids, batch.mask, batch.rewards, batch.groups, self.scale, self.td_coef)
+
+
+@dataclass
+class TEMPO:
+    """TEMPO's settings.
+
+    Args:
+        scale: divide by the ``"group"``'s standard deviation, or by ``"none"``.
+        td_coef: strength of the change of value; 0 is GRPO.
+
+    Raises:
+        BadInputError: an unknown scale, or a negative coefficient.
+    """
+
+    scale: str = "group"
+    td_coef: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.scale not in ("group", "none"):
+            raise BadInputError(f"scale is group or none; got {self.scale!r}.")
+        if self.td_coef < 0:
+            raise BadInputError(f"td_coef must not be negative; got {self.td_coef}.")
+
+    def recipe(self) -> Recipe:
+        """The advantage."""
+        return Recipe(PrefixTreeAdvantage(self.scale, self.td_coef))
+
+    def arguments(self) -> dict[str, Any]:
+        """Settings of GRPOConfig: DAPO's clip bounds, no KL."""
+        return {"epsilon": 0.2, "epsilon_high": 0.28, "beta": 0.0}

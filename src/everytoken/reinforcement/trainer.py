@@ -1,0 +1,389 @@
+"""One trainer for every recipe: TRL's GRPOTrainer with pieces at the places where it lets a subclass decide.
+
+Only small methods are overridden and none is copied, so a recipe without pieces, or with pieces that change nothing,
+trains the weights of stock GRPO to the last bit. Pieces act while training; evaluation is TRL's own, with the recipe's
+prompts and rewards.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from transformers import LogitsProcessorList
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+
+from ..core.errors import BadInputError, UnsupportedModelError
+from ..core.logprobs import masked_mean
+from ..core.scoring import base_model, head_module, output_head
+from ..training.arguments import Refusals, check_arguments
+from ..training.distributed import frozen, in_shards
+from .base import Recipe, RolloutBatch, UpdateBatch
+from .rollouts import Rollouts, RolloutTrainer, rollouts_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BATCH_KINDS = ("group_advantage", "token_advantage", "token_weight", "rollouts", "tokens")
+"""What makes advantages of every token, once a batch."""
+CLIPPING = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+"""Losses with a clipped ratio."""
+START = "the reference is the policy as it starts, and stays it"
+REFUSALS: Refusals = {
+    "sync_ref_model": (False, START),
+    "ref_model_mixup_alpha": (0.6, START),
+    "ref_model_sync_steps": (512, START),
+}
+"""What would change nothing here."""
+TOTALS = ("bnpo", "dapo", "cispo")
+"""Losses in which a row without tokens adds nothing to numerator or divisor."""
+
+
+class RecipeTrainer(RolloutTrainer):
+    """Policy optimisation by a recipe of pieces.
+
+    Args:
+        model: a loaded model.
+        recipe: what differs from GRPO.
+        reward_funcs: as for ``trl.GRPOTrainer``; may be left out where the recipe has rewards.
+        kwargs: as for ``trl.GRPOTrainer``.
+
+    Raises:
+        BadInputError: a setting of GRPOConfig that the recipe's pieces could not honour, or no reward.
+        UnsupportedModelError: pieces that need distributions with images or weights in shards.
+        RewardError, NonFiniteLossError: while training; see ``RolloutTrainer``.
+    """
+
+    _tag_names = ["everytoken", "recipe"]
+    checkpoint_files: ClassVar[tuple[str, ...]] = ("recipe.pt",)
+
+    def __init__(
+        self, model: PreTrainedModel, *positional: Any, recipe: Recipe, reward_funcs: Any = None, **kwargs: Any
+    ):
+        if isinstance(model, str):
+            raise BadInputError("RecipeTrainer takes a loaded model.", "Load it: everytoken.load_model.")
+        args = kwargs.get("args")
+        if args is None:
+            raise BadInputError("RecipeTrainer needs args=GRPOConfig(...).")
+        check_arguments("RecipeTrainer", args, REFUSALS, model)
+        _check(recipe, args, kwargs.get("train_dataset"))
+        if "distributions" in recipe.needs:
+            head_module(model)
+        for piece in recipe.pieces:
+            if hasattr(piece, "check_model"):
+                piece.check_model(model)
+        given = [] if reward_funcs is None else list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
+        if own := recipe.of("reward"):
+            kwargs["args"] = args = copy.copy(args)  # the user's stays as it is
+            weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(given)
+            args.reward_weights = [*weights, *(float(getattr(piece, "weight", 1.0)) for piece in own)]
+        if not given + own:
+            raise BadInputError("Nothing rewards the rollouts.", "Give reward_funcs.")
+        self.recipe, self._update = recipe, None
+        peft = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
+        beta, reference = args.beta, None
+        if beta != 0 and not peft:  # TRL would load the reference by a name, which a model in memory need not have
+            reference = copy.deepcopy(model)
+            kwargs["args"] = args = copy.copy(args)
+            args.beta = 0.0
+        super().__init__(model, *positional, reward_funcs=given + own, **kwargs)
+        if reference is not None:
+            if args.disable_dropout:
+                disable_dropout_in_model(reference)
+            add_fused_lm_head(reference, self.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
+            self.ref_model, self.beta, self.args.beta = frozen(reference, self.accelerator), beta, beta
+        for piece in recipe.pieces:
+            if hasattr(piece, "use_tokenizer"):
+                piece.use_tokenizer(self._tokenizer)
+        if (aggregation := recipe.one("aggregation")) is not None:
+            self.loss_type = aggregation.loss_type
+
+    # -- while rollouts are made
+    # ------------------------------------------------------------------------------------------
+    @property
+    def _progress(self) -> tuple[int, int]:
+        return self.state.global_step, max(1, self.state.max_steps)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        piece = self.recipe.one("sampler")
+        if piece is None:
+            return super()._get_train_sampler(dataset)
+        repeats = dict(
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+        return piece(self.train_dataset if dataset is None else dataset, repeats)
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        limits = [piece.max_new_tokens(*self._progress) for piece in _limited(self.recipe)]
+        if not limits:
+            return self._generate_with_temperature(*args, **kwargs)
+        whole = self.generation_config.max_new_tokens
+        self.generation_config.max_new_tokens = min(whole, *limits)
+        try:
+            return self._generate_with_temperature(*args, **kwargs)
+        finally:
+            self.generation_config.max_new_tokens = whole
+
+    def _generate_with_temperature(self, *args: Any, **kwargs: Any) -> Any:
+        piece = self.recipe.one("temperature")
+        if piece is None or not self.model.training:
+            return super()._generate_single_turn(*args, **kwargs)
+        model: Any = base_model(self.accelerator.unwrap_model(self.model))
+        stock = model._get_logits_processor
+
+        def with_temperature(*args: Any, **kwargs: Any) -> LogitsProcessorList:
+            return LogitsProcessorList([piece.processor(), *stock(*args, **kwargs)])
+
+        model._get_logits_processor = with_temperature
+        try:
+            return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            del model._get_logits_processor
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        for piece in self.recipe.of("prompt"):
+            inputs = [piece(dict(row), *self._progress) for row in inputs]  # copies share a row
+        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self.model.training and self.recipe.of("temperature", *BATCH_KINDS):
+            self._decide(batch)
+        return batch
+
+    # -- once a batch
+    # -----------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def _decide(self, batch: dict[str, Any]) -> None:
+        """Puts advantages of every token, and what is selected, into TRL's batch."""
+        rollouts, recipe = rollouts_of(batch), self.recipe
+        rows = len(rollouts.mask)
+        here = self._batch_of(batch, rollouts)
+        every = self._of_all(here)
+        if (temperature := recipe.one("temperature")) is not None:
+            temperature.observe(every)
+        if not recipe.of(*BATCH_KINDS):
+            return
+        group = recipe.one("group_advantage")
+        found = self.accelerator.gather(batch["advantages"]) if group is None else self._called(group, every)
+        advantages = found * every.mask if found.dim() == 2 else found[:, None] * every.mask
+        for piece in recipe.of("token_advantage"):
+            advantages = self._called(piece, every, advantages) * every.mask
+        for piece in recipe.of("token_weight"):
+            if "distributions" in getattr(piece, "needs", ()):
+                mine = self.own_rows(advantages, rows)[:, : rollouts.length]
+                weight = self._gathered(self._called(piece, here, mine))
+            else:
+                weight = self._called(piece, every, advantages)
+            if (weight[every.mask] < 0).any():
+                raise BadInputError(f"{type(piece).__name__} gave a negative weight.", "Weights are at least 0.")
+            advantages = advantages * weight
+        kept = every.mask
+        for piece in recipe.of("rollouts"):
+            kept = kept & self._called(piece, every, advantages)[:, None]
+        for piece in recipe.of("tokens"):
+            kept = kept & self._called(piece, every, advantages, kept)
+        if recipe.of("rollouts", "tokens"):
+            share = kept.sum() / every.mask.sum().clamp(min=1)
+            self._metrics["train"]["recipe/tokens_trained"].append(share.item())
+            if recipe.divisor == "all":
+                advantages = advantages * kept
+            else:
+                mine = self.own_rows(kept, rows)[:, : rollouts.length]
+                batch["tool_mask"] = mine.to(batch["completion_mask"].dtype)
+                batch["num_items_in_batch"] = kept.sum()
+        batch["advantages"] = self.own_rows(advantages, rows)[:, : rollouts.length]
+        logged = masked_mean(advantages, every.mask)  # TRL logged its own
+        for index in range(min(len(logged), len(self._logs["advantages"]))):
+            self._logs["advantages"][-1 - index] = logged[-1 - index].item()
+
+    def _batch_of(self, batch: dict[str, Any], rollouts: Rollouts) -> RolloutBatch:
+        rows, step = len(rollouts.mask), self._progress
+        rewards = self.sequence_rewards()
+        groups = torch.arange(len(rewards), device=rewards.device) // self.num_generations
+        found = RolloutBatch(
+            batch["completion_ids"],
+            rollouts.mask,
+            self.own_rows(groups, rows),
+            self.own_rows(rewards, rows),
+            *step,
+        )
+        if self.recipe.needs & {"logps", "entropies"}:
+            with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+                found.logps, found.entropies, _ = self._get_per_token_logps_and_entropies(
+                    self.model,
+                    rollouts.ids,
+                    rollouts.attention,
+                    rollouts.length,
+                    batch_size=self.args.per_device_train_batch_size,
+                    compute_entropy=True,
+                )
+            entropy = masked_mean(found.entropies, rollouts.mask, dim=None)
+            self._log("recipe/rollout_entropy", entropy, "train")
+        if "distributions" in self.recipe.needs:
+            found.distributions = lambda chosen: self._distributions(rollouts, chosen)
+        return found
+
+    def _distributions(self, rollouts: Rollouts, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states ``[n, T, D]`` and logits ``[n, T, V]`` of some rows, in float32."""
+        model = base_model(self.accelerator.unwrap_model(self.model))
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            with self.accelerator.autocast():
+                hidden = model.base_model(
+                    input_ids=rollouts.ids[rows], attention_mask=rollouts.attention[rows], use_cache=False
+                ).last_hidden_state
+        hidden = hidden[:, -rollouts.length - 1 : -1]
+        logits = output_head(model).detached().logits(hidden.flatten(0, 1)) / self.temperature
+        return hidden.float(), logits.unflatten(0, hidden.shape[:2])
+
+    def _gathered(self, values: torch.Tensor) -> torch.Tensor:
+        """Rows of all processes, padded to one length."""
+        if self.accelerator.num_processes == 1:
+            return values
+        if values.dim() > 1:
+            values = self.accelerator.pad_across_processes(values.contiguous(), dim=1)
+        found: torch.Tensor = self.accelerator.gather(values.contiguous())
+        return found
+
+    def _of_all(self, here: RolloutBatch) -> RolloutBatch:
+        optional = (None if value is None else self._gathered(value) for value in (here.logps, here.entropies))
+        tensors = (self._gathered(value) for value in (here.ids, here.mask.int(), here.groups, here.rewards))
+        ids, mask, groups, rewards = tensors
+        return RolloutBatch(ids, mask.bool(), groups, rewards, here.step, here.steps, *optional)
+
+    def _called(self, piece: Any, *arguments: Any) -> torch.Tensor:
+        found: torch.Tensor = piece(*arguments)
+        for name, value in getattr(piece, "metrics", {}).items():
+            self._metrics["train"][f"recipe/{name}"].append(float(value))
+        return found
+
+    # -- in every update
+    # --------------------------------------------------------------------------------------------------
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        if not self.model.training:
+            return super()._compute_loss(model, inputs)
+        inputs = self._without_empty_rows(inputs)
+        bounds = self.epsilon_low, self.epsilon_high
+        # the advantages of this copy are read after the forward, in which ratio weights change them
+        self._update = dict(inputs) if self.recipe.of("clip", "ratio_weight") else None
+        try:
+            loss = super()._compute_loss(model, inputs if self._update is None else self._update)
+        finally:
+            self._update = None
+            self.epsilon_low, self.epsilon_high = bounds
+        for piece in self.recipe.of("auxiliary"):
+            loss = loss + piece(model, inputs, *self._progress) / self.current_gradient_accumulation_steps
+        return loss
+
+    def _without_empty_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Rows of which nothing is trained on need no forward, where they do not count in the loss either.
+
+        Processes must gather equal numbers of rows, so with several of them all rows stay.
+        """
+        chosen = self.recipe.of("rollouts", "tokens") and self.recipe.divisor == "kept"
+        if not chosen or self.loss_type not in TOTALS or self.accelerator.num_processes > 1:
+            return inputs
+        full = (inputs["completion_mask"] * inputs["tool_mask"]).any(1)
+        rows = full.nonzero()[:, 0]
+        if len(rows) == len(full):
+            return inputs
+        rows = rows if len(rows) else rows.new_zeros(1)
+
+        def of_rows(value: Any) -> Any:
+            return value[rows] if isinstance(value, torch.Tensor) and value.shape[:1] == full.shape else value
+
+        return {name: of_rows(value) for name, value in inputs.items()}
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._update is not None:
+            self._observe(found[0].detach(), found[1].detach())
+        return found
+
+    def _observe(self, logps: torch.Tensor, entropies: torch.Tensor) -> None:
+        """Clip bounds and ratio weights of this update, between its forward and its loss."""
+        inputs = self._update
+        assert inputs is not None
+        mask, advantages = rollouts_of(inputs).mask, inputs["advantages"]
+        advantages = advantages if advantages.dim() == 2 else advantages[:, None].expand_as(logps)
+        ratio = torch.exp(logps - inputs.get("old_per_token_logps", logps))
+        update = UpdateBatch(ratio, logps, entropies, mask, advantages)
+        low, high = (torch.full_like(logps, bound) for bound in (self.epsilon_low, self.epsilon_high))
+        if (clip := self.recipe.one("clip")) is not None:
+            low, high = clip(update, low, high)
+            self.epsilon_low, self.epsilon_high = low, high
+        for piece in self.recipe.of("ratio_weight"):
+            inputs["advantages"] = advantages = advantages * piece(update, low, high)
+
+    # -- checkpoints
+    # ------------------------------------------------------------------------------------------------------
+    def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self.recipe.state_dict(), folder / "recipe.pt")
+        super()._save_checkpoint(model, trial)  # writes last what says that a checkpoint is whole
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            path = Path(checkpoint) / "recipe.pt"
+            if not path.is_file():
+                raise BadInputError(f"{path.parent} has no recipe.pt.", "Go on from a checkpoint of a recipe.")
+            self.recipe.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _limited(recipe: Recipe) -> list[Any]:
+    return [piece for piece in recipe.of("prompt") if hasattr(piece, "max_new_tokens")]
+
+
+def _check(recipe: Recipe, args: Any, dataset: Any) -> None:
+    """Refuses settings under which a piece would not do what it says."""
+
+    def refuse(setting: str, why: str, hint: str) -> None:
+        value = getattr(args, setting)
+        raise BadInputError(f"This recipe cannot be trained with {setting}={value!r}: {why}.", hint)
+
+    aggregation = recipe.one("aggregation")
+    loss_type = args.loss_type if aggregation is None else aggregation.loss_type
+    if args.loss_type not in ("dapo", loss_type):  # dapo is TRL's default
+        refuse("loss_type", f"its aggregation is {loss_type}", "Leave loss_type out, or the piece.")
+    by_token = recipe.of(*BATCH_KINDS, "ratio_weight")
+    if by_token and args.off_policy_mask_threshold is not None:
+        refuse("off_policy_mask_threshold", "it reads one advantage a response", "Leave it out.")
+    if by_token and loss_type == "vespo":
+        refuse("loss_type", "it reads one advantage a response", "Use another loss_type.")
+    if recipe.of("clip", "ratio_weight") and loss_type not in CLIPPING:
+        refuse("loss_type", "it has no clipped ratio", f"Use one of {', '.join(CLIPPING)}.")
+    if recipe.of("clip", "ratio_weight", "tokens") and args.importance_sampling_level != "token":
+        refuse("importance_sampling_level", "its pieces decide about single tokens", "Use token.")
+    if recipe.of("tokens") and args.top_entropy_quantile < 1:
+        refuse("top_entropy_quantile", "a piece selects tokens already", "Leave one of them out.")
+    if recipe.one("temperature") is not None or _limited(recipe):
+        for name in ("use_vllm", "use_transformers_continuous_batching"):
+            if getattr(args, name, False):
+                refuse(name, "these engines sample by their own settings", "Leave it out.")
+    if args.beta != 0:
+        if recipe.of("rollouts", "tokens") and recipe.divisor == "all":
+            refuse("beta", "the KL of tokens that are left out would still be charged", "Use beta=0 or divisor kept.")
+        if weighted := [piece for piece in recipe.pieces if getattr(piece, "weighs_kl", False)]:
+            refuse("beta", f"{type(weighted[0]).__name__} would have to weigh the KL too", "Use beta=0.")
+    columns = set(getattr(dataset, "column_names", None) or ())
+    if recipe.needs and {"image", "images"} & columns:
+        raise UnsupportedModelError("This recipe scores text only, and these prompts have images.")
+    if recipe.one("sampler") is not None and dataset is not None and not hasattr(dataset, "__len__"):
+        raise BadInputError("A sampler needs a dataset whose rows can be looked up.", "Load it without streaming.")
+    if "distributions" in recipe.needs:
+        if in_shards():
+            raise UnsupportedModelError("This recipe reads whole distributions, which FSDP's shards do not give.")
+        rows = args.per_device_train_batch_size * args.steps_per_generation
+        if rows % args.num_generations:
+            raise BadInputError(
+                f"This recipe compares the distributions of a group, which must lie on one process: {rows} rows a "
+                f"process are no multiple of num_generations={args.num_generations}.",
+                "Change per_device_train_batch_size or steps_per_generation.",
+            )

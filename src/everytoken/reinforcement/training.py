@@ -1,0 +1,230 @@
+"""``everytoken train`` for every recipe of the station: one way to train, with settings derived from the method.
+
+A method needs nothing but its card for this (``training_for``): its implementation is a dataclass of settings with
+``recipe()`` and ``arguments()``, the settings of GRPOConfig that it differs in. Without data, the prompts are tasks
+with checkable answers (reasoning_gym), and a completion is rewarded by the task's own scorer: 1 or 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..core.errors import BadInputError
+from ..core.loading import quiet_training
+from ..core.settings import load_function
+from ..core.trace import TokenTrace
+from ..training.base import Training, TrainingContext, TrainingResult
+from ..training.config import TrainConfig, derive_config
+from ..training.datasets.arithmetic import is_correct, make_task, messages_of
+from ..training.datasets.pairs import read_rows
+from ..training.session import Prompt, TrainingSession
+from .base import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+METRICS = {
+    "loss": "loss",
+    "reward": "reward",
+    "entropy": "entropy",
+    "completions/mean_length": "length",
+    "recipe/tokens_trained": "tokens trained",
+    "frac_reward_zero_std": "",
+    "recipe/rollout_entropy": "",
+}
+
+
+class Method(Protocol):
+    """A method of the station: settings that become a recipe."""
+
+    def recipe(self) -> Recipe: ...
+
+    def arguments(self) -> dict[str, Any]: ...
+
+
+@dataclass
+class RolloutTraining(TrainConfig):
+    """Training on the model's own rollouts.
+
+    Args:
+        task: of reasoning_gym, where there are no data; ``items`` of them are made.
+        reward: ``module:function`` of TRL's form ``(prompts, completions, **columns) -> list of numbers``; with data of
+            your own it must be given.
+        num_generations: rollouts a prompt; ``batch_size`` counts rollouts.
+        num_iterations: updates with a batch of rollouts.
+        temperature: of sampling and of the loss.
+
+    Raises:
+        BadInputError: a value out of range.
+    """
+
+    batch_size: int = 16
+    lr: float = 1e-6
+    task: str = "chain_sum"
+    items: int = 128
+    reward: str | None = None
+    num_generations: int = 8
+    num_iterations: int = 1
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_generations < 2:
+            raise BadInputError(
+                f"num_generations must be at least 2, or nothing is compared; got {self.num_generations}."
+            )
+        if self.batch_size % self.num_generations:
+            raise BadInputError(
+                f"batch_size={self.batch_size} is no multiple of num_generations={self.num_generations}."
+            )
+        if self.num_iterations < 1 or self.items < 2 or self.temperature <= 0:
+            raise BadInputError("num_iterations must be at least 1, items at least 2 and temperature above 0.")
+
+
+def is_method(factory: object) -> bool:
+    """Whether something is the class of a method's settings."""
+    return isinstance(factory, type) and callable(getattr(factory, "recipe", None))
+
+
+def training_for(slug: str, factory: Any) -> Training | None:
+    """How ``everytoken train`` trains a card of this station that names no ``training``; None where its implementation
+    is no method of the contract.
+    """
+    if not is_method(factory):
+        return None
+    config = derive_config(f"{factory.__name__}Training", RolloutTraining, factory)
+
+    @quiet_training()
+    def run(config: RolloutTraining, context: TrainingContext) -> TrainingResult:
+        return train_on_rollouts(slug, config, config.part(factory), context)
+
+    return Training(slug, f"a model on its own rollouts with {slug}", config, run, ("train", "trl"))
+
+
+def train_on_rollouts(name: str, config: RolloutTraining, method: Method, context: TrainingContext) -> TrainingResult:
+    """Trains and reports.
+
+    Raises:
+        BadInputError: bad rows, an unknown task, or no reward for data of the user's.
+    """
+    from trl import GRPOConfig
+
+    from .trainer import RecipeTrainer
+
+    rows, reward = _rows_and_reward(config, context)
+    session = TrainingSession(config, context, name, METRICS)
+    train, held = session.split(_dataset(rows, session.tokenizer))
+    prompts = list(held["prompt"])
+    before = session.write_texts(session.policy, prompts)
+    arguments = config.arguments(session.checkpoints) | method.arguments()
+    args = GRPOConfig(
+        **arguments,
+        num_generations=config.num_generations,
+        num_iterations=config.num_iterations,
+        temperature=config.temperature,
+        max_completion_length=config.sample_tokens,
+    )
+    trainer = RecipeTrainer(
+        session.policy,
+        recipe=method.recipe(),
+        reward_funcs=reward,
+        args=args,
+        train_dataset=train,
+        processing_class=session.tokenizer,
+        peft_config=session.adapter,
+    )
+    session.train(trainer)
+    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+    quarter = max(1, len(logs) // 4)
+
+    def mean(key: str, part: list[dict[str, Any]]) -> float:
+        found = [entry[key] for entry in part if entry.get(key) is not None]
+        return sum(found) / len(found) if found else float("nan")
+
+    figures = {
+        "reward, first quarter": mean("reward", logs[:quarter]),
+        "reward, last quarter": mean("reward", logs[-quarter:]),
+        "entropy, last quarter": mean("entropy", logs[-quarter:]),
+        "tokens a response": mean("completions/mean_length", logs[-quarter:]),
+    }
+    if any("recipe/tokens_trained" in entry for entry in logs):
+        figures["share of tokens trained"] = mean("recipe/tokens_trained", logs)
+    traces = _traces(session, trainer, prompts)
+    return session.finish(trainer, figures, prompts, before, traces, "advantage")
+
+
+def _rows_and_reward(
+    config: RolloutTraining, context: TrainingContext
+) -> tuple[list[dict[str, Any]], Callable[..., Any]]:
+    """Rows with a ``prompt``, and the reward; before any model is loaded."""
+    if context.data is None:
+        if config.reward is not None:
+            raise BadInputError("A reward of your own needs data of your own.", "Give --data, or leave reward out.")
+        task = make_task(config.task, config.items, config.seed)
+        rows = [{"question": task[index]["question"], "item": index} for index in range(config.items)]
+        return rows, TaskReward(task)
+    if config.reward is None:
+        raise BadInputError(
+            "Your data need a reward.", "Give --set reward=module:function, of TRL's form (prompts, completions, ...)."
+        )
+    rows = read_rows(context.data)
+    for index, row in enumerate(rows):
+        if not row.get("prompt"):
+            raise BadInputError(
+                f"{context.data}, row {index}: 'prompt' is empty or missing.", "Rollouts answer prompts."
+            )
+    return rows, load_function(config.reward, "A reward", "rewards:score")
+
+
+def _dataset(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Any:
+    from datasets import Dataset
+
+    def prompt(row: dict[str, Any]) -> Prompt:
+        if "prompt" in row:
+            found: Prompt = row["prompt"]
+            return found
+        return messages_of(row["question"]) if tokenizer.chat_template else f"{row['question']}\n"
+
+    return Dataset.from_list([row | {"prompt": prompt(row)} for row in rows])
+
+
+class TaskReward:
+    """1 where the task's own scorer gives exactly 1 (its partial credit calls any text with the answer in it half
+    right), else 0; a scorer that raises gives 0.
+    """
+
+    def __init__(self, task: Any):
+        self.task, self.__name__ = task, "correct"
+
+    def __call__(self, completions: list[Any], item: list[int], **_: Any) -> list[float]:
+        texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
+        return [float(is_correct(self.task, self.task[at], text)) for at, text in zip(item, texts, strict=True)]
+
+
+def _traces(session: TrainingSession, trainer: Any, prompts: list[Prompt]) -> list[TokenTrace]:
+    """A group of rollouts of a held-out prompt with the advantages that the recipe gives their tokens."""
+    if trainer.accelerator.num_processes > 1:
+        return []
+    trainer.model.train()
+    rows = [dict(trainer.train_dataset[0]) for _ in range(trainer.num_generations)]
+    size, logged = trainer.num_generations, {key: list(value) for key, value in trainer._metrics["train"].items()}
+    batch = trainer._generate_and_score_completions(rows)
+    trainer._metrics["train"].clear()
+    trainer._metrics["train"].update(logged)
+    advantages = batch["advantages"]
+    mask = batch["completion_mask"].bool()
+    if advantages.dim() == 1:
+        advantages = advantages[:, None].expand(mask.shape)
+    kept = batch.get("tool_mask", batch["completion_mask"]).bool()
+    traces = []
+    for row in range(size):
+        ids = batch["completion_ids"][row][mask[row]].tolist()
+        if not ids:
+            continue
+        trace = TokenTrace(ids, title=f"rollout {row + 1} of one prompt", station="reinforcement")
+        trace.add("advantage", advantages[row][mask[row]].cpu().float())
+        trace.add("trained", kept[row][mask[row]].cpu().float())
+        traces.append(trace.with_text(session.tokenizer))
+    return traces
