@@ -33,9 +33,12 @@ def test_grammars_need_no_cache(name):
     for ids in (PROMPT, PADDED):
         plain = generate(model, ids, 6, prefix_allowed_tokens_fn=masked)
         assert plain.sequences.tolist() != generate(model, ids, 6).sequences.tolist()  # the mask bites
-        row = 0 if len(ids) == 1 else 1  # some families write another text when padded
-        assert close(generate(model, ids, 6, XGrammar(NARROW)), plain, row)
-        assert close(generate(model, ids, 6, AWRS(NARROW)), plain, row)
+        # padding changes what some families write, and a batch what RWKV writes in any of its rows
+        alone = generate(model, ids[-1:], 6, prefix_allowed_tokens_fn=masked).sequences[0].tolist()
+        for decoder in (XGrammar(NARROW), AWRS(NARROW)):
+            got = generate(model, ids, 6, decoder)
+            assert got.sequences[-1].tolist() == alone
+            assert name == "rwkv" or close(got, plain, len(ids) - 1)
 
 
 def test_forced_text_is_appended_without_a_cache_too():

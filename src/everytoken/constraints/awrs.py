@@ -305,7 +305,7 @@ class AWRS(Decoder):
     station: ClassVar[str] = "constraints"
     continues: ClassVar[bool] = False
     lossless: ClassVar[bool] = False
-    steps: ClassVar[bool] = True
+    reads_by_steps: ClassVar[bool] = True
     carries: ClassVar[frozenset[str] | None] = None
     colour: ClassVar[str] = "evaluations"
     samples_only: ClassVar[bool] = True
@@ -459,7 +459,7 @@ class AWRS(Decoder):
             alive = [particle for particle, _ in going]
             if not alive:
                 break
-            places = [place for _, place in going]
+            places = [place for _, place in going if place is not None]  # whoever goes on was alive
             if places != list(range(logits.shape[0])):
                 steps.pick(places)
             logits = steps.read(torch.cat([ids_of_row(call, particle.row) for particle in alive]))[:, :vocab]

@@ -91,7 +91,7 @@ class XGrammar(Decoder):
     trace_columns: ClassVar[tuple[str, ...]] = ("choice_bits", "allowed", "source", "allowed_mass")
     station: ClassVar[str] = "constraints"
     lossless: ClassVar[bool] = False
-    steps: ClassVar[bool] = True
+    reads_by_steps: ClassVar[bool] = True
     carries: ClassVar[frozenset[str] | None] = None
     colour: ClassVar[str] = "choice_bits"
     constraint: CompiledGrammar | Sequence[CompiledGrammar] | None = None

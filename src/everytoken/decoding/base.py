@@ -142,7 +142,7 @@ class Decoder:
     """Whether it reads through ``decoding.lean``, and so gains from a model's compiled forward."""
     recurrent: ClassVar[bool] = False
     """Whether it decodes models that keep a recurrent state beside their cache."""
-    steps: ClassVar[bool] = False
+    reads_by_steps: ClassVar[bool] = False
     """Whether ``generate``'s own steps are enough for it (``steps.py``): then it decodes every model that ``generate``
     does, and passes on every input of a row that is alone."""
 
@@ -350,11 +350,11 @@ class Decoder:
 
         name, cache = type(self).__name__, call.cache
         refuse_unsupported(name, call.config, call.synced_gpus)
-        if not self.steps:
+        if not self.reads_by_steps:
             check_reads_text(name, call.model, self.recurrent)
             check_unchanged_inputs(name, call.model)
         self._check_common(call)
-        if self.steps:
+        if self.reads_by_steps:
             device_of(call.model)
             check_undivided(name, len(call.input_ids), call.model_kwargs)
             call.by_steps = needs_steps(call)

@@ -59,7 +59,7 @@ def draft_config(config: PreTrainedConfig, draft_vocab: int) -> FeatureDraftConf
     groups = getattr(text, "num_key_value_heads", None) or heads
     intermediate = getattr(text, "intermediate_size", None)
     rope = getattr(text, "rope_parameters", None)
-    plain = isinstance(rope, dict) and rope.get("rope_type") == "default" and "rope_theta" in rope
+    plain = rope if isinstance(rope, dict) and rope.get("rope_type") == "default" else {}
     return FeatureDraftConfig(
         hidden_size=text.hidden_size,
         intermediate_size=intermediate if isinstance(intermediate, int) else 4 * text.hidden_size,
@@ -69,7 +69,7 @@ def draft_config(config: PreTrainedConfig, draft_vocab: int) -> FeatureDraftConf
         head_dim=head_dim,
         max_position_embeddings=getattr(text, "max_position_embeddings", None) or 2048,
         rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
-        rope_parameters={"rope_type": "default", "rope_theta": rope["rope_theta"] if plain else 10000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": plain.get("rope_theta", 10000.0)},
         bos_token_id=text.bos_token_id,
         eos_token_id=text.eos_token_id,
         pad_token_id=text.pad_token_id,

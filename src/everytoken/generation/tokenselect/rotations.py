@@ -71,6 +71,11 @@ def plan_layers(model: PreTrainedModel) -> list[Plan]:
     rotaries = rotaries_of(model)
     name = type(model).__name__
     text = model.config.get_text_config(decoder=True)
+    if getattr(text, "num_kv_shared_layers", None):
+        raise UnsupportedModelError(
+            f"The last layers of {name} borrow keys and are handed only the tokens whose logits are kept.",
+            "TokenSelect follows models in which every layer keeps keys of its own (num_kv_shared_layers=0).",
+        )
     kinds = getattr(text, "layer_types", None)
     only = "sliding_attention" if getattr(text, "sliding_window", None) is not None else "full_attention"
     plans: list[Plan] = []
