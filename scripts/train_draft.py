@@ -1,5 +1,5 @@
 """Trains the feature draft of the embedded model anew, with the code of ``everytoken train dyspec``, and puts it where
-it ships.
+it ships (``dyspec-smollm2-135m``).
 
     python scripts/train_draft.py --out work/draft                      # hours on two cores; goes on where it was cut
     python scripts/train_draft.py --out work/draft --set steps=20000    # longer: goes on from the last checkpoint

@@ -101,6 +101,7 @@ def test_budget_zero_is_plain_decoding():
 
 
 # -- sampling ----------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "which"), shaped(SHAPES))
 def test_sampled_distribution_is_the_targets(shape, which):
     target = tiny_llama(4, seed=3, scale=0.4)
@@ -160,6 +161,7 @@ def test_sampled_distribution_with_temperature_and_top_k():
 
 
 # -- with a matcher ----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "which"), shaped([SHAPES[1], SHAPES[2], SHAPES[5]]))
 def test_a_matcher_keeps_the_masked_distribution(shape, which):
     target, matcher = tiny_llama(5, seed=3, scale=0.4), ToyMatcher(5)
@@ -221,6 +223,7 @@ def test_a_real_grammar_on_the_embedded_model(embedded):
     assert actual.tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 def test_a_wrong_acceptance_rule_would_be_caught(monkeypatch):
     """The chi-square above has teeth: accepting every child fails it."""
     from everytoken.generation import dyspec

@@ -59,6 +59,8 @@ class RecipeTrainer(RolloutTrainer):
 
     _tag_names = ["everytoken", "recipe"]
     checkpoint_files: ClassVar[tuple[str, ...]] = ("recipe.pt",)
+    epsilon_low: Any  # TRL's numbers, or a piece's tensors while a loss is computed
+    epsilon_high: Any
 
     def __init__(
         self, model: PreTrainedModel, *positional: Any, recipe: Recipe, reward_funcs: Any = None, **kwargs: Any
@@ -82,7 +84,8 @@ class RecipeTrainer(RolloutTrainer):
             args.reward_weights = [*weights, *(float(getattr(piece, "weight", 1.0)) for piece in own)]
         if not given + own:
             raise BadInputError("Nothing rewards the rollouts.", "Give reward_funcs.")
-        self.recipe, self._update = recipe, None
+        self.recipe = recipe
+        self._update: dict[str, Any] | None = None
         peft = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
         beta, reference = args.beta, None
         if beta != 0 and not peft:  # TRL would load the reference by a name, which a model in memory need not have
@@ -250,10 +253,10 @@ class RecipeTrainer(RolloutTrainer):
         return found
 
     def _of_all(self, here: RolloutBatch) -> RolloutBatch:
-        optional = (None if value is None else self._gathered(value) for value in (here.logps, here.entropies))
+        logps, entropies = (None if item is None else self._gathered(item) for item in (here.logps, here.entropies))
         tensors = (self._gathered(value) for value in (here.ids, here.mask.int(), here.groups, here.rewards))
         ids, mask, groups, rewards = tensors
-        return RolloutBatch(ids, mask.bool(), groups, rewards, here.step, here.steps, *optional)
+        return RolloutBatch(ids, mask.bool(), groups, rewards, here.step, here.steps, logps, entropies)
 
     def _called(self, piece: Any, *arguments: Any) -> torch.Tensor:
         found: torch.Tensor = piece(*arguments)
@@ -261,13 +264,12 @@ class RecipeTrainer(RolloutTrainer):
             self._metrics["train"][f"recipe/{name}"].append(float(value))
         return found
 
-    # -- in every update
-    # --------------------------------------------------------------------------------------------------
+    # -- in every update -----------------------------------------------------------------------------------------------
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         if not self.model.training:
             return super()._compute_loss(model, inputs)
         inputs = self._without_empty_rows(inputs)
-        bounds = self.epsilon_low, self.epsilon_high
+        bounds: tuple[Any, Any] = self.epsilon_low, self.epsilon_high
         # the advantages of this copy are read after the forward, in which ratio weights change them
         self._update = dict(inputs) if self.recipe.of("clip", "ratio_weight") else None
         try:

@@ -116,8 +116,8 @@ def train_on_rollouts(name: str, config: RolloutTraining, method: Method, contex
     rows, reward = _rows_and_reward(config, context)
     session = TrainingSession(config, context, name, METRICS)
     train, held = session.split(_dataset(rows, session.tokenizer))
-    prompts = list(held["prompt"])
-    before = session.write_texts(session.policy, prompts)
+    answered = session.sampled(held)
+    before = session.write_texts(session.policy, answered)
     arguments = config.arguments(session.checkpoints) | method.arguments()
     args = GRPOConfig(
         **arguments,
@@ -151,8 +151,8 @@ def train_on_rollouts(name: str, config: RolloutTraining, method: Method, contex
     }
     if any("recipe/tokens_trained" in entry for entry in logs):
         figures["share of tokens trained"] = mean("recipe/tokens_trained", logs)
-    traces = _traces(session, trainer, prompts)
-    return session.finish(trainer, figures, prompts, before, traces, "advantage")
+    traces = _traces(session, trainer, [row["prompt"] for row in answered])
+    return session.finish(trainer, figures, answered, before, traces, "advantage")
 
 
 def _rows_and_reward(
