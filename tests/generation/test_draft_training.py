@@ -13,11 +13,12 @@ from everytoken.core.errors import BadInputError, UnsupportedModelError
 from everytoken.generation.draft_training import DraftTraining, check_target, run
 from everytoken.generation.dyspec import DySpec
 from everytoken.generation.speculative import find_draft, trained_draft_folder
-from everytoken.generation.speculative.answers import before_loop, kept_answers, read_prompts
+from everytoken.generation.speculative.answers import before_loop, kept_answers
 from everytoken.generation.speculative.distillation import Row, collate, new_draft, unrolled
 from everytoken.generation.speculative.modeling_feature_draft import FeatureDraftForCausalLM, FeatureTap
 from everytoken.testing.models import tiny_tokenizer
 from everytoken.training.base import TrainingContext
+from everytoken.training.datasets.prompts import read_prompts
 
 from ..conftest import tiny_llama
 from ..decoding.families import build

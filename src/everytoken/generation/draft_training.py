@@ -11,10 +11,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -27,11 +27,13 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from ..core.errors import BadInputError, CacheError, UnsupportedModelError
+from ..core.files import write_text_whole, write_whole
 from ..decoding.checks import check_decoder_only
 from ..decoding.inputs import check_reads_text, is_offloaded
 from ..training.base import Training, TrainingContext, TrainingResult
+from ..training.datasets.prompts import read_prompts
 from .speculative import load_draft, trained_draft_folder
-from .speculative.answers import collect_answers, read_prompts
+from .speculative.answers import collect_answers
 from .speculative.distillation import Row, collate, distil, feature_layers, new_draft
 from .speculative.modeling_feature_draft import FeatureDraftForCausalLM, FeatureTap, decoder_parts
 
@@ -253,7 +255,7 @@ class Learner:
         """Weights as float16, configuration, and a record of the training."""
         tensors = {name: value.half().contiguous() for name, value in self.draft.state_dict().items()}
         tensors["draft_token_ids"] = self.draft.draft_token_ids
-        replace(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         self.draft.config.save_pretrained(folder)
         record = {
             "target": self.context.model or "embedded",
@@ -266,18 +268,17 @@ class Learner:
             "curve": self.curve,
         }
         text = json.dumps(record, indent=1) + "\n"
-        replace(folder / "training.json", lambda path: path.write_text(text, encoding="utf-8"))
+        write_text_whole(folder / "training.json", text)
 
     # -- going on ------------------------------------------------------------------------------------------------------
     def _save_checkpoint(self) -> None:
         """Everything that the next step needs, in one file: it is whole or not there."""
-        self.checkpoint.mkdir(exist_ok=True)
         tensors = {f"draft.{name}": value.contiguous() for name, value in self.draft.state_dict().items()}
         for place, entry in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{place}.{name}": value.contiguous() for name, value in entry.items()}
         state = {"key": self.key, "step": self.step, "best": self.best, "curve": self.curve, "figures": self.figures}
         words = {"state": json.dumps(state)}
-        replace(self.checkpoint / "checkpoint.safetensors", lambda path: save_file(tensors, path, metadata=words))
+        write_whole(self.checkpoint / "checkpoint.safetensors", lambda path: save_file(tensors, path, metadata=words))
 
     def _resume(self) -> None:
         """From the checkpoint of the same texts and settings, where there is one."""
@@ -308,16 +309,6 @@ class Learner:
         self.notes.append(f"Went on from step {self.step}.")
 
 
-def replace(path: Path, write: Any) -> None:
-    """Writes a file beside its place and moves it there: readers see the old one or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def install(folder: Path, place: Path) -> Path:
     """Copies a draft to where DySpec looks; the weights come last, because they are what is looked for.
 
@@ -325,9 +316,8 @@ def install(folder: Path, place: Path) -> Path:
         CacheError: the cache cannot be written.
     """
     try:
-        place.mkdir(parents=True, exist_ok=True)
         for name in reversed(FILES):
-            replace(place / name, lambda path, name=name: shutil.copyfile(folder / name, path))
+            write_whole(place / name, functools.partial(shutil.copyfile, folder / name))
     except OSError as error:
         raise CacheError(
             f"The draft cannot be put into {place}: {error.strerror or error}.",

@@ -10,7 +10,6 @@ loss, another seed, a resumed training) reads them. Under ``accelerate launch`` 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from ..core.errors import BadInputError
+from ..core.files import write_whole
 from ..core.progress import Report, silent, within
 from ..core.scoring import PromptResponse, head_module, model_fingerprint, response_logps, score_rows
 from ..training.column_makers import Example, TokenAnnotator
@@ -190,8 +190,6 @@ def _kept(annotator: TokenAnnotator, examples: Sequence[Example], report: Report
     if state.is_local_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
         check_writable(path.parent)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"values": torch.cat(ordered).contiguous()}, temporary)
-        os.replace(temporary, path)
+        write_whole(path, lambda beside: save_file({"values": torch.cat(ordered).contiguous()}, beside))
     state.wait_for_everyone()
     return ordered

@@ -22,6 +22,7 @@ import torch
 
 from ..core.errors import BadInputError
 from .base import Recipe, RolloutBatch
+from .completions import completion_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,10 +109,6 @@ class BudgetPrompt:
         return 2 * int(self.budget(step, steps))
 
 
-def _text(completion: Any) -> str:
-    return completion if isinstance(completion, str) else completion[-1]["content"]
-
-
 @dataclass
 class CurriculumLengthReward:
     """The length reward at the budget of the step; wrong answers earn it too.
@@ -135,7 +132,7 @@ class CurriculumLengthReward:
         self, completions: Sequence[Any], completion_ids: Sequence[list[int]], trainer_state: Any, **_: Any
     ) -> list[float]:
         budget = self.budget(trainer_state.global_step, max(1, trainer_state.max_steps))
-        rows = zip(map(_text, completions), completion_ids, strict=True)
+        rows = zip(map(completion_text, completions), completion_ids, strict=True)
         return [length_reward(self._length(text, ids), budget, self.shape) for text, ids in rows]
 
     def _length(self, text: str, ids: list[int]) -> int:
@@ -154,7 +151,7 @@ class FormatReward:
     weight: float = 0.1
 
     def __call__(self, completions: Sequence[Any], **_: Any) -> list[float]:
-        return [0.5 * sum(format_parts(_text(completion))) for completion in completions]
+        return [0.5 * sum(format_parts(completion_text(completion))) for completion in completions]
 
 
 @dataclass

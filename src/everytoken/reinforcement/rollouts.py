@@ -4,12 +4,13 @@ as plain tensors, and errors that leave the batch behind.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from trl import GRPOTrainer
 
-from ..core.errors import EverytokenError
+from ..core.errors import BadInputError, EverytokenError
 from ..training.checkpoints import ResumingMixin
 from ..training.distributed import LaunchedMixin
 from ..training.finite_check import save_batch, stopped
@@ -88,6 +89,24 @@ class RolloutTrainer(ResumingMixin, LaunchedMixin, GRPOTrainer):
             rows = zip(*texts, inputs["advantages"].tolist(), strict=True)
             raise stopped(self, loss.item(), [{"prompt": p, "completion": c, "advantages": a} for p, c, a in rows])
         return loss
+
+    def _keep_state(self, name: str, state: Any, trial: Any) -> None:
+        """Writes a file into the checkpoint that is about to be saved."""
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(state, folder / name)
+
+    def _kept_state(self, checkpoint: str, name: str, what: str, hint: str) -> Any:
+        """What ``_keep_state`` wrote.
+
+        Raises:
+            BadInputError: the checkpoint has no such file; ``what`` goes on after its name.
+        """
+        path = Path(checkpoint) / name
+        if not path.is_file():
+            raise BadInputError(f"{path.parent} has no {name}{what}.", hint)
+        return torch.load(path, map_location="cpu", weights_only=True)
 
     def _log(self, name: str, values: torch.Tensor, mode: str) -> None:
         self._metrics[mode][name].append(self.accelerator.gather(values.float()).mean().item())

@@ -29,7 +29,6 @@ import contextlib
 import copy
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -394,22 +393,14 @@ class RTOTrainer(RolloutTrainer):
         if self.critic is not None:  # gathered from its shards by all processes
             critic = getattr(self.critic, "module", self.critic)
             state["critic"], state["optimizer"] = get_state_dict(critic, self.critic_optimizer, options=WHOLE)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(state, folder / "rto.pt")
+        self._keep_state("rto.pt", state, trial)
         super()._save_checkpoint(model, trial)  # writes last what says that a checkpoint is whole
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            path = Path(checkpoint) / "rto.pt"
-            if not path.is_file():
-                raise BadInputError(
-                    f"{path.parent} has no rto.pt, with the critic and the running moments of the rewards.",
-                    "Go on from another checkpoint of RTO.",
-                )
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            what = ", with the critic and the running moments of the rewards"
+            state = self._kept_state(checkpoint, "rto.pt", what, "Go on from another checkpoint of RTO.")
             self._moments = state["moments"]
             if self.critic is not None and "critic" in state:
                 set_state_dict(

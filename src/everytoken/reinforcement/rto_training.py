@@ -31,6 +31,7 @@ from ..training.distributed import load_unplaced
 from ..training.quiet import quiet_arguments, without_printer
 from ..training.session import Prompt, TrainingSession
 from ..training.trial import TrialWork
+from .completions import completion_text
 from .rto import RTOConfig, RTOSettings, RTOTrainer
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def sentiment(prompts: list[Prompt], completions: list[Prompt], **_: Any) -> lis
     """
     from ..training.datasets.sentiment import positivity
 
-    texts = [completion if isinstance(completion, str) else message_text(completion[-1]) for completion in completions]
+    texts = [completion_text(completion) for completion in completions]
     heads = [prompt if isinstance(prompt, str) else "" for prompt in prompts]
     return positivity([head + text for head, text in zip(heads, texts, strict=True)])
 

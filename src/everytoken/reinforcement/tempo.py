@@ -60,6 +60,7 @@ def tempo_advantages(
     groups: torch.Tensor,
     scale: str = "group",
     td_coef: float = 1.0,
+    changes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Advantages ``[B, T]``, 0 outside ``mask``, in groups without two scored or two different rewards, and in rows
     whose reward is NaN.
@@ -69,7 +70,13 @@ def tempo_advantages(
         rewards, groups: ``[B]``.
         scale: ``"group"`` divides by the sample standard deviation of the group's rewards; ``"none"`` does not.
         td_coef: of the change of value; 0 is GRPO.
+        changes: ``[B, T]``, by how much each token changes the value of its prefix; None computes them.
     """
+    if changes is None and td_coef:
+        changes = torch.zeros(mask.shape, dtype=torch.double, device=mask.device)
+        for group in groups.unique():
+            rows = (groups == group).nonzero()[:, 0]
+            changes[rows] = prefix_values(ids[rows], mask[rows], rewards[rows])[0].diff(dim=1)
     advantages = torch.zeros(mask.shape, dtype=torch.double, device=mask.device)
     for group in groups.unique():
         rows = (groups == group).nonzero()[:, 0]
@@ -81,9 +88,8 @@ def tempo_advantages(
         varied = gaps.abs().max() > 1e-9
         spread = (gaps.square().sum() / (count - 1).clamp(min=1)).sqrt() + EPSILON if scale == "group" else 1.0
         found = gaps[:, None].expand(-1, mask.shape[1])
-        if td_coef:
-            values, _, _ = prefix_values(ids[rows], mask[rows], rewards[rows])
-            found = found + td_coef * values.diff(dim=1)
+        if changes is not None:
+            found = found + td_coef * changes[rows]
         advantages[rows] = found / spread * (scored & varied & (count > 1))[:, None] * mask[rows]
     return advantages.to(rewards.dtype)
 
@@ -100,16 +106,17 @@ class PrefixTreeAdvantage:
     metrics: dict[str, float] = field(default_factory=dict, init=False)
 
     def __call__(self, batch: RolloutBatch) -> torch.Tensor:
-        changed, depths = 0, []
+        changes, depths = torch.zeros(batch.mask.shape, dtype=torch.double, device=batch.mask.device), []
         for rows in batch.group_rows():
             values, _, alone = prefix_values(batch.ids[rows], batch.mask[rows], batch.rewards[rows])
-            changed += int(((values.diff(dim=1).abs() > 1e-9) & batch.mask[rows]).sum())
+            changes[rows] = values.diff(dim=1)
             depths.append(alone.double().mean())
+        changed = int(((changes.abs() > 1e-9) & batch.mask).sum())
         self.metrics = {
             "tokens_with_td": changed / max(1, int(batch.mask.sum())),
             "depth_alone": torch.stack(depths).mean().item(),
         }
-        return tempo_advantages(batch.ids, batch.mask, batch.rewards, batch.groups, self.scale, self.td_coef)
+        return tempo_advantages(batch.ids, batch.mask, batch.rewards, batch.groups, self.scale, self.td_coef, changes)
 
 
 @dataclass

@@ -8,7 +8,6 @@ prompts and rewards.
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -324,19 +323,14 @@ class RecipeTrainer(RolloutTrainer):
     # -- checkpoints
     # ------------------------------------------------------------------------------------------------------
     def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(self.recipe.state_dict(), folder / "recipe.pt")
+        self._keep_state("recipe.pt", self.recipe.state_dict(), trial)
         super()._save_checkpoint(model, trial)  # writes last what says that a checkpoint is whole
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            path = Path(checkpoint) / "recipe.pt"
-            if not path.is_file():
-                raise BadInputError(f"{path.parent} has no recipe.pt.", "Go on from a checkpoint of a recipe.")
-            self.recipe.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            state = self._kept_state(checkpoint, "recipe.pt", "", "Go on from a checkpoint of a recipe.")
+            self.recipe.load_state_dict(state)
 
 
 def _limited(recipe: Recipe) -> list[Any]:

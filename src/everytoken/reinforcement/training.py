@@ -21,6 +21,7 @@ from ..training.datasets.arithmetic import is_correct, make_task, messages_of
 from ..training.datasets.pairs import read_rows
 from ..training.session import Prompt, TrainingSession
 from .base import Recipe
+from .completions import completion_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -199,7 +200,7 @@ class TaskReward:
         self.task, self.__name__ = task, "correct"
 
     def __call__(self, completions: list[Any], item: list[int], **_: Any) -> list[float]:
-        texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
+        texts = [completion_text(completion) for completion in completions]
         return [float(is_correct(self.task, self.task[at], text)) for at, text in zip(item, texts, strict=True)]
 
 

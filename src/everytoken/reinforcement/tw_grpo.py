@@ -25,6 +25,7 @@ import torch
 
 from ..core.errors import BadInputError
 from .base import Recipe, RolloutBatch
+from .completions import completion_text
 
 BOUND = 11.0
 CHUNK = 32 * 2**20
@@ -121,10 +122,6 @@ class TWGRPO:
 
 # -- rewards and data
 # ----------------------------------------------------------------------------------------------------
-def _text(completion: Any) -> str:
-    return completion if isinstance(completion, str) else completion[-1]["content"]
-
-
 def options(text: str) -> frozenset[str]:
     """``"A, C"`` as a set; empty for no text."""
     return frozenset(part for part in re.sub(r"\s", "", text).split(",") if part)
@@ -139,7 +136,7 @@ def soft_multichoice_reward(completions: Sequence[Any], solution: Sequence[str],
     """
     rewards = []
     for completion, truth in zip(completions, solution, strict=True):
-        found, right = re.search(r"<answer>(.*?)</answer>", _text(completion), re.S), options(_inside(truth))
+        found, right = re.search(r"<answer>(.*?)</answer>", completion_text(completion), re.S), options(_inside(truth))
         chosen = options(found[1]) if found else frozenset()
         rewards.append(len(chosen) / len(right) if chosen and chosen <= right else 0.0)
     return rewards
@@ -158,7 +155,7 @@ def _inside(text: str) -> str:
 def think_answer_format_reward(completions: Sequence[Any], **_: Any) -> list[float]:
     """1 for one ``<think>...</think>`` followed by one ``<answer>...</answer>`` at the end, else 0."""
     rewards = []
-    for text in map(_text, completions):
+    for text in map(completion_text, completions):
         once = all(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
         shape = re.fullmatch(r"\s*<think>.*</think>\s*<answer>.*</answer>[\s!]*", text, re.S)
         rewards.append(float(bool(once and shape)))

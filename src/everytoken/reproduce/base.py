@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
 
 from ..core.errors import BadInputError
+from ..core.files import write_text_whole
 from ..core.progress import Report, silent
 from ..core.results import (
     Arms,
@@ -159,7 +160,7 @@ class Context:
                     f"The part {name!r} cannot be kept: {error}.", "Return numbers, text, lists."
                 ) from error
             if path is not None:
-                _write(path, text)
+                write_text_whole(path, text)
         kept = json.loads(text)
         self.artifacts.update(kept["artifacts"])
         seed_everything(derive_seed(self.seed, "after", name))
@@ -306,7 +307,7 @@ def execute(
             context = Context(seed, scale, model, show, folder=place / f"parts-{seed}")
             seed_everything(seed)
             arms = experiment.run(context)
-        _write(kept, json.dumps({"arms": arms, "artifacts": context.artifacts}))
+        write_text_whole(kept, json.dumps({"arms": arms, "artifacts": context.artifacts}))
         runs.append(arms)
         artifacts[str(seed)] = context.artifacts
         console.print(f"  seed {seed}: done after {time.time() - began:.0f} s", style="dim")
@@ -393,14 +394,6 @@ def _file_name(name: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def write(result: Result, folder: Path) -> Path:
     """``results/NAME.json`` (``NAME.quick.json`` or ``NAME.gpu.json`` for other scales), written atomically."""
     scale = result["scale"]
@@ -408,7 +401,7 @@ def write(result: Result, folder: Path) -> Path:
     text = json.dumps(result, indent=1)
     # numbers of one list on one line: there may be one a question
     text = re.sub(r"\[[\s\d.,eE+-]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
-    _write(path, text.replace("[ ", "[").replace(" ]", "]") + "\n")
+    write_text_whole(path, text.replace("[ ", "[").replace(" ]", "]") + "\n")
     return path
 
 

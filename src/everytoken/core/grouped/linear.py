@@ -9,8 +9,8 @@ The layers are for inference on the CPU. Training, another device or dtype, and 
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
+from ..files import write_whole
 from . import kernels
 from .llama import LlamaForward, lacks
 from .team import run_together
@@ -177,13 +178,8 @@ def _write(path: Path, weights: dict[str, GroupedWeight]) -> None:
     for name, weight in weights.items():
         tensors[f"{name}.weights"], tensors[f"{name}.scales"] = weight.weights, weight.scales
         facts[name] = json.dumps([weight.bits, *weight.shape, weight.exact])
-    work = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, work, metadata=facts)
-        work.replace(path)
-    except OSError:
-        work.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        write_whole(path, lambda beside: save_file(tensors, beside, metadata=facts))
 
 
 def _read(path: Path | None, linears: dict[str, nn.Linear]) -> dict[str, GroupedWeight] | None:

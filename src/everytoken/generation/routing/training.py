@@ -13,7 +13,6 @@ import hashlib
 import json
 import random
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +21,9 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from ...core.errors import BadInputError
-from ...core.settings import load_function, read_text
+from ...core.settings import load_function
 from ...training.base import Training, TrainingContext, TrainingResult
+from ...training.datasets.prompts import read_prompts as prompts_of_file
 from .configuration_token_router import TokenRouterConfig
 from .labels import DIVERGENT, IDENTICAL, NEUTRAL, Diary, Labels, Report, label
 from .modeling_token_router import TokenRouter
@@ -170,28 +170,8 @@ class R2RTraining:
 
 
 def read_prompts(data: str | None) -> list[str]:
-    """Prompts of a file: one a line, or JSONL objects with a ``prompt``; without a file, a few examples.
-
-    Raises:
-        BadInputError: no such file, one that is no UTF-8, or a line that is neither; names it.
-    """
-    if data is None:
-        return list(EXAMPLES)
-    path, prompts = Path(data), []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        if path.suffix == ".jsonl":
-            try:
-                line = json.loads(line)["prompt"]
-                assert isinstance(line, str)
-                assert line.strip()
-            except (ValueError, KeyError, TypeError, AssertionError) as error:
-                raise BadInputError(f"{data}, line {number}: no object with a text 'prompt'.") from error
-        prompts.append(line)
-    if len(prompts) < 2:
-        raise BadInputError(f"{data} holds {len(prompts)} prompts; two are needed at least.", "Give one a line.")
-    return prompts
+    """Prompts of a file, as ``training.datasets.prompts`` has it; without a file, a few examples."""
+    return list(EXAMPLES) if data is None else prompts_of_file(data)
 
 
 def split_by_prompt(labels: Labels, share: float, seed: int) -> tuple[Labels, Labels]:

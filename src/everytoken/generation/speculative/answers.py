@@ -11,52 +11,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...core.errors import BadInputError
 from ...core.progress import Report
-from ...core.settings import read_text
+from ...core.scoring import prompt_ids, turn_ids
 from .distillation import Row
 from .prompts import draft_prompts
 
 TEMPERATURES = (0.0, 0.5, 0.8, 1.0, 0.0)
 OPEN = "\x00"
-
-
-def read_prompts(file: str) -> list[str]:
-    """Prompts of a file: one a line, or JSONL objects with a ``prompt``.
-
-    Raises:
-        BadInputError: no such file, a line of JSONL without a prompt, or fewer than two prompts.
-    """
-    path, prompts = Path(file), []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        if path.suffix == ".jsonl":
-            try:
-                line = json.loads(line)["prompt"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise BadInputError(f"{file}, line {number}: no object with a text 'prompt'.") from error
-            if not isinstance(line, str) or not line.strip():
-                raise BadInputError(f"{file}, line {number}: no object with a text 'prompt'.")
-        prompts.append(line)
-    if len(prompts) < 2:
-        raise BadInputError(f"{file} holds {len(prompts)} prompts; two are needed at least.", "Give one a line.")
-    return prompts
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> list[int]:
-    """A prompt's tokens: as a user's turn where the model has a chat template, else as text to continue."""
-    if chat and tokenizer.chat_template:
-        encoded: Any = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
-        )
-        return list(encoded["input_ids"])
-    return list(tokenizer(text)["input_ids"])
 
 
 def invented(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
@@ -159,7 +124,7 @@ def collect_answers(
             asked += [templates[(first + place) % count] for place in range(size - len(asked))]
         else:
             asked = templates[first : first + size]
-        encoded = [encode(tokenizer, text, chat)[-longest:] for text, chat in asked]
+        encoded = [(turn_ids if chat else prompt_ids)(tokenizer, text)[-longest:] for text, chat in asked]
         answers = answer(model, encoded, TEMPERATURES[turn % len(TEMPERATURES)], max_new_tokens, pad)
         with file.open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps({"ids": row.ids, "prompt": row.prompt}) + "\n" for row in answers)

@@ -234,9 +234,7 @@ class TokenSelect(LoopDecoder):
             layer: TokenSelectLayer | None = None
             rotation: Turn = still
             if not plan.alone and isinstance(cache, TokenSelectCache):
-                index = cast(int, plan.module.layer_idx)
-                if index < len(cache.layers):  # a layer that borrows keys has no cache of its own
-                    layer = cast(TokenSelectLayer, cache.layers[index])
+                layer = cast(TokenSelectLayer, cache.layers[cast(int, plan.module.layer_idx)])
             key = next((key for key, item in handed.items() if same(item.rest, given)), None)
             if key is not None and plan.alone:
                 kwargs = kwargs | {"position_embeddings": handed[key].real}

@@ -35,7 +35,6 @@ HONOURED = frozenset({
     "is_causal",
 })  # fmt: skip
 """What a layer may tell its attention function."""
-Shared = dict[str, tuple[torch.Tensor, torch.Tensor]]
 Apply = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -56,11 +55,6 @@ class Plan:
     last: bool = False
     halved: bool = False
 
-    def rotates_as(self, other: Plan) -> bool:
-        """Whether another layer rotates alike."""
-        mine, theirs = ((item.apply, item.last, item.halved) for item in (self, other))
-        return mine == theirs
-
 
 def plan_layers(model: PreTrainedModel) -> list[Plan]:
     """A plan for every attention layer.
@@ -79,8 +73,7 @@ def plan_layers(model: PreTrainedModel) -> list[Plan]:
     kinds = getattr(text, "layer_types", None)
     only = "sliding_attention" if getattr(text, "sliding_window", None) is not None else "full_attention"
     plans: list[Plan] = []
-    shared: Shared = {}
-    full: list[Plan] = []
+    full = 0
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         if not isinstance(index, int) or not _attends(module, bool(rotaries)):
@@ -89,8 +82,8 @@ def plan_layers(model: PreTrainedModel) -> list[Plan]:
         if kind in ALONE:
             plans.append(Plan(module, True))
         elif kind == "full_attention":
-            full.append(_ask(name, module, rotaries, kind, text.hidden_size, shared, full))
-            plans.append(full[-1])
+            plans.append(_ask(name, module, rotaries, kind, text.hidden_size))
+            full += 1
         elif kind in SELECTING:
             raise UnsupportedModelError(
                 f"TokenSelect selects keys for layers that attend to all of them; {name} selects keys itself ({kind}).",
@@ -102,10 +95,9 @@ def plan_layers(model: PreTrainedModel) -> list[Plan]:
             f"TokenSelect selects keys for attention layers; {name} has no attention layers.",
             "Decode it without TokenSelect.",
         )
-    if not plans or len(full) != expected:
+    if not plans or full != expected:
         raise UnsupportedModelError(
-            f"TokenSelect finds {len(full)} of {expected} attention layers of {name} that are handed rotary "
-            "embeddings.",
+            f"TokenSelect finds {full} of {expected} attention layers of {name} that are handed rotary embeddings.",
             "It works with models that rotate queries and keys in their layers, as Llama does.",
         )
     return plans
@@ -159,28 +151,15 @@ def same(rest: object, given: object) -> bool:
     return given is rest
 
 
-def _ask(
-    name: str,
-    module: nn.Module,
-    rotaries: list[nn.Module],
-    kind: str,
-    size: int,
-    shared: Shared,
-    before: list[Plan],
-) -> Plan:
-    """How one layer rotates.
-
-    Args:
-        shared: keys and values that layers hand on to later ones, by kind.
-        before: plans of earlier layers of this kind.
-    """
+def _ask(name: str, module: nn.Module, rotaries: list[nn.Module], kind: str, size: int) -> Plan:
+    """How one layer rotates."""
     weight = next(module.parameters())
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4, size, generator=generator).to(weight)
     start = 3
     positions = torch.arange(start, start + 4, device=x.device)[None]
     if not rotaries:
-        _check_told(name, _see(name, module, x, None, positions, shared))
+        _check_told(name, _see(name, module, x, None, positions))
         return Plan(module, False)
     rotary = rotaries[0]
     for asked in (kind, *sorted(ALONE)):  # an embedding for windows alone has no angles for this kind
@@ -192,14 +171,11 @@ def _ask(
             continue
     else:
         raise UnsupportedModelError(f"TokenSelect does not know how {name} computes its rotary embedding.")
-    turned, plain = (_see(name, module, x, given, positions, shared) for given in (real, rest))
+    turned, plain = (_see(name, module, x, given, positions) for given in (real, rest))
     _check_told(name, turned)
     if torch.equal(turned.query, plain.query) and torch.equal(turned.key, plain.key):
         return Plan(module, False)
     states = [(plain.query, turned.query), (plain.key, turned.key)]
-    borrowed = any(plain.key is key for key, _ in shared.values()) and turned.key is plain.key
-    if borrowed:  # an earlier layer's keys, which that layer rotates
-        del states[1]
     own = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     extra = {"layer_type": kind} if "layer_type" in inspect.signature(rotary.forward).parameters else {}
 
@@ -216,10 +192,7 @@ def _ask(
             if all(
                 torch.allclose(rotation(still, start), after, atol=tolerance, rtol=tolerance) for still, after in states
             ):
-                plan = Plan(module, False, apply, last, halved)
-                if borrowed and not any(plan.rotates_as(other) for other in before):
-                    continue
-                return plan
+                return Plan(module, False, apply, last, halved)
         except (RuntimeError, TypeError, ValueError, IndexError):  # a function of another form: it does not fit
             continue
     raise UnsupportedModelError(
@@ -237,13 +210,11 @@ def _check_told(name: str, asked: Asked) -> None:
         )
 
 
-def _see(
-    name: str, module: nn.Module, x: torch.Tensor, given: object, positions: torch.Tensor, shared: Shared
-) -> Asked:
+def _see(name: str, module: nn.Module, x: torch.Tensor, given: object, positions: torch.Tensor) -> Asked:
     """A layer's queries and keys, as they reach its attention function."""
     offered = {"hidden_states": x, "position_embeddings": given, "attention_mask": None}
     offered |= dict.fromkeys(CACHES)
-    offered |= {"position_ids": positions, "shared_kv_states": shared}
+    offered |= {"position_ids": positions, "shared_kv_states": {}}
     known = inspect.signature(module.forward).parameters
     asked = Asked()
     module._token_select = asked  # type: ignore[assignment]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypedDict
 
 import torch
 
+from ...core.files import write_text_whole
 from ...core.implicit_reward import ImplicitReward
 from ...core.loading import cache_dir, load_model, load_tokenizer
 from ...core.progress import Report, silent
@@ -231,12 +232,9 @@ def written(context: Context, prompts: list[str], path: Path) -> list[str]:
     texts: list[str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     if len(texts) < len(prompts):
         teacher, tokenizer = load_model(context.model, dtype="float32", packed=True), load_tokenizer(context.model)
-        path.parent.mkdir(parents=True, exist_ok=True)
         while len(texts) < len(prompts):
             texts += continuations(teacher, tokenizer, prompts[len(texts) : len(texts) + 240], NEW_TOKENS, batch=240)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(texts), encoding="utf-8")
-            temporary.replace(path)
+            write_text_whole(path, json.dumps(texts))
             context.report("test bed: continuations", len(texts), len(prompts))
     return texts
 

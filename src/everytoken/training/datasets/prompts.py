@@ -1,0 +1,32 @@
+"""Prompts of a user's file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ...core.errors import BadInputError
+from ...core.settings import read_text
+
+
+def read_prompts(file: str) -> list[str]:
+    """Prompts of a file: one a line, or JSONL objects with a ``prompt``.
+
+    Raises:
+        BadInputError: no such file, one that is no UTF-8, a line of JSONL without a prompt, or fewer than two prompts.
+    """
+    path, prompts = Path(file), []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        if path.suffix == ".jsonl":
+            try:
+                line = json.loads(line)["prompt"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise BadInputError(f"{file}, line {number}: no object with a text 'prompt'.") from error
+            if not isinstance(line, str) or not line.strip():
+                raise BadInputError(f"{file}, line {number}: no object with a text 'prompt'.")
+        prompts.append(line)
+    if len(prompts) < 2:
+        raise BadInputError(f"{file} holds {len(prompts)} prompts; two are needed at least.", "Give one a line.")
+    return prompts
