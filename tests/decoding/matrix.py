@@ -1,7 +1,8 @@
 """The matrix decoder x family: what each decoder does on a tiny model of each family, against plain ``generate``.
 
-``python -m tests.decoding.matrix`` runs all of it, or the families and decoders named, and writes their cells of the
-documentation's table; ``test_matrix.py`` compares.
+``python -m tests.decoding.matrix`` runs the cells that the documentation's table does not have yet, or, whether it has
+them or not, those of the families and decoders named (``all`` names every family), and writes them into the table, family
+by family: an interrupted run goes on where it stopped. ``test_matrix.py`` compares.
 """
 
 from __future__ import annotations
@@ -275,7 +276,9 @@ def written(table: dict[str, dict[str, str]]) -> str:
 
 
 def documented() -> dict[str, dict[str, str]]:
-    """The cells of the documentation's table."""
+    """The cells of the documentation's table; none where there is no table yet."""
+    if not TABLE.exists():
+        return {}
     lines = TABLE.read_text(encoding="utf-8").splitlines()
     found, names = {}, [cell.strip() for cell in lines[0].strip("|").split("|")][1:]
     for line in lines[2:]:
@@ -287,9 +290,13 @@ def documented() -> dict[str, dict[str, str]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    decoders = [item for item in sys.argv[1:] if item in DECODERS] or DECODERS
-    chosen = [item for item in sys.argv[1:] if item not in DECODERS] or all_families()
-    for item in chosen:  # written after each: an interruption loses nothing
-        known = documented() if TABLE.exists() else {}
-        cells = rows([item], decoders)[item]
-        TABLE.write_text(written(known | {item: known.get(item, {}) | cells}), encoding="utf-8")
+    named = set(sys.argv[1:])
+    decoders = [item for item in DECODERS if item in named] or list(DECODERS)
+    families = all_families() if named <= {"all", *DECODERS} else sorted(named - {"all", *DECODERS})
+    for item in families:  # written after each: an interruption loses nothing
+        known = documented()
+        cells = known.get(item, {})
+        chosen = decoders if named else [name for name in decoders if cells.get(name, UNTRIED) == UNTRIED]
+        if chosen:
+            cells = cells | rows([item], chosen)[item]
+            TABLE.write_text(written(documented() | {item: cells}), encoding="utf-8")
