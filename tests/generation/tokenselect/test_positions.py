@@ -73,7 +73,7 @@ def test_images_with_places_on_several_axes_are_refused_before_any_forward():
     ran = []
     hook = model.register_forward_pre_hook(lambda *_: ran.append(1))
     try:
-        with pytest.raises(BadInputError, match="Qwen2VL.* do not go up by one"):
+        with pytest.raises(BadInputError, match=r"Qwen2VL.* do not go up by one"):
             generate(model, ids, 2, TokenSelect(), **image)
     finally:
         hook.remove()
