@@ -1,8 +1,8 @@
 """The matrix decoder x family: what each decoder does on a tiny model of each family, against plain ``generate``.
 
-``python -m tests.decoding.matrix`` runs the cells that the documentation's table does not have yet. Families and decoders
-that are named run whether it has them or not (``all`` names every family). The table is written after each family, so
-an interrupted run goes on where it stopped. ``test_matrix.py`` compares.
+``python -m tests.decoding.matrix`` runs the cells that the documentation's table does not have yet. Families and
+decoders that are named run whether it has them or not (``all`` names every family). The table is written after each
+family, so an interrupted run goes on where it stopped. ``test_matrix.py`` compares.
 """
 
 from __future__ import annotations
