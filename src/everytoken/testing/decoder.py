@@ -127,6 +127,10 @@ class DecoderConformance:
     """The battery; see the module's docstring."""
 
     decoders: ClassVar[tuple[type[Decoder], ...]] = ()
+    draws: ClassVar[int] = 400
+    """Samples that the chi-square test of each decoder draws."""
+    further_marks: ClassVar[tuple[pytest.MarkDecorator, ...]] = ()
+    """Marks of all but a decoder's first example, where a project runs those less often: ``(pytest.mark.slow,)``."""
     _found: ClassVar[list[Case]]
 
     # -- what is tested ------------------------------------------------------------------------------------------------
@@ -147,7 +151,13 @@ class DecoderConformance:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "case" in metafunc.fixturenames:
-            metafunc.parametrize("case", type(self)._cases(), ids=str)
+            seen: set[type[Decoder]] = set()
+            cases = []
+            for case in type(self)._cases():
+                marks = self.further_marks if case.decoder in seen else ()
+                cases.append(pytest.param(case, marks=marks, id=str(case)))
+                seen.add(case.decoder)
+            metafunc.parametrize("case", cases)
 
     @classmethod
     def _cases(cls) -> list[Case]:
@@ -225,7 +235,7 @@ class DecoderConformance:
         if not example.exact:
             return  # another distribution: the decoder's own tests know which
         torch.manual_seed(1234)
-        prompt, draws = [2, 3], 400
+        prompt, draws = [2, 3], self.draws
         arguments = {"do_sample": True, "max_new_tokens": 2, "top_k": 0, "top_p": 1.0} | sampling
         output = self.run(model, example.make(), torch.tensor([prompt] * draws), **arguments)
         counts: dict[tuple[int, ...], int] = {}
