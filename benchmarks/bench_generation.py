@@ -60,7 +60,7 @@ def main() -> None:
             "DySpec, fixed size 8": lambda: {"custom_generate": DySpec(draft, budget=8, threshold=None)},
             "SkipDecode at 2x": lambda: {"custom_generate": SkipDecode(speedup=2.0)},
             "TokenSelect (short prompts)": lambda: {"custom_generate": TokenSelect()},
-            "R2R, entropy": lambda: {"custom_generate": R2R(draft, "entropy", 3.0)},
+            "R2R, entropy from 3.0 nats": lambda: {"custom_generate": R2R(draft, "entropy", 3.0)},
             "beam search, 4": lambda: {"num_beams": 4},
             "beam over Q*, 4": lambda: {"custom_generate": QStarBeam(4)},
         }
