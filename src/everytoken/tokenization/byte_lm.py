@@ -1,8 +1,8 @@
 """A causal model of tokens as a model of bytes: it computes what ``exact_bytes`` defines.
 
 The key-value cache is kept from byte to byte. It holds the settled tokens; behind them all left parts of the covers
-form a small tree, which runs through the model in one forward pass a byte: its new nodes where keys stay, all of it where a
-sliding window counts every key that was read.
+form a small tree, which runs through the model in one forward pass a byte. Where all keys stay these are its new nodes;
+where a sliding window counts every key that was read it is the whole tree.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class ByteLM:
     # -- the tree of left parts, on a cache ----------------------------------------------------------------------------
     def _reset(self) -> None:
         self._row = RowCache(self.model)
-        # a window counts what was read, the nodes of earlier forwards too: they are read anew, so as not to push text out
+        # a window counts nodes of earlier forwards too: all are read anew, so that they push no text out of it
         self._anew = any(type(layer) is not DynamicLayer for layer in self._row.cache.layers)
         self._settled, self._base_logp = b"", 0.0
         self._base: list[int] = []
