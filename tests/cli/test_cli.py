@@ -257,6 +257,9 @@ def test_marks_in_ascii():
 def test_a_live_count_on_a_terminal_and_lines_elsewhere():
     screen = Console(force_terminal=True, file=io.StringIO(), width=100)
     with watched(screen) as (report, quiet):
+        report("loading the model", 0, 0)
+        time.sleep(0.3)
+        assert "0/" not in screen.file.getvalue() and "left" not in screen.file.getvalue()  # nobody knows how long
         for done in range(0, 9, 4):
             report("plain decoding", done, 8)
             time.sleep(0.3)
