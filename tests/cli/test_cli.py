@@ -240,6 +240,7 @@ def test_any_encoding_of_the_output(arguments, encoding):
     result = run(*arguments, encoding=encoding)
     assert result.returncode == 0, result.stderr
     assert result.stdout.isascii() or encoding != "ascii"
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", result.stdout + result.stderr)  # no colours, no bars
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
