@@ -53,6 +53,13 @@ def test_papers_lists_searches_and_filters():
     assert len(many) == 15
 
 
+def test_names_of_papers_are_whole_in_80_columns():
+    """They are there to be copied."""
+    listed = run("papers", COLUMNS="80").stdout
+    for card in load_catalog().values():
+        assert re.search(rf"^{re.escape(card.slug)} .*\b{card.year}\b.*\b{card.status}\b", listed, re.M), card.slug
+
+
 def test_papers_show():
     text = RUNNER.invoke(app, ["papers", "show", "tdpo"]).stdout
     for piece in ("Token-level Direct Preference", "2404.11999", "everytoken try tdpo", "measured"):
