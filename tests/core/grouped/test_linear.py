@@ -168,6 +168,7 @@ def test_a_gguf_file_of_4_bits_is_run_as_it_is_stored(tmp_path, monkeypatch, kin
     assert all(same) == exact
 
 
+@pytest.mark.slow
 def test_the_trial_runs_4_bits_where_they_change_nothing_and_compares_with_the_faster_plain_arm(tmp_path, monkeypatch):
     from everytoken.decoding.plain import PlainDecoding
     from everytoken.decoding.trial import Trial, TrialRequest, chosen_weights, run_decoders
