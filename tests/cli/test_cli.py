@@ -283,7 +283,7 @@ def test_trials_count_their_tokens(letters_model):
     heard = []
     card = load_catalog()["skipdecode"]
     trial = build_trial(card, ["speedup=1.2"])
-    options = {"max_new_tokens": 5, "packed": False}
+    options = {"max_new_tokens": 5, "weights": "as they come"}
     request = TrialRequest([trial], str(letters_model), "abc", options=options, report=lambda *item: heard.append(item))
     result = card.load_trial()(request)
     for stage, row in (("plain decoding", "plain generate"), ("decoding with skipdecode", "skipdecode")):

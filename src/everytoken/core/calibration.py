@@ -3,7 +3,7 @@
 Which way is the fastest depends on the processor: packing pays on one and hurts on another, and 4 bits pay where memory
 is what is waited for. So it is measured, once for a machine and a shape of model, and kept in the cache folder. Timed
 are one layer and the head (``one_layer``), in a few seconds. A busy machine only ever makes things slower, so the
-smallest of several runs counts. Where the runs differ much, the next uses measure again and the smallest of all is kept.
+smallest of several runs counts. Where the runs differ much, the next uses measure again, and the smallest is kept.
 
 ``Calibration.fastest`` chooses a way. Its ``Curve`` is what speculative decoding asks: ``curve(n)`` is the price of a
 forward over n tokens.

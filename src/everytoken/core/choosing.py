@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .calibration import Calibration, Curve, calibrate, lookup, machine_key, shape_hash
-from .loading import cache_dir, exact_in_4_bits, load_config, load_model
+from .loading import cache_dir, dtype_and_device, exact_in_4_bits, load_config, load_model
 from .progress import Report, silent
 
 if TYPE_CHECKING:
@@ -72,23 +72,22 @@ def choose_weights(
         timed: measures; see ``calibrate``.
 
     Raises:
-        BadInputError: a model's path that does not exist.
+        BadInputError: a model's path that does not exist, an unknown way, or one that the dtype contradicts.
         EverytokenError: its configuration cannot be had.
     """
     import torch
 
     measure = measure and os.environ.get(OFF) != "0"
+    asked = weights if weights != "auto" else None
+    dtype_and_device(asked, False, dtype, None)  # refuses ways that are unknown, or that the dtype contradicts
     if torch.cuda.is_available():
-        return Choice(
-            "as they come" if weights == "auto" else weights, "on a GPU" if weights == "auto" else "asked for"
-        )
+        return Choice(asked or "as they come", "asked for" if asked else "on a GPU")
     config = load_config(model)
     come = _dtype(config, dtype)
     exact = ["as they come", "packed"]
     four = come == torch.float32 and compiled and exact_in_4_bits(model)
     if four:
         exact.append("int4")
-    asked = weights if weights != "auto" else None
     rounds = [] if asked else _rounding(come, four, compiled)
     ways = [asked] if asked else [*exact, *rounds]
     known = _known(config, come, ways, measure, report, timed)

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from .grouped.weights import GroupedWeight
 
 Parts = tuple[float, float, float]
-"""Seconds of what is done once a forward, of one layer, and of the timed part of the head; where the forward is compiled,
-of one layer, of three, and of one with the head, each with what is done once."""
+"""Seconds of what is done once a forward, of one layer, and of the timed part of the head; where the forward is
+compiled, of one layer, of three, and of one with the head, each with what is done once."""
 HEAD = 1 << 26
 """Weights of a head that are timed, at most."""
 PUSH = 48 << 20
