@@ -37,6 +37,8 @@ SWEEPS = 6
 """Each is timed so often, where time allows."""
 AT_LEAST = 3
 """One token is timed so often, however long that takes."""
+NEEDED = 8
+"""Widths up to this one are timed once at least: a curve of less says nothing about trees."""
 SMALL, LARGE = 2.5, 9.0
 """Seconds for all ways together, for models whose timed weights are fewer than ``MANY``, and for others."""
 MANY = 100_000_000
@@ -221,21 +223,20 @@ def _curve(bench: Bench, best: float, clock: Callable[[], float], allowed: float
 
     Args:
         best: the fastest way's seconds for one token so far.
-        allowed: seconds for this way. The narrowest width is timed in any case.
+        allowed: seconds for this way. Widths up to ``NEEDED`` are timed in any case, but for a hopeless way.
     """
     end = clock() + allowed
-    runs: dict[int, list[tuple[float, ...]]] = {}
+    runs: dict[int, list[tuple[float, ...]]] = {1: [bench(1) for _ in range(AT_LEAST)]}
     lasted: dict[int, float] = {}
-    for sweep in range(SWEEPS):
-        for width in WIDTHS if sweep else (*[1] * (AT_LEAST - 1), *WIDTHS):
+    hopeless = bench.seconds(_smallest(runs[1])) > HOPELESS * best
+    for sweep in range(0 if hopeless else SWEEPS):
+        for width in WIDTHS:
             before = clock()
             expected = lasted.get(width, 2 * lasted.get(width // 2, 0.0))
-            if len(runs.get(1, ())) >= AT_LEAST and before + expected > end:
+            if (sweep or width > NEEDED) and before + expected > end:
                 break
             runs.setdefault(width, []).append(bench(width))
             lasted[width] = clock() - before
-        if bench.seconds(_smallest(runs[1])) > HOPELESS * best:
-            break
     first = sorted(bench.seconds(parts) for parts in runs[1])
     seconds = tuple(bench.seconds(_smallest(runs[width])) for width in runs)
     return Curve(tuple(runs), seconds, max(first[len(first) // 2] / first[0] - 1, 0.0))

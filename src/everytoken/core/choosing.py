@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .calibration import Calibration, Curve, calibrate, lookup, machine_key, shape_hash
+from .calibration import NEEDED, Calibration, Curve, calibrate, lookup, machine_key, shape_hash
 from .loading import cache_dir, dtype_and_device, exact_in_4_bits, load_config, load_model
 from .progress import Report, silent
 
@@ -44,8 +44,9 @@ class Choice:
 
     @property
     def curve(self) -> Curve | None:
-        """What a forward costs, this way; None where it was not measured."""
-        return None if self.calibration is None else self.calibration.ways.get(self.way)
+        """What a forward costs, this way; None where it was not measured, or for single tokens only."""
+        found = None if self.calibration is None else self.calibration.ways.get(self.way)
+        return found if found is not None and found.widths[-1] >= NEEDED else None
 
     def __str__(self) -> str:
         return f"{self.way} ({self.why})"
@@ -98,8 +99,8 @@ def choose_weights(
         why = "these weights have 4 bits; nothing was measured" if four else "nothing was measured"
         return Choice("int4" if four else "as they come", why)
     others = [way for way in exact if way in known.ways and way != best]
-    ratios = ", ".join(f"{known.ways[way](1) / known.ways[best](1):.2f}x of {way}" for way in others)
-    why = f"measured: the fastest for single tokens{', ' + ratios if others else ''}"
+    ratios = ", ".join(f"{known.ways[way](1) / known.ways[best](1):.2f}x {way}" for way in others)
+    why = f"measured for a single token{'; time of the others: ' + ratios if others else ''}"
     if known.busy:
         why += "; the machine was busy meanwhile"
     return Choice(best, why, known, _advice(known, best, rounds))
