@@ -160,8 +160,9 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
     output, seconds = work.timed(lambda: model.generate(**inputs, **arguments, streamer=counted))
     work.record("plain generate", output, seconds, {"target forwards": float(output.shape[1] - length)})
     name = "plain, compiled" if lean_forward(model) is not None else "plain, lean loop"
-    with contextlib.suppress(UnsupportedModelError):  # not every model's cache is read row by row
-        work.run(name, PlainDecoding(), prompt, shown=False)
+    if beyond is None:  # our own loop stops where the model's positions do
+        with contextlib.suppress(UnsupportedModelError):  # not every model's cache is read row by row
+            work.run(name, PlainDecoding(), prompt, shown=False)
     # the baseline comes first: the fastest way of decoding plainly
     result.rows = dict(sorted(result.rows.items(), key=lambda item: -item[1][result.headline]))
     report = getattr(model, "weights_report", None)
