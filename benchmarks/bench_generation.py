@@ -163,12 +163,12 @@ def table(
                 "dtype": "4 bits" if name == LLAMA or "4 bits" in name else dtype,
                 "arm": name,
                 "tokens/s": statistics.median(values),
-                f"to the fastest plain ({fastest})": against(name, fastest),
+                "to the fastest plain": against(name, fastest),
                 "to plain generate": against(name, "plain generate"),
                 "to llama.cpp": against(name, LLAMA),
                 "worst prompt": min(a / b for a, b in zip(values, speeds[fastest], strict=True)),
                 "same text": f"{same}/{len(values)}",
-                "note": f"{kind} {statistics.mean(notes[name]):.2f}" if notes[name] else "",
+                "note": f"{kind} {statistics.mean(notes[name]):.2f}" if notes[name] else "baseline" * (name == fastest),
             }
         )
     return rows
