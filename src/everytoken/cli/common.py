@@ -27,6 +27,12 @@ from .output import print_json
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+WEIGHTS_HELP = "Decoders: how linear layers run: auto (the fastest that changes no result), 'as they come', packed, "
+WEIGHTS_HELP += "bfloat16 or int4."
+CALIBRATE_HELP = "Measure on first use which way is the fastest here (a few seconds, kept), or measure nothing."
+PEER_HELP = "Decoders: llama.cpp, another engine, beside them on the same GGUF file: auto (where installed), none or "
+PEER_HELP += "llama.cpp."
+
 
 def method_names(incomplete: str) -> list[str]:
     """Names of runnable methods, for shell completion."""

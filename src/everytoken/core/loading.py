@@ -503,7 +503,7 @@ def load_model(
     """
     if isinstance(dtype, str) and dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
         raise BadInputError(f"Unknown dtype {dtype!r}.", "Use float32, bfloat16, float16 or auto.")
-    dtype, device = _dtype_and_device(weights, packed, dtype, device)
+    dtype, device = dtype_and_device(weights, packed, dtype, device)
     if not kwargs.pop("use_safetensors", True):
         raise BadInputError("use_safetensors=False would read a pickle, which may run any code.", "Leave it out.")
     name = resolve(model)
@@ -535,7 +535,7 @@ def load_model(
     return loaded
 
 
-def _dtype_and_device(
+def dtype_and_device(
     weights: str | None, packed: bool, dtype: str | torch.dtype, device: str | torch.device | None
 ) -> tuple[str | torch.dtype, str | torch.device | None]:
     """The dtype and device that a way of running the weights needs.
