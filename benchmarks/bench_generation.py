@@ -94,7 +94,7 @@ def measure(args: argparse.Namespace, dtype: str, work: list[Any]) -> list[dict[
         "DySpec, fixed size 8": (packed, lambda: {"custom_generate": DySpec(draft, budget=8, threshold=None)}),
         "SkipDecode at 2x": (packed, lambda: {"custom_generate": SkipDecode(speedup=2.0)}),
         "TokenSelect (short prompts)": (packed, lambda: {"custom_generate": TokenSelect()}),
-        "R2R, entropy": (packed, lambda: {"custom_generate": R2R(draft, "entropy", 3.0)}),
+        "R2R, entropy from 3.0 nats": (packed, lambda: {"custom_generate": R2R(draft, "entropy", 3.0)}),
         "beam search, 4": (packed, lambda: {"num_beams": 4}),
         "beam over Q*, 4": (packed, lambda: {"custom_generate": QStarBeam(4)}),
     }

@@ -53,6 +53,13 @@ def test_papers_lists_searches_and_filters():
     assert len(many) == 15
 
 
+def test_names_of_papers_are_whole_in_80_columns():
+    """They are there to be copied."""
+    listed = run("papers", COLUMNS="80").stdout
+    for card in load_catalog().values():
+        assert re.search(rf"^{re.escape(card.slug)} .*\b{card.year}\b.*\b{card.status}\b", listed, re.M), card.slug
+
+
 def test_papers_show():
     text = RUNNER.invoke(app, ["papers", "show", "tdpo"]).stdout
     for piece in ("Token-level Direct Preference", "2404.11999", "everytoken try tdpo", "measured"):
@@ -245,6 +252,7 @@ def test_any_encoding_of_the_output(arguments, encoding):
     result = run(*arguments, encoding=encoding)
     assert result.returncode == 0, result.stderr
     assert result.stdout.isascii() or encoding != "ascii"
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", result.stdout + result.stderr)  # no colours, no bars
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
@@ -263,6 +271,9 @@ def test_marks_in_ascii():
 def test_a_live_count_on_a_terminal_and_lines_elsewhere():
     screen = Console(force_terminal=True, file=io.StringIO(), width=100)
     with watched(screen) as (report, quiet):
+        report("loading the model", 0, 0)
+        time.sleep(0.3)
+        assert "0/" not in screen.file.getvalue() and "left" not in screen.file.getvalue()  # nobody knows how long
         for done in range(0, 9, 4):
             report("plain decoding", done, 8)
             time.sleep(0.3)

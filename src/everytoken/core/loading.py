@@ -26,7 +26,7 @@ import struct
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -317,17 +317,25 @@ def convert_gguf(source: Path, folder: Path) -> None:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars and no warnings of transformers inside."""
+    from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    reader: Any = modeling_gguf_pytorch_utils  # its bar does not ask whether bars are wanted
+    level, bars, bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), getattr(reader, "tqdm", None)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    reader.tqdm = _no_bar
     try:
         yield
     finally:
+        reader.tqdm = bar
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def _no_bar(items: Iterable[T], **_: object) -> Iterable[T]:
+    return items
 
 
 @contextmanager
