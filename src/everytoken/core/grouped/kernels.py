@@ -11,7 +11,18 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
-from .vectors import atomic_add, bits_to_float, tile_4_1, tile_4_4, tile_8_1, tile_8_4
+from .vectors import (
+    atomic_add,
+    bits_to_float,
+    tile_4_1,
+    tile_4_2,
+    tile_4_3,
+    tile_4_4,
+    tile_8_1,
+    tile_8_2,
+    tile_8_3,
+    tile_8_4,
+)
 
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 BLOCK = 4
@@ -121,20 +132,28 @@ def multiply(
         while row < rows:
             a, b, c = number + row * columns * 2, step + row * groups * 4, whole + row * groups * 4
             place = result + (row * width + tile * 8) * 4
-            many = row + 4 <= rows
+            many = min(rows - row, 4)
             if bits == 4:
                 w, s = weight + tile * groups * 128, scale + tile * groups * 32
-                if many:
+                if many == 4:
                     tile_4_4(w, s, a, b, c, place, groups, width)
+                elif many == 3:
+                    tile_4_3(w, s, a, b, c, place, groups, width)
+                elif many == 2:
+                    tile_4_2(w, s, a, b, c, place, groups, width)
                 else:
                     tile_4_1(w, s, a, b, c, place, groups, width)
             else:
                 w, s = weight + tile * groups * 256, scale + tile * groups * 16
-                if many:
+                if many == 4:
                     tile_8_4(w, s, a, b, c, place, groups, width)
+                elif many == 3:
+                    tile_8_3(w, s, a, b, c, place, groups, width)
+                elif many == 2:
+                    tile_8_2(w, s, a, b, c, place, groups, width)
                 else:
                     tile_8_1(w, s, a, b, c, place, groups, width)
-            row += 4 if many else 1
+            row += many
 
 
 @njit(cache=True, nogil=True)
