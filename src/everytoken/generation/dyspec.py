@@ -67,7 +67,7 @@ from ..decoding.matcher import Matcher
 from ..decoding.row import DecodingRow
 from ..decoding.row_cache import check_cached, check_rewindable
 from .speculative import check_draft_ships, check_feature_target, find_draft, load_draft, load_named_draft
-from .speculative.drafting import DraftSession, draft_share
+from .speculative.drafting import draft_session, draft_share
 from .speculative.matches import Corpus, TextMatches, corpus_tokens
 from .speculative.proposals import Proposals, process
 from .speculative.trees import Expand, TokenTree, grow_tree
@@ -253,7 +253,7 @@ class _Speculation:
         self.cache, self.device, self.max_length = row_cache(call.model, row.cache), row.device, call.config.max_length
         self.path_free = all(type(item) in PATH_FREE for item in row.processors)
         draft = decoder.drafting
-        self.draft = None if draft is None else DraftSession(draft, call.model, self.vocab, self.cache)
+        self.draft = None if draft is None else draft_session(draft, call.model, self.vocab, self.cache)
         # where a model cannot mask a tree, one path is drafted: it needs no mask
         self.branches = self.cache.trees and (self.draft is None or self.draft.trees)
         self.drawn = row.do_sample and decoder.drawn

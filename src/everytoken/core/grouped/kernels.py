@@ -289,7 +289,8 @@ def llama_forward(
         qkv, output, wide, down: ``[L, bytes]`` weights of 4 bits as ``vectors`` lays them out (queries, keys and values
             behind each other; gates, then ups), with their scales. head: 8 bits.
         keys, values: ``[L, kv heads, room, d]``; the first ``past`` are filled, the new ones are written behind them.
-        allowed: ``[R, R]`` which of the new tokens each may see.
+        allowed: ``[R, E + R]`` which of the new tokens each may see. Where E is not 0, so many of the new ones were read
+            in earlier calls; their keys lie behind the past ones.
         cos, sin: ``[R, d]`` rotary tables for their positions.
         wanted: the last so many tokens get logits.
         states: ``[L + 1, R, D]`` gets what enters each layer, and the normalised last state.
@@ -302,6 +303,7 @@ def llama_forward(
     inner, middle = mixed.shape[1], wide_out.shape[1] // 2
     heads = inner // width
     sharing = heads // kv_heads
+    begin = past + allowed.shape[1] - rows
     number, step, whole = numbers[member], steps[member], sums[member]
     mine, weights = line[member], scores[member]
     for layer in range(layers):
@@ -317,9 +319,9 @@ def llama_forward(
         for row in range(rows):  # each member writes all keys, the same numbers
             for kv in range(kv_heads):
                 at = inner + kv * width
-                rotate(qkv_out[row, at : at + width], cos[row], sin[row], keys[layer, kv, past + row])
+                rotate(qkv_out[row, at : at + width], cos[row], sin[row], keys[layer, kv, begin + row])
                 at += kv_heads * width
-                values[layer, kv, past + row] = qkv_out[row, at : at + width]
+                values[layer, kv, begin + row] = qkv_out[row, at : at + width]
         first, last = share(rows * heads, member, members)
         for piece in range(first, last):
             row, query = piece // heads, piece % heads

@@ -45,7 +45,7 @@ def lacks(model: Any) -> str | None:
     return None
 
 
-def _some_threads() -> list[int]:
+def some_threads() -> list[int]:
     """As many threads as torch may use, half of them, and so on to one: on a busy machine, fewer are faster, because
     all wait for the one that is not running."""
     counts = [torch.get_num_threads()]
@@ -54,7 +54,7 @@ def _some_threads() -> list[int]:
     return counts
 
 
-def _versions(model: torch.nn.Module) -> list[tuple[str, int, int]]:
+def changes(model: torch.nn.Module) -> list[tuple[str, int, int]]:
     """Names, places and change counts of all parameters, which adapters and edits change."""
     return [
         (name, item.data_ptr(), 0 if item.is_inference() else item._version) for name, item in model.named_parameters()
@@ -115,7 +115,7 @@ class LlamaForward:
             weights["lm_head"].weights,
             weights["lm_head"].scales,
         )
-        self._versions = _versions(model)
+        self._versions = changes(model)
         self._rooms = threading.local()
         self._paces: dict[tuple[int, int], Pace] = {}  # by how many tokens are read together
 
@@ -128,7 +128,7 @@ class LlamaForward:
             replaced = "forward" in vars(module) and not hasattr(module, "_grouped")
             if replaced or module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
                 return False
-        return self._versions == _versions(model)
+        return self._versions == changes(model)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_rooms"}
@@ -197,7 +197,7 @@ class LlamaForward:
             asked = max(0, min(rows, first + rows - (count - wanted)))
             some = np.empty((self.layers + 1, rows, self.size), np.float32) if rows < count else states
             kind = rows.bit_length(), torch.get_num_threads()
-            pace = self._paces.setdefault(kind, Pace(_some_threads()))
+            pace = self._paces.setdefault(kind, Pace(some_threads()))
             members, began = pace.choose(), time.perf_counter()
             run_together(
                 kernels.llama_forward, members,

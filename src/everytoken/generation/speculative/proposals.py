@@ -8,7 +8,10 @@ no part.
 
 from __future__ import annotations
 
+import math
+
 import torch
+from transformers import TemperatureLogitsWarper
 
 from ...decoding.call import DecodingStats
 from ...decoding.matcher import Matcher, fill_mask
@@ -52,6 +55,8 @@ class Proposals:
         self.asking = draft is not None
         # tokens beyond the draft's own vocabulary are not needed where their scores decide nothing
         self.reduced = not drawn and path_free and row.matcher is None
+        warm = [item.temperature for item in row.processors if isinstance(item, TemperatureLogitsWarper)]
+        self.temperature = math.prod(warm) if row.do_sample else 1.0
 
     def begin(self) -> None:
         """A new round."""
@@ -77,6 +82,11 @@ class Proposals:
     def _ask(self, tree: TokenTree, nodes: list[int], paths: list[list[int]]) -> Candidates:
         """The draft's likeliest tokens after each node."""
         assert self.draft is not None
+        if self.reduced:  # cuts like top-k keep the order, and chances are estimates
+            known = self.draft.likeliest(tree, nodes, self.width, self.temperature)
+            if known is not None:
+                self.stats.draft_forwards += 1
+                return known
         dists = self._distributions(tree, nodes, paths)
         top = dists.topk(min(self.width, dists.shape[-1]), -1)
         token_ids = self.draft.token_ids if self.reduced else None
