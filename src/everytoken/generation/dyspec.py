@@ -56,7 +56,7 @@ from transformers.generation.logits_process import (
 
 from ..core.errors import BadInputError
 from ..core.loading import check_model_name
-from ..core.pace import Pace
+from ..core.pace import Curve, Pace
 from ..core.settings import check_file
 from ..decoding.base import BY_NAME, Decoder, Example
 from ..decoding.call import DecodingCall
@@ -87,9 +87,12 @@ PATH_FREE = (
 )
 
 
+WARM = 2
+"""Rounds of a model's first text that draft nothing, to measure a plain step."""
 WIDTHS = (3, 7)
 """Budgets that are tried beside none and the one that was asked for."""
 _paces: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], Pace]] = WeakKeyDictionary()
+_curves: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], tuple[Curve, Curve]]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -261,9 +264,16 @@ class _Speculation:
         self.choosy = decoder.threshold is not None and not self.drawn
         if decoder.text_nodes and (self.choosy or self.draft is None):
             self.matches = TextMatches(self.vocab, decoder.searched)
-        cost = decoder.cost or default_cost(self.device.type)
-        share = 0.0 if self.draft is None else draft_share(call.model, self.draft.model)
-        self.worth = Worth(cost, share * cost(1), rereads=bool(getattr(call.model, "_is_stateful", False)))
+        self.curves = self._measured(decoder)
+        if self.draft is None:
+            share = 0.0
+        elif self.curves is not None and self.curves[1].seconds:
+            share = self.curves[1].step / self.curves[0].step
+        else:
+            share = draft_share(call.model, self.draft.model)
+        cost = decoder.cost or (self.curves[0] if self.curves is not None else default_cost(self.device.type))
+        rereads = bool(getattr(call.model, "_is_stateful", False))
+        self.worth = Worth(cost, share * cost(1), rereads, decoder.budget)
         width = min(decoder.max_children, decoder.budget) if self.branches else 1
         self.proposals = Proposals(
             row, self.draft, self.matches, self.worth, self.stats, self.path_free, self.drawn, self.choosy, width
@@ -273,11 +283,23 @@ class _Speculation:
     def _pace(self, decoder: DySpec) -> Pace | None:
         """The measured pace of this draft with this target, which goes on from call to call; None: always draft."""
         wanted = isinstance(self.cache, LeanRowCache) if decoder.adaptive is None else decoder.adaptive
-        if not wanted or self.row.do_sample or decoder.budget == 0:
+        if not wanted or self.row.do_sample or decoder.budget == 0 or self.curves is not None:
             return None
         known = _paces.setdefault(self.model, {})
         key = (id(decoder.draft_model), decoder.budget, decoder.threshold, torch.get_num_threads())
         return known.setdefault(key, Pace((0, *(width for width in WIDTHS if width < decoder.budget), decoder.budget)))
+
+    def _measured(self, decoder: DySpec) -> tuple[Curve, Curve] | None:
+        """What rounds cost by the size of their trees, and what growing costs by draft forwards, as far as measured;
+        None: they are not measured.
+
+        Only a compiled target gives the same bits for every tree, so that samples cannot look at the clock either.
+        """
+        lean = isinstance(self.cache, LeanRowCache)
+        if not lean or not self.choosy or decoder.adaptive is False or decoder.cost is not None:
+            return None
+        known = _curves.setdefault(self.model, {})
+        return known.setdefault((id(decoder.draft_model), torch.get_num_threads()), (Curve(), Curve()))
 
     # -- the loop ------------------------------------------------------------------------------------------------------
     def decode(self) -> None:
@@ -291,20 +313,35 @@ class _Speculation:
                 forwards, accepted = self.stats.draft_forwards, self.stats.accepted
                 began, before = time.perf_counter(), len(self.row.new)
                 budget = self.decoder.budget if self.pace is None else self.pace.choose()
+                if self.curves is not None and turn <= WARM and not self.curves[0].seconds:
+                    budget = 0  # what a plain step costs
                 tree = self._grow(budget, room)
+                grown = time.perf_counter()
                 logits = self._verify_forward(tree)
                 self.stats.rounds += self.pace is None or len(tree) > 1
                 self.stats.proposed += len(tree) - 1
                 done = self._walk(tree, logits, turn)
+                ended = time.perf_counter()
                 turn += 1
                 asked, came = self.stats.draft_forwards - forwards, self.stats.accepted - accepted
+                if self.curves is not None and turn > WARM:
+                    self._measure(len(tree), ended - grown, asked, grown - began)
                 self.worth.add(len(tree) - 1, asked, sum(tree.values[1:]), came)
                 if self.pace is not None and room > budget:  # a tree that was cut short says nothing about its budget
-                    self.pace.saw(budget, len(self.row.new) - before, time.perf_counter() - began)
+                    self.pace.saw(budget, len(self.row.new) - before, ended - began)
         finally:
             if self.draft is not None:
                 self.draft.close()
             self.cache.close()
+
+    def _measure(self, size: int, checked: float, asked: int, grown: float) -> None:
+        """Takes note of the seconds of a round: to check a tree of so many nodes, and to grow it."""
+        assert self.curves is not None
+        trees, drafts = self.curves
+        trees.saw(size, checked)
+        if asked:
+            drafts.saw(1, grown / asked)
+            self.worth.draft_cost = drafts.step / trees.step
 
     def _prefill(self) -> torch.Tensor:
         """The prompt through the target; returns ``[V]`` logits for the next token."""

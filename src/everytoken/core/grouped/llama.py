@@ -115,6 +115,7 @@ class LlamaForward:
             weights["lm_head"].weights,
             weights["lm_head"].scales,
         )
+        self._tables = (np.empty((0, self.width), np.float32), np.empty((0, self.width), np.float32))
         self._versions = changes(model)
         self._rooms = threading.local()
         self._paces: dict[tuple[int, int], Pace] = {}  # by how many tokens are read together
@@ -138,8 +139,12 @@ class LlamaForward:
 
     def tables(self, positions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Rotary tables ``[R, d]`` for positions ``[R]``."""
-        cos, sin = self.rotary(self.embedding.weight, positions[None])
-        return np.ascontiguousarray(cos[0].float().numpy()), np.ascontiguousarray(sin[0].float().numpy())
+        needed = int(positions.max()) + 1
+        if needed > len(self._tables[0]):  # they depend on the position alone
+            cos, sin = self.rotary(self.embedding.weight, torch.arange(needed + 1024)[None])
+            self._tables = cos[0].float().numpy(), sin[0].float().numpy()
+        chosen = positions.numpy()
+        return self._tables[0][chosen], self._tables[1][chosen]
 
     def _arrays(self, rows: int, keys: int, members: int) -> tuple[np.ndarray, ...]:
         """Room for a forward; a thread keeps it for the next."""

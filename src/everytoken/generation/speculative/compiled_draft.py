@@ -286,7 +286,7 @@ class CompiledDraft:
         """
         rows, width = len(tokens), min(width, self.vocab)
         cos, sin = self.tables(positions)
-        embeds = self.embedding.weight.detach()[torch.tensor(tokens)].numpy()
+        embeds = self.embedding.weight.detach().numpy()[tokens]
         normed = 1 + self.features if from_target else 1
         states, logits = np.empty((2, rows, self.size), np.float32), np.empty((wanted, self.vocab), np.float32)
         chosen, chances = np.empty((wanted, width), np.int64), np.empty((wanted, width), np.float32)
