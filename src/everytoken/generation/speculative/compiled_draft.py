@@ -23,7 +23,7 @@ from ...core.grouped.weights import GroupedWeight, group_weight
 from ...core.pace import Pace
 from ...decoding.row import fit
 from ...decoding.row_cache import RowCache
-from .drafting import DraftSession
+from .drafting import DraftSession, Wanted
 from .modeling_feature_draft import FeatureDraftForCausalLM
 from .trees import Candidates, TokenTree
 
@@ -170,6 +170,131 @@ def draft_forward(
             best[leader, row, width - 1] = np.float32(-np.inf)
 
 
+@njit(cache=True, nogil=True)
+def grow_compiled(
+    meeting: Any,
+    member: int,
+    members: int,
+    pending: Any,
+    features: Any,
+    offset: int,
+    vocabulary: Any,
+    embedding: Any,
+    cos: Any,
+    sin: Any,
+    mix_norms: Any,
+    mix: Any,
+    mix_scales: Any,
+    own_mix: Any,
+    own_scales: Any,
+    epsilon: float,
+    block: Any,
+    head_bits: int,
+    head: Any,
+    head_scales: Any,
+    keys: Any,
+    values: Any,
+    past: int,
+    deepest: int,
+    scale: float,
+    floor: float,
+    worth_asking: float,
+    states: Any,
+    x: Any,
+    node_states: Any,
+    node_x: Any,
+    logits: Any,
+    inputs: Any,
+    room: Any,
+    places: Any,
+    best: Any,
+    totals: Any,
+    tokens: Any,
+    chances: Any,
+    tree: Any,
+    probs: Any,
+    made: Any,
+) -> None:
+    """A tree, best node first: the draft reads ``pending`` and then every node behind which it is worth asking.
+
+    Args:
+        pending, features: committed tokens that the draft has not read, and the target's states before each.
+        offset: the position of the first token in the draft's cache. vocabulary: the draft's tokens.
+        embedding ``[V, D]``; cos, sin: by position. past: tokens in the draft's cache.
+        floor: a node of less chance is not added. worth_asking: behind a node of less the draft is not asked.
+        tree: ``[2, budget + 1]`` gets each node's token and parent, the root's first. probs: their chances given the
+            parent. made: ``[2]`` gets how many nodes there are with the root, and how often the draft was asked.
+    """
+    budget, width, size = tree.shape[1] - 1, tokens.shape[1], x.shape[1]
+    rows = pending.size
+    seen = np.zeros((rows, rows), np.bool_)
+    for row in range(rows):
+        seen[row, : row + 1] = True
+    embeds = np.empty((rows, size), np.float32)
+    for row in range(rows):
+        embeds[row] = embedding[pending[row]]
+    at = offset + past
+    draft_forward(
+        meeting, member, members, embeds, features, mix_norms, mix_norms.shape[0], mix, mix_scales, epsilon, block,
+        head_bits, head, head_scales, keys, values, past, seen, cos[at : at + rows], sin[at : at + rows], 1, scale,
+        states, logits, x, inputs, room, places, best, totals, tokens, chances,
+    )  # fmt: skip
+    meet(meeting, members)
+    # every member decides for itself, and all decide the same
+    base = past + rows
+    value, depth = np.zeros(budget + 1), np.zeros(budget + 1, np.int64)
+    parent, place, read = np.zeros(budget + 1, np.int64), np.full(budget + 1, -1), np.full(budget + 1, -1)
+    rank = np.zeros(budget + 1, np.int64)
+    offered, offers = np.zeros((budget + 1, width)), np.zeros((budget + 1, width), np.int64)
+    own = np.zeros((budget + 1, size), np.float32)
+    value[0] = 1.0
+    read[0] = 0
+    own[0] = states[1, rows - 1]
+    offered[0], offers[0] = chances[0], tokens[0]
+    count, asked = 1, 1
+    while count <= budget:
+        chosen, most = -1, 0.0
+        for node in range(count):
+            if read[node] >= 0 and rank[node] < width:
+                gain = value[node] * offered[node, rank[node]]
+                if gain > most:
+                    chosen, most = node, gain
+        if chosen < 0 or most < floor:
+            break
+        node = count
+        count += 1
+        parent[node], place[node], value[node], depth[node] = chosen, offers[chosen, rank[chosen]], most, depth[chosen] + 1
+        if member == 0:
+            tree[0, node], tree[1, node] = vocabulary[place[node]], chosen
+            probs[node] = offered[chosen, rank[chosen]]
+        rank[chosen] += 1
+        if most < worth_asking or depth[node] >= deepest or count > budget:
+            continue
+        earlier = asked - 1
+        path = np.zeros((1, earlier + 1), np.bool_)
+        path[0, earlier] = True
+        walk = chosen
+        while walk > 0:
+            path[0, read[walk] - 1] = True
+            walk = parent[walk]
+        token, at = vocabulary[place[node]], offset + base + depth[node] - 1
+        before = np.empty((1, size), np.float32)
+        before[0] = own[chosen]
+        meet(meeting, members)  # all have taken what they need of the last answer
+        draft_forward(
+            meeting, member, members, embedding[token : token + 1], before, mix_norms, 1, own_mix, own_scales, epsilon,
+            block, head_bits, head, head_scales, keys, values, base, path, cos[at : at + 1], sin[at : at + 1], 1, scale,
+            node_states, logits, node_x, inputs, room, places, best, totals, tokens, chances,
+        )  # fmt: skip
+        meet(meeting, members)
+        own[node] = node_states[1, 0]
+        offered[node], offers[node] = chances[0], tokens[0]
+        read[node] = asked
+        asked += 1
+    if member == 0:
+        made[0], made[1] = count, asked
+
+
 def lacks(draft: FeatureDraftForCausalLM) -> str | None:
     """Why a draft, attached to a target, cannot be compiled, in words, or None if it can."""
     config, head = draft.config, draft._head
@@ -229,12 +354,14 @@ class CompiledDraft:
         """Whether it still gives what the draft's own forward gives."""
         return draft._target[0] is self.target and changes(draft) == self.changes
 
-    def tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rotary tables ``[R, d]`` for positions ``[R]``."""
+    def tables(self, positions: np.ndarray, whole: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Rotary tables ``[R, d]`` for positions ``[R]``, or the whole tables."""
         if positions.max() >= len(self._tables[0]):
             some = torch.arange(int(positions.max()) + 1024)[None]
             self._tables = tuple(part[0].numpy() for part in self.rotary(self.embedding.weight, some))  # type: ignore[assignment]
         cos, sin = self._tables
+        if whole:
+            return cos, sin
         return cos[positions], sin[positions]
 
     def _arrays(self, rows: int, keys: int, members: int) -> tuple[Any, ...]:
@@ -305,6 +432,47 @@ class CompiledDraft:
         pace.saw(members, rows, time.perf_counter() - began)
         return chosen, chances, states[1], logits
 
+    def grow(
+        self,
+        pending: list[int],
+        features: np.ndarray,
+        offset: int,
+        vocabulary: np.ndarray,
+        keys: np.ndarray,
+        values: np.ndarray,
+        past: int,
+        wanted: Wanted,
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """A whole tree behind ``pending``; see ``grow_compiled``.
+
+        Returns:
+            tokens and parents ``[2, n]`` of its nodes, the root's first; their chances ``[n]``; how often the draft was
+            asked.
+        """
+        rows, budget, width = len(pending), wanted.budget, min(wanted.width, self.vocab)
+        longest = offset + past + rows + wanted.deepest
+        cos, sin = self.tables(np.array([longest]), whole=True)
+        tree, probs, made = np.zeros((2, budget + 1), np.int64), np.ones(budget + 1), np.zeros(2, np.int64)
+        tree[:, 0] = pending[-1], -1
+        pace = self._paces.setdefault((0, torch.get_num_threads()), Pace(some_threads()))
+        members, began = pace.choose(), time.perf_counter()
+        arrays = self._arrays(rows, past + rows + budget, members)
+        empty = np.empty
+        run_together(
+            grow_compiled, members, np.array(pending), features, offset, vocabulary,
+            self.embedding.weight.detach().numpy(), cos, sin, self.mix_norms, *self.mixes[0], *self.mixes[1],
+            self.epsilon, self.block, self.head.bits, self.head.weights, self.head.scales, keys, values, past,
+            wanted.deepest, 1 / wanted.temperature, wanted.floor, wanted.worth_asking,
+            empty((2, rows, self.size), np.float32), empty((rows, self.size), np.float32),
+            empty((2, 1, self.size), np.float32), empty((1, self.size), np.float32),
+            empty((1, self.vocab), np.float32), arrays[-2], arrays, empty((members, 1, width), np.int64),
+            empty((members, 1, width), np.float32), empty((members, 1), np.float32), empty((1, width), np.int64),
+            empty((1, width), np.float32), tree, probs, made,
+        )  # fmt: skip
+        count, asked = made.tolist()
+        pace.saw(members, asked, time.perf_counter() - began)
+        return tree[:, :count], probs[:count], asked
+
 
 _known: WeakKeyDictionary[FeatureDraftForCausalLM, CompiledDraft] = WeakKeyDictionary()
 
@@ -343,6 +511,34 @@ class CompiledSession(DraftSession):
         tokens = self.token_ids.numpy()[places]
         return list(zip(tokens.tolist(), chances.tolist(), strict=True))
 
+    def grow(self, wanted: Wanted) -> tuple[TokenTree, int]:
+        """A round's tree in one call, and how often the draft was asked."""
+        self._make_room(self.base + len(self.pending) + wanted.budget)
+        features = torch.cat(self.pending_features).numpy()
+        while len(self.pending) > CHUNK:
+            self._read_part(features)
+            features = features[CHUNK:]
+        assert self.token_ids is not None
+        nodes, probs, asked = self.compiled.grow(
+            self.pending, features, self.offset or 0, self.token_ids.numpy(), self.keys, self.values, self.base, wanted
+        )
+        self.base += len(self.pending)
+        self.read, self.own, self.pending, self.pending_features = self.base, {}, [], []
+        tree = TokenTree()
+        for token, parent, prob in zip(*nodes.tolist(), probs.tolist(), strict=True):
+            tree.add(token, parent, prob)
+        return tree, asked
+
+    def _read_part(self, features: np.ndarray) -> None:
+        """The first ``CHUNK`` pending tokens."""
+        part, self.pending = self.pending[:CHUNK], self.pending[CHUNK:]
+        positions = np.arange(CHUNK) + (self.offset or 0) + self.base
+        self.compiled(
+            part, features[:CHUNK], True, positions, self.keys, self.values, self.base,
+            np.tri(CHUNK, dtype=np.bool_), 0, 1.0, 1,
+        )  # fmt: skip
+        self.base += CHUNK
+
     def _run(
         self, tree: TokenTree, nodes: list[int], temperature: float, width: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -372,15 +568,15 @@ class CompiledSession(DraftSession):
 
     def _run_root(self, temperature: float, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         features = torch.cat(self.pending_features).numpy()
-        count, position = len(self.pending), (self.offset or 0) + self.base
-        for first in range(0, count, CHUNK):
-            part = self.pending[first : first + CHUNK]
-            rows, last = len(part), first + CHUNK >= count
-            places, chances, states, logits = self.compiled(
-                part, features[first : first + rows], True, np.arange(position + first, position + first + rows),
-                self.keys, self.values, self.base, np.tri(rows, dtype=np.bool_), int(last), temperature, width,
-            )  # fmt: skip
-            self.base += rows
+        while len(self.pending) > CHUNK:
+            self._read_part(features)
+            features = features[CHUNK:]
+        rows = len(self.pending)
+        places, chances, states, logits = self.compiled(
+            self.pending, features, True, np.arange(rows) + (self.offset or 0) + self.base, self.keys, self.values,
+            self.base, np.tri(rows, dtype=np.bool_), 1, temperature, width,
+        )  # fmt: skip
+        self.base += rows
         self.read, self.own = self.base, {0: states[-1]}
         self.pending, self.pending_features = [], []
         return places, chances, logits

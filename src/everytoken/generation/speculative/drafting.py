@@ -6,6 +6,7 @@ Works with any causal language model of transformers that shares the target's to
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,6 +41,25 @@ def draft_share(target: PreTrainedModel, draft: PreTrainedModel) -> float:
     else:
         weights = read(draft)
     return min(weights / max(read(target), 1), 1.0)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a tree that is grown in one call should be like.
+
+    Attributes:
+        budget, deepest, width: nodes, depth and alternatives of a node, at most.
+        temperature: of the draft's chances.
+        floor: a node of less chance is not added.
+        worth_asking: behind a node of less chance the draft is not asked.
+    """
+
+    budget: int
+    deepest: int
+    width: int
+    temperature: float
+    floor: float
+    worth_asking: float
 
 
 class DraftSession:
@@ -111,6 +131,11 @@ class DraftSession:
     def likeliest(self, tree: TokenTree, nodes: list[int], width: int, temperature: float) -> Candidates | None:
         """The likeliest tokens after each of ``nodes`` and their chances, falling, at a temperature; None where only
         ``forward`` knows."""
+        return None
+
+    def grow(self, wanted: Wanted) -> tuple[TokenTree, int] | None:
+        """A round's tree, grown in one call, and how often the draft was asked; None where ``forward`` must be asked
+        layer by layer."""
         return None
 
     def _commit_features(self, tokens: list[int], path: list[int] | None) -> None:

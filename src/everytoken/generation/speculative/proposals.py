@@ -16,7 +16,7 @@ from transformers import TemperatureLogitsWarper
 from ...decoding.call import DecodingStats
 from ...decoding.matcher import Matcher, fill_mask
 from ...decoding.row import DecodingRow
-from .drafting import DraftSession
+from .drafting import DraftSession, Wanted
 from .matches import TextMatches
 from .trees import Candidates, TokenTree
 from .worth import Worth
@@ -65,6 +65,22 @@ class Proposals:
             # beside a draft half of a match is believed, and it adds to what the draft thinks
             self.matches.begin(self.worth.floor if self.choosy else 0.0)
         self.asking = self.draft is not None and (not self.choosy or self.worth.rested())
+
+    def grow(self, budget: int, deepest: int, threshold: float) -> TokenTree | None:
+        """The whole tree from a draft that grows one in a single call, where the text has nothing to add; else None."""
+        if self.draft is None or not (self.asking and self.choosy and self.reduced):
+            return None
+        if self.matches is not None and self.matches.candidates([], 1)[0]:
+            return None
+        floor = max(self.worth.floor, threshold)
+        grown = self.draft.grow(
+            Wanted(budget, deepest, self.width, self.temperature, floor, max(self.worth.worth_asking, floor))
+        )
+        if grown is None:
+            return None
+        tree, asked = grown
+        self.stats.draft_forwards += asked
+        return tree
 
     def expand(self, tree: TokenTree, nodes: list[int]) -> Candidates:
         """Candidates after each of ``nodes``: tokens and chances, in drawing order or falling.
