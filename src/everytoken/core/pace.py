@@ -1,4 +1,4 @@
-"""Which of several ways of doing the same work is the fastest here, and what it costs by its size: measured while it is done.
+"""Which way of doing a piece of work is the fastest here, and what it costs by its size: measured while it is done.
 
 What a forward over n tokens costs depends on the machine, on its load and on the length of the text, and how many
 drafted tokens are accepted on the text itself. So no table says which way pays; the clock does. Only ways that give
@@ -86,6 +86,7 @@ class Curve:
 
     def __init__(self) -> None:
         self.seconds: dict[int, float] = {}
+        self._news = 0
         self._lay()
 
     def __call__(self, size: int) -> float:

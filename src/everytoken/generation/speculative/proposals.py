@@ -102,13 +102,18 @@ class Proposals:
             for place, answer in zip(asked, answers, strict=True):
                 candidates[place] = answer
         if self.matches is None:
-            return [([], []) if given is None else self._paying(tree, node, given) for node, given in zip(nodes, candidates, strict=True)]
+            return [
+                ([], []) if given is None else self._paying(tree, node, given)
+                for node, given in zip(nodes, candidates, strict=True)
+            ]
         return [
             self._paying(tree, node, self._merged(path, given))
             for node, path, given in zip(nodes, paths, candidates, strict=True)
         ]
 
-    def _paying(self, tree: TokenTree, node: int, candidates: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:
+    def _paying(
+        self, tree: TokenTree, node: int, candidates: tuple[list[int], list[float]]
+    ) -> tuple[list[int], list[float]]:
         """The first candidates, as far as any can pay for itself."""
         if not self.choosy:
             return candidates
