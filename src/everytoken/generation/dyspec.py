@@ -386,11 +386,8 @@ class _Speculation:
             return root
         self.proposals.begin()
         # of more nodes than will be checked the best are kept, and of those what pays
-        size, tree = 2 * budget if self.choosy else budget, None
-        if type(self.decoder).grow is DySpec.grow and self.branches and self.decoder.threshold is not None:
-            tree = self.proposals.grow(budget, room, self.decoder.threshold)
-        if tree is None:
-            tree = self.decoder.grow(root, lambda nodes: self.proposals.expand(root, nodes), size, room, self.drawn)
+        size = 2 * budget if self.choosy else budget
+        tree = self.decoder.grow(root, lambda nodes: self.proposals.expand(root, nodes), size, room, self.drawn)
         if not self.choosy:
             return tree
         best = tree.ranked()[:budget]

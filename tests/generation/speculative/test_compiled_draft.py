@@ -1,4 +1,4 @@
-"""A compiled draft against the same draft in torch, and the tree that it grows against one grown by hand."""
+"""A compiled draft against the same draft in torch, and what is written with it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from everytoken.decoding.lean import row_cache
 from everytoken.decoding.plain import PlainDecoding
 from everytoken.generation.dyspec import DySpec
 from everytoken.generation.speculative.compiled_draft import CompiledSession, compiled_draft, lacks
-from everytoken.generation.speculative.drafting import DraftSession, Wanted, draft_session
+from everytoken.generation.speculative.drafting import DraftSession, draft_session
 from everytoken.generation.speculative.trees import TokenTree
 
 from ...core.grouped.conftest import small_llama
@@ -28,7 +28,7 @@ def pair(vocab=24, draft_vocab=16):
     group_linears(target)
     draft = tiny_draft(target, draft_vocab)
     with torch.no_grad():
-        for weight in [*draft.parameters(), draft._head_layer[0].weight]:
+        for weight in draft.parameters():
             if weight.dim() > 1:
                 weight.normal_(0, 0.2)
                 weight.copy_(group_weight(weight, 4, searched=False).dequantised())
@@ -70,16 +70,16 @@ def test_logits_are_the_torch_drafts(threads, length):
     text = torch.randint(0, 24, (length,)).tolist()
     cache, both = sessions(target, draft, text)
     tree = rooted(text[-1])
-    for reduced in (True,):
-        ours, theirs = both[1].forward(tree, [0], reduced), both[0].forward(tree, [0], reduced)
-        assert torch.allclose(ours, theirs, atol=5e-3)
+    ours, theirs = both[1].forward(tree, [0], True), both[0].forward(tree, [0], True)
+    assert ours.shape == (1, 16)
+    assert torch.allclose(ours, theirs, atol=1e-2)
     for token in (4, 9):
         tree.add(token, 0, 0.3)
     tree.add(2, 1, 0.5)
     for nodes in ([1, 2], [3]):
         ours, theirs = both[1].forward(tree, nodes, False), both[0].forward(tree, nodes, False)
         assert ours.shape == theirs.shape == (len(nodes), 24)
-        assert torch.allclose(ours, theirs, atol=5e-3)
+        assert torch.allclose(ours, theirs, atol=1e-2)
     # the node of token 4 was accepted, and 6 came after it
     cache.mark()
     allowed = torch.ones(4, length + 4, dtype=torch.bool)
@@ -89,54 +89,12 @@ def test_logits_are_the_torch_drafts(threads, length):
     for session in both:
         session.commit([4, 6], length, [0, 1])
     tree = rooted(6)
-    assert torch.allclose(both[1].forward(tree, [0], True), both[0].forward(tree, [0], True), atol=5e-3)
+    assert torch.allclose(both[1].forward(tree, [0], True), both[0].forward(tree, [0], True), atol=1e-2)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-@torch.no_grad()
-def test_the_likeliest_tokens_and_their_chances(threads, temperature):
-    target, draft = pair()
-    _, both = sessions(target, draft, TEXT)
-    tree = rooted(TEXT[-1])
-    [(tokens, chances)] = both[1].likeliest(tree, [0], 5, temperature)
-    expected = torch.softmax(both[0].forward(tree, [0], True)[0] / temperature, -1).topk(5)
-    assert tokens == draft.draft_token_ids[expected.indices].tolist()
-    assert chances == pytest.approx(expected.values.tolist(), rel=2e-2)
-
-
-@pytest.mark.parametrize("budget", [3, 8])
-@torch.no_grad()
-def test_a_tree_in_one_call_is_the_best_first_tree(threads, budget):
-    target, draft = pair()
-    _, both = sessions(target, draft, TEXT)
-    wanted = Wanted(budget, 3, 4, 1.0, 0.01, 0.05)
-    grown, asked = both[1].grow(wanted)
-    tree, offers = rooted(TEXT[-1]), {}
-
-    def ask(node):
-        dist = torch.softmax(both[0].forward(tree, [node], True)[0], -1).topk(wanted.width)
-        offers[node] = list(zip(draft.draft_token_ids[dist.indices].tolist(), dist.values.tolist(), strict=True))
-
-    ask(0)
-    while len(tree) <= budget:
-        best = max((node for node in offers if offers[node]), key=lambda node: tree.values[node] * offers[node][0][1])
-        node = tree.add(offers[best][0][0], best, offers[best][0][1])
-        offers[best].pop(0)
-        if tree.values[node] >= wanted.worth_asking and tree.depths[node] < wanted.deepest and len(tree) <= budget:
-            ask(node)
-    assert (grown.tokens, grown.parents) == (tree.tokens, tree.parents)
-    assert grown.values == pytest.approx(tree.values, rel=5e-2)
-    assert asked == len(offers)
-
-
-def test_nodes_below_the_floor_are_not_grown():
-    target, draft = pair()
-    _, both = sessions(target, draft, TEXT)
-    grown, asked = both[1].grow(Wanted(8, 3, 4, 1.0, 1.1, 1.1))
-    assert (grown.tokens, asked) == ([TEXT[-1]], 1)
-
-
-@pytest.mark.parametrize("settings", [{}, {"cost": lambda tokens: 1 + 0.001 * tokens}, {"threshold": None}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"cost": lambda tokens: 1 + 0.001 * tokens}, {"threshold": None, "adaptive": False}]
+)
 @pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "temperature": 0.7}])
 def test_text_and_logits_are_plain_decodings(settings, sampling):
     target, draft = pair()
@@ -157,7 +115,8 @@ def test_adaptive_rules_keep_the_targets_distribution(measured):
     target, draft = pair(8, 8)
     cost = None if measured else lambda tokens: 1 + 0.01 * tokens
     decoder = DySpec(draft, budget=6, cost=cost)
-    check_distribution(target, decoder, [1, 2], 1500, temperature=0.7)
+    with torch.no_grad():
+        check_distribution(target, decoder, [1, 2], 1500, temperature=0.7)
     assert decoder.stats.proposed > 0
 
 
@@ -171,7 +130,7 @@ def test_a_draft_of_other_sizes_runs_in_torch():
 
 
 def test_changed_weights_are_noticed():
-    target, draft = pair()
+    _, draft = pair()
     first = compiled_draft(draft)
     assert compiled_draft(draft) is first
     with torch.no_grad():

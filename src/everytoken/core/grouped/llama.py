@@ -70,6 +70,24 @@ class Room:
     arrays: tuple[np.ndarray, ...]
 
 
+def new_room(rows: int, members: int, keys: int, size: int, middle: int, inner: int, kv: int) -> Room:
+    """Arrays for ``kernels.llama_forward`` over so many rows and keys, by the widths of a model: of its states, of its
+    feed-forward, of all its queries, and of all its keys."""
+    widest = max(size, middle, inner)
+    arrays = (
+        np.empty((rows, inner + 2 * kv), np.float32),
+        np.empty((rows, inner), np.float32),
+        np.empty((rows, 2 * middle), np.float32),
+        np.empty((rows, size), np.float32),
+        np.empty((members, rows * widest), np.int16),
+        np.empty((members, rows * widest // 32), np.float32),
+        np.empty((members, rows * widest // 32), np.float32),
+        np.empty((members, rows, widest), np.float32),
+        np.empty((members, keys), np.float32),
+    )
+    return Room(rows, members, arrays)
+
+
 class LlamaForward:
     """The forward of one model.
 
@@ -152,19 +170,8 @@ class LlamaForward:
         if room is None or room.rows < rows or room.members < members or room.arrays[-1].shape[1] < keys:
             rows, keys = max(rows, 16 if room is None else room.rows), keys + 1024
             members = members if room is None else max(members, room.members)
-            widest, inner = max(self.size, self.middle, self.heads * self.width), self.heads * self.width
-            arrays = (
-                np.empty((rows, inner + 2 * self.kv_heads * self.width), np.float32),
-                np.empty((rows, inner), np.float32),
-                np.empty((rows, 2 * self.middle), np.float32),
-                np.empty((rows, self.size), np.float32),
-                np.empty((members, rows * widest), np.int16),
-                np.empty((members, rows * widest // 32), np.float32),
-                np.empty((members, rows * widest // 32), np.float32),
-                np.empty((members, rows, widest), np.float32),
-                np.empty((members, keys), np.float32),
-            )
-            room = self._rooms.room = Room(rows, members, arrays)
+            sizes = self.size, self.middle, self.heads * self.width, self.kv_heads * self.width
+            room = self._rooms.room = new_room(rows, members, keys, *sizes)
         return room.arrays
 
     @torch.no_grad()

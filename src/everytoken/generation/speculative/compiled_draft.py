@@ -1,9 +1,10 @@
-"""A feature draft's forward in one compiled call, for targets that have one too (``core.grouped.llama``).
+"""A feature draft's forward by the compiled pieces of its target's (``core.grouped.llama``).
 
-A draft is one block and a head: so little arithmetic that torch spends more time on calling it than on computing. Here
-the mixing of its inputs, the block, the head and the choice of the likeliest tokens are one function. Its weights are
-rounded to 4 bits, which changes what is proposed and never what the target writes. Keys and values lie in arrays: the
-committed text, and behind it the nodes of the tree that were read in this round.
+A draft is one block and a head: so little arithmetic that torch spends more time on calling it than on computing. Its
+block is a Llama of one layer, so the function that runs the target runs it as well, and nothing more is compiled. Its
+weights are rounded to 4 bits (its head has 8, as the target's), which changes what is proposed and never what the
+target writes. Keys and values lie in arrays: the committed text, and behind it the nodes of the tree that were read in
+this round.
 """
 
 from __future__ import annotations
@@ -15,20 +16,19 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from ...core.grouped.llama import CHUNK, Room, changes, some_threads
+from ...core.grouped import kernels
+from ...core.grouped.llama import CHUNK, Room, changes, new_room, some_threads
 from ...core.grouped.team import run_together
 from ...core.grouped.weights import GroupedWeight, group_weight
 from ...core.pace import Pace
 from ...decoding.row import fit
 from ...decoding.row_cache import RowCache
-from .draft_kernels import draft_forward, grow_compiled
-from .drafting import DraftSession, Wanted
+from .drafting import DraftSession
 from .modeling_feature_draft import FeatureDraftForCausalLM
-from .trees import Candidates, TokenTree
+from .trees import TokenTree
 
 SPARE = 256
 """Room for so many more tokens than are known of."""
-HEAD_BITS = 4
 
 
 def _pack(weight: torch.Tensor, bits: int = 4) -> GroupedWeight:
@@ -76,7 +76,7 @@ class CompiledDraft:
             _pack(torch.cat([draft.embed_proj.weight, other.weight], 1))
             for other in (draft.feature_proj, draft.hidden_proj)
         )
-        self.mixes = ((text.weights, text.scales), (own.weights, own.scales))
+        self.mixes = {True: text, False: own}
         attention, mlp = block.self_attn, block.mlp
         layers = (
             torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]),
@@ -91,7 +91,8 @@ class CompiledDraft:
             draft.norm.weight.detach().numpy(),
             *packed,
         )
-        self.head = _pack(head, HEAD_BITS)
+        packed_head = _pack(head, 8)
+        self.head = packed_head.weights, packed_head.scales
         self._tables = (np.empty((0, self.width), np.float32),) * 2
         self._room: Room | None = None
         self._paces: dict[tuple[int, int], Pace] = {}
@@ -100,36 +101,39 @@ class CompiledDraft:
         """Whether it still gives what the draft's own forward gives."""
         return draft._target[0] is self.target and changes(draft) == self.changes
 
-    def tables(self, positions: np.ndarray, whole: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Rotary tables ``[R, d]`` for positions ``[R]``, or the whole tables."""
-        if positions.max() >= len(self._tables[0]):
-            some = torch.arange(int(positions.max()) + 1024)[None]
-            self._tables = tuple(part[0].numpy() for part in self.rotary(self.embedding.weight, some))  # type: ignore[assignment]
-        cos, sin = self._tables
-        if whole:
-            return cos, sin
-        return cos[positions], sin[positions]
+    def tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rotary tables ``[R, d]`` for positions ``[R]``."""
+        needed = int(positions.max()) + 1
+        if needed > len(self._tables[0]):  # they depend on the position alone
+            cos, sin = self.rotary(self.embedding.weight, torch.arange(needed + 1024)[None])
+            self._tables = cos[0].numpy(), sin[0].numpy()
+        return self._tables[0][positions], self._tables[1][positions]
 
-    def _arrays(self, rows: int, keys: int, members: int) -> tuple[Any, ...]:
+    def _normed(self, rows: np.ndarray, norm: int) -> np.ndarray:
+        return rows / np.sqrt((rows * rows).mean(-1, keepdims=True) + self.epsilon) * self.mix_norms[norm]  # type: ignore[no-any-return]
+
+    def _mixed(self, tokens: list[int], before: np.ndarray, from_target: bool) -> np.ndarray:
+        """The block's input ``[R, D]``, see ``FeatureDraftForCausalLM.mix_inputs``."""
+        parts = [self._normed(self.embedding.weight.detach().numpy()[tokens], 0)]
+        if from_target:
+            states = np.split(before, self.features, -1)
+            parts += [self._normed(part, 1 + number) for number, part in enumerate(states)]
+        else:
+            parts.append(before)
+        x, weight = np.concatenate(parts, -1).astype(np.float32), self.mixes[from_target]
+        out = np.empty((len(tokens), self.size), np.float32)
+        numbers, (steps, sums) = np.empty((1, x.size), np.int16), np.empty((2, 1, x.size // 32), np.float32)
+        run_together(kernels.linear, 1, weight.bits, weight.weights, weight.scales, x, numbers, steps, sums, out)
+        return out
+
+    def _arrays(self, rows: int, keys: int, members: int) -> tuple[np.ndarray, ...]:
         room = self._room
         if room is None or room.rows < rows or room.members < members or room.arrays[-1].shape[1] < keys:
-            rows = max(rows, 16)
-            inner, mixed = self.heads * self.width, self.size * (1 + self.features)
-            widest, keys = max(self.size, self.middle, inner, mixed), max(keys + 1024, self.vocab)
-            arrays = (
-                np.empty((rows, inner + 2 * self.kv_heads * self.width), np.float32),
-                np.empty((rows, inner), np.float32),
-                np.empty((rows, 2 * self.middle), np.float32),
-                np.empty((rows, self.size), np.float32),
-                np.empty((members, rows * widest), np.int16),
-                np.empty((members, rows * widest // 32), np.float32),
-                np.empty((members, rows * widest // 32), np.float32),
-                np.empty((members, rows, widest), np.float32),
-                np.empty((members, keys), np.float32),
-            )
-            room = self._room = Room(rows, members, arrays)
+            sizes = self.size, self.middle, self.heads * self.width, self.kv_heads * self.width
+            room = self._room = new_room(max(rows, 16), members, keys + 1024, *sizes)
         return room.arrays
 
+    @torch.no_grad()
     def __call__(
         self,
         tokens: list[int],
@@ -141,9 +145,7 @@ class CompiledDraft:
         past: int,
         allowed: np.ndarray,
         wanted: int,
-        temperature: float,
-        width: int,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[torch.Tensor, np.ndarray]:
         """Reads up to ``CHUNK`` tokens.
 
         Args:
@@ -151,74 +153,23 @@ class CompiledDraft:
                 ``[R, D]``.
             keys, values: ``[1, kv heads, room, d]``, filled up to ``past`` and, for the tree, behind it.
             allowed: ``[R, E + R]``, see ``llama_forward``.
-            wanted: the last so many tokens are continued.
-            width: candidates for each.
+            wanted: the last so many tokens get logits.
 
         Returns:
-            candidates' places in the draft's vocabulary and their chances ``[wanted, width]``, states ``[R, D]``,
-            logits ``[wanted, draft vocabulary]``.
+            logits ``[wanted, draft vocabulary]``, states ``[R, D]``.
         """
-        rows, width = len(tokens), min(width, self.vocab)
-        cos, sin = self.tables(positions)
-        embeds = self.embedding.weight.detach().numpy()[tokens]
-        normed = 1 + self.features if from_target else 1
+        rows = len(tokens)
+        x = self._mixed(tokens, before, from_target)
         states, logits = np.empty((2, rows, self.size), np.float32), np.empty((wanted, self.vocab), np.float32)
-        chosen, chances = np.empty((wanted, width), np.int64), np.empty((wanted, width), np.float32)
-        kind = rows.bit_length(), torch.get_num_threads()
-        pace = self._paces.setdefault(kind, Pace(some_threads()))
+        pace = self._paces.setdefault((rows.bit_length(), torch.get_num_threads()), Pace(some_threads()))
         members, began = pace.choose(), time.perf_counter()
-        arrays = self._arrays(rows, past + allowed.shape[1], members)
-        mix, mix_scales = self.mixes[0 if normed > 1 else 1]
+        norms, last_norm, *packed = self.block
         run_together(
-            draft_forward, members, embeds, before, self.mix_norms, normed, mix, mix_scales, self.epsilon, self.block,
-            self.head.bits, self.head.weights, self.head.scales, keys, values, past, allowed, cos, sin, wanted,
-            1 / temperature, states, logits, np.empty((rows, self.size), np.float32), arrays[-2], arrays,
-            np.empty((members, wanted, width), np.int64), np.empty((members, wanted, width), np.float32),
-            np.empty((members, wanted), np.float32), chosen, chances,
+            kernels.llama_forward, members, x, norms, last_norm, self.epsilon, *packed, *self.head, keys, values, past,
+            allowed, *self.tables(positions), wanted, states, logits, *self._arrays(rows, past + rows, members),
         )  # fmt: skip
         pace.saw(members, rows, time.perf_counter() - began)
-        return chosen, chances, states[1], logits
-
-    def grow(
-        self,
-        pending: list[int],
-        features: np.ndarray,
-        offset: int,
-        vocabulary: np.ndarray,
-        keys: np.ndarray,
-        values: np.ndarray,
-        past: int,
-        wanted: Wanted,
-    ) -> tuple[np.ndarray, np.ndarray, int]:
-        """A whole tree behind ``pending``; see ``grow_compiled``.
-
-        Returns:
-            tokens and parents ``[2, n]`` of its nodes, the root's first; their chances ``[n]``; how often the draft was
-            asked.
-        """
-        rows, budget, width = len(pending), wanted.budget, min(wanted.width, self.vocab)
-        longest = offset + past + rows + wanted.deepest
-        cos, sin = self.tables(np.array([longest]), whole=True)
-        tree, probs, made = np.zeros((2, budget + 1), np.int64), np.ones(budget + 1), np.zeros(2, np.int64)
-        tree[:, 0] = pending[-1], -1
-        pace = self._paces.setdefault((0, torch.get_num_threads()), Pace(some_threads()))
-        members, began = pace.choose(), time.perf_counter()
-        arrays = self._arrays(rows, past + rows + budget, members)
-        empty = np.empty
-        run_together(
-            grow_compiled, members, np.array(pending), features, offset, vocabulary,
-            self.embedding.weight.detach().numpy(), cos, sin, self.mix_norms, *self.mixes[0], *self.mixes[1],
-            self.epsilon, self.block, self.head.bits, self.head.weights, self.head.scales, keys, values, past,
-            wanted.deepest, 1 / wanted.temperature, wanted.floor, wanted.worth_asking,
-            empty((2, rows, self.size), np.float32), empty((rows, self.size), np.float32),
-            empty((2, 1, self.size), np.float32), empty((1, self.size), np.float32),
-            empty((1, self.vocab), np.float32), arrays[-2], arrays, empty((members, 1, width), np.int64),
-            empty((members, 1, width), np.float32), empty((members, 1), np.float32), empty((1, width), np.int64),
-            empty((1, width), np.float32), tree, probs, made,
-        )  # fmt: skip
-        count, asked = made.tolist()
-        pace.saw(members, asked, time.perf_counter() - began)
-        return tree[:, :count], probs[:count], asked
+        return torch.from_numpy(logits), states[1]
 
 
 _known: WeakKeyDictionary[FeatureDraftForCausalLM, CompiledDraft] = WeakKeyDictionary()
@@ -247,59 +198,33 @@ class CompiledSession(DraftSession):
         self.read = self.base
 
     def forward(self, tree: TokenTree, nodes: list[int], reduced: bool) -> torch.Tensor:
-        logits = torch.from_numpy(self._run(tree, nodes, 1.0, 1)[2])
+        logits = self._read_pending() if nodes == [0] else self._read_nodes(tree, nodes)
         if reduced:
             return logits
         full = logits.new_full((len(nodes), self.model.config.target_vocab_size), torch.finfo(logits.dtype).min)
         assert self.token_ids is not None
         return fit(full.index_copy_(-1, self.token_ids, logits), self.vocab)
 
-    def likeliest(self, tree: TokenTree, nodes: list[int], width: int, temperature: float) -> Candidates:
-        places, chances, _ = self._run(tree, nodes, temperature, width)
-        assert self.token_ids is not None
-        tokens = self.token_ids.numpy()[places]
-        return list(zip(tokens.tolist(), chances.tolist(), strict=True))
+    def _read_pending(self) -> torch.Tensor:
+        features, pending = torch.cat(self.pending_features).numpy(), self.pending
+        for first in range(0, len(pending), CHUNK):
+            part = pending[first : first + CHUNK]
+            rows, last = len(part), first + CHUNK >= len(pending)
+            self._make_room(self.base + rows)
+            logits, states = self.compiled(
+                part, features[first : first + rows], True, np.arange(rows) + (self.offset or 0) + self.base,
+                self.keys, self.values, self.base, np.tri(rows, dtype=np.bool_), int(last),
+            )  # fmt: skip
+            self.base += rows
+        self.read, self.own = self.base, {0: states[-1]}
+        self.pending, self.pending_features = [], []
+        return logits
 
-    def grow(self, wanted: Wanted) -> tuple[TokenTree, int]:
-        """A round's tree in one call, and how often the draft was asked."""
-        self._make_room(self.base + len(self.pending) + wanted.budget)
-        features = torch.cat(self.pending_features).numpy()
-        while len(self.pending) > CHUNK:
-            self._read_part(features)
-            features = features[CHUNK:]
-        assert self.token_ids is not None
-        nodes, probs, asked = self.compiled.grow(
-            self.pending, features, self.offset or 0, self.token_ids.numpy(), self.keys, self.values, self.base, wanted
-        )
-        self.base += len(self.pending)
-        self.read, self.own, self.pending, self.pending_features = self.base, {}, [], []
-        tree = TokenTree()
-        for token, parent, prob in zip(*nodes.tolist(), probs.tolist(), strict=True):
-            tree.add(token, parent, prob)
-        return tree, asked
-
-    def _read_part(self, features: np.ndarray) -> None:
-        """The first ``CHUNK`` pending tokens."""
-        part, self.pending = self.pending[:CHUNK], self.pending[CHUNK:]
-        positions = np.arange(CHUNK) + (self.offset or 0) + self.base
-        self.compiled(
-            part, features[:CHUNK], True, positions, self.keys, self.values, self.base,
-            np.tri(CHUNK, dtype=np.bool_), 0, 1.0, 1,
-        )  # fmt: skip
-        self.base += CHUNK
-
-    def _run(
-        self, tree: TokenTree, nodes: list[int], temperature: float, width: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Candidates after each of ``nodes`` and their chances, and the draft's logits."""
-        count = len(self.pending) if nodes == [0] else len(nodes)
+    def _read_nodes(self, tree: TokenTree, nodes: list[int]) -> torch.Tensor:
+        count, earlier = len(nodes), self.read - self.base
         self._make_room(self.read + count)
-        if nodes == [0]:
-            return self._run_pending(temperature, width)
-        earlier = self.read - self.base
         allowed = np.zeros((count, earlier + count), np.bool_)
-        for row, node in enumerate(nodes):
-            self.rows[node] = earlier + row
+        self.rows.update((node, earlier + row) for row, node in enumerate(nodes))
         for row, node in enumerate(nodes):
             walk = node
             while walk > 0:
@@ -307,28 +232,13 @@ class CompiledSession(DraftSession):
                 walk = tree.parents[walk]
         depths = np.array([tree.depths[node] for node in nodes])
         before = np.stack([self.own[tree.parents[node]] for node in nodes])
-        places, chances, states, logits = self.compiled(
+        logits, states = self.compiled(
             [tree.tokens[node] for node in nodes], before, False, depths - 1 + (self.offset or 0) + self.base,
-            self.keys, self.values, self.base, allowed, count, temperature, width,
+            self.keys, self.values, self.base, allowed, count,
         )  # fmt: skip
         self.read += count
         self.own.update(zip(nodes, states, strict=True))
-        return places, chances, logits
-
-    def _run_pending(self, temperature: float, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        features = torch.cat(self.pending_features).numpy()
-        while len(self.pending) > CHUNK:
-            self._read_part(features)
-            features = features[CHUNK:]
-        rows = len(self.pending)
-        places, chances, states, logits = self.compiled(
-            self.pending, features, True, np.arange(rows) + (self.offset or 0) + self.base, self.keys, self.values,
-            self.base, np.tri(rows, dtype=np.bool_), 1, temperature, width,
-        )  # fmt: skip
-        self.base += rows
-        self.read, self.own = self.base, {0: states[-1]}
-        self.pending, self.pending_features = [], []
-        return places, chances, logits
+        return logits
 
     def _make_room(self, needed: int) -> None:
         if needed <= self.keys.shape[2]:
@@ -337,5 +247,5 @@ class CompiledSession(DraftSession):
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = np.empty((*old.shape[:2], room, old.shape[3]), np.float32)
-            new[:, :, : self.base] = old[:, :, : self.base]
+            new[:, :, : self.read] = old[:, :, : self.read]
             setattr(self, name, new)

@@ -6,7 +6,6 @@ Works with any causal language model of transformers that shares the target's to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from ...decoding.inputs import device_of
 from ...decoding.lean import LeanRowCache
 from ...decoding.row import fit, known_tokens
 from ...decoding.row_cache import RowCache, room_before
-from .trees import Candidates, TokenTree
+from .trees import TokenTree
 
 
 def is_feature_draft(model: Any) -> bool:
@@ -41,25 +40,6 @@ def draft_share(target: PreTrainedModel, draft: PreTrainedModel) -> float:
     else:
         weights = read(draft)
     return min(weights / max(read(target), 1), 1.0)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a tree that is grown in one call should be like.
-
-    Attributes:
-        budget, deepest, width: nodes, depth and alternatives of a node, at most.
-        temperature: of the draft's chances.
-        floor: a node of less chance is not added.
-        worth_asking: behind a node of less chance the draft is not asked.
-    """
-
-    budget: int
-    deepest: int
-    width: int
-    temperature: float
-    floor: float
-    worth_asking: float
 
 
 class DraftSession:
@@ -127,16 +107,6 @@ class DraftSession:
     def _forget_tree(self) -> None:
         """Leaves the committed text in the cache."""
         self.cache.back()
-
-    def likeliest(self, tree: TokenTree, nodes: list[int], width: int, temperature: float) -> Candidates | None:
-        """The likeliest tokens after each of ``nodes`` and their chances, falling, at a temperature; None where only
-        ``forward`` knows."""
-        return None
-
-    def grow(self, wanted: Wanted) -> tuple[TokenTree, int] | None:
-        """A round's tree, grown in one call, and how often the draft was asked; None where ``forward`` must be asked
-        layer by layer."""
-        return None
 
     def _commit_features(self, tokens: list[int], path: list[int] | None) -> None:
         """Features one position before each of ``tokens``, from the target's last forward."""

@@ -16,7 +16,7 @@ from transformers import TemperatureLogitsWarper
 from ...decoding.call import DecodingStats
 from ...decoding.matcher import Matcher, fill_mask
 from ...decoding.row import DecodingRow
-from .drafting import DraftSession, Wanted
+from .drafting import DraftSession
 from .matches import TextMatches
 from .trees import Candidates, TokenTree
 from .worth import Worth
@@ -66,22 +66,6 @@ class Proposals:
             self.matches.begin(self.worth.floor if self.choosy else 0.0)
         self.asking = self.draft is not None and (not self.choosy or self.worth.rested())
 
-    def grow(self, budget: int, deepest: int, threshold: float) -> TokenTree | None:
-        """The whole tree from a draft that grows one in a single call, where the text has nothing to add; else None."""
-        if self.draft is None or not (self.asking and self.choosy and self.reduced):
-            return None
-        if self.matches is not None and self.matches.candidates([], 1)[0]:
-            return None
-        floor = max(self.worth.floor, threshold)
-        grown = self.draft.grow(
-            Wanted(budget, deepest, self.width, self.temperature, floor, max(self.worth.worth_asking, floor))
-        )
-        if grown is None:
-            return None
-        tree, asked = grown
-        self.stats.draft_forwards += asked
-        return tree
-
     def expand(self, tree: TokenTree, nodes: list[int]) -> Candidates:
         """Candidates after each of ``nodes``: tokens and chances, in drawing order or falling.
 
@@ -126,11 +110,6 @@ class Proposals:
     def _ask(self, tree: TokenTree, nodes: list[int], paths: list[list[int]]) -> Candidates:
         """The draft's likeliest tokens after each node."""
         assert self.draft is not None
-        if self.reduced:  # cuts like top-k keep the order, and chances are estimates
-            known = self.draft.likeliest(tree, nodes, self.width, self.temperature)
-            if known is not None:
-                self.stats.draft_forwards += 1
-                return known
         dists = self._distributions(tree, nodes, paths)
         top = dists.topk(min(self.width, dists.shape[-1]), -1)
         token_ids = self.draft.token_ids if self.reduced else None

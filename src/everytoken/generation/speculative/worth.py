@@ -100,11 +100,6 @@ class Worth:
         pays = sum(gains) > self.rate * self.draft_cost
         return [pays and gain > 0 for gain in gains]
 
-    @property
-    def worth_asking(self) -> float:
-        """The chance that a single node must have for that."""
-        return self.rate * (self.least + self.draft_cost) / (0.5 * self.belief)
-
     def rested(self) -> bool:
         """Whether the draft takes part in the round that begins."""
         if self.resting:
