@@ -71,7 +71,7 @@ SLOPE = 0.12
 FASTER, SLOWER = 0.4, 0.06
 """Of the newest measurement, where it is faster and where it is slower: other work on the machine makes many
 measurements slower and none faster."""
-COMMON = 0.3
+COMMON = 0.7
 """The part of a change at one size that all other sizes share: the machine, or the text's length, has changed."""
 LARGEST = 64
 EVERY = 4
