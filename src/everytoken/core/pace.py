@@ -78,7 +78,7 @@ EVERY = 4
 """Measurements between two times that the line is drawn anew."""
 
 
-class Curve:
+class RunningCurve:
     """What a piece of work costs by its size, in pieces of size 1: measured while it is done.
 
     Between measured sizes it is a straight line; beyond the largest, it goes on as steeply as so far.

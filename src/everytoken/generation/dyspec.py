@@ -35,6 +35,7 @@ Choices of ours, none of which changes the result:
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ from transformers.generation.logits_process import (
 
 from ..core.errors import BadInputError
 from ..core.loading import check_model_name
-from ..core.pace import Curve, Pace
+from ..core.pace import Pace, RunningCurve
 from ..core.settings import check_file
 from ..decoding.base import BY_NAME, Decoder, Example
 from ..decoding.call import DecodingCall
@@ -72,6 +73,7 @@ from .speculative.matches import Corpus, TextMatches, corpus_tokens
 from .speculative.proposals import Proposals, process
 from .speculative.trees import Expand, TokenTree, grow_tree
 from .speculative.worth import Cost, Worth, default_cost
+from .tree_shapes import TreeShape
 
 TEXT = "text"
 """As ``draft_model``: text alone proposes."""
@@ -92,7 +94,9 @@ WARM = 2
 WIDTHS = (3, 7)
 """Budgets that are tried beside none and the one that was asked for."""
 _paces: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], Pace]] = WeakKeyDictionary()
-_curves: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], tuple[Curve, Curve]]] = WeakKeyDictionary()
+_curves: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], tuple[RunningCurve, RunningCurve]]] = (
+    WeakKeyDictionary()
+)
 
 
 @dataclass
@@ -109,10 +113,12 @@ class DySpec(Decoder):
             1/budget), and keeps of these nodes what pays; None grows the paper's fixed-size tree from the draft model
             alone, always full, which needs more draft forwards.
         max_depth: longest drafted path.
-        adaptive: try several budgets up to this one, none among them, and use the fastest by the clock. The text stays
-            the same, and which tokens were drafted may differ from run to run. Greedy decoding only; a sample would not
-            be the same for the same seed. None: where the target has a compiled forward, whose plain steps are often
-            cheaper than any draft (``load_model(weights="int4")``).
+        adaptive: choose by the clock. The text stays the same, and which tokens were drafted may differ from run to
+            run. Where the target has a compiled forward (``load_model(weights="int4")``), what its rounds cost by the
+            size of their trees is measured while it decodes, and trees hold what pays by that curve, in sampling too:
+            there a tree changes no bit of the target's logits. Elsewhere several budgets up to this one are tried, none
+            among them, and the fastest is used; greedy decoding only, as a sample would not be the same for the same
+            seed. None: where the target has a compiled forward.
         max_children: drafted alternatives considered per node.
         drawn: when sampling, draw the nodes from the draft's distribution, as the paper does, and correct for it.
             Otherwise the likeliest tokens are proposed, and verification follows the target's own sample: the
@@ -120,8 +126,10 @@ class DySpec(Decoder):
         text_nodes: propose how the text went on before after words like the last ones.
         corpus: texts to search as well: a file, texts, or the tokens of texts. Texts need the tokenizer:
             ``DySpec(corpus=...).prepare(tokenizer, vocab_size)``.
-        cost: what a target forward over n tokens costs, in any unit: ``cost(n)``. None is a straight line
-            (``speculative.worth.default_cost``).
+        cost: what a target forward over n tokens costs, in any unit: ``cost(n)``. None takes ``model.forward_cost``,
+            which was measured on this machine (``core.choosing.load_fastest``), or else a straight line
+            (``speculative.worth.default_cost``). Trees that keep only what pays are made no larger, deeper or less
+            sure than a given or measured cost can repay (``tree_shapes``).
         matcher: a ``Matcher`` in its initial state. Every node of the tree is masked by it, in the draft's
             distribution and in the target's, so the output has exactly the distribution of masked plain decoding.
 
@@ -246,6 +254,16 @@ class DySpec(Decoder):
         }
 
 
+def _cost(decoder: DySpec, model: PreTrainedModel, device: str, choosy: bool) -> tuple[Cost, TreeShape]:
+    """What a forward of the target costs, and the trees that can pay at that price."""
+    asked = TreeShape(decoder.budget, decoder.threshold, decoder.max_depth)
+    # a tree that must be the same everywhere (drawn, or always full) does not depend on what was measured here
+    known = decoder.cost or (getattr(model, "forward_cost", None) if choosy else None)
+    if known is None:
+        return default_cost(device), asked
+    return known, asked.within(known) if choosy else asked
+
+
 class _Speculation:
     """Decoding of one prompt: target cache, draft, and the rounds."""
 
@@ -264,17 +282,23 @@ class _Speculation:
         self.choosy = decoder.threshold is not None and not self.drawn
         if decoder.text_nodes and (self.choosy or self.draft is None):
             self.matches = TextMatches(self.vocab, decoder.searched)
+        cost, self.shape = _cost(decoder, call.model, self.device.type, self.choosy)
+        self.grower = decoder
+        if self.shape.threshold != decoder.threshold:
+            self.grower = copy.copy(decoder)
+            self.grower.threshold = self.shape.threshold
         self.curves = self._measured(decoder)
+        if self.curves is not None:
+            cost = self.curves[0]
         if self.draft is None:
             share = 0.0
         elif self.curves is not None and self.curves[1].seconds:
             share = self.curves[1].step / self.curves[0].step
         else:
             share = draft_share(call.model, self.draft.model)
-        cost = decoder.cost or (self.curves[0] if self.curves is not None else default_cost(self.device.type))
         rereads = bool(getattr(call.model, "_is_stateful", False))
-        self.worth = Worth(cost, share * cost(1), rereads, decoder.budget)
-        width = min(decoder.max_children, decoder.budget) if self.branches else 1
+        self.worth = Worth(cost, share * cost(1), rereads, self.shape.budget)
+        width = min(decoder.max_children, self.shape.budget) if self.branches else 1
         self.proposals = Proposals(
             row, self.draft, self.matches, self.worth, self.stats, self.path_free, self.drawn, self.choosy, width
         )
@@ -283,13 +307,14 @@ class _Speculation:
     def _pace(self, decoder: DySpec) -> Pace | None:
         """The measured pace of this draft with this target, which goes on from call to call; None: always draft."""
         wanted = isinstance(self.cache, LeanRowCache) if decoder.adaptive is None else decoder.adaptive
-        if not wanted or self.row.do_sample or decoder.budget == 0 or self.curves is not None:
+        budget = self.shape.budget
+        if not wanted or self.row.do_sample or budget == 0 or self.curves is not None:
             return None
         known = _paces.setdefault(self.model, {})
-        key = (id(decoder.draft_model), decoder.budget, decoder.threshold, torch.get_num_threads())
-        return known.setdefault(key, Pace((0, *(width for width in WIDTHS if width < decoder.budget), decoder.budget)))
+        key = (id(decoder.draft_model), budget, self.shape.threshold, torch.get_num_threads())
+        return known.setdefault(key, Pace((0, *(width for width in WIDTHS if width < budget), budget)))
 
-    def _measured(self, decoder: DySpec) -> tuple[Curve, Curve] | None:
+    def _measured(self, decoder: DySpec) -> tuple[RunningCurve, RunningCurve] | None:
         """What rounds cost by the size of their trees, and what growing costs by draft forwards, as far as measured;
         None: they are not measured.
 
@@ -299,7 +324,7 @@ class _Speculation:
         if not lean or not self.choosy or decoder.adaptive is False or decoder.cost is not None:
             return None
         known = _curves.setdefault(self.model, {})
-        return known.setdefault((id(decoder.draft_model), torch.get_num_threads()), (Curve(), Curve()))
+        return known.setdefault((id(decoder.draft_model), torch.get_num_threads()), (RunningCurve(), RunningCurve()))
 
     # -- the loop ------------------------------------------------------------------------------------------------------
     def decode(self) -> None:
@@ -312,7 +337,7 @@ class _Speculation:
                 room = (self.max_length or 1 << 30) - len(self.row.padding) - len(self.row.text) - 1
                 forwards, accepted = self.stats.draft_forwards, self.stats.accepted
                 began, before = time.perf_counter(), len(self.row.new)
-                budget = self.decoder.budget if self.pace is None else self.pace.choose()
+                budget = self.shape.budget if self.pace is None else self.pace.choose()
                 if self.curves is not None and turn <= WARM and not self.curves[0].seconds:
                     budget = 0  # what a plain step costs
                 tree = self._grow(budget, room)
@@ -381,13 +406,13 @@ class _Speculation:
         root = TokenTree()
         root.add(self.row.text[-1], -1, 1.0)
         reach = math.inf if self.draft is None else self.draft.room(len(self.row.text))
-        room = int(min(room, self.cache.room(len(self.row.text)), reach, self.decoder.max_depth))
+        room = int(min(room, self.cache.room(len(self.row.text)), reach, self.shape.depth))
         if budget == 0 or room <= 0:
             return root
         self.proposals.begin()
         # of more nodes than will be checked the best are kept, and of those what pays
         size = 2 * budget if self.choosy else budget
-        tree = self.decoder.grow(root, lambda nodes: self.proposals.expand(root, nodes), size, room, self.drawn)
+        tree = self.grower.grow(root, lambda nodes: self.proposals.expand(root, nodes), size, room, self.drawn)
         if not self.choosy:
             return tree
         best = tree.ranked()[:budget]

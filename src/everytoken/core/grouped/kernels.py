@@ -289,8 +289,8 @@ def llama_forward(
         qkv, output, wide, down: ``[L, bytes]`` weights of 4 bits as ``vectors`` lays them out (queries, keys and values
             behind each other; gates, then ups), with their scales. head: 8 bits.
         keys, values: ``[L, kv heads, room, d]``; the first ``past`` are filled, the new ones are written behind them.
-        allowed: ``[R, E + R]`` which of the new tokens each may see. E of them were read in earlier calls; they lie behind
-            the past ones.
+        allowed: ``[R, E + R]`` which of the new tokens each may see. E of them were read in earlier calls: they lie
+            behind the past ones.
         cos, sin: ``[R, d]`` rotary tables for their positions.
         wanted: the last so many tokens get logits.
         states: ``[L + 1, R, D]`` gets what enters each layer, and the normalised last state.
