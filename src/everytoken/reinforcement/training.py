@@ -19,6 +19,7 @@ from ..training.base import Training, TrainingContext, TrainingResult
 from ..training.config import TrainConfig, derive_config
 from ..training.datasets.arithmetic import is_correct, make_task, messages_of
 from ..training.datasets.pairs import read_rows
+from ..training.datasets.prompts import read_prompts
 from ..training.session import Prompt, TrainingSession
 from .base import Recipe
 from .completions import completion_text
@@ -38,7 +39,11 @@ METRICS = {
 
 
 class Method(Protocol):
-    """A method of the station: settings that become a recipe."""
+    """A method of the station: settings that become a recipe.
+
+    One that learns from plain text, and rewards by itself, also has ``rows(texts, model, tokenizer, seed)``, which
+    makes the data.
+    """
 
     def recipe(self) -> Recipe: ...
 
@@ -114,8 +119,13 @@ def train_on_rollouts(name: str, config: RolloutTraining, method: Method, contex
 
     from .trainer import RecipeTrainer
 
-    rows, reward = _rows_and_reward(config, context)
-    session = TrainingSession(config, context, name, METRICS)
+    if (of_texts := getattr(method, "rows", None)) is None:
+        rows, reward = _rows_and_reward(config, context)
+        session = TrainingSession(config, context, name, METRICS)
+    else:
+        texts, reward = _texts(config, context), None
+        session = TrainingSession(config, context, name, METRICS)
+        rows = of_texts(texts, session.policy, session.tokenizer, config.seed)
     train, held = session.split(_dataset(rows, session.tokenizer))
     answered = session.sampled(held)
     before = session.write_texts(session.policy, answered)
@@ -177,6 +187,16 @@ def _rows_and_reward(
                 f"{context.data}, row {index}: 'prompt' is empty or missing.", "Rollouts answer prompts."
             )
     return rows, load_function(config.reward, "A reward", "rewards:score")
+
+
+def _texts(config: RolloutTraining, context: TrainingContext) -> list[str]:
+    """The user's texts, or tasks with their answers; before any model is loaded."""
+    if config.reward is not None:
+        raise BadInputError("This method rewards by itself.", "Leave reward out.")
+    if context.data is not None:
+        return read_prompts(context.data, "text")
+    task = make_task(config.task, config.items, config.seed)
+    return [f"{task[index]['question']} {task[index]['answer']}" for index in range(config.items)]
 
 
 def _dataset(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Any:
