@@ -34,7 +34,7 @@ KINDS: dict[str, str] = {
     "sampler": "(dataset, repeats, batches) -> Sampler: RepeatSampler's arguments, and how many batches there are",
     "prompt": "(row, step, steps) -> row with another prompt",
     "rollout": "(rows, writer) -> Written: writes itself (writer is a rollouts.Writer), perhaps for other rows",
-    "temperature": "processor() -> LogitsProcessor in front of all others; observe(batch) after every training batch",
+    "temperature": "processor() -> LogitsProcessor in front of all others",
     "reward": "TRL's reward function, with a weight: (completions, completion_ids, trainer_state, ...) -> list[float]",
     "group_advantage": "(batch) -> [B] or [B, T], in place of TRL's own",
     "token_advantage": "(batch, advantages [B, T]) -> [B, T]",
@@ -120,11 +120,11 @@ class UpdateBatch:
 class Piece(Protocol):
     """Anything with a ``kind``. A piece may also have ``needs`` (of ``NEEDS``), ``state_dict`` with
     ``load_state_dict``, ``check_model(model)`` that refuses or prepares a model before training,
-    ``use_tokenizer(tokenizer)``, ``metrics`` (numbers by name that the trainer logs after its call), and
-    ``carry(rows, own)``: of all processes' rows the tensors of its ``own``, which an auxiliary finds in its inputs. A
-    prompt may limit its completions: ``max_new_tokens(step, steps)``. Selections may have a ``divisor``: ``"kept"``
-    divides the loss by the tokens that are left, ``"all"`` by those there were. A weight that would have to weigh the
-    KL too has ``weighs_kl``.
+    ``use_tokenizer(tokenizer)``, ``metrics`` (numbers by name that the trainer logs after its call),
+    ``observe(batch)`` of every batch of rollouts, and ``carry(rows, own)``: of all processes' rows the tensors of its
+    ``own``, which an auxiliary finds in its inputs. A prompt may limit its completions: ``max_new_tokens(step,
+    steps)``. Selections may have a ``divisor``: ``"kept"`` divides the loss by the tokens that are left, ``"all"`` by
+    those there were. A weight that would have to weigh the KL too has ``weighs_kl``.
     """
 
     kind: ClassVar[str]

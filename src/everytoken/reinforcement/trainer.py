@@ -79,6 +79,7 @@ class RecipeTrainer(RolloutTrainer):
         self.recipe = recipe
         self._update: dict[str, Any] | None = None
         self._written: Written | None = None
+        self._observing = [piece for piece in recipe.pieces if hasattr(piece, "observe")]
         peft = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
         beta, reference = args.beta, None
         if beta != 0 and not peft:  # TRL would load the reference by a name, which a model in memory need not have
@@ -180,7 +181,7 @@ class RecipeTrainer(RolloutTrainer):
             for piece in carrying:
                 carried = piece.carry(every, slice(first, first + len(inputs)))
                 batch |= {name: value.to(self.accelerator.device) for name, value in carried.items()}
-        if self.recipe.of("temperature", *BATCH_KINDS):
+        if self.recipe.of(*BATCH_KINDS) or self._observing:
             self._decide(batch)
         return batch
 
@@ -233,8 +234,8 @@ class RecipeTrainer(RolloutTrainer):
         rows = len(rollouts.mask)
         here = self._batch_of(batch, rollouts)
         every = self._of_all(here)
-        if (temperature := recipe.one("temperature")) is not None:
-            temperature.observe(every)
+        for piece in self._observing:
+            piece.observe(every)
         if not recipe.of(*BATCH_KINDS):
             return
         group = recipe.one("group_advantage")
