@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..core.errors import BadInputError
+from ..training.datasets.messages import completion_text
 from .base import Recipe, RolloutBatch
 from .budgets import BudgetPrompt as BudgetPrompt
 from .budgets import length_reward
-from .completions import completion_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

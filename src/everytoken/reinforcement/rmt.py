@@ -25,10 +25,10 @@ from torch.utils.data import Sampler
 
 from ..core.errors import BadInputError
 from ..core.rng import derive_seed
+from ..training.datasets.messages import completion_text
 from ..training.scored_forward import add_scored_forward
 from .base import Recipe
 from .budgets import BudgetPrompt, length_reward, thinking_and_rest
-from .completions import completion_text
 from .corpus import CLASSES, next_token_rows
 
 if TYPE_CHECKING:

@@ -18,11 +18,12 @@ from ..core.trace import TokenTrace
 from ..training.base import Training, TrainingContext, TrainingResult
 from ..training.config import TrainConfig, derive_config
 from ..training.datasets.arithmetic import is_correct, make_task, messages_of
+from ..training.datasets.messages import completion_text
 from ..training.datasets.pairs import read_rows
 from ..training.datasets.prompts import read_prompts
+from ..training.datasets.tasks import COLUMNS, task_reward
 from ..training.session import Prompt, TrainingSession
 from .base import Recipe
-from .completions import completion_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -176,16 +177,18 @@ def _rows_and_reward(
         task = make_task(config.task, config.items, config.seed)
         rows = [{"question": task[index]["question"], "item": index} for index in range(config.items)]
         return rows, TaskReward(task)
-    if config.reward is None:
+    rows = read_rows(context.data)
+    if config.reward is None and not all(name in rows[0] for name in COLUMNS):
         raise BadInputError(
             "Your data need a reward.", "Give --set reward=module:function, of TRL's form (prompts, completions, ...)."
         )
-    rows = read_rows(context.data)
     for index, row in enumerate(rows):
         if not row.get("prompt"):
             raise BadInputError(
                 f"{context.data}, row {index}: 'prompt' is empty or missing.", "Rollouts answer prompts."
             )
+    if config.reward is None:
+        return rows, task_reward
     return rows, load_function(config.reward, "A reward", "rewards:score")
 
 
