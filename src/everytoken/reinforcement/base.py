@@ -51,8 +51,8 @@ KINDS: dict[str, str] = {
 ONCE = frozenset({"sampler", "rollout", "temperature", "group_advantage", "clip", "aggregation"})
 """Kinds of which a recipe has one piece at most: two could not both decide."""
 
-NEEDS = frozenset({"logps", "entropies", "distributions"})
-"""What a piece may ask of the policy that wrote the rollouts, as ``needs``."""
+NEEDS = frozenset({"ids", "logps", "entropies", "distributions"})
+"""What a piece may ask of the rollouts and of the policy that wrote them, as ``needs``."""
 
 
 @dataclass

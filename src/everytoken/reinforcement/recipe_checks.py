@@ -68,7 +68,7 @@ def check_recipe(recipe: Recipe, args: Any, dataset: Any, more: Mapping[str, Any
         if weighted := [piece for piece in recipe.pieces if getattr(piece, "weighs_kl", False)]:
             refuse("beta", f"{type(weighted[0]).__name__} would have to weigh the KL too", "Use beta=0.")
     columns = check_columns("RecipeTrainer", dataset)
-    if recipe.needs and {"image", "images"} & columns:
+    if recipe.needs - {"ids"} and {"image", "images"} & columns:
         raise UnsupportedModelError("This recipe scores text only, and these prompts have images.")
     if recipe.one("rollout") is not None:
         _check_own_rollouts(recipe, args, columns, dataset, more or {})

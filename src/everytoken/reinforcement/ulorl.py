@@ -89,7 +89,8 @@ class TruncatedIsWrong:
     eps: float = 1e-4
 
     def __call__(self, batch: RolloutBatch) -> torch.Tensor:
-        assert batch.truncated is not None
+        if batch.truncated is None:
+            raise BadInputError("TruncatedIsWrong needs to know which responses were cut.", "Train with RecipeTrainer.")
         rewards = torch.where(batch.truncated & ~batch.rewards.isnan(), 0.0, batch.rewards)
         found = torch.zeros_like(rewards)
         for rows in batch.group_rows():
