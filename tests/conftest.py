@@ -13,6 +13,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # the converted model is shared by all tests, read-only, while each test's cache is its own; the first that needs it
 # converts it
 os.environ.setdefault("EVERYTOKEN_MODELS", str(cache_dir() / "models"))
+# which way of running weights is chosen must not depend on the clock
+os.environ.setdefault("EVERYTOKEN_CALIBRATE", "0")
 # processes side by side: each on one thread, or their threads wait for each other
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -12,7 +12,7 @@ from pathlib import Path
 from everytoken.catalog import load_catalog
 from everytoken.catalog.house import load_house
 
-from .test_imports import GRAPH, place_of
+from .test_imports import graph, place_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ROTATION = 8
@@ -32,7 +32,7 @@ def closure(module):
         name = waiting.pop()
         if name not in found:
             found.add(name)
-            waiting += GRAPH.get(name, ())
+            waiting += graph().get(name, ())
     return found
 
 

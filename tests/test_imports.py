@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,10 @@ def imports_of(path):
     return {name for name in found if name in FILES}
 
 
-GRAPH = {name: imports_of(path) for name, path in FILES.items()}
+@cache
+def graph():
+    """All modules of the package with what each imports; read when a test asks, for parsing them takes seconds."""
+    return {name: imports_of(path) for name, path in FILES.items()}
 
 
 def place_of(module):
@@ -98,7 +102,7 @@ def place_of(module):
 
 def crossings(allowed):
     """Imports that a rule forbids, as ``importer -> imported``."""
-    return sorted(f"{a} -> {b}" for a, imported in GRAPH.items() for b in imported if not allowed(a, b))
+    return sorted(f"{a} -> {b}" for a, imported in graph().items() for b in imported if not allowed(a, b))
 
 
 def test_floors_import_no_station_and_core_no_floor():
@@ -139,7 +143,7 @@ def methods_of(module):
 
 
 def test_a_method_imports_no_other_method_and_shared_code_none():
-    owners = {module: methods_of(module) for module in GRAPH}
+    owners = {module: methods_of(module) for module in graph()}
     assert len(set().union(*owners.values())) > 10
 
     def allowed(importer, imported):
@@ -152,7 +156,7 @@ def test_a_method_imports_no_other_method_and_shared_code_none():
 
 def test_the_import_graph_has_no_circle():
     """Imports inside functions count too: a circle that only runs late is still a circle."""
-    waiting, done = {name: set(imported) - {name} for name, imported in GRAPH.items()}, set()
+    waiting, done = {name: set(imported) - {name} for name, imported in graph().items()}, set()
     while True:
         free = {name for name, imported in waiting.items() if not imported - done}
         if not free:

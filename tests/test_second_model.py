@@ -83,12 +83,7 @@ def test_tokens_are_spelt(second):
 def test_exact_bytes(second):
     from everytoken.tokenization.exact_bytes import ExactBytes
 
-    model, tokenizer = second
-    try:
-        lm = ExactBytes().on(model, tokenizer)
-    except UnsupportedModelError as refusal:  # of its windows, before any forward
-        assert "DynamicSlidingWindowLayer" in refusal.message and refusal.hint
-        return
+    lm = ExactBytes().on(*second)
     assert np.exp(lm.next_byte_logprobs("The capital of France is Par")).sum() == pytest.approx(1)
     assert lm.generate("The capital of France is Par", 2) == b"is"
 

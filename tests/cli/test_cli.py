@@ -53,6 +53,13 @@ def test_papers_lists_searches_and_filters():
     assert len(many) == 15
 
 
+def test_names_of_papers_are_whole_in_80_columns():
+    """They are there to be copied."""
+    listed = run("papers", COLUMNS="80").stdout
+    for card in load_catalog().values():
+        assert re.search(rf"^{re.escape(card.slug)} .*\b{card.year}\b.*\b{card.status}\b", listed, re.M), card.slug
+
+
 def test_papers_show():
     text = RUNNER.invoke(app, ["papers", "show", "tdpo"]).stdout
     for piece in ("Token-level Direct Preference", "2404.11999", "everytoken try tdpo", "measured"):
@@ -93,6 +100,10 @@ def test_help_has_real_examples(verb):
         (["try", "dyspec", "--set", "budget=-3"], "budget >= 0", 2),
         (["try", "dyspec", "--set", "budget"], "key=value", 2),
         (["try", "dyspec", "--prompt", "  "], "prompt is empty", 2),
+        (["try", "dyspec", "--peer", "vllm"], "no peer", 2),
+        (["try", "dyspec", "--weights", "int3"], "Unknown weights", 2),
+        (["reproduce", "dyspec", "--weights", "int3", "--out", "."], "Unknown weights", 2),
+        (["reproduce", "stochastok", "--weights", "int4", "--out", "."], "a way of its own", 2),
         (["try", "dyspec", "--trace", "/no/such/folder/x.html"], "does not exist", 2),
         (["try", "dyspec", "--model", "./absent"], "no folder or file", 2),
         (["try", "dyspec", "--model", "nobody/absent"], "embedded", 1),
@@ -236,13 +247,16 @@ def test_a_damaged_model_is_named(tmp_path, letters_model, name):
         ("compare", "stochastok", "stochastok:expand_prop=1"),
     ],
 )
+@pytest.mark.slow
 def test_any_encoding_of_the_output(arguments, encoding):
     result = run(*arguments, encoding=encoding)
     assert result.returncode == 0, result.stderr
     assert result.stdout.isascii() or encoding != "ascii"
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", result.stdout + result.stderr)  # no colours, no bars
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.slow
 def test_json_is_json_in_any_encoding(encoding):
     result = run("try", "stochastok", "--prompt", "日本 🙂 strawberries", "--json", encoding=encoding)
     assert json.loads(result.stdout)["texts"]["stochastok"] == "日本 🙂 strawberries"
@@ -257,6 +271,9 @@ def test_marks_in_ascii():
 def test_a_live_count_on_a_terminal_and_lines_elsewhere():
     screen = Console(force_terminal=True, file=io.StringIO(), width=100)
     with watched(screen) as (report, quiet):
+        report("loading the model", 0, 0)
+        time.sleep(0.3)
+        assert "0/" not in screen.file.getvalue() and "left" not in screen.file.getvalue()  # nobody knows how long
         for done in range(0, 9, 4):
             report("plain decoding", done, 8)
             time.sleep(0.3)
@@ -281,7 +298,7 @@ def test_trials_count_their_tokens(letters_model):
     heard = []
     card = load_catalog()["skipdecode"]
     trial = build_trial(card, ["speedup=1.2"])
-    options = {"max_new_tokens": 5, "packed": False}
+    options = {"max_new_tokens": 5, "weights": "as they come"}
     request = TrialRequest([trial], str(letters_model), "abc", options=options, report=lambda *item: heard.append(item))
     result = card.load_trial()(request)
     for stage, row in (("plain decoding", "plain generate"), ("decoding with skipdecode", "skipdecode")):
@@ -289,6 +306,43 @@ def test_trials_count_their_tokens(letters_model):
         assert counted == sorted(counted)
         assert counted[0] == 0
         assert counted[-1] == result.rows[row]["new tokens"]
+
+
+def test_doctor_shows_what_was_measured_on_this_machine(tmp_path, monkeypatch):
+    import os
+
+    from everytoken.cli.doctor import _calibrations
+    from everytoken.core.calibration import Calibration, Curve, _keep
+    from everytoken.core.machine import processor
+
+    monkeypatch.setenv("EVERYTOKEN_CACHE", str(tmp_path))
+    lines = []
+
+    def note(*line):
+        lines.append(line)
+
+    _calibrations(note)
+    assert [line[0] for line in lines] == ["speed of weights"] and "not measured yet" in lines[0][2]
+    ways = {"packed": Curve((1, 8), (0.02, 0.03)), "int4": Curve((1, 8), (0.005, 0.012), 2.0)}
+    key = {"processor": processor(), "cores": os.cpu_count(), "threads": 2}
+    _keep(tmp_path, Calibration(key, "llama, 30 layers", ways))
+    _keep(tmp_path, Calibration(key | {"processor": "another"}, "llama, 31 layers", ways))
+    lines.clear()
+    _calibrations(note)
+    assert [line[0].strip() for line in lines] == ["speed of weights", "llama, 30 layers, 2 threads"]
+    assert lines[1][2] == "int4 5 / 12 / 68; packed 20 / 30 / 110 (the machine was busy)"
+
+
+def test_nothing_is_measured_without_calibration(tmp_path, letters_model, monkeypatch):
+    from everytoken.core import choosing
+
+    monkeypatch.setenv("EVERYTOKEN_CALIBRATE", "1")
+    monkeypatch.setattr(choosing, "calibrate", None)
+    arguments = ("try", "skipdecode", "--model", letters_model, "--prompt", "abc", "--max-new-tokens", 2)
+    result = run(*arguments, "--no-calibrate", EVERYTOKEN_CACHE=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "nothing was measured" in result.stdout.replace("\n", " ")
+    assert not (tmp_path / "calibration.json").exists()
 
 
 def test_several_traces_are_saved_under_names_of_their_own(tmp_path):

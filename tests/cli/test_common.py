@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from everytoken.cli.common import leave_processes
 
 
@@ -12,6 +14,7 @@ def test_leaving_without_a_process_group_changes_nothing():
     leave_processes()
 
 
+@pytest.mark.slow
 def test_the_process_group_ends_before_python_does(tmp_path):
     """Whoever waits for a collective's tensors at exit finds no group, and no thread of it holding them."""
     script = f"""

@@ -41,7 +41,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 4))])
 def test_weights_are_unbiased_for_every_token(form, number):
     """E[w 1(y = a)] = p(a) C(a) for every a, by a z-test."""
     logps, allowed = list(problems())[number]
@@ -217,6 +217,7 @@ def allowed(tokens):
 CONSTRAINT = CallableConstraint(ok, lambda text: ok(text) and text.endswith(b"c"), on="bytes")
 
 
+@pytest.mark.slow
 def test_smc_estimates_the_marginal_likelihood_without_bias(model):
     prompt, length = [1, 2], 4
     total, _ = enumerate_texts(model, prompt, length, allowed)
@@ -236,6 +237,7 @@ def test_smc_estimates_the_marginal_likelihood_without_bias(model):
     )
 
 
+@pytest.mark.slow
 def test_weighted_particles_follow_the_posterior(model):
     """E[sum of weights at a text] / E[sum of weights]: the model conditioned on the constraint, not locally
     renormalised.

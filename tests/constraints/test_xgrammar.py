@@ -94,6 +94,7 @@ def test_beam_search_reorders_rows(model, nest):
     assert GrammarMatcher(nest).longest_prefix(spelled(again[0, 1:].tolist())) == len(spelled(again[0, 1:].tolist()))
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_masked_model(model, nest):
     """The first token's distribution is the model's, renormalised over the allowed tokens (chi-square)."""
     ids = torch.tensor([[2, 3]])

@@ -9,7 +9,7 @@ import sys
 import xml.etree.ElementTree as xml
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everytoken.core.charts import COLOURS, GRID, INK, MUTED, PAPER, bars_svg, inline_image, lines_svg
@@ -101,6 +101,7 @@ def test_names_are_text_and_never_formulas():
     assert "50 (1.00x) $" in texts(bars_svg({"a": 50.0}, "x", notes={"a": "50 (1.00x) $"}))
 
 
+@settings(max_examples=25)  # each draws a whole chart
 @given(low=st.floats(-100, 100), spread=st.floats(1e-3, 1e3))
 def test_labels_tell_ticks_apart(low, spread):
     svg = lines_svg({"loss": [[(1, low), (2, low + spread)]]}, "step", "loss")

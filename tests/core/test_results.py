@@ -46,6 +46,7 @@ def normal_seeds(seeds, questions, spread, effect=0.4):
 @pytest.mark.parametrize(
     ("seeds", "spread"), [(1, 0.0), (2, 0.0), (2, 0.3), (2, 3.0), (3, 0.0), (3, 0.16), (3, 3.0), (5, 0.16), (10, 0.5)]
 )
+@pytest.mark.slow
 def test_intervals_of_differences_cover_the_truth(fewer_draws, seeds, spread):
     hits = coverage(normal_seeds(seeds, 40, spread), 0.4, "difference")
     assert hits >= 178

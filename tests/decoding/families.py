@@ -64,6 +64,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": LATENT | {"layer_types": MIXED},
     "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2},
+    "xlm": {"pad_index": 0, "mask_token_id": VOCAB - 1},  # by default words of the prompts are padding to it
     "qwen2": {"use_sliding_window": True, "max_window_layers": 2},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip

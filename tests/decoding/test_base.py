@@ -8,13 +8,12 @@ import pickle
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, StaticCache, T5Config
+from transformers import GenerationConfig, T5Config
 
 from everytoken.core.errors import BadInputError, TokenizerMismatchError, UnsupportedModelError
 from everytoken.decoding.base import Decoder
 from everytoken.decoding.call import DecodingStats
 from everytoken.decoding.checks import (
-    check_croppable,
     check_prompt,
     check_same_vocabulary,
     refuse_unsupported,
@@ -57,12 +56,6 @@ def test_vocabularies_may_differ_by_padding_only():
         check_same_vocabulary(tiny_llama(40, eos=5), tiny_llama(32, eos=3))
     with pytest.raises(TokenizerMismatchError):
         check_same_vocabulary(tiny_llama(1000), tiny_llama(32))
-
-
-def test_caches():
-    check_croppable("X", DynamicCache())
-    with pytest.raises(UnsupportedModelError, match="Static"):
-        check_croppable("X", StaticCache(config=tiny_llama(9).config, max_cache_len=8))
 
 
 def test_base_class_is_abstract():

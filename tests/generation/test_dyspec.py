@@ -113,6 +113,7 @@ REPEATING = [1, 2, 3, 1, 2, 1, 1, 2]
 
 
 @pytest.mark.parametrize("corpus", [None, [[1, 2, 3, 0], [2, 0, 0], [3, 3, 1]]], ids=["prompt", "corpus"])
+@pytest.mark.slow
 def test_text_alone_keeps_the_targets_distribution(corpus):
     """No draft model: the adaptive rules decide every round what is checked."""
     target = tiny_llama(4, seed=3, scale=0.4)
@@ -128,6 +129,7 @@ def test_text_and_draft_in_one_tree_keep_the_targets_distribution():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.slow
 def test_ranked_nodes_keep_the_targets_distribution(temperature):
     target = tiny_llama(5, seed=5, scale=0.5)
     check_distribution(target, DySpec(tiny_llama(5, seed=8), budget=6), [1, 2], 600, temperature=temperature, top_k=3)
@@ -154,6 +156,7 @@ def test_sampled_distribution_is_the_targets_long(which):
             check_distribution(target, DySpec(drafts(target)[which], drawn=drawn, **shape), [1, 2], 1200)
 
 
+@pytest.mark.slow
 def test_sampled_distribution_with_temperature_and_top_k():
     target = tiny_llama(5, seed=5, scale=0.5)
     decoder = DySpec(tiny_llama(5, seed=8), budget=6, drawn=True)

@@ -133,6 +133,7 @@ def test_a_loss_that_needs_distributions_refuses_a_precomputed_reference(tmp_pat
         make(tmp_path, embedded_tokenizer, TDPOLoss(), precompute_ref_log_probs=True)
 
 
+@pytest.mark.slow
 def test_every_loss_trains_on_its_annotator(tmp_path, embedded_tokenizer):
     negative = tiny_llama(49152, seed=9, eos=2)
     work = [

@@ -209,6 +209,7 @@ def test_without_residual_the_second_pass_is_the_first(tmp_path, embedded_tokeni
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_every_variant_trains(tmp_path, embedded_tokenizer, changes):
     trainer = make(tmp_path, embedded_tokenizer, IFTSettings(**changes), max_steps=6)
     trainer.train()
@@ -233,6 +234,7 @@ def test_predictions_replace_targets_only(tmp_path, embedded_tokenizer):
     assert not torch.equal(predicted[~kept], batch["input_ids"][~kept])
 
 
+@pytest.mark.slow
 def test_lora_accumulation_checkpointing_and_resume(tmp_path, embedded_tokenizer):
     peft = pytest.importorskip("peft")
 
@@ -261,6 +263,7 @@ def test_lora_accumulation_checkpointing_and_resume(tmp_path, embedded_tokenizer
 
 
 @pytest.mark.parametrize("reduction", ["sequence", "token"])
+@pytest.mark.slow
 def test_accumulation_changes_no_weight(tmp_path, embedded_tokenizer, reduction):
     weights = []
     for changes in ({}, dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)):

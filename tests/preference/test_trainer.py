@@ -170,6 +170,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_saves_the_batch(tmp_path, 
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_checkpointing_and_accumulation_change_no_weight(tmp_path, embedded_tokenizer, changes):
     weights = []
     for extra in ({"gradient_checkpointing": False}, changes):

@@ -83,6 +83,15 @@ def brief(completions, **_):
     return [-float(len(text)) for text in completions]
 
 
+SEEN = []
+
+
+def near(completions, wanted, source, **_):
+    """A reward that reads columns of the data: as long as ``wanted``."""
+    SEEN.extend(zip(wanted, source, strict=True))
+    return [-abs(len(text) - length) for text, length in zip(completions, wanted, strict=True)]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_and_reports(place, tmp_path, name):
     result = invoke(place, name, tmp_path / "out", *METHODS[name])
@@ -133,6 +142,7 @@ def test_a_second_run_goes_on_from_the_last_checkpoint(place, tmp_path):
     assert gap < 1e-2  # the schedule of the first run was shorter
 
 
+@pytest.mark.slow
 def test_guides_can_be_brought(place, tmp_path):
     for name, settings in (
         ("tgdpo", [f"guide={place / 'guide'}"]),
@@ -208,11 +218,33 @@ def test_bad_data_is_named(place, tmp_path):
     context.data, rto = str(tmp_path / "tools.jsonl"), find_card("rto").load_training()
     with pytest.raises(BadInputError, match="row 1: RTO's rollouts call no tools"):
         rto.run(rto.config(dpo=str(place / "guide")), context)
+    mixed = [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "b"}]}]
+    pictured = [{"prompt": "a"}, {"prompt": "b", "image": "b.png"}]
+    for rows, message in ((mixed, "row 1: its prompt is no str"), (pictured, "row 1: RTO scores text only")):
+        (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        context.data = str(tmp_path / "odd.jsonl")
+        with pytest.raises(BadInputError, match=message):
+            rto.run(rto.config(dpo=str(place / "guide")), context)
     with pytest.raises(BadInputError, match="row 1: 'completion' is empty"):
         demonstrations(tmp_path / "half.jsonl")
     with pytest.raises(BadInputError, match="row 0 has question"):
         demonstrations(tmp_path / "other.jsonl")
     assert demonstrations(place / "pairs.jsonl")[0] == {"prompt": ROWS[0]["prompt"], "completion": ROWS[0]["chosen"]}
+
+
+def test_rtos_reward_is_given_the_columns_of_the_data(place, tmp_path):
+    """Every column, also one that the first row lacks; a repeated prompt with other columns is another row."""
+    rows = [{"prompt": "the film was", "wanted": 3}, {"prompt": "the film was", "wanted": 5, "source": {"page": 2}}]
+    rows += [rows[1], {"prompt": "the food was", "wanted": 4, "tools": []}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = ["batch_size=2", "num_generations=2", "steps=3", "eval_share=0.01", "estimator=group"]
+    rto = find_card("rto").load_training()
+    config = read_config(rto, None, [*SMALL, *small, "reward=tests.preference.test_training:near"])
+    config.dpo_reward_scale = 0.0
+    SEEN.clear()
+    rto.run(config, TrainingContext(str(place / "model"), str(tmp_path / "rows.jsonl"), tmp_path / "out"))
+    known = [(row["wanted"], row.get("source")) for row in rows]
+    assert len(SEEN) == 6 and all(pair in known for pair in SEEN) and len({wanted for wanted, _ in SEEN}) == 2
 
 
 def test_the_reports_texts_are_answers_to_what_was_trained(place, tmp_path, monkeypatch):

@@ -228,6 +228,7 @@ def test_frozen_models_score_at_the_sampling_temperature(tmp_path, embedded_toke
     assert vars(dpo).get("forward") == before  # another trainer may use it at another temperature
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_the_critic_is_not_gone_on_from(tmp_path, embedded_tokenizer):
     dpo = tiny_llama(49152, seed=4, eos=2)
     make(tmp_path, embedded_tokenizer, dpo, save_strategy="steps", save_steps=1).train()
@@ -272,6 +273,7 @@ def test_lora_uses_the_policy_without_its_adapter(tmp_path, embedded_tokenizer):
 
 
 @pytest.mark.parametrize("estimator", ["gae", "group"])
+@pytest.mark.slow
 def test_a_dpo_adapter_holds_the_reference_too(tmp_path, embedded_tokenizer, estimator):
     """The same batch from a PEFT DPO model alone, and from the same two models in full."""
     peft = pytest.importorskip("peft")

@@ -79,6 +79,7 @@ def test_pieces_that_change_nothing_train_the_weights_of_stock_grpo(tmp_path, lo
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_under_other_settings_too(tmp_path, changes):
     same_weights(tmp_path, **changes)
 

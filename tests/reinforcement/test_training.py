@@ -54,6 +54,7 @@ def test_methods_are_found():
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.slow
 def test_every_method_trains(tmp_path, name):
     place, training = letters(tmp_path), load_catalog()[name].load_training()
     result = train(place, training, "save_steps=1")

@@ -197,6 +197,7 @@ console=Console(quiet=True))["runs"])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_the_part_that_it_was_in_and_no_other(tmp_path):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)

@@ -23,6 +23,8 @@ def exported_decoders():
 
 class TestExportedDecoders(DecoderConformance):
     decoders = exported_decoders()
+    further_marks = (pytest.mark.slow,)
+    draws = 200  # each decoder's own tests draw thousands
 
 
 @dataclass

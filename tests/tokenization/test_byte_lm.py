@@ -175,6 +175,7 @@ def test_the_chain_rule_and_the_sum_over_covers():
 
 
 @pytest.mark.parametrize("unit", ["byte", "token"])
+@pytest.mark.slow
 def test_sampled_texts_follow_the_model(unit):
     lm = Chain()
 
@@ -310,15 +311,53 @@ def test_characters_whose_kind_decides_the_cut(char):
     check_steps(lm, text)
 
 
-def test_a_model_with_windows_is_refused_before_any_forward(monkeypatch):
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+def windows(family, tokenizer, **options):
+    """A tiny Gemma with windows shorter than the texts, as a model of bytes."""
+    import transformers
 
-    tokenizer = byte_level()
-    config = Gemma3TextConfig(
+    config = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"],
+        eos_token_id=tokenizer.eos_token_id, initializer_range=0.5,
     )  # fmt: skip
-    model = Gemma3ForCausalLM(config)
+    torch.manual_seed(1)
+    return ByteLM(getattr(transformers, f"{family}ForCausalLM")(config).eval(), tokenizer, **options)
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "Gemma3"])
+def test_sliding_windows(family):
+    """A window passes settled text, and the nodes of the tree push nothing out of it: as one forward for each path."""
+    lm, text = windows(family, byte_level()), b"hello world the hel"
+    for size in range(len(text) + 1):
+        step = lm.next_byte_logprobs(text[:size])
+        for path, node in lm._nodes.items() if size > 12 else ():
+            with torch.inference_mode():
+                logits = lm.model(torch.tensor([[*lm._base, *path]])).logits[0, -1, : lm.vocab]
+            assert np.allclose(node.logps, torch.log_softmax(logits, -1), atol=1e-4)
+    assert len(lm._base) > 4 and len(lm._nodes) > 4 and lm.forwards <= 2 * (len(text) + 1)
+    fresh = windows(family, byte_level())
+    assert np.allclose(np.exp(step), np.exp(fresh.next_byte_logprobs(text)), atol=1e-5)
+    ids = torch.tensor([[*lm._base, *lm.covers(text)[0].tokens]])
+    plain = lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    assert lm.generate(text, 6) == spelt(lm, plain[0], len(text))[:6]
+
+
+def spelt(lm, ids, start):
+    """The bytes of tokens behind BOS and the text's first ``start``."""
+    return b"".join(lm.view.bytes[token] or b"" for token in ids[1:].tolist())[start:]
+
+
+def test_a_recurrent_model_is_refused_before_any_forward(monkeypatch):
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    tokenizer = byte_level()
+    config = Qwen3NextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, layer_types=["linear_attention", "full_attention"], num_experts=2,
+        num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8,
+        linear_num_key_heads=1, linear_num_value_heads=1, linear_key_head_dim=8, linear_value_head_dim=8,
+    )  # fmt: skip
+    model = Qwen3NextForCausalLM(config)
     monkeypatch.setattr(model, "forward", lambda *a, **k: pytest.fail("a forward pass before the refusal"))
-    with pytest.raises(UnsupportedModelError, match="DynamicSlidingWindowLayer"):
+    with pytest.raises(UnsupportedModelError, match="one forward, and Qwen3NextForCausalLM cannot"):
         ByteLM(model, tokenizer)

@@ -8,12 +8,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..catalog.cards import Card, find_card
 from ..core.errors import BadInputError, UnknownNameError
@@ -21,6 +23,15 @@ from ..core.progress import Report
 from ..core.settings import parse_settings, settable
 from ..decoding.trial import Trial, TrialResult
 from .output import print_json
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+WEIGHTS_HELP = "Decoders: how linear layers run: auto (the fastest that changes no result), 'as they come', packed, "
+WEIGHTS_HELP += "bfloat16 or int4."
+CALIBRATE_HELP = "Measure on first use which way is the fastest here (a few seconds, kept), or measure nothing."
+PEER_HELP = "Decoders: llama.cpp, another engine, beside them on the same GGUF file: auto (where installed), none or "
+PEER_HELP += "llama.cpp."
 
 
 def method_names(incomplete: str) -> list[str]:
@@ -87,6 +98,24 @@ def leave_processes() -> None:
     time.sleep(0.2)  # the threads cannot be joined: this lets them take the interpreter's lock, which they wait for
 
 
+def _live(console: Console, **options: Any) -> Progress:
+    """A bar that is taken away at the end, with what is done and the time. Where no total is known, it says neither a
+    count nor what is left.
+    """
+    from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+
+    class Told(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            spent = timedelta(seconds=int(task.elapsed or 0))
+            if task.total is None:
+                return Text(str(spent), "progress.elapsed")
+            left = "" if task.time_remaining is None else f", {timedelta(seconds=int(task.time_remaining))} left"
+            return Text(f"{task.completed:,.0f}/{task.total:,.0f}, {spent}{left}", "progress.elapsed")
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), Told())
+    return Progress(*columns, console=console, transient=True, **options)
+
+
 @contextlib.contextmanager
 def stages(console: Console) -> Iterator[Report]:
     """A progress bar for work in stages: yields ``report(stage, done, total)``.
@@ -95,16 +124,7 @@ def stages(console: Console) -> Iterator[Report]:
 
     Under ``accelerate launch`` only the first process shows it.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not first_process()) as progress:
+    with _live(console, disable=not first_process()) as progress:
         task = progress.add_task("starting", total=None)
         stage = [""]
 
@@ -142,27 +162,7 @@ def watched(console: Console, silence: bool = False) -> Iterator[tuple[Report, C
     if silence or not console.is_terminal:
         yield lines(console), lambda: None
         return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("elapsed,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    progress = Progress(*columns, console=console, transient=True, refresh_per_second=4)
+    progress = _live(console, refresh_per_second=4)
     task = progress.add_task("starting", total=None)
     stage, hidden = "", False
 

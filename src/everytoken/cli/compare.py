@@ -11,6 +11,9 @@ from rich.console import Console
 from ..core.errors import BadInputError
 from ..decoding.trial import TrialRequest
 from .common import (
+    CALIBRATE_HELP,
+    PEER_HELP,
+    WEIGHTS_HELP,
     bars,
     build_trial,
     cards_of,
@@ -47,9 +50,9 @@ def compare(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
     dtype: Annotated[str, typer.Option()] = "auto",
-    weights: Annotated[
-        str, typer.Option(help="Decoders: how linear layers run: auto, 'as they come', packed, bfloat16 or int4.")
-    ] = "auto",
+    weights: Annotated[str, typer.Option(help=WEIGHTS_HELP)] = "auto",
+    calibrate: Annotated[bool, typer.Option(help=CALIBRATE_HELP)] = True,
+    peer: Annotated[str, typer.Option(help=PEER_HELP)] = "auto",
     steps: Annotated[int, typer.Option(min=1)] = 6,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
@@ -74,7 +77,14 @@ def compare(
     check_ending(trace, "Traces of several methods", (".html", ".htm"))
     check_files(plot, trace)
     options = options_from(
-        max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, weights=weights, steps=steps, seed=seed
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        dtype=dtype,
+        weights=weights,
+        calibrate=calibrate,
+        peer=peer,
+        steps=steps,
+        seed=seed,
     )
     with watched(Console(stderr=True)) as (report, _):
         request = TrialRequest(trials, model, prompt, str(data) if data is not None else None, options, report=report)

@@ -54,6 +54,7 @@ def diagnose() -> list[dict[str, Any]]:
     _devices(note)
     _caches(note)
     _weights(note)
+    _calibrations(note)
     return findings
 
 
@@ -120,6 +121,27 @@ def _caches(note: Any) -> None:
         if os.environ.get("HF_HUB_OFFLINE") == "1"
         else "used only for hub ids that you name",
     )
+
+
+def _calibrations(note: Any) -> None:
+    """What was measured on this machine, a line a model: milliseconds for 1, 8 and 64 tokens, the fastest way first."""
+    from ..core.calibration import TABLE, kept
+    from ..core.loading import cache_dir
+    from ..core.machine import processor
+
+    mine = [item for item in kept(cache_dir()) if item.key.get("processor") == processor()]
+    mine = [item for item in mine if item.key.get("cores") == os.cpu_count()]
+    if not mine:
+        note("speed of weights", "ok", "not measured yet: `try` and `compare` do at first use, in a few seconds")
+        return
+    note("speed of weights", "ok", f"ms for 1 / 8 / 64 tokens, from {cache_dir() / TABLE}; delete it to measure anew")
+    for item in mine:
+        ways = sorted(item.ways.items(), key=lambda pair: pair[1](1))
+        told = "; ".join(f"{way} " + " / ".join(f"{1e3 * curve(n):.3g}" for n in (1, 8, 64)) for way, curve in ways)
+        count = item.key.get("threads", 1)
+        threads = f"{count} thread{'' if count == 1 else 's'}"
+        busy = " (the machine was busy)" if item.busy else ""
+        note(f"  {item.model}, {threads}", "ok", f"{told}{busy}")
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:

@@ -107,17 +107,16 @@ def _counted(status: str) -> tuple[str, ...]:
 
 
 def _table(cards: list[Card], console: Console) -> Table:
-    """The list; narrow terminals get fewer columns, not broken words."""
+    """The list; narrow terminals get fewer columns, not broken words: names are there to be copied."""
     grid = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for head in ("name", "station", "year", "status", "measured"):
-        grid.add_column(head, no_wrap=True)
+    heads = ("name", "station", "year", "status", "measured")
+    rows = [(card.slug, card.station, "year", card.status, card.headline) for card in cards]
+    widths = [max(len(head), *map(len, column)) for head, column in zip(heads, zip(*rows, strict=True), strict=True)]
+    for head, width in zip(heads, widths, strict=True):
+        grid.add_column(head, no_wrap=True, min_width=None if head == "measured" else width)
     roomy = console.width >= 110
     if roomy:
-        rows = [(card.slug, card.station, "year", card.status, card.headline) for card in cards]
-        heads = ("name", "station", "year", "status", "measured")
-        used = sum(
-            max(len(head), *map(len, column)) + 2 for head, column in zip(heads, zip(*rows, strict=True), strict=True)
-        )
+        used = sum(widths) + 2 * len(heads)
         grid.add_column("what it does", no_wrap=True, overflow="ellipsis", max_width=max(console.width - used, 20))
     for card in cards:
         colour = COLOURS[card.status]

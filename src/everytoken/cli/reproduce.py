@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ..catalog.cards import find_card, load_catalog
 from ..core.errors import BadInputError
-from .common import method_names
+from .common import CALIBRATE_HELP, WEIGHTS_HELP, method_names
 from .output import check_files, check_folder, print_json
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ def reproduce(
     model: Annotated[
         str | None, typer.Option(help="Hub id, folder or .gguf file; default: the embedded model.")
     ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help=f"{WEIGHTS_HELP} Default: the experiment's own; it refuses others by name.")
+    ] = None,
+    calibrate: Annotated[bool, typer.Option(help=CALIBRATE_HELP)] = True,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds; default: the experiment's own.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the result file.")] = Path("results"),
     resume: Annotated[
@@ -53,7 +57,16 @@ def reproduce(
     check_folder(out)
     from ..reproduce.base import execute, table, write
 
-    result = execute(experiment, chosen, model=model, seeds=seeds, console=Console(stderr=True), fresh=not resume)
+    result = execute(
+        experiment,
+        chosen,
+        model=model,
+        seeds=seeds,
+        console=Console(stderr=True),
+        fresh=not resume,
+        weights=weights,
+        calibrate=calibrate,
+    )
     path = write(result, out / "beds" if control else out)
     if as_json:
         print_json(result)
@@ -62,6 +75,9 @@ def reproduce(
     console.print(table(result))
     for why in dict.fromkeys(claim["why"] for claim in result["claims"] if claim["why"]):
         console.print(f"Why it differs from the paper: {why}", style="dim", highlight=False)
+    ways = dict.fromkeys(kept["weights"] for kept in result["artifacts"].values() if "weights" in kept)
+    if ways:
+        console.print(f"Weights: {', '.join(ways)} (choose with --weights).", style="dim", highlight=False)
     console.print(_conclusion(result, control), highlight=False)
     console.print(f"result written to {path}", highlight=False)
 

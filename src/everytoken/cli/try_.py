@@ -12,7 +12,18 @@ from ..catalog.cards import find_card
 from ..core.errors import UnknownNameError
 from ..core.trace import TokenTrace
 from ..decoding.trial import TrialRequest
-from .common import build_trial, check_column, emit_json, method_names, options_from, results_table, watched
+from .common import (
+    CALIBRATE_HELP,
+    PEER_HELP,
+    WEIGHTS_HELP,
+    build_trial,
+    check_column,
+    emit_json,
+    method_names,
+    options_from,
+    results_table,
+    watched,
+)
 from .output import TRACES, check_ending, check_files
 
 EXAMPLES = (
@@ -47,9 +58,9 @@ def try_method(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    weights: Annotated[
-        str, typer.Option(help="Decoders: how linear layers run: auto, 'as they come', packed, bfloat16 or int4.")
-    ] = "auto",
+    weights: Annotated[str, typer.Option(help=WEIGHTS_HELP)] = "auto",
+    calibrate: Annotated[bool, typer.Option(help=CALIBRATE_HELP)] = True,
+    peer: Annotated[str, typer.Option(help=PEER_HELP)] = "none",
     steps: Annotated[int, typer.Option(min=1, help="Training steps (preference losses).")] = 6,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
@@ -64,7 +75,14 @@ def try_method(
     console = Console()
     streamed: list[str] = []
     options = options_from(
-        max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, weights=weights, steps=steps, seed=seed
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        dtype=dtype,
+        weights=weights,
+        calibrate=calibrate,
+        peer=peer,
+        steps=steps,
+        seed=seed,
     )
     with watched(Console(stderr=True)) as (report, quiet):
 

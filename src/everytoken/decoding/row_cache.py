@@ -355,7 +355,7 @@ class RowCache:
             return True
         if self._whole is not None:
             self.cache.__dict__.update(copy.deepcopy(self._whole).__dict__)
-            self.length = self._mark
+            self.length, self._placed = self._mark, self._placed[:0]
             return kept == 0
         recurrent = any(state is not None for state in self._states)
         drop = self.length - self._mark if recurrent else surplus
@@ -367,6 +367,7 @@ class RowCache:
             elif isinstance(layer, DynamicLayer):
                 layer.crop(-drop)
         self.length -= drop
+        self._placed = self._placed[: self.length - self._mark]
         return not recurrent or kept == 0
 
     def keep(self, path: list[int]) -> None:

@@ -10,12 +10,13 @@ by ``trace_columns(trial) -> names`` in the module of the trial.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import BadInputError
+from ..core.errors import BadInputError, UnsupportedModelError
 from ..core.progress import Report, silent
 from ..core.scoring import check_prompt, encode_prompt
 from ..core.trace import TokenTrace
@@ -52,7 +53,8 @@ class TrialRequest:
         model: as for ``load_model``.
         prompt: the user's text, or None for the station's own example.
         data: a file of the user's, or None.
-        options: further options by name (``max_new_tokens``, ``temperature``, ``dtype``, ``seed``).
+        options: further options by name (``max_new_tokens``, ``temperature``, ``dtype``, ``seed``; ``weights`` and
+            ``calibrate``, see ``core.choosing``; ``peer``, see ``decoding.llama_cpp``).
         stream: called with pieces of text as they appear.
         report: called with ``(stage, done, total)``.
     """
@@ -119,13 +121,17 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
     decoders: dict[str, Decoder] = {
         item.name: item.factory(**item.settings, trace_enabled=True) for item in request.trials
     }
-    from ..core.loading import load_config, load_model, load_tokenizer
+    from ..core.choosing import load_fastest
+    from ..core.loading import load_config, load_tokenizer
     from .lean import lean_forward
+    from .llama_cpp import runs_beside
+    from .plain import PlainDecoding
 
     options = request.options
     config = load_config(request.model)
     for decoder in decoders.values():
         decoder.check_model(config)
+    peer = runs_beside(str(options.get("peer", "none")), request.model)
     request.report("loading the model", 0, 0)
     tokenizer = load_tokenizer(request.model)
     inputs = encode_prompt(tokenizer, prompt)
@@ -133,8 +139,14 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
     length = inputs["input_ids"].shape[1]
     extends = all(decoder.extrapolates for decoder in decoders.values())
     beyond = check_context(config, length, new_tokens, extends)
-    weights = chosen_weights(request)
-    model = load_model(request.model, dtype=options.get("dtype", "auto"), weights=weights)
+    model, choice = load_fastest(
+        request.model,
+        str(options.get("weights", "auto")),
+        str(options.get("dtype", "auto")),
+        compiled=all(getattr(item.factory, "compiled", False) for item in request.trials),
+        measure=bool(options.get("calibrate", True)),
+        report=request.report,
+    )
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     temperature = float(options.get("temperature", 0.0))
     arguments: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": temperature > 0}
@@ -147,13 +159,16 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
     counted = work.streamer("plain decoding", lambda _text: None)
     output, seconds = work.timed(lambda: model.generate(**inputs, **arguments, streamer=counted))
     work.record("plain generate", output, seconds, {"target forwards": float(output.shape[1] - length)})
-    result.notes.append(f"Weights: {getattr(model, 'weights_report', weights)} (choose with --weights).")
-    if lean_forward(model) is not None:
-        from .plain import PlainDecoding
-
-        work.run("plain, compiled", PlainDecoding(), prompt, shown=False)
-        # the baseline comes first: the fastest way of decoding plainly
-        result.rows = dict(sorted(result.rows.items(), key=lambda item: -item[1][result.headline]))
+    name = "plain, compiled" if lean_forward(model) is not None else "plain, lean loop"
+    if beyond is None:  # our own loop stops where the model's positions do
+        with contextlib.suppress(UnsupportedModelError):  # not every model's cache is read row by row
+            work.run(name, PlainDecoding(), prompt, shown=False)
+    # the baseline comes first: the fastest way of decoding plainly
+    result.rows = dict(sorted(result.rows.items(), key=lambda item: -item[1][result.headline]))
+    report = getattr(model, "weights_report", None)
+    result.notes.append(f"Weights: {choice}{f'; {report}' if report else ''} (choose with --weights).")
+    if choice.advice:
+        result.notes.append(choice.advice)
     for name, decoder in decoders.items():
         work.run(name, decoder, prompt)
         if temperature == 0 and decoder.lossless:
@@ -162,31 +177,11 @@ def run_decoders(request: TrialRequest, example: str) -> TrialResult:
                 f"{name}: the text is {'identical to' if same else 'different from'} plain greedy decoding"
                 + ("." if same else " (rounding of the low-precision model, or a lossy method).")
             )
+    if peer:
+        work.beside(temperature)
     wanted = [decoder.colour for decoder in decoders.values()]
     result.column = next((name for name in wanted if all(name in trace.columns for trace in result.traces)), None)
     return result
-
-
-def chosen_weights(request: TrialRequest) -> str:
-    """How the linear layers run: as the user says; else 4 bits where that changes no weight and all methods gain from
-    it, and packed elsewhere.
-
-    Raises:
-        BadInputError: a model's path that does not exist.
-    """
-    from ..core.loading import exact_in_4_bits
-
-    options = request.options
-    asked = str(options.get("weights", "auto"))
-    if asked != "auto":
-        return asked
-    if not options.get("packed", True):
-        return "as they come"
-    import torch
-
-    plain = options.get("dtype", "auto") in ("auto", "float32") and not torch.cuda.is_available()
-    gains = all(getattr(item.factory, "compiled", False) for item in request.trials)
-    return "int4" if plain and gains and exact_in_4_bits(request.model) else "packed"
 
 
 def check_context(config: PreTrainedConfig, length: int, new_tokens: int, extends: bool) -> str | None:
@@ -260,6 +255,24 @@ class _Work:
         for trace in decoder.trace:
             trace.title = f"{name}: {prompt}"
             self.result.traces.append(trace.with_text(self.tokenizer))
+
+    def beside(self, temperature: float) -> None:
+        """llama.cpp's row; loading the file is not part of the time."""
+        import torch
+
+        from .llama_cpp import NAME, LlamaCpp, gguf_of
+
+        path, prompt = gguf_of(self.request.model), self.inputs["input_ids"][0].tolist()
+        assert path is not None
+        self.request.report(f"decoding with {NAME}", 0, 0)
+        wanted = int(self.arguments["max_new_tokens"])
+        ends = self.model.generation_config.eos_token_id
+        ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        engine = LlamaCpp(path, len(prompt) + wanted + 8, torch.get_num_threads(), ends)
+        engine.decode(prompt, 1, temperature)
+        new, seconds = engine.decode(prompt, wanted, temperature)
+        self.record(NAME, torch.tensor([prompt + new]), seconds, {})
+        self.result.notes.append(engine.note)
 
     def streamer(self, stage: str, stream: Callable[[str], None]) -> BaseStreamer:
         """Hands text to ``stream`` as it becomes final, and reports how many tokens there are of those asked for."""

@@ -35,6 +35,7 @@ Choices of ours, none of which changes the result:
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import dataclass, field
@@ -72,6 +73,7 @@ from .speculative.matches import Corpus, TextMatches, corpus_tokens
 from .speculative.proposals import Proposals, process
 from .speculative.trees import Expand, TokenTree, grow_tree
 from .speculative.worth import Cost, Worth, default_cost
+from .tree_shapes import TreeShape
 
 TEXT = "text"
 """As ``draft_model``: text alone proposes."""
@@ -117,8 +119,10 @@ class DySpec(Decoder):
         text_nodes: propose how the text went on before after words like the last ones.
         corpus: texts to search as well: a file, texts, or the tokens of texts. Texts need the tokenizer:
             ``DySpec(corpus=...).prepare(tokenizer, vocab_size)``.
-        cost: what a target forward over n tokens costs, in any unit: ``cost(n)``. None is a straight line
-            (``speculative.worth.default_cost``).
+        cost: what a target forward over n tokens costs, in any unit: ``cost(n)``. None takes ``model.forward_cost``,
+            which was measured on this machine (``core.choosing.load_fastest``), or else a straight line
+            (``speculative.worth.default_cost``). Trees that keep only what pays are made no larger, deeper or less
+            sure than a given or measured cost can repay (``tree_shapes``).
         matcher: a ``Matcher`` in its initial state. Every node of the tree is masked by it, in the draft's
             distribution and in the target's, so the output has exactly the distribution of masked plain decoding.
 
@@ -243,6 +247,16 @@ class DySpec(Decoder):
         }
 
 
+def _cost(decoder: DySpec, model: PreTrainedModel, device: str, choosy: bool) -> tuple[Cost, TreeShape]:
+    """What a forward of the target costs, and the trees that can pay at that price."""
+    asked = TreeShape(decoder.budget, decoder.threshold, decoder.max_depth)
+    # a tree that must be the same everywhere (drawn, or always full) does not depend on what was measured here
+    known = decoder.cost or (getattr(model, "forward_cost", None) if choosy else None)
+    if known is None:
+        return default_cost(device), asked
+    return known, asked.within(known) if choosy else asked
+
+
 class _Speculation:
     """Decoding of one prompt: target cache, draft, and the rounds."""
 
@@ -261,10 +275,14 @@ class _Speculation:
         self.choosy = decoder.threshold is not None and not self.drawn
         if decoder.text_nodes and (self.choosy or self.draft is None):
             self.matches = TextMatches(self.vocab, decoder.searched)
-        cost = decoder.cost or default_cost(self.device.type)
+        cost, self.shape = _cost(decoder, call.model, self.device.type, self.choosy)
+        self.grower = decoder
+        if self.shape.threshold != decoder.threshold:
+            self.grower = copy.copy(decoder)
+            self.grower.threshold = self.shape.threshold
         share = 0.0 if self.draft is None else draft_share(call.model, self.draft.model)
         self.worth = Worth(cost, share * cost(1), rereads=bool(getattr(call.model, "_is_stateful", False)))
-        width = min(decoder.max_children, decoder.budget) if self.branches else 1
+        width = min(decoder.max_children, self.shape.budget) if self.branches else 1
         self.proposals = Proposals(
             row, self.draft, self.matches, self.worth, self.stats, self.path_free, self.drawn, self.choosy, width
         )
@@ -273,11 +291,12 @@ class _Speculation:
     def _pace(self, decoder: DySpec) -> Pace | None:
         """The measured pace of this draft with this target, which goes on from call to call; None: always draft."""
         wanted = isinstance(self.cache, LeanRowCache) if decoder.adaptive is None else decoder.adaptive
-        if not wanted or self.row.do_sample or decoder.budget == 0:
+        budget = self.shape.budget
+        if not wanted or self.row.do_sample or budget == 0:
             return None
         known = _paces.setdefault(self.model, {})
-        key = (id(decoder.draft_model), decoder.budget, decoder.threshold, torch.get_num_threads())
-        return known.setdefault(key, Pace((0, *(width for width in WIDTHS if width < decoder.budget), decoder.budget)))
+        key = (id(decoder.draft_model), budget, self.shape.threshold, torch.get_num_threads())
+        return known.setdefault(key, Pace((0, *(width for width in WIDTHS if width < budget), budget)))
 
     # -- the loop ------------------------------------------------------------------------------------------------------
     def decode(self) -> None:
@@ -290,7 +309,7 @@ class _Speculation:
                 room = (self.max_length or 1 << 30) - len(self.row.padding) - len(self.row.text) - 1
                 forwards, accepted = self.stats.draft_forwards, self.stats.accepted
                 began, before = time.perf_counter(), len(self.row.new)
-                budget = self.decoder.budget if self.pace is None else self.pace.choose()
+                budget = self.shape.budget if self.pace is None else self.pace.choose()
                 tree = self._grow(budget, room)
                 logits = self._verify_forward(tree)
                 self.stats.rounds += self.pace is None or len(tree) > 1
@@ -344,13 +363,13 @@ class _Speculation:
         root = TokenTree()
         root.add(self.row.text[-1], -1, 1.0)
         reach = math.inf if self.draft is None else self.draft.room(len(self.row.text))
-        room = int(min(room, self.cache.room(len(self.row.text)), reach, self.decoder.max_depth))
+        room = int(min(room, self.cache.room(len(self.row.text)), reach, self.shape.depth))
         if budget == 0 or room <= 0:
             return root
         self.proposals.begin()
         # of more nodes than will be checked the best are kept, and of those what pays
         size = 2 * budget if self.choosy else budget
-        tree = self.decoder.grow(root, lambda nodes: self.proposals.expand(root, nodes), size, room, self.drawn)
+        tree = self.grower.grow(root, lambda nodes: self.proposals.expand(root, nodes), size, room, self.drawn)
         if not self.choosy:
             return tree
         best = tree.ranked()[:budget]

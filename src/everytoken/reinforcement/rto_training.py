@@ -7,6 +7,7 @@ RTO needs a model trained with DPO. Where the user brings none, one is trained f
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 import time
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from ..training.column_makers import ColumnSources
 from ..training.config import TrainConfig
 from ..training.datasets.make_dataset import pairs_or_example
 from ..training.datasets.messages import completion_text, message_text, plain_messages
-from ..training.datasets.pairs import read_rows
+from ..training.datasets.pairs import dataset_of, read_rows
 from ..training.distributed import load_unplaced
 from ..training.quiet import quiet_arguments, without_printer
 from ..training.session import Prompt, TrainingSession
@@ -48,7 +49,7 @@ class RTOTraining(TrainConfig, RTOSettings):
 
     Args:
         reward: ``sentiment`` (VADER), or ``module:function`` of TRL's form
-            ``(prompts, completions, **columns) -> list of numbers``.
+            ``(prompts, completions, **columns) -> list of numbers``; it is given every further column of the data.
         dpo: hub id or folder of the DPO-trained model; None trains one first on the data's pairs, for ``guide_steps``
             at ``guide_lr``.
         num_generations: rollouts a prompt; ``batch_size`` counts rollouts.
@@ -81,8 +82,9 @@ def train_dpo_model(sources: ColumnSources, steps: int, lr: float) -> Any:
     return load_function(DPO_TRAINING)(sources, steps, lr)
 
 
-def prompts_and_pairs(config: RTOTraining, context: TrainingContext) -> tuple[list[Prompt], Dataset | None]:
-    """The prompts to answer, and the pairs that a DPO model could be trained on.
+def prompts_and_pairs(config: RTOTraining, context: TrainingContext) -> tuple[list[dict[str, Any]], Dataset | None]:
+    """Rows with a prompt to answer and whatever else the reward may read, and the pairs that a DPO model could be
+    trained on. A row that is there twice is answered once.
 
     Raises:
         BadInputError: a row without a prompt, or no way to a DPO model.
@@ -90,7 +92,7 @@ def prompts_and_pairs(config: RTOTraining, context: TrainingContext) -> tuple[li
     pairs = None
     if context.data is None:
         pairs = pairs_or_example(context)
-        prompts: list[Prompt] = list(dict.fromkeys(pairs["prompt"]))
+        prompts: list[dict[str, Any]] = [{"prompt": text} for text in dict.fromkeys(pairs["prompt"])]
     else:
         found = read_rows(context.data)
         if not all(row.get("prompt") for row in found):
@@ -107,8 +109,17 @@ def prompts_and_pairs(config: RTOTraining, context: TrainingContext) -> tuple[li
                 f"{context.data}, row {bringing[0]}: RTO's rollouts call no tools, and this row brings some.",
                 "Leave them out; in Python RTOTrainer(tools=...) takes functions that it can call.",
             )
-        texts = [row["prompt"] if isinstance(row["prompt"], str) else plain_messages(row["prompt"]) for row in found]
-        prompts = list(dict.fromkeys(texts)) if isinstance(texts[0], str) else texts
+        pictured = [number for number, row in enumerate(found) if row.get("image") or row.get("images")]
+        if pictured:
+            raise BadInputError(f"{context.data}, row {pictured[0]}: RTO scores text only, and this prompt has images.")
+        other = [number for number, row in enumerate(found) if type(row["prompt"]) is not type(found[0]["prompt"])]
+        if other:
+            raise BadInputError(
+                f"{context.data}, row {other[0]}: its prompt is no {type(found[0]['prompt']).__name__}, as row 0's is.",
+                "Write all prompts as text, or all as lists of messages.",
+            )
+        kept = {json.dumps(row, sort_keys=True, default=str): row for row in map(_answerable, found)}
+        prompts = list(kept.values())
     if config.dpo_reward_scale and config.dpo is None and pairs is None:
         raise BadInputError(
             "RTO needs a DPO-trained model.",
@@ -117,17 +128,21 @@ def prompts_and_pairs(config: RTOTraining, context: TrainingContext) -> tuple[li
     return prompts, pairs
 
 
+def _answerable(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its prompt in the form that chat templates read, and without a column of tools, which is empty."""
+    prompt = row["prompt"] if isinstance(row["prompt"], str) else plain_messages(row["prompt"])
+    return {name: value for name, value in row.items() if name != "tools"} | {"prompt": prompt}
+
+
 @quiet_training()
 def train_rto(config: RTOTraining, context: TrainingContext) -> TrainingResult:
-    from datasets import Dataset
-
     settings = config.part(RTOSettings)
     reward = sentiment if config.reward == "sentiment" else load_function(config.reward, "A reward", "rewards:score")
     if config.reward == "sentiment":
         require("vaderSentiment", "train", "Rewarding sentiment")
     prompts, pairs = prompts_and_pairs(config, context)
     session = TrainingSession(config, context, "rto", METRICS)
-    train, held = session.split(Dataset.from_list([{"prompt": prompt} for prompt in prompts]))
+    train, held = session.split(dataset_of(prompts))
     answered = session.sampled(held)
     before = session.write_texts(session.policy, answered)
     dpo = None

@@ -115,10 +115,10 @@ def run(context: Context) -> Arms:
     from ..constraints.engine.compiler import GrammarCompiler
     from ..constraints.engine.matcher import GrammarMatcher
     from ..constraints.engine.vocabulary import TokenizerInfo
-    from ..core.loading import load_model, load_tokenizer
+    from ..core.loading import load_tokenizer
 
     tokenizer = load_tokenizer(context.model)
-    model = load_model(context.model, packed=True)
+    model = context.load_model()
     vocab = model.config.get_text_config().vocab_size
     info = TokenizerInfo.from_huggingface(tokenizer, vocab)
     compiler = GrammarCompiler(info)
@@ -179,6 +179,7 @@ def run(context: Context) -> Arms:
 MASKING = "masking with the same checker"
 REPRODUCTION = Reproduction(
     name="awrs",
+    takes_weights=True,
     summary=(
         "the embedded model under a JSON schema and a regular expression: tests and time per token; a posterior known "
         "exactly"

@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
 
 from ..core.errors import BadInputError
 from ..core.files import write_text_whole
+from ..core.loading import WEIGHTS
+from ..core.machine import processor
 from ..core.progress import Report, silent
 from ..core.results import (
     Arms,
@@ -111,6 +113,8 @@ class Context:
         report: ``report(stage, done, total)``, as ``core.progress`` has it.
         artifacts: fill with anything worth keeping in the result file (curves, samples).
         folder: where finished parts are kept until the experiment ends; None keeps none.
+        weights: how the linear layers run (``core.choosing``); None is the experiment's own way.
+        calibrate: whether the fastest way may be measured.
     """
 
     seed: int
@@ -119,12 +123,29 @@ class Context:
     report: Report = silent
     artifacts: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    weights: str | None = None
+    calibrate: bool = True
     _parts: set[str] = field(default_factory=set, repr=False)
 
     @property
     def quick(self) -> bool:
         """Whether the small version was asked for."""
         return self.scale == "quick"
+
+    def load_model(self, own: str = "packed", compiled: bool = False) -> PreTrainedModel:
+        """The model with its weights run as asked for; the result file names the way.
+
+        Args:
+            own: the experiment's own way, or ``"auto"``.
+            compiled: whether what runs gains from a compiled forward.
+        """
+        from ..core.choosing import load_fastest
+
+        weights = self.weights or own
+        measure = self.calibrate and compiled  # others take no curve
+        model, choice = load_fastest(self.model, weights, compiled=compiled, measure=measure, report=self.report)
+        self.artifacts["weights"] = choice.way
+        return model
 
     def part(self, name: str, function: Callable[[], T]) -> T:
         """What ``function`` returns, from an earlier, interrupted run where it had finished there.
@@ -203,6 +224,7 @@ class Reproduction:
         extra: the extra that it needs (``"train"``), and a library of it, checked before anything else.
         bed: the test bed that it stands on (``reproduce.beds.BEDS``); empty without one.
         scales: what ``--scale`` may ask for.
+        takes_weights: whether it runs its model by ``Context.load_model``, so that ``--weights`` means something.
     """
 
     name: str
@@ -214,23 +236,15 @@ class Reproduction:
     extra: tuple[str, str] | None = None
     bed: str = ""
     scales: tuple[Scale, ...] = ("quick", "cpu")
+    takes_weights: bool = False
 
 
 def machine() -> Machine:
     """What the figures were measured on."""
     import torch
 
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [
-            line.split(":", 1)[1].strip()
-            for line in cpuinfo.read_text(encoding="utf-8").splitlines()
-            if line.startswith("model name")
-        ]
-        model = names[0] if names else model
     return {
-        "processor": model,
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -258,6 +272,8 @@ def execute(
     seeds: int | None = None,
     console: Console | None = None,
     fresh: bool = False,
+    weights: str | None = None,
+    calibrate: bool = True,
 ) -> Result:
     """Runs an experiment and returns its result (see ``write`` for the file).
 
@@ -265,9 +281,11 @@ def execute(
         scale: how large a version; see ``Context``.
         seeds: how many; default the experiment's own.
         fresh: run every seed and part anew; by default an interrupted run goes on.
+        weights, calibrate: see ``Context``.
 
     Raises:
-        BadInputError: fewer than one seed, a scale that the experiment has not, or arms without what a claim names.
+        BadInputError: fewer than one seed, a scale that the experiment has not, weights where the experiment has a way
+            of its own, or arms without what a claim names.
         MissingExtraError: the experiment needs a library that is not installed.
     """
     from rich.console import Console
@@ -280,6 +298,10 @@ def execute(
         raise BadInputError(
             f"{experiment.name} has no version for the scale {scale!r}.", f"It has: {', '.join(experiment.scales)}."
         )
+    if weights is not None and not experiment.takes_weights:
+        raise BadInputError(f"{experiment.name} runs its models in a way of its own.", "Leave --weights out.")
+    if weights is not None and weights not in ("auto", *WEIGHTS):
+        raise BadInputError(f"Unknown weights {weights!r}.", f"Use one of: auto, {', '.join(WEIGHTS)}.")
     quick = scale == "quick"
     count = seeds if seeds is not None else (experiment.quick_seeds if quick else experiment.seeds)
     if count < 1:
@@ -288,7 +310,7 @@ def execute(
         require(experiment.extra[1], experiment.extra[0], f"Reproducing {experiment.name}")
     console.print(f"[bold]{experiment.name}[/]: {experiment.summary}", highlight=False)
     began, runs, artifacts = time.time(), [], {}
-    place = _kept(experiment, scale, model)
+    place = _kept(experiment, scale, model, weights)
     if fresh:
         shutil.rmtree(place, ignore_errors=True)
     for seed in range(count):
@@ -304,7 +326,8 @@ def execute(
             def show(stage: str, done: int, total: int, seed: int = seed, status: Status = status) -> None:
                 status.update(f"seed {seed}: {stage}" + (f", {done} of {total}" if total else ""))
 
-            context = Context(seed, scale, model, show, folder=place / f"parts-{seed}")
+            parts = place / f"parts-{seed}"
+            context = Context(seed, scale, model, show, folder=parts, weights=weights, calibrate=calibrate)
             seed_everything(seed)
             arms = experiment.run(context)
         write_text_whole(kept, json.dumps({"arms": arms, "artifacts": context.artifacts}))
@@ -378,7 +401,7 @@ def public_command(argv: Sequence[str]) -> str:
     return " ".join(words)
 
 
-def _kept(experiment: Reproduction, scale: Scale, model: str | None) -> Path:
+def _kept(experiment: Reproduction, scale: Scale, model: str | None, weights: str | None = None) -> Path:
     """Where finished seeds and parts are kept: another place for another version, model or source text."""
     from ..core.loading import cache_dir
 
@@ -386,7 +409,7 @@ def _kept(experiment: Reproduction, scale: Scale, model: str | None) -> Path:
         source = Path(inspect.getfile(experiment.run)).read_text(encoding="utf-8")
     except (OSError, TypeError):
         source = ""
-    key = json.dumps([experiment.name, experiment.summary, scale, model, versions(), source])
+    key = json.dumps([experiment.name, experiment.summary, scale, model, weights, versions(), source])
     return cache_dir() / "reproduce" / f"{experiment.name}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
 
 

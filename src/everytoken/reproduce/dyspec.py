@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,9 +36,11 @@ WHY_SPEED = (
     "useful budget, and the shipped draft was trained for 44 minutes on 2 cores."
 )
 WHY_PACKED = (
-    "All arms but this one run with linear layers packed for the CPU (core.packing), which speeds plain decoding up as "
-    "well; against transformers as it comes, both gains multiply."
+    "All arms but this one run the weights in the way that is the fastest on the machine (the result file names it; "
+    "packed for the CPU where it names none), which speeds plain decoding up as well; against transformers as it "
+    "comes, both gains multiply."
 )
+PLAIN = ("plain generate", "plain, lean loop", "plain generate, linears not packed")
 WHY_SHAPE = "Same draft and number of nodes; the paper compares with Sequoia and SpecInfer trees on 7B models."
 
 
@@ -62,13 +65,24 @@ def kary_decoder(draft: Any, branching: tuple[int, ...]) -> DySpec:
     return FixedTree(draft, budget=size, threshold=None)  # always all of its nodes
 
 
+def fastest_plain(arms: Arms) -> str:
+    """The arm of plain decoding that wrote the most tokens a second, by the median of its prompts."""
+
+    def speed(name: str) -> float:
+        found = arms[name]["tokens per second"]  # one number a prompt, or their mean
+        return median(found if isinstance(found, list) else [found])
+
+    return max((name for name in PLAIN if name in arms), key=speed)
+
+
 def run(context: Context) -> Arms:
     from ..core.loading import load_model, load_tokenizer
+    from ..decoding.plain import PlainDecoding
     from ..generation.dyspec import DySpec
     from ..generation.speculative import load_draft
 
     tokenizer = load_tokenizer(context.model)
-    model, untouched = load_model(context.model, packed=True), load_model(context.model)
+    model, untouched = context.load_model("auto", compiled=True), load_model(context.model)
     draft, follower = load_draft(model), load_draft(model)
     new_tokens = 24 if context.quick else 64
     prompts = PROMPTS[:3] if context.quick else PROMPTS
@@ -76,6 +90,7 @@ def run(context: Context) -> Arms:
     sampling = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     arms: dict[str, tuple[Any, dict[str, Any]]] = {
         "plain generate": (lambda: None, {}),
+        "plain, lean loop": (PlainDecoding, {}),
         "plain generate, linears not packed": (lambda: None, {}),
         "assisted generation": (lambda: None, {}),
         "prompt lookup": (lambda: None, {"prompt_lookup_num_tokens": 8}),
@@ -109,7 +124,7 @@ def run(context: Context) -> Arms:
             new = output[0, inputs["input_ids"].shape[1] :].tolist()
             speeds.append(len(new) / seconds)
             texts.append(new)
-            if decoder is not None:
+            if isinstance(decoder, DySpec):
                 lengths.append(decoder.stats.accepted / max(decoder.stats.rounds, 1))
         results[name] = {"tokens per second": speeds}
         if lengths:
@@ -120,6 +135,8 @@ def run(context: Context) -> Arms:
         name: sum(a == b for a, b in zip(texts, greedy["plain generate"], strict=True))
         for name, texts in greedy.items()
     }
+    fastest = context.artifacts["fastest plain arm"] = fastest_plain(results)
+    results["fastest plain"] = results[fastest]
     context.artifacts["texts equal to plain greedy decoding"] = same
     context.artifacts["settings"] = {"new_tokens": new_tokens, "prompts": len(prompts), "budget": DySpec().budget}
     return results
@@ -129,8 +146,9 @@ REPRODUCTION = Reproduction(
     name="dyspec",
     summary="ten varied prompts, 64 new tokens: plain, assisted, prompt lookup, and DySpec with the shipped draft",
     run=run,
+    takes_weights=True,
     claims=[
-        Claim("tokens per second", "DySpec", "plain generate", "up to 9.1x", why=WHY_SPEED),
+        Claim("tokens per second", "DySpec", "fastest plain", "up to 9.1x", why=WHY_SPEED),
         Claim("tokens per second", "DySpec", "plain generate, linears not packed", "none given", why=WHY_PACKED),
         Claim(
             "tokens per second",

@@ -21,7 +21,7 @@ ARMS = {"PPO": ("gae", 0.0), "RTO": ("gae", 0.05), "GRPO": ("group", 0.0), "RTO,
 WHY = (
     "The paper's figure (about an eighth of the data) is for 8 B models and a learned reward; here a language model of "
     "3M weights, VADER as the reward, and a DPO model trained for 120 steps. Reward is the mean of the rollouts "
-    "themselves, smoothed over six batches."
+    "themselves, smoothed over six batches. Losses are means of a batch's tokens (loss_type bnpo)."
 )
 SMOOTH = 6
 
@@ -79,6 +79,7 @@ def rollouts(
                 dpo_reward_scale=scale,
                 critic_lr=1e-3,
                 critic_epochs=2,
+                loss_type="bnpo",  # not the trainer's default: a result file stays comparable with its predecessors
                 shuffle_dataset=True,
             )
         )

@@ -174,11 +174,11 @@ def decode_speed(model: PreTrainedModel, prompt: torch.Tensor, steps: int) -> di
 
 
 def run(context: Context) -> Arms:
-    from ..core.loading import load_model, load_tokenizer
+    from ..core.loading import load_tokenizer
     from ..generation.tokenselect import TokenSelect
 
     tokenizer = load_tokenizer(context.model)
-    model = load_model(context.model, packed=True)
+    model = context.load_model()
     lengths = [3000] if context.quick else [8000, 16000, 32000, 64000]
     arms: Arms = {"full attention": {}, "TokenSelect": {}, "TokenSelect, tau 0.9": {}}
     exact: dict[str, dict[str, float]] = {}
@@ -225,6 +225,7 @@ def run(context: Context) -> Arms:
 LABELS = ("8k", "16k", "32k", "64k")
 REPRODUCTION = Reproduction(
     name="tokenselect",
+    takes_weights=True,
     summary=(
         "attention of a decoding step, decoding speed and a pass key at 8k to 64k tokens, full attention against "
         "TokenSelect"

@@ -107,10 +107,10 @@ def run(context: Context) -> Arms:
     from ..constraints.engine.matcher import GrammarMatcher
     from ..constraints.engine.vocabulary import TokenizerInfo
     from ..constraints.xgrammar import XGrammar
-    from ..core.loading import load_model, load_tokenizer
+    from ..core.loading import load_tokenizer
 
     tokenizer = load_tokenizer(context.model)
-    model = load_model(context.model, packed=True)
+    model = context.load_model()
     vocab = model.config.get_text_config().vocab_size
     info = TokenizerInfo.from_huggingface(tokenizer, vocab)
     compiler = GrammarCompiler(info, cache_limit=0)
@@ -163,6 +163,7 @@ def run(context: Context) -> Arms:
 
 REPRODUCTION = Reproduction(
     name="xgrammar",
+    takes_weights=True,
     summary=(
         "masks along documents with and without the split, and the embedded model writing JSON freely, masked, and "
         "with jumps"

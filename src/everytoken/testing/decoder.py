@@ -127,6 +127,11 @@ class DecoderConformance:
     """The battery; see the module's docstring."""
 
     decoders: ClassVar[tuple[type[Decoder], ...]] = ()
+    draws: ClassVar[int] = 400
+    """Samples that the chi-square test of each decoder draws."""
+    further_marks: ClassVar[tuple[pytest.MarkDecorator, ...]] = ()
+    """Marks of all but a decoder's first example, where a project runs those less often: ``(pytest.mark.slow,)``."""
+    _found: ClassVar[list[Case]]
 
     # -- what is tested ------------------------------------------------------------------------------------------------
     def model(self, vocab: int = VOCAB, scale: float = 1.0) -> PreTrainedModel:
@@ -146,9 +151,22 @@ class DecoderConformance:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "case" in metafunc.fixturenames:
-            model, tokenizer = self.model(), self.tokenizer()
-            cases = [Case(item, name) for item in self.decoders for name in item.examples(model, tokenizer)]
-            metafunc.parametrize("case", cases, ids=str)
+            seen: set[type[Decoder]] = set()
+            cases = []
+            for case in type(self)._cases():
+                marks = self.further_marks if case.decoder in seen else ()
+                cases.append(pytest.param(case, marks=marks, id=str(case)))
+                seen.add(case.decoder)
+            metafunc.parametrize("case", cases)
+
+    @classmethod
+    def _cases(cls) -> list[Case]:
+        """All examples of all decoders; asked once a class, for they are made with a model."""
+        if "_found" not in vars(cls):
+            battery = cls()
+            model, tokenizer = battery.model(), battery.tokenizer()
+            cls._found = [Case(item, name) for item in cls.decoders for name in item.examples(model, tokenizer)]
+        return cls._found
 
     def example(self, case: Case, model: PreTrainedModel) -> Example:
         return case.on(model, self.tokenizer(model.config.vocab_size))
@@ -217,7 +235,7 @@ class DecoderConformance:
         if not example.exact:
             return  # another distribution: the decoder's own tests know which
         torch.manual_seed(1234)
-        prompt, draws = [2, 3], 400
+        prompt, draws = [2, 3], self.draws
         arguments = {"do_sample": True, "max_new_tokens": 2, "top_k": 0, "top_p": 1.0} | sampling
         output = self.run(model, example.make(), torch.tensor([prompt] * draws), **arguments)
         counts: dict[tuple[int, ...], int] = {}

@@ -1,7 +1,8 @@
 """A causal model of tokens as a model of bytes: it computes what ``exact_bytes`` defines.
 
 The key-value cache is kept from byte to byte. It holds the settled tokens; behind them all left parts of the covers
-form a small tree, which runs through the model in one forward pass a byte.
+form a small tree, which runs through the model in one forward pass a byte. Where all keys stay these are its new nodes;
+where a sliding window counts every key that was read it is the whole tree.
 """
 
 from __future__ import annotations
@@ -13,18 +14,16 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+from transformers.cache_utils import DynamicLayer
 
-from ..core.errors import BadInputError
+from ..core.errors import BadInputError, UnsupportedModelError
 from ..core.trace import TokenTrace
-from ..decoding.checks import check_croppable
 from ..decoding.inputs import check_trees
-from ..decoding.masks import attention_mask_for
-from ..decoding.row_cache import new_cache
+from ..decoding.row_cache import RowCache, check_cached
 from .base import start_token
 from .byte_view import ByteView, split_character
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHUNK = 256
@@ -59,7 +58,7 @@ class ByteLM:
     """A causal model of tokens as a model of bytes.
 
     Args:
-        model: a transformers causal model (with a cache that can be cropped).
+        model: a transformers causal model whose cache holds keys, of full attention or of sliding windows.
         tokenizer: its fast, lossless tokenizer.
         context: token ids before the text, for example a chat template. Default: BOS, or EOS if there is no BOS.
         exact: drop covers that no text is encoded as.
@@ -70,8 +69,8 @@ class ByteLM:
 
     Raises:
         BadInputError: a tokenizer that changes texts, or that has neither BOS nor EOS while no context is given.
-        UnsupportedModelError: a model that cannot read the nodes of a tree in one forward, or whose cache forgets
-            (sliding windows, recurrent states).
+        UnsupportedModelError: a model that cannot read the nodes of a tree in one forward (ALiBi, recurrent states, an
+            attention that takes no mask).
     """
 
     def __init__(
@@ -84,7 +83,15 @@ class ByteLM:
         unit: str = "token",
     ):
         check_trees("ByteLM", model)
-        check_croppable("ByteLM", new_cache(model))
+        check_cached("ByteLM", model)
+        row = RowCache(model)
+        if not row.trees:
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in row.cache.layers}))
+            raise UnsupportedModelError(
+                f"ByteLM reads the nodes of its tree in one forward, and {type(model).__name__} cannot"
+                + (f" (its cache has {kinds})." if kinds else "."),
+                "Use a model with attention in every layer.",
+            )
         self.model, self.tokenizer, self.exact, self.tolerance = model, tokenizer, exact, tolerance
         self.unit = unit
         self.view = ByteView.of(tokenizer)
@@ -103,7 +110,9 @@ class ByteLM:
 
     # -- the tree of left parts, on a cache ----------------------------------------------------------------------------
     def _reset(self) -> None:
-        self._cache = new_cache(self.model)
+        self._row = RowCache(self.model)
+        # a window counts nodes of earlier forwards too: all are read anew, so that they push no text out of it
+        self._anew = any(type(layer) is not DynamicLayer for layer in self._row.cache.layers)
         self._settled, self._base_logp = b"", 0.0
         self._base: list[int] = []
         self._nodes: dict[tuple[int, ...], _Node] = {}
@@ -147,20 +156,21 @@ class ByteLM:
     @torch.inference_mode()
     def _commit(self, chain: list[int]) -> None:
         """Settled tokens: the tree goes, they stay."""
-        surplus = self._cache.get_seq_length() - len(self._base)
-        if surplus > 0:
-            self._cache.crop(-surplus)
+        if self._base:
+            self._row.back()
         before = self._nodes[()].logps if self._base else None
         self._nodes = {}
         for begin in range(0, len(chain), CHUNK):  # all logits of a long prompt at once would take gigabytes
             part = chain[begin : begin + CHUNK]
-            logps = self._forward(part, list(range(len(self._base), len(self._base) + len(part))), None)
+            self._row.mark()
+            logps = self._forward(self._row, part, list(range(len(part))), None)
             for place, token in enumerate(part):
                 if len(self._base) >= len(self.context) and before is not None:
                     self._base_logp += float(before[token])
                 before = logps[place]
                 self._base.append(token)
         assert before is not None
+        self._row.mark()
         self._nodes[()] = _Node(-1, self._base_logp, before)
 
     @torch.inference_mode()
@@ -168,34 +178,30 @@ class ByteLM:
         """Adds tree nodes, parents first, in one forward pass."""
         if not paths:
             return
-        base, past = len(self._base), self._cache.get_seq_length()
-        total = past + len(paths)
-        seen = np.zeros((len(paths), total), bool)
+        read = paths
+        if self._anew and len(self._nodes) > 1:
+            self._row.back()
+            read = sorted({*paths, *self._nodes} - {()}, key=len)
+        base, past = len(self._base), self._row.length
+        seen = np.zeros((len(read), past + len(read)), bool)
         seen[:, :base] = True
-        slots = {path: past + place for place, path in enumerate(paths)}
-        for place, path in enumerate(paths):
+        slots = {path: past + place for place, path in enumerate(read)}
+        for place, path in enumerate(read):
             for size in range(1, len(path) + 1):
                 part = path[:size]
                 seen[place, slots[part] if part in slots else self._nodes[part].slot] = True
-        mask = attention_mask_for(self.model, torch.from_numpy(seen)[None, None].to(self.model.device))
-        logps = self._forward([path[-1] for path in paths], [base + len(path) - 1 for path in paths], mask)
-        for place, path in enumerate(paths):
+        tokens, depths = [path[-1] for path in read], [len(path) - 1 for path in read]
+        self._check_length(base + max(depths) + 1)
+        logps = self._forward(self._row, tokens, depths, torch.from_numpy(seen))
+        for place, path in enumerate(read):
             above = self._nodes[path[:-1]]
             self._nodes[path] = _Node(slots[path], above.logp + float(above.logps[path[-1]]), logps[place])
 
-    def _forward(self, tokens: list[int], positions: list[int], mask: torch.Tensor | BlockMask | None) -> np.ndarray:
-        """``[k, V]`` log-probabilities after each token."""
-        self._check_length(max(positions) + 1)
-        device = self.model.device
-        output = self.model(
-            input_ids=torch.tensor([tokens], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            attention_mask=mask,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
+    def _forward(self, row: RowCache, tokens: list[int], depths: list[int], seen: torch.Tensor | None) -> np.ndarray:
+        """``[k, V]`` log-probabilities after each token; ``depths`` count from the row's mark."""
+        output = row.read_tree(tokens, depths, seen)
         self.forwards += 1
-        return torch.log_softmax(output.logits[0, :, : self.vocab].float(), -1).cpu().numpy()
+        return torch.log_softmax(output["logits"][0, :, : self.vocab].float(), -1).cpu().numpy()
 
     def _check_length(self, count: int) -> None:
         if count > self._longest:
@@ -336,21 +342,17 @@ class ByteLM:
     def _plain(
         self, tokens: list[int], new: bytes, size: int, do_sample: bool, temperature: float, rng: np.random.Generator
     ) -> bytes:
-        keep = self._cache
-        self._cache = new_cache(self.model)
-        try:
-            fresh, position, ends = tokens, 0, set(self.eos)
-            while len(new) < size and position + len(fresh) <= self._longest:
-                logps = self._forward(fresh, list(range(position, position + len(fresh))), None)[-1]
-                position += len(fresh)
-                token = choose(logps.astype(np.float64), do_sample, temperature, rng)
-                if token in ends:
-                    break
-                piece = self.view.bytes[token] or b""
-                new += piece if new or position > len(self.context) else piece.removeprefix(self.view.lead)
-                fresh = [token]
-        finally:
-            self._cache = keep
+        row, fresh, position, ends = RowCache(self.model), tokens, 0, set(self.eos)
+        while len(new) < size and position + len(fresh) <= self._longest:
+            row.mark()
+            logps = self._forward(row, fresh, list(range(len(fresh))), None)[-1]
+            position += len(fresh)
+            token = choose(logps.astype(np.float64), do_sample, temperature, rng)
+            if token in ends:
+                break
+            piece = self.view.bytes[token] or b""
+            new += piece if new or position > len(self.context) else piece.removeprefix(self.view.lead)
+            fresh = [token]
         return new[:size]
 
     def trace(self, prefix: str | bytes, top: int = 12) -> TokenTrace:

@@ -142,7 +142,7 @@ class TokenAdapt:
             return Mixture(copied, made, sources, weights)
         named = sorted(by_bytes.values())
         unique = [data.decode("utf-8", "replace") for data in tokens]
-        vectors = self._embed([(old[i] or b"").decode("utf-8", "replace") for i in named] + unique, report)
+        vectors = self._embed([(old[i] or b"").decode("utf-8", "replace") for i in named], unique, report)
         known, fresh = np.zeros((len(old), vectors.shape[1]), np.float32), vectors[len(named) :]
         known[named] = vectors[: len(named)]
         local = _ragged(
@@ -187,9 +187,11 @@ class TokenAdapt:
             if known < rows and old[known] == new[index]:
                 copied[index] = known
 
-    def _embed(self, texts: list[str], report: Report) -> np.ndarray:
+    def _embed(self, known: list[str], fresh: list[str], report: Report) -> np.ndarray:
+        """Vectors of the old tokens' texts, kept for the next tokenizer of that model, then of the new ones'."""
         stage = "embedding the texts of both vocabularies' tokens"
         if self.embedder is not None:
+            texts = known + fresh
             report(stage, 0, len(texts))
             vectors = np.asarray(self.embedder(texts), np.float32)
             if vectors.ndim != 2 or len(vectors) != len(texts):
@@ -197,9 +199,11 @@ class TokenAdapt:
                     f"The embedder must return one vector a text; got {vectors.shape} for {len(texts)}."
                 )
             return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        from ..core.embedding import embed
+        from ..core.embedding import embed, embed_once
 
-        return embed(texts, "TokenAdapt", within(report, stage))
+        total = len(known) + len(fresh)
+        first = embed_once(known, "TokenAdapt", within(report, stage, 0, total))
+        return np.concatenate([first, embed(fresh, "TokenAdapt", within(report, stage, len(known), total))])
 
     def _local(self, vector: np.ndarray, pieces: np.ndarray, token: bytes, parts: list[bytes]) -> list[float]:
         if not parts:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import everytoken.constraints.engine.jit as jit
 
 FOLDER = Path(jit.__file__).parent
@@ -47,6 +49,7 @@ def package(folder, number):
         (inside / f"{name}.py").write_text(text, encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_compiled_code_is_kept_and_never_stale(tmp_path):
     settings = {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
     package(tmp_path, 3)

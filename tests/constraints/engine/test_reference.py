@@ -113,6 +113,7 @@ PARTS = st.tuples(
 
 @settings(max_examples=120, suppress_health_check=list(HealthCheck))
 @given(st.lists(PARTS, min_size=1, max_size=4), st.booleans(), st.randoms(use_true_random=False))
+@pytest.mark.slow
 def test_random_character_runs(parts, nested, rng):
     """Long runs, where the kernels accept whole subtrees; nested, where tokens leave a rule and depend on its caller."""
     pattern = "".join(item + times for item, times in parts)

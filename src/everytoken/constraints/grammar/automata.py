@@ -1,4 +1,4 @@
-"""Automata over bytes: from expressions to nondeterministic, to deterministic, and their intersections and differences.
+"""Automata over bytes: from expressions to nondeterministic, to deterministic, to minimal.
 
 A rule's automaton has two kinds of edges: byte ranges, and calls of other rules. Calls are symbols like any other
 while an
@@ -40,11 +40,15 @@ MAX_STATES = 2_000_000
 
 @dataclass
 class Automaton:
-    """States with byte edges ``(low, high, target)``, calls ``(rule, target)`` and final states; state 0 starts."""
+    """States with byte edges ``(low, high, target)``, calls ``(rule, target)`` and final states; state 0 starts.
+
+    ``words`` says that it is a list of words: deterministic, and no state leads back to itself.
+    """
 
     edges: list[list[Edge]] = field(default_factory=list)
     calls: list[list[tuple[str, int]]] = field(default_factory=list)
     finals: list[bool] = field(default_factory=list)
+    words: bool = False
 
     def __len__(self) -> int:
         return len(self.edges)
@@ -482,7 +486,9 @@ def trie(words: Iterable[bytes]) -> Automaton:
         output.finals[path[-1]] = True
         previous = word
     freeze(0)
-    return trim(output)
+    output = trim(output)
+    output.words = True
+    return output
 
 
 def trim(automaton: Automaton, productive: Callable[[str], bool] = lambda _name: True) -> Automaton:
@@ -525,71 +531,7 @@ def trim(automaton: Automaton, productive: Callable[[str], bool] = lambda _name:
     return output
 
 
-# -- regular languages only: products ---------------------------------------------------------------------------------
-def combine(
-    first: Automaton, second: Automaton, accept: Callable[[bool, bool], bool], limit: int = 200_000
-) -> Automaton:
-    """The product of two deterministic regular automata; ``accept`` decides from both verdicts.
-
-    A missing edge leads to a dead state, so ``lambda a, b: a and not b`` is the difference.
-
-    Raises:
-        GrammarError: the product has more than ``limit`` states, or an automaton is not deterministic.
-    """
-    for automaton in (first, second):
-        if not automaton.regular or not is_deterministic(automaton):
-            raise GrammarError(
-                "Two patterns that must hold at once are too complex to be combined.", "Simplify one of the patterns."
-            )
-    output = Automaton()
-    numbers: dict[tuple[int, int], int] = {}
-    pending: list[tuple[int, int]] = []
-    only_first, only_second = accept(True, False), accept(False, True)  # whether one may go on alone
-
-    def number(pair: tuple[int, int]) -> int:
-        if pair not in numbers:
-            a = pair[0] >= 0 and first.finals[pair[0]]
-            b = pair[1] >= 0 and second.finals[pair[1]]
-            numbers[pair] = output.state(accept(a, b))
-            pending.append(pair)
-            if len(numbers) > limit:
-                raise GrammarError(
-                    f"Two patterns that must hold at once need more than {limit:,} states together.",
-                    "Simplify one of the patterns, or drop a length bound.",
-                )
-        return numbers[pair]
-
-    number((0, 0))
-    ordered = [[sorted(edges) for edges in automaton.edges] for automaton in (first, second)]
-    while pending:
-        a, b = pair = pending.pop()
-        mine = ordered[0][a] if a >= 0 else []
-        theirs = ordered[1][b] if b >= 0 else []
-        edges: list[Edge] = []
-        m = t = low = 0
-        while m < len(mine) or t < len(theirs):  # both are sorted and disjoint: side by side, from cut to cut
-            least, most, to_a = mine[m] if m < len(mine) else (512, 512, -1)
-            less, more, to_b = theirs[t] if t < len(theirs) else (512, 512, -1)
-            low = max(low, min(least, less))
-            high = min(most if least <= low else least - 1, more if less <= low else less - 1)
-            onto = (to_a if least <= low else -1, to_b if less <= low else -1)
-            if (onto[0] >= 0 or only_second) and (onto[1] >= 0 or only_first):
-                edges.append((low, high, number(onto)))
-            low = high + 1
-            m += m < len(mine) and most < low
-            t += t < len(theirs) and more < low
-        output.edges[numbers[pair]] = edges
-    return minimise(trim(output))
-
-
-def intersection(first: Automaton, second: Automaton) -> Automaton:
-    return combine(first, second, lambda a, b: a and b)
-
-
-def difference(first: Automaton, second: Automaton) -> Automaton:
-    return combine(first, second, lambda a, b: a and not b)
-
-
+# -- deterministic automata --------------------------------------------------------------------------------------------
 def is_deterministic(automaton: Automaton) -> bool:
     for edges in automaton.edges:
         ordered = sorted(edges)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from decimal import Decimal
 
-from .automata import Automaton, build, difference, intersection, is_deterministic, minimise, trim
+from .automata import Automaton, build, is_deterministic, minimise, trim
 from .expressions import (
     EMPTY,
     NOTHING,
@@ -20,6 +20,7 @@ from .expressions import (
     seq,
     star,
 )
+from .products import difference, intersection
 
 MAX_DIVISOR, MAX_PLACES = 2_000, 40
 DIGITS = ByteSet(((0x30, 0x39),))

@@ -143,7 +143,8 @@ class TokenSelect(LoopDecoder):
 
     # -- around a call -------------------------------------------------------------------------------------------------
     def check_call(self, call: DecodingCall[TokenSelectStats]) -> None:
-        """Raises BadInputError for a cache of another kind that holds something, or another size of chunks."""
+        """Raises BadInputError for a cache of another kind that holds something, positions that do not count tokens, or
+        another size of chunks."""
         cache, chunk = call.model_kwargs.get("past_key_values"), call.config.prefill_chunk_size
         own = isinstance(cache, TokenSelectCache)
         if cache is not None and not own and (is_filled(cache) or getattr(cache, "_is_user_defined", False)):
@@ -155,6 +156,7 @@ class TokenSelect(LoopDecoder):
         mask = call.attention_mask
         if mask is not None and not bool(mask[:, -1].all()):
             raise BadInputError("Padding must be on the left.", "Set padding_side='left' on the tokenizer.")
+        check_positions(call)
         self._plans(call.model)
         kind = call.config.cache_implementation
         if kind not in (None, "dynamic"):
@@ -299,3 +301,22 @@ class TokenSelect(LoopDecoder):
             "chunks": Example(lambda **settings: cls(**few, chunk_size=2, **settings), padding_exact=False),
             "token by token": Example(lambda **settings: cls(**few, chunk_size=1, **settings), padding_exact=False),
         }
+
+
+def check_positions(call: DecodingCall[TokenSelectStats]) -> None:
+    """Raises BadInputError unless positions, on each of their axes, go up by one with every token that is no padding.
+
+    A selection gives positions of its own, by the order of the tokens. Images in Qwen2-VL and its like have places on
+    several axes instead, and positions that a user gives may leap.
+    """
+    positions, mask = call.model_kwargs.get("position_ids"), call.attention_mask
+    if positions is None:
+        return
+    given = torch.ones_like(positions) if mask is None else mask[:, -positions.shape[-1] :].to(positions)
+    ahead = positions - given.cumsum(-1)
+    if bool(((ahead != ahead[..., -1:]) & (given != 0)).any()):
+        raise BadInputError(
+            f"TokenSelect gives tokens positions by their order; these positions of {type(call.model).__name__} do not "
+            "go up by one with every token, as around images.",
+            "Leave images and position_ids out, or decode without TokenSelect.",
+        )

@@ -72,13 +72,18 @@ def plan_layers(model: PreTrainedModel) -> list[Plan]:
         )
     kinds = getattr(text, "layer_types", None)
     only = "sliding_attention" if getattr(text, "sliding_window", None) is not None else "full_attention"
+    if "hybrid" in (kinds or ()):
+        raise UnsupportedModelError(
+            f"TokenSelect selects keys; {name} keeps keys and a recurrent state together in one layer (hybrid).",
+            "Decode it without TokenSelect.",
+        )
     plans: list[Plan] = []
-    full = 0
+    full = last = 0
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         if not isinstance(index, int) or not _attends(module, bool(rotaries)):
             continue
-        kind = kinds[index] if kinds else only
+        kind, last = kinds[index] if kinds else only, max(last, index)
         if kind in ALONE:
             plans.append(Plan(module, True))
         elif kind == "full_attention":
@@ -93,6 +98,11 @@ def plan_layers(model: PreTrainedModel) -> list[Plan]:
     if set(kinds or ()) == {"linear_attention"}:
         raise UnsupportedModelError(
             f"TokenSelect selects keys for attention layers; {name} has no attention layers.",
+            "Decode it without TokenSelect.",
+        )
+    if full and last + 1 < expected:
+        raise UnsupportedModelError(
+            f"TokenSelect keeps the keys of each layer once; the layers of {name} run several times for each token.",
             "Decode it without TokenSelect.",
         )
     if not plans or full != expected:

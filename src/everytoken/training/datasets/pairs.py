@@ -39,9 +39,7 @@ def load_pairs(source: str | Path, split: str = "train", identical: bool = False
     label = str(source)
     if path.is_file() and path.suffix in (".jsonl", ".ndjson", ".json"):
         rows = _read_jsonl(path, identical)  # checked line by line
-        # arguments of tool calls differ in their keys: one table of all keys would add empty ones to each
-        made = datasets.Dataset.from_list([_plain_row(row) for row in rows], on_mixed_types="use_json")
-        return prompts_as_messages(made, label)
+        return prompts_as_messages(dataset_of([_plain_row(row) for row in rows]), label)
     elif path.is_file() and path.suffix == ".parquet":
         import pyarrow
 
@@ -96,6 +94,19 @@ def read_rows(source: str | Path) -> list[dict[str, Any]]:
     if not rows:
         raise BadInputError(f"{path} holds no rows.")
     return rows
+
+
+def dataset_of(rows: list[dict[str, Any]]) -> Dataset:
+    """A table of rows with every column that any of them has; where a row lacks one, its value there is None.
+
+    ``Dataset.from_list`` would take the first row's columns and drop the others.
+    """
+    import datasets
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    whole = [{name: row.get(name) for name in names} for row in rows]
+    # dictionaries of different keys, such as arguments of tool calls, keep their own
+    return datasets.Dataset.from_list(whole, on_mixed_types="use_json")
 
 
 def _split(dataset: Any, split: str, label: str) -> Any:

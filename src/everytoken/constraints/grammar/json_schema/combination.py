@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from ..automata import intersection
 from ..expressions import Expression, GrammarError, alt
+from ..products import intersection
 from .places import property_schemas, required
 from .rules import SchemaRules
 from .sets import Member, Parts, Place, Schema, SchemaObject, at, kinds

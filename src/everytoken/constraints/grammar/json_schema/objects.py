@@ -27,10 +27,13 @@ MAX_EXACT, MAX_FREE = 7, 10
 """``flexible``: objects of up to ``MAX_EXACT`` properties are written in any order and each once; up to ``MAX_FREE``
 required ones of larger objects come in any order."""
 MAX_OPTIONAL = 500
-"""After any of them each later one may follow, which makes the automaton's size the square of their number."""
+"""Of counted ones: after any of them each later one may follow, which makes the automaton's size the square of their
+number."""
 MAX_CELLS, MAX_CLAIMS = 64, 6
 Entry = tuple[str, dict[int, Expression]]
 """A property's name, and its key and value by the claims (as bits) that they fulfil."""
+Trie = dict[int, Any]
+"""By byte: a ``Trie``, or the place of the property whose name ends there."""
 Filled = tuple[Expression, bool]
 """At least one entry; and whether none is fine too."""
 
@@ -75,11 +78,11 @@ def object_rule(schemas: SchemaRules, parts: Parts, depth: int) -> Expression:
     elif order == "flexible" and len(entries) > 1 and not counted and not claims:
         graph = flexible_order(schemas, entries, required(parts), extra, between)
     else:  # names that may be written twice cannot be counted, nor fulfil a claim for sure
-        if sum(name not in needed for name, _ in entries) > MAX_OPTIONAL:
+        if (counted or claims) and sum(name not in needed for name, _ in entries) > MAX_OPTIONAL:
             schemas.fail(
                 parts[0][1],
-                f"more than {MAX_OPTIONAL:,} optional properties in one object.",
-                "Make some required, group them, or set property_order='flexible'.",
+                f"more than {MAX_OPTIONAL:,} optional properties in one object whose properties are counted.",
+                "Make some required, or group them.",
             )
         graph = in_order(entries, needed, extra, between, shape)
         places = {name: place for place, name in enumerate(required(parts))}
@@ -138,6 +141,8 @@ def in_order(
     entries: list[Entry], required: set[str], extra: dict[int, Expression], between: Expression, shape: Shape
 ) -> Filled | None:
     """``(graph of at least one entry, whether none is fine too)``; states are (place, any yet, how many, claims)."""
+    if entries and not shape.top and not shape.claims:
+        return by_tries(entries, required, extra, between)
     states: dict[tuple[int, bool, int, int], int] = {}
     order: list[tuple[int, bool, int, int]] = []
 
@@ -169,6 +174,63 @@ def in_order(
     if not finals and not empty:
         return None
     return Graph(len(states), tuple(edges), frozenset(finals)), empty
+
+
+def by_tries(entries: list[Entry], required: set[str], extra: dict[int, Expression], between: Expression) -> Filled:
+    """``in_order`` where nothing is counted or claimed: for each place a trie of the names that may follow.
+
+    The trie of a place is that of the next one and a name, with which it shares all but the name's own path. So all of
+    them together are as large as the names, where separate ones, or an edge from each property to each later one,
+    would be as large as the square of their number.
+    """
+    last = len(entries)
+    tries: list[Trie] = [{} for _ in range(last + 1)]
+    open_from = [True] * (last + 1)  # whether no required property is left from here on
+    for place in reversed(range(last)):
+        name, made = entries[place]
+        entry = made[0]
+        assert isinstance(entry, Seq) and isinstance(entry.parts[0], Bytes)
+        open_from[place] = open_from[place + 1] and name not in required
+        tries[place] = inserted({} if name in required else tries[place + 1], entry.parts[0].data, place)
+    # states: 0 the first trie's root, 1 .. last after so many places, then the ends of the names, then the tries
+    numbers: dict[int, int] = {id(tries[0]): 0}
+    pending = [tries[0]]
+
+    def number(node: Trie) -> int:
+        found = numbers.get(id(node))
+        if found is None:
+            found = numbers[id(node)] = 2 * last + len(numbers)
+            pending.append(node)
+        return found
+
+    edges: list[tuple[int, Expression, int]] = []
+    for place in range(last + 1):
+        further = extra if open_from[place] else {}
+        if place and (tries[place] or further):
+            edges.append((place, between, number(tries[place])))
+        edges += [(number(tries[place]), entry, last) for entry in further.values()]
+    for node in pending:
+        here = numbers[id(node)]
+        for byte, to in node.items():
+            edges.append((here, Bytes(bytes([byte])), last + 1 + to if isinstance(to, int) else number(to)))
+    for place, (_, made) in enumerate(entries):
+        entry = made[0]
+        assert isinstance(entry, Seq)
+        edges.append((last + 1 + place, seq(*entry.parts[1:]), place + 1))
+    finals = frozenset(place for place in range(1, last + 1) if open_from[place])
+    return Graph(2 * last + len(numbers), tuple(edges), finals), open_from[0]
+
+
+def inserted(node: Trie, key: bytes, place: int) -> Trie:
+    """A trie with one more word; what it shares with the old one is not copied, and the old one stays as it is."""
+    new = root = dict(node)
+    for byte in key[:-1]:
+        below = new.get(byte)
+        assert not isinstance(below, int)  # a name ends with its quotation mark: none begins another
+        new[byte] = following = dict(below or {})
+        new = following
+    new[key[-1]] = place
+    return root
 
 
 def any_order(

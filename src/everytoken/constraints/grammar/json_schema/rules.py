@@ -7,10 +7,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
-from ..automata import Automaton, combine
+from ..automata import Automaton
 from ..counting import counted
 from ..expressions import EMPTY, NOTHING, Bytes, Expression, Ref, Rules, seq, text
 from ..json_text import Json, quoted
+from ..products import combine, difference
 from .negation import rewritten
 from .options import SchemaOptions
 from .sets import Member, Place, Schema, SchemaObject, SchemaSets
@@ -19,7 +20,6 @@ MAX_INDENT_DEPTH = 12
 HOW: dict[str, Callable[[bool, bool], bool]] = {
     "and": lambda a, b: a and b,
     "or": lambda a, b: a or b,
-    "minus": lambda a, b: a and not b,
 }
 
 
@@ -76,7 +76,7 @@ class SchemaRules(SchemaSets):
             elif not len(second.edges[0]) and not second.finals[0]:
                 result = second if how == "and" else first
             else:
-                result = combine(first, second, HOW[how])
+                result = difference(first, second) if how == "minus" else combine(first, second, HOW[how])
             self.products[key] = result, first, second
         return self.products[key][0]
 
