@@ -77,6 +77,7 @@ LONG = {
     "docs/draft.md": "a draft trained in both stages, from answers of the embedded model",
     "docs/dynamic.md": "a hypernetwork trained in all its stages",
     "docs/preference.md": "data of the embedded model, trainings of it alone and in two processes",
+    "docs/reinforcement.md": "two trainings of the embedded model on its own rollouts, and a third in Python",
     "docs/tokenizers.md": "the texts of the embedded model's whole vocabulary are embedded once",
 }
 """Pages of more than a minute and a half, and why: they run in ``make test-all``. Every other page is in the full tier,

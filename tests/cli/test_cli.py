@@ -463,6 +463,8 @@ def test_supertokens(tmp_path):
     arguments = ("tokenizer", "supertokens", "--data", tmp_path / "corpus.txt", "--out", tmp_path / "new")
     result = run(*arguments, "--vocab-size", 400)
     assert result.returncode == 0 and "span words" in result.stdout, result.stderr
+    scarce = run(*arguments[:-1], tmp_path / "scarce", "--vocab-size", 9000)  # fewer than asked for is said
+    assert "tokens of 9,000 (nothing more occurs 2 times)" in scarce.stdout, scarce.stdout
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
     assert tokenizer.decode(tokenizer("hello to the other worlds")["input_ids"]) == "hello to the other worlds"
     assert "exists already" in run(*arguments).stderr

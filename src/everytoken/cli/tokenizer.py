@@ -61,8 +61,9 @@ def supertokens(
     counts = [sum(map(len, item(held)["input_ids"])) for item in (tokenizer, plain)]
     tokenizer.save_pretrained(out)
     spanning = sum(words_in(token) > 1 for token in table)
+    fewer = "" if len(tokenizer) >= vocab_size else f" of {vocab_size:,} (nothing more occurs {min_frequency} times)"
     print(
-        f"{len(tokenizer):,} tokens, {spanning:,} of them span words; {size / max(1, counts[0]):.2f} bytes per "
+        f"{len(tokenizer):,} tokens{fewer}, {spanning:,} of them span words; {size / max(1, counts[0]):.2f} bytes per "
         f"token of {'held-out' if len(texts) > 20 else 'the training'} text, "
         f"plain BPE {size / max(1, counts[1]):.2f}; written to {out}"
     )
