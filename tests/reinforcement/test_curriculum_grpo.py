@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everytoken.core.errors import BadInputError
+from everytoken.reinforcement.budgets import length_reward
 from everytoken.reinforcement.curriculum_grpo import (
     BudgetPrompt,
     CurriculumGRPO,
@@ -20,7 +21,6 @@ from everytoken.reinforcement.curriculum_grpo import (
     LinearBudget,
     StableAdvantage,
     format_parts,
-    length_reward,
 )
 
 from .common import TOKENIZER, batch_of, made

@@ -118,6 +118,23 @@ def test_redistribution():
         assert torch.allclose(moved, torch.where(h > 0, 1 + h, 1.0))
 
 
+def test_statistics_of_the_batch():
+    """Bounds and weights by the entropies of the whole batch of rollouts, however small the micro-batch is."""
+    whole = batch_of([0.0, 0.0], entropies=torch.tensor([[0.1, 0.5, 1.5], [0.2, 0.7, 1.0]]))
+    piece, micro = EntropyClip(stats="batch"), EntropyClip()
+    assert piece.needs == {"entropies"} and not micro.needs
+    one = update()
+    bounds = torch.full((4, 6), 0.2), torch.full((4, 6), 0.28)
+    assert torch.equal(piece(one, *bounds)[0], bounds[0])  # nothing is known yet
+    piece.observe(whole)
+    statistics = entropy_statistics(whole.entropies, whole.mask)
+    h = torch.where(one.mask, entropy_signal(one.entropies, statistics).clamp(-1, 1), 0.0)
+    assert torch.allclose(piece(one, *bounds)[0], torch.where(h <= 0, 0.2 * (1 - h), 0.2))
+    again = EntropyRedistribution(stats="batch")
+    again.observe(whole)
+    assert torch.allclose(again(one, *bounds), torch.where(h > 0, 1.0, 1 + h))
+
+
 def test_the_temperature():
     """Higher where entropy is high, by the statistics of the batch before; the argmax stays."""
     piece = EntropyTemperature(tau=0.5, pivot=0.5)
@@ -179,7 +196,7 @@ def test_the_dual_clip_stops_the_gradient(tmp_path):
 
 
 def test_all_parts_train_and_resume(tmp_path):
-    method = HAPO(temperature_tau=0.5)
+    method = HAPO(temperature_tau=0.5, stats="batch")
     changes = dict(max_steps=4, num_iterations=1, steps_per_generation=1, **method.arguments())
     whole = made(tmp_path / "a", *method.recipe().pieces, save_strategy="steps", save_steps=2, **changes)
     whole.train()
@@ -191,6 +208,6 @@ def test_all_parts_train_and_resume(tmp_path):
 
 def test_bad_settings():
     for changes, name in (({"adv_beta": 2.0}, "adv_beta"), ({"entropy_pivot": -0.1}, "entropy_pivot"),
-                          ({"clip_ratio_c": 1.1}, "clip_ratio_c")):  # fmt: skip
+                          ({"clip_ratio_c": 1.1}, "clip_ratio_c"), ({"stats": "all"}, "stats")):  # fmt: skip
         with pytest.raises(BadInputError, match=name):
             HAPO(**changes)

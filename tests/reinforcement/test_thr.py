@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everytoken.core.errors import BadInputError
-from everytoken.reinforcement.thr import THR, HiddenRewardWeights, thr_scores, threshold
+from everytoken.reinforcement.thr import THR, HiddenRewardWeights, negative_weights, thr_scores, threshold
 
 from .common import batch_of, made, policy
 
@@ -109,6 +109,27 @@ def test_weights():
         assert torch.equal(weights_of(rewards=rewards)[0], torch.ones(4, 4))
 
 
+def test_its_predecessor_weakens_tokens_of_wrong_responses_only():
+    """NTHR by the triple loop: s = sum over correct tokens of both inner products, without their responses' lengths."""
+    weight, batch, (hidden, logits, ids, _) = weights_of(variant="nthr", vocab="full")
+    correct = torch.tensor([True, False, True, False])
+    errors = torch.eye(7).double()[ids] - torch.softmax(logits, -1)
+    s = torch.zeros(4, 4).double()
+    for j in range(4):
+        for t in range(4):
+            for i in (0, 2):
+                for k in range(4):
+                    if batch.mask[j, t] and batch.mask[i, k]:
+                        s[j, t] += (errors[i, k] @ errors[j, t]) * (hidden[i, k] @ hidden[j, t])
+    low = max(0.0, min((s[i].sum() / batch.mask[i].sum()).item() for i in (0, 2)))
+    for tau, given_ in ((low, weight), (0.0, weights_of(variant="nthr", vocab="full", tau=0.0)[0])):
+        expected = torch.where(~correct[:, None] & (s > tau), 0.0, 1.0)  # 2 |1/2 - 2/4|
+        assert torch.equal(given_, expected)
+    assert (expected == 0).any()
+    mostly = negative_weights(-s, torch.tensor([True, False, False, False]), 0.0)
+    assert set(mostly.unique().tolist()) == {0.5, 1.0}
+
+
 def test_the_sum_over_a_batch_is_the_change_that_a_step_on_a_real_head_makes(tmp_path):
     """A small SGD step on the output matrix alone, for the rollouts that the trainer itself made."""
     seen = {}
@@ -133,7 +154,8 @@ def test_the_sum_over_a_batch_is_the_change_that_a_step_on_a_real_head_makes(tmp
 
 
 def test_bad_settings():
-    for changes, name in (({"p": 1.5}, "p lies"), ({"vocab": "all"}, "vocab"), ({"tau_scale": -1.0}, "tau_scale")):
+    for changes, name in (({"p": 1.5}, "p lies"), ({"vocab": "all"}, "vocab"), ({"tau_scale": -1.0}, "tau_scale"),
+                          ({"variant": "x"}, "variant")):  # fmt: skip
         with pytest.raises(BadInputError, match=name):
             THR(**changes)
     assert policy().lm_head.bias is None

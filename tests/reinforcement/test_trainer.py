@@ -261,7 +261,7 @@ def test_prompts_rewards_samplers_and_auxiliary_losses(tmp_path):
     class Backwards:
         kind = "sampler"
 
-        def __call__(self, dataset, repeats):
+        def __call__(self, dataset, repeats, batches):
             rows = range(len(dataset) - 1, -1, -1)
             size = repeats["batch_size"]
             blocks = [rows[first : first + size] for first in range(0, len(rows), size)]
@@ -320,10 +320,10 @@ def test_settings_that_a_recipe_cannot_honour(tmp_path, pieces, changes, names):
     if names == "num_generations":  # two processes of two rows each would split a group
         args = config(tmp_path, num_generations=2, **{k: v for k, v in changes.items() if v is not None})
         args.num_generations = 4
-        from everytoken.reinforcement.trainer import _check
+        from everytoken.reinforcement.recipe_checks import check_recipe
 
         with pytest.raises(BadInputError, match=names):
-            _check(Recipe(*pieces), args, None)
+            check_recipe(Recipe(*pieces), args, None)
         return
     with pytest.raises(BadInputError, match=names):
         made(tmp_path, *pieces, **changes)
@@ -334,6 +334,8 @@ def test_other_bad_input(tmp_path):
         made(tmp_path, reward=None)
     with pytest.raises(BadInputError, match="loaded model"):
         made(tmp_path, model="a-name")
+    with pytest.raises(BadInputError, match="tools of a data column"):
+        made(tmp_path, prompts=[row | {"tools": []} for row in PROMPTS])
 
     class Negative:
         kind = "token_weight"

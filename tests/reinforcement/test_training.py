@@ -32,12 +32,18 @@ def letters(folder):
     model.config.pad_token_id = model.generation_config.pad_token_id = 1
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps(row | {"text": 2 * row["prompt"]}) + "\n" for row in PROMPTS)
+    )
     return folder
 
 
 def train(folder, training, *settings, out="out", data="prompts.jsonl", file=None):
-    reward = [] if data is None else ["reward=tests.reinforcement.common:varied"]
+    reward = (
+        []
+        if data is None or "ntp_coef" in training.config.__dataclass_fields__
+        else ["reward=tests.reinforcement.common:varied"]
+    )
     config = read_config(training, file, [*SMALL, *reward, *settings])
     where = None if data is None else str(folder / data)
     return training.run(config, TrainingContext(str(folder / "model"), where, folder / out))
@@ -134,6 +140,18 @@ def test_a_task_rewards_its_own_answer_only():
     reward = TaskReward(task)
     texts = [f"<answer>{right}</answer>", f"It is {right}.", "", "x" * 50, f"{right}1"]
     assert reward(texts, [1] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_a_method_of_texts_rewards_by_itself(tmp_path):
+    place, training = letters(tmp_path), load_catalog()["rmt"].load_training()
+    config = read_config(training, None, [*SMALL, "reward=tests.reinforcement.common:varied"])
+    with pytest.raises(BadInputError, match="rewards by itself"):
+        training.run(config, TrainingContext(str(place / "model"), str(place / "prompts.jsonl"), place / "out"))
+    (place / "few.jsonl").write_text('{"text": "ab"}\n{"prompt": "ab"}\n')
+    with pytest.raises(BadInputError, match="line 2: no object with a text 'text'"):
+        train(place, training, data="few.jsonl")
+    with pytest.raises(BadInputError, match="learns from texts"):
+        assembled("[rmt]", "")
 
 
 def test_bad_input(tmp_path):

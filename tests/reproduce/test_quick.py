@@ -223,3 +223,12 @@ def test_the_sums_bed_can_decide():
     assert (helped["method"], helped["baseline"], above["method"]) == (CONTROL, START, START)
     assert helped["verdict"] == above["verdict"] == below["verdict"] == "holds"
     assert can_decide(result)
+
+
+@pytest.mark.reproduction("ulorl")
+def test_ulorl():
+    result, claims = quick("ulorl")
+    assert len(result["runs"][0]) == 4
+    heavy = claims["passes for 1000 trained tokens, heavy tail", "4 segments", "whole responses"]
+    equal = claims["passes for 1000 trained tokens, equal lengths", "4 segments", "whole responses"]
+    assert heavy["value"] < 0.8 < equal["value"]

@@ -8,7 +8,7 @@ exports, the pages of the reference and the order of every list follow from them
 from __future__ import annotations
 
 import tomllib
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from importlib.resources import files
 
@@ -34,6 +34,7 @@ class Place:
         flow: what it does, in a few words.
         exports: public names that belong to it and to no method, each ``module:Name``.
         trial: ``module:attribute`` of what tries a station's methods; empty where its own module ``trial`` does.
+        trainings: what trains several methods together and so has no card: name -> ``module:attribute``.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Place:
     flow: str
     exports: tuple[str, ...] = ()
     trial: str = ""
+    trainings: dict[str, str] = field(default_factory=dict)
 
 
 def parse_place(text: str, source: str) -> Place:
@@ -55,7 +57,7 @@ def parse_place(text: str, source: str) -> Place:
     except tomllib.TOMLDecodeError as error:
         raise CardError(f"{source} is not valid TOML: {error}.") from error
     known = {item.name for item in fields(Place)}
-    needed = {item.name for item in fields(Place) if item.default is MISSING}
+    needed = {item.name for item in fields(Place) if item.default is item.default_factory}
     wrong = sorted((set(raw) - known) | (needed - set(raw)))
     if wrong:
         raise CardError(f"{source} lacks or does not know: {', '.join(wrong)}.", f"Fields: {', '.join(sorted(known))}.")

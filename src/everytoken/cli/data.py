@@ -1,4 +1,4 @@
-"""``everytoken data``: preference data that a model makes of itself, a command a kind."""
+"""``everytoken data``: preference data that a model makes of itself, and tasks with checkable answers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .output import check_folder, print_json
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Make preference data offline: a model's own texts, ranked by a program.",
+    help="Make data offline: a model's own texts, ranked by a program, or tasks whose answers a program checks.",
     epilog="Examples:  everytoken data sentiment --out pairs  ·  "
-    "everytoken data arithmetic --set task=gcd --set samples=16",
+    "everytoken data arithmetic --set task=gcd --set samples=16  ·  everytoken data tasks --set task=countdown",
 )
 
 Model = Annotated[str | None, typer.Option(help="Hub id, folder or .gguf file; default: the embedded model.")]

@@ -10,11 +10,10 @@ import typer
 from rich.console import Console
 
 from ..catalog.cards import find_card
+from ..catalog.house import load_house
 from .common import first_process, leave_processes, print_outcome, stages
 from .output import check_folder, print_json
 
-COMBINED = {"recipe": "everytoken.reinforcement.recipe_training"}
-"""What trains several methods together, and so has no card: name -> the module of its ``TRAINING``."""
 EXAMPLES = (
     "Examples:  everytoken train tgdpo --data pairs/train.jsonl --set steps=50  ·  "
     "everytoken train r2r --data prompts.txt --out router  ·  "
@@ -22,11 +21,16 @@ EXAMPLES = (
 )
 
 
+def combined() -> dict[str, str]:
+    """What trains several methods together, by the files of the stations: name -> ``module:attribute``."""
+    return {name: path for place in load_house().values() for name, path in place.trainings.items()}
+
+
 def trainable(incomplete: str) -> list[str]:
     """Names of methods that can be trained, for shell completion."""
     from ..catalog.cards import load_catalog
 
-    names = [*COMBINED, *(card.slug for card in load_catalog().values() if card.trainable)]
+    names = [*combined(), *(card.slug for card in load_catalog().values() if card.trainable)]
     return [name for name in names if name.startswith(incomplete)]
 
 
@@ -46,9 +50,10 @@ def train(
     from ..training.base import TrainingContext, read_config
 
     wanted = name.strip().lower()
-    if wanted in COMBINED:
+    if wanted in (others := combined()):
         require("trl", "train", f"Training {wanted}")
-        slug, training = wanted, import_module(COMBINED[wanted]).TRAINING
+        module, _, attribute = others[wanted].partition(":")
+        slug, training = wanted, getattr(import_module(module), attribute)
     else:
         card = find_card(name)
         slug, training = card.slug, card.load_training()

@@ -3,7 +3,7 @@
 A piece is any object with a ``kind`` and the call of that kind (``KINDS``). One batch of rollouts passes them in this
 order::
 
-    sampler -> prompt -> temperature -> reward                     while rollouts are made
+    sampler -> prompt -> rollout -> temperature -> reward          while rollouts are made
     group_advantage -> token_advantage -> token_weight             once a batch: [B, T] advantages
     rollouts -> tokens                                             once a batch: what is trained on
     clip -> ratio_weight -> auxiliary -> aggregation               in every update
@@ -31,9 +31,10 @@ import torch
 from ..core.errors import BadInputError, UnknownNameError
 
 KINDS: dict[str, str] = {
-    "sampler": "(dataset, repeats) -> torch Sampler; repeats are the arguments of TRL's RepeatSampler",
+    "sampler": "(dataset, repeats, batches) -> Sampler: RepeatSampler's arguments, and how many batches there are",
     "prompt": "(row, step, steps) -> row with another prompt",
-    "temperature": "processor() -> LogitsProcessor in front of all others; observe(batch) after every training batch",
+    "rollout": "(rows, writer) -> Written: writes itself (writer is a rollouts.Writer), perhaps for other rows",
+    "temperature": "processor() -> LogitsProcessor in front of all others",
     "reward": "TRL's reward function, with a weight: (completions, completion_ids, trainer_state, ...) -> list[float]",
     "group_advantage": "(batch) -> [B] or [B, T], in place of TRL's own",
     "token_advantage": "(batch, advantages [B, T]) -> [B, T]",
@@ -47,14 +48,11 @@ KINDS: dict[str, str] = {
 }
 """Every kind of piece, in the order of use, and its call."""
 
-ONCE = frozenset({"sampler", "temperature", "group_advantage", "clip", "aggregation"})
+ONCE = frozenset({"sampler", "rollout", "temperature", "group_advantage", "clip", "aggregation"})
 """Kinds of which a recipe has one piece at most: two could not both decide."""
 
-NEEDS = frozenset({"logps", "entropies", "distributions"})
-"""What a piece may ask of the policy that wrote the rollouts, as ``needs``."""
-
-Rows = torch.Tensor
-"""Numbers of rows, ``[n]``."""
+NEEDS = frozenset({"ids", "logps", "entropies", "distributions"})
+"""What a piece may ask of the rollouts and of the policy that wrote them, as ``needs``."""
 
 
 @dataclass
@@ -66,6 +64,7 @@ class RolloutBatch:
         mask: ``[B, T]`` bool, the tokens that the policy chose, the end token included.
         groups: ``[B]``, equal for completions of one prompt.
         rewards: ``[B]``; NaN where no reward function scored the row.
+        truncated: ``[B]`` bool, completions without an end token.
         step, steps: optimiser steps done when the rollouts were made, and in all.
         logps, entropies: ``[B, T]`` of the policy that wrote them, at the training temperature, in nats; for pieces
             that need them.
@@ -81,7 +80,8 @@ class RolloutBatch:
     steps: int = 1
     logps: torch.Tensor | None = None
     entropies: torch.Tensor | None = None
-    distributions: Callable[[Rows], tuple[torch.Tensor, torch.Tensor]] | None = None
+    distributions: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+    truncated: torch.Tensor | None = None
 
     @property
     def progress(self) -> float:
@@ -119,10 +119,12 @@ class UpdateBatch:
 
 class Piece(Protocol):
     """Anything with a ``kind``. A piece may also have ``needs`` (of ``NEEDS``), ``state_dict`` with
-    ``load_state_dict``, ``check_model(model)`` that refuses a model before training, ``use_tokenizer(tokenizer)``, and
-    ``metrics`` (numbers by name that the trainer logs after its call). A prompt may limit its completions:
-    ``max_new_tokens(step, steps)``. Selections may have a ``divisor``: ``"kept"`` divides the loss by the tokens
-    that are left, ``"all"`` by those there were. A weight that would have to weigh the KL too has ``weighs_kl``.
+    ``load_state_dict``, ``check_model(model)`` that refuses or prepares a model before training,
+    ``use_tokenizer(tokenizer)``, ``metrics`` (numbers by name that the trainer logs after its call),
+    ``observe(batch)`` of every batch of rollouts, and ``carry(rows, own)``: of all processes' rows the tensors of its
+    ``own``, which an auxiliary finds in its inputs. A prompt may limit its completions: ``max_new_tokens(step,
+    steps)``. Selections may have a ``divisor``: ``"kept"`` divides the loss by the tokens that are left, ``"all"`` by
+    those there were. A weight that would have to weigh the KL too has ``weighs_kl``.
     """
 
     kind: ClassVar[str]
@@ -176,7 +178,7 @@ class Recipe:
         return frozenset().union(*(getattr(piece, "needs", ()) for piece in self.pieces))
 
     def state_dict(self) -> list[tuple[str, Any]]:
-        """Name and state of every piece; None where it has none."""
+        """Name and state of every piece, or None."""
         return [(_name(piece), piece.state_dict() if hasattr(piece, "state_dict") else None) for piece in self.pieces]
 
     def load_state_dict(self, states: list[tuple[str, Any]]) -> None:

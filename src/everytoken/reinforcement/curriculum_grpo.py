@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..core.errors import BadInputError
+from ..training.datasets.messages import completion_text
 from .base import Recipe, RolloutBatch
-from .completions import completion_text
+from .budgets import BudgetPrompt as BudgetPrompt
+from .budgets import length_reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,13 +71,6 @@ class LinearBudget:
         return int(self.start - done * (self.start - self.end) / self.drops)
 
 
-def length_reward(length: int, budget: int, shape: str = "triangle") -> float:
-    """From 0 to 1, 1 at the budget; ``"band"`` gives 1 to everything up to it."""
-    if length <= budget:
-        return 1.0 if shape == "band" else length / budget
-    return max(0.0, 1 - (length - budget) / budget)
-
-
 def format_parts(text: str) -> tuple[bool, bool]:
     """Whether a text has one well-formed ``<think>`` and one well-formed ``<answer>``, the answer behind."""
     tags = re.findall(r"</?(?:think|answer)>", text)
@@ -85,28 +80,6 @@ def format_parts(text: str) -> tuple[bool, bool]:
         well = tags == ["<think>", "</think>", "<answer>", "</answer>"]
         return well, well
     return thinks and tags == ["<think>", "</think>"], answers and tags == ["<answer>", "</answer>"]
-
-
-@dataclass
-class BudgetPrompt:
-    """Writes the budget of the step into the prompt: into the last message of a conversation."""
-
-    kind: ClassVar[str] = "prompt"
-    budget: Any
-    template: str = "{prompt} (Use exactly {budget} tokens.)"
-
-    def __call__(self, row: dict[str, Any], step: int, steps: int) -> dict[str, Any]:
-        budget, prompt = self.budget(step, steps), row["prompt"]
-        if isinstance(prompt, str):
-            # what ends the prompt has its meaning at the end
-            body = prompt.rstrip()
-            return row | {"prompt": self.template.format(prompt=body, budget=budget) + prompt[len(body) :]}
-        last = prompt[-1] | {"content": self.template.format(prompt=prompt[-1]["content"], budget=budget)}
-        return row | {"prompt": [*prompt[:-1], last]}
-
-    def max_new_tokens(self, step: int, steps: int) -> int:
-        """Longer responses earn nothing for their length and are not written."""
-        return 2 * int(self.budget(step, steps))
 
 
 @dataclass

@@ -159,37 +159,59 @@ class TokenLevelAverage:
 
 
 @dataclass
-class EntropyRedistribution:
-    """C, with statistics of the micro-batch, as in the authors' code."""
+class _OfUpdates:
+    """What C and D share.
 
-    kind: ClassVar[str] = "ratio_weight"
+    Args:
+        strength: beta or alpha.
+        stats: statistics of the ``"micro"``-batch, as in the authors' code, or of the whole ``"batch"`` of rollouts
+            (by the policy that wrote them), which are steadier where a micro-batch is a few short responses.
+    """
+
     strength: float = 1.0
     pivot: float = 0.8
     released_sign: bool = False
+    stats: str = "micro"
+    statistics: EntropyStatistics | None = field(default=None, init=False, repr=False)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"entropies"} if self.stats == "batch" else ())
+
+    def observe(self, batch: RolloutBatch) -> None:
+        if batch.entropies is not None:
+            self.statistics = entropy_statistics(batch.entropies, batch.mask, self.pivot)
+
+    def signal(self, update: UpdateBatch) -> torch.Tensor:
+        """h of an update's tokens; a token beyond the bounds of the batch has that bound."""
+        statistics = self.statistics
+        if self.stats == "micro":
+            statistics = entropy_statistics(update.entropies, update.mask, self.pivot)
+        found = entropy_signal(update.entropies, statistics, self.released_sign).clamp(-1, 1)
+        return torch.where(update.mask, found, 0.0)
+
+
+@dataclass
+class EntropyRedistribution(_OfUpdates):
+    """C."""
+
+    kind: ClassVar[str] = "ratio_weight"
 
     def __call__(self, update: UpdateBatch, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        signal = _signal(update, self.pivot, self.released_sign)
+        signal = self.signal(update)
         still = (update.ratio > 1 - low / 2) & (update.ratio < 1 + high / 2)
         return torch.where((signal > 0) ^ still, 1 + self.strength * signal, 1.0)
 
 
 @dataclass
-class EntropyClip:
-    """D, with statistics of the micro-batch."""
+class EntropyClip(_OfUpdates):
+    """D."""
 
     kind: ClassVar[str] = "clip"
-    strength: float = 1.0
-    pivot: float = 0.8
-    released_sign: bool = False
 
     def __call__(self, update: UpdateBatch, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        signal = _signal(update, self.pivot, self.released_sign)
+        signal = self.signal(update)
         return low * (1 - self.strength * signal.clamp(max=0)), high * (1 + self.strength * signal.clamp(min=0))
-
-
-def _signal(update: UpdateBatch, pivot: float, released_sign: bool) -> torch.Tensor:
-    statistics = entropy_statistics(update.entropies, update.mask, pivot)
-    return torch.where(update.mask, entropy_signal(update.entropies, statistics, released_sign), 0.0)
 
 
 @dataclass
@@ -205,9 +227,11 @@ class HAPO:
         clip_ratio_c: bound of the ratio of tokens with a negative advantage (the dual clip); None for none.
         temperature_scaled: A scales the signal to [-1, 1], as the code does; False takes the plain z-score.
         released_sign: the authors' code's sign for certain tokens, which is the opposite of the paper's.
+        stats: statistics of C and D: of the ``"micro"``-batch, as in the authors' code, or of the ``"batch"`` of
+            rollouts.
 
     Raises:
-        BadInputError: a value out of range.
+        BadInputError: a value out of range, or unknown stats.
     """
 
     entropy_pivot: float = 0.8
@@ -218,8 +242,11 @@ class HAPO:
     clip_ratio_c: float | None = 10.0
     temperature_scaled: bool = True
     released_sign: bool = False
+    stats: str = "micro"
 
     def __post_init__(self) -> None:
+        if self.stats not in ("micro", "batch"):
+            raise BadInputError(f"stats is micro or batch; got {self.stats!r}.")
         for name in ("entropy_pivot", "temperature_tau", "adv_beta", "clip_alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BadInputError(f"{name} lies in [0, 1]; got {getattr(self, name)}.")
@@ -235,9 +262,9 @@ class HAPO:
         if self.token_average:
             pieces.append(TokenLevelAverage())
         if self.adv_beta:
-            pieces.append(EntropyRedistribution(self.adv_beta, pivot, sign))
+            pieces.append(EntropyRedistribution(self.adv_beta, pivot, sign, self.stats))
         if self.clip_alpha:
-            pieces.append(EntropyClip(self.clip_alpha, pivot, sign))
+            pieces.append(EntropyClip(self.clip_alpha, pivot, sign, self.stats))
         return Recipe(*pieces)
 
     def arguments(self) -> dict[str, Any]:

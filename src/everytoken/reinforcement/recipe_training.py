@@ -109,6 +109,11 @@ def assembled(pieces: str, arguments: str) -> Assembled:
         if not is_method(factory):
             parts.append(made)
             continue
+        if hasattr(made, "rows"):
+            raise BadInputError(
+                f"{name} learns from texts, and a recipe from prompts.",
+                f"Use `everytoken train {name}`, or its pieces in Python.",
+            )
         parts += made.recipe().pieces
         for key, value in made.arguments().items():
             if key in asked and asked[key][0] != value and key not in given:

@@ -4,6 +4,8 @@ as plain tensors, and errors that leave the batch behind.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +46,65 @@ def rollouts_of(batch: dict[str, Any]) -> Rollouts:
         mask = mask & batch["tool_mask"].bool()
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     return Rollouts(ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1), mask)
+
+
+Row = dict[str, Any]
+"""A row of the data."""
+
+
+@dataclass
+class Writer:
+    """What a piece writes rollouts with.
+
+    Attributes:
+        tokenize: rows -> ids of their prompts.
+        write: ids of texts and a number of tokens -> what the policy adds to each, to its end token at most.
+        score: prompts and completions -> log-probabilities of every completion's tokens, as the loss has them.
+        count, data: how many rows the data have, and index -> row, with its prompt as the recipe makes it.
+        limit: tokens of a completion at most.
+        group: completions of one prompt.
+        ends: end tokens.
+        step: optimiser steps done.
+    """
+
+    tokenize: Callable[[Sequence[Row]], list[list[int]]]
+    write: Callable[[list[list[int]], int], list[list[int]]]
+    score: Callable[[list[list[int]], list[list[int]]], list[list[float]]]
+    count: int
+    data: Callable[[int], Row]
+    limit: int
+    group: int
+    ends: frozenset[int]
+    step: int
+
+
+class Written(NamedTuple):
+    """What a piece wrote, as many rows as it was given and groups of one prompt side by side.
+
+    Attributes:
+        rows: of the data.
+        completions: their ids.
+        logps: of their tokens under the policy that wrote them, or None: then the policy as it is now is taken.
+    """
+
+    rows: list[Row]
+    completions: list[list[int]]
+    logps: list[list[float]] | None = None
+
+
+def check_columns(trainer: str, dataset: Any) -> set[str]:
+    """The columns of the data.
+
+    Raises:
+        BadInputError: a column of tools, which no rollout would see.
+    """
+    columns = set(getattr(dataset, "column_names", None) or ())
+    if "tools" in columns:
+        raise BadInputError(
+            "Rollouts are written without the tools of a data column: TRL does not read it.",
+            f"Give functions that can be called, {trainer}(tools=...), and leave the column out.",
+        )
+    return columns
 
 
 class RolloutTrainer(ResumingMixin, LaunchedMixin, GRPOTrainer):

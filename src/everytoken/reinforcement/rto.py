@@ -45,7 +45,7 @@ from ..training.distributed import frozen, in_shards, shard
 from ..training.scored_forward import fused_like, reference_adapter
 from .advantages import gae, group_advantages, last_token, whiten
 from .critic import Critic, value_loss
-from .rollouts import RolloutTrainer, rollouts_of
+from .rollouts import RolloutTrainer, check_columns, rollouts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -215,13 +215,8 @@ class RTOTrainer(RolloutTrainer):
         if isinstance(model, str):
             raise BadInputError("RTOTrainer takes a loaded model.", "Load it with everytoken.core.loading.load_model.")
         check_arguments("RTOTrainer", args, REFUSALS, model)
-        if {"image", "images"} & set(getattr(kwargs.get("train_dataset"), "column_names", None) or ()):
+        if {"image", "images"} & check_columns("RTOTrainer", kwargs.get("train_dataset")):
             raise UnsupportedModelError("RTOTrainer scores text only, and these prompts have images.")
-        if "tools" in (getattr(kwargs.get("train_dataset"), "column_names", None) or ()):
-            raise BadInputError(
-                "Rollouts are written without the tools of a data column: TRL does not read it.",
-                "Give functions that can be called, RTOTrainer(tools=...), and leave the column out.",
-            )
         head_module(model)
         if args.dpo_reward_scale and dpo_model is None:
             raise BadInputError(

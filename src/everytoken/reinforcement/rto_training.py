@@ -26,13 +26,12 @@ from ..training.base import Training, TrainingContext, TrainingResult
 from ..training.column_makers import ColumnSources
 from ..training.config import TrainConfig
 from ..training.datasets.make_dataset import pairs_or_example
-from ..training.datasets.messages import message_text, plain_messages
+from ..training.datasets.messages import completion_text, message_text, plain_messages
 from ..training.datasets.pairs import dataset_of, read_rows
 from ..training.distributed import load_unplaced
 from ..training.quiet import quiet_arguments, without_printer
 from ..training.session import Prompt, TrainingSession
 from ..training.trial import TrialWork
-from .completions import completion_text
 from .rto import RTOConfig, RTOSettings, RTOTrainer
 
 if TYPE_CHECKING:

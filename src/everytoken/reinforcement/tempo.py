@@ -101,6 +101,7 @@ class PrefixTreeAdvantage:
     """
 
     kind: ClassVar[str] = "group_advantage"
+    needs: ClassVar[frozenset[str]] = frozenset({"ids"})
     scale: str = "group"
     td_coef: float = 1.0
     metrics: dict[str, float] = field(default_factory=dict, init=False)

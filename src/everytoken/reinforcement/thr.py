@@ -32,6 +32,7 @@ def thr_scores(
     mask: torch.Tensor,
     correct: torch.Tensor,
     vocab: str = "group",
+    by_length: bool = True,
 ) -> torch.Tensor:
     """THR of every token of one group, ``[G, T]``, 0 outside ``mask``.
 
@@ -41,10 +42,13 @@ def thr_scores(
         ids, mask: ``[G, T]``.
         correct: ``[G]`` bool.
         vocab: ``"full"`` is exact; ``"group"`` leaves out the errors at tokens that no response of the group holds.
+        by_length: divide by the lengths of the correct responses; NTHR does not.
     """
     lengths = mask.sum(1)
     columns = ids[mask].unique() if vocab == "group" else torch.arange(logits.shape[-1], device=ids.device)
-    shares = (correct & (lengths > 0)).to(hidden.dtype) / lengths.clamp(min=1)
+    shares = (correct & (lengths > 0)).to(hidden.dtype)
+    if by_length:
+        shares = shares / lengths.clamp(min=1)
     matrix = hidden.new_zeros(len(columns), hidden.shape[-1])
 
     def errors(row: int) -> torch.Tensor:
@@ -72,9 +76,21 @@ def threshold(scores: torch.Tensor, mask: torch.Tensor, correct: torch.Tensor, s
     )
 
 
+def negative_weights(scores: torch.Tensor, correct: torch.Tensor, tau: torch.Tensor | float) -> torch.Tensor:
+    """NTHR's weights ``[G, T]``: ``2 |1/2 - N+ / G|`` for tokens of wrong responses that lower the likelihood of
+    correct ones by more than tau when they are punished, 1 for all others.
+
+    Args:
+        scores: ``[G, T]``, negative for such tokens, as ``thr_scores`` has them.
+        correct: ``[G]`` bool.
+    """
+    eta = 2 * (0.5 - correct.double().mean()).abs().to(scores.dtype)
+    return torch.where(~correct[:, None] & (-scores > tau), eta, 1.0)
+
+
 @dataclass
 class HiddenRewardWeights:
-    """``1[|THR| > tau] (1 + sign(THR) p)`` as a piece.
+    """``1[|THR| > tau] (1 + sign(THR) p)`` as a piece, or NTHR's weight.
 
     Groups without a correct or without a wrong response teach nothing and keep weight 1.
     """
@@ -86,6 +102,7 @@ class HiddenRewardWeights:
     tau_scale: float = 1.0
     vocab: str = "group"
     correct_above: float = 0.5
+    variant: str = "thr"
     constant: bool = field(default=False, init=False)
     metrics: dict[str, float] = field(default_factory=dict, init=False)
 
@@ -108,8 +125,12 @@ class HiddenRewardWeights:
             if self.constant:
                 hidden = torch.cat([hidden, torch.ones_like(hidden[..., :1])], -1)
             mask = batch.mask[rows]
-            scores = thr_scores(hidden, logits, batch.ids[rows], mask, correct, self.vocab)
+            thr = self.variant == "thr"
+            scores = thr_scores(hidden, logits, batch.ids[rows], mask, correct, self.vocab, by_length=thr)
             tau = threshold(scores, mask, correct, self.tau_scale) if self.tau is None else self.tau
+            if not thr:
+                weight[rows] = negative_weights(scores, correct, tau).to(weight.dtype)
+                continue
             kept = scores.abs() > tau
             weight[rows] = (kept * (1 + scores.sign() * self.p)).to(weight.dtype)
             dropped, total = dropped + int((mask & ~kept).sum()), total + int(mask.sum())
@@ -127,6 +148,9 @@ class THR:
         tau_scale: times that.
         vocab: ``"group"``, the tokens of the group's responses, or ``"full"``, which is exact.
         correct_above: a response is correct above this reward.
+        variant: ``"thr"``, or ``"nthr"``, its predecessor ("On the Effect of Negative Gradient in GRPO"): only
+            tokens of wrong responses whose punishment would lower the likelihood of correct ones are weakened; p is not
+            used.
 
     Raises:
         BadInputError: p outside [-1, 1], or an unknown vocab.
@@ -137,8 +161,11 @@ class THR:
     tau_scale: float = 1.0
     vocab: str = "group"
     correct_above: float = 0.5
+    variant: str = "thr"
 
     def __post_init__(self) -> None:
+        if self.variant not in ("thr", "nthr"):
+            raise BadInputError(f"variant is thr or nthr; got {self.variant!r}.")
         if not -1 <= self.p <= 1:
             raise BadInputError(f"p lies in [-1, 1], or an advantage would change its sign; got {self.p}.")
         if self.vocab not in ("group", "full"):
@@ -148,7 +175,9 @@ class THR:
 
     def recipe(self) -> Recipe:
         """The weight."""
-        return Recipe(HiddenRewardWeights(self.p, self.tau, self.tau_scale, self.vocab, self.correct_above))
+        return Recipe(
+            HiddenRewardWeights(self.p, self.tau, self.tau_scale, self.vocab, self.correct_above, self.variant)
+        )
 
     def arguments(self) -> dict[str, Any]:
         """Settings of GRPOConfig: a small KL, which the weight leaves alone."""

@@ -8,35 +8,28 @@ prompts and rewards.
 from __future__ import annotations
 
 import copy
+import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from accelerate.utils import gather_object
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessorList
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-from ..core.errors import BadInputError, UnsupportedModelError
+from ..core.errors import BadInputError
 from ..core.logprobs import masked_mean
 from ..core.scoring import base_model, head_module, output_head
-from ..training.arguments import Refusals, check_arguments
-from ..training.distributed import frozen, in_shards
+from ..training.arguments import check_arguments
+from ..training.distributed import frozen
 from .base import Recipe, RolloutBatch, UpdateBatch
-from .rollouts import Rollouts, RolloutTrainer, rollouts_of
+from .recipe_checks import BATCH_KINDS, REFUSALS, check_recipe, limited
+from .rollouts import Rollouts, RolloutTrainer, Writer, Written, rollouts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BATCH_KINDS = ("group_advantage", "token_advantage", "token_weight", "rollouts", "tokens")
-"""What makes advantages of every token, once a batch."""
-CLIPPING = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-"""Losses with a clipped ratio."""
-START = "the reference is the policy as it starts, and stays it"
-REFUSALS: Refusals = {
-    "sync_ref_model": (False, START),
-    "ref_model_mixup_alpha": (0.6, START),
-    "ref_model_sync_steps": (512, START),
-}
-"""What would change nothing here."""
 TOTALS = ("bnpo", "dapo", "cispo")
 """Losses in which a row without tokens adds nothing to numerator or divisor."""
 
@@ -70,7 +63,7 @@ class RecipeTrainer(RolloutTrainer):
         if args is None:
             raise BadInputError("RecipeTrainer needs args=GRPOConfig(...).")
         check_arguments("RecipeTrainer", args, REFUSALS, model)
-        _check(recipe, args, kwargs.get("train_dataset"))
+        check_recipe(recipe, args, kwargs.get("train_dataset"), kwargs)
         if "distributions" in recipe.needs:
             head_module(model)
         for piece in recipe.pieces:
@@ -85,6 +78,8 @@ class RecipeTrainer(RolloutTrainer):
             raise BadInputError("Nothing rewards the rollouts.", "Give reward_funcs.")
         self.recipe = recipe
         self._update: dict[str, Any] | None = None
+        self._written: Written | None = None
+        self._observing = [piece for piece in recipe.pieces if hasattr(piece, "observe")]
         peft = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
         beta, reference = args.beta, None
         if beta != 0 and not peft:  # TRL would load the reference by a name, which a model in memory need not have
@@ -100,6 +95,11 @@ class RecipeTrainer(RolloutTrainer):
         for piece in recipe.pieces:
             if hasattr(piece, "use_tokenizer"):
                 piece.use_tokenizer(self._tokenizer)
+        if recipe.one("sampler") is not None and self.args.max_steps <= 0:  # an order is one of the whole training
+            self.args = copy.copy(self.args)
+            rows = len(self.train_dataset) * self.num_generations // self.args.generation_batch_size
+            updates = rows * self._repeats // self.args.gradient_accumulation_steps
+            self.args.max_steps = max(1, math.ceil(updates * self.args.num_train_epochs))
         if (aggregation := recipe.one("aggregation")) is not None:
             self.loss_type = aggregation.loss_type
 
@@ -109,6 +109,11 @@ class RecipeTrainer(RolloutTrainer):
     def _progress(self) -> tuple[int, int]:
         return self.state.global_step, max(1, self.state.max_steps)
 
+    @property
+    def _repeats(self) -> int:
+        """How many micro-batches a batch of rollouts is used for."""
+        return int(self.num_iterations * self.args.steps_per_generation)
+
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         piece = self.recipe.one("sampler")
         if piece is None:
@@ -116,18 +121,24 @@ class RecipeTrainer(RolloutTrainer):
         repeats = dict(
             mini_repeat_count=self.num_generations,
             batch_size=self.args.generation_batch_size // self.num_generations,
-            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            repeat_count=self._repeats,
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
         )
-        return piece(self.train_dataset if dataset is None else dataset, repeats)
+        batches = math.ceil(self.args.max_steps * self.args.gradient_accumulation_steps / self._repeats)
+        return piece(self.train_dataset if dataset is None else dataset, repeats, batches)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        limits = [piece.max_new_tokens(*self._progress) for piece in _limited(self.recipe)]
+        if self._written is not None:
+            return self._written.completions, None
+        limits = [piece.max_new_tokens(*self._progress) for piece in limited(self.recipe)]
         if not limits:
             return self._generate_with_temperature(*args, **kwargs)
+        return self._generate_at_most(min(limits), *args, **kwargs)
+
+    def _generate_at_most(self, limit: int, *args: Any, **kwargs: Any) -> Any:
         whole = self.generation_config.max_new_tokens
-        self.generation_config.max_new_tokens = min(whole, *limits)
+        self.generation_config.max_new_tokens = min(whole, limit)
         try:
             return self._generate_with_temperature(*args, **kwargs)
         finally:
@@ -150,12 +161,69 @@ class RecipeTrainer(RolloutTrainer):
             del model._get_logits_processor
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        for piece in self.recipe.of("prompt"):
-            inputs = [piece(dict(row), *self._progress) for row in inputs]  # copies share a row
-        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if self.model.training and self.recipe.of("temperature", *BATCH_KINDS):
+        inputs = [self._prompted(row) for row in inputs]
+        if not self.model.training:
+            return super()._generate_and_score_completions(inputs)  # type: ignore[no-any-return]
+        if (rollout := self.recipe.one("rollout")) is not None:
+            self._written = self._called(rollout, inputs, self._writer())
+            inputs = self._written.rows
+        try:
+            batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            if self._written is not None and self._written.logps is not None:
+                batch["old_per_token_logps"] = pad_sequence(
+                    [torch.tensor(row, device=batch["completion_ids"].device) for row in self._written.logps], True
+                )
+        finally:
+            self._written = None
+        if carrying := [piece for piece in self.recipe.pieces if hasattr(piece, "carry")]:
+            every = gather_object(inputs) if self.accelerator.num_processes > 1 else inputs
+            first = self.accelerator.process_index * len(inputs)
+            for piece in carrying:
+                carried = piece.carry(every, slice(first, first + len(inputs)))
+                batch |= {name: value.to(self.accelerator.device) for name, value in carried.items()}
+        if self.recipe.of(*BATCH_KINDS) or self._observing:
             self._decide(batch)
         return batch
+
+    def _prompted(self, row: dict[str, Any]) -> dict[str, Any]:
+        row = dict(row)  # copies share a row
+        for piece in self.recipe.of("prompt"):
+            row = piece(row, *self._progress)
+        return row
+
+    def _writer(self) -> Writer:
+        def write(texts: list[list[int]], limit: int) -> list[list[int]]:
+            found: list[list[int]] = self._generate_at_most(limit, texts, None, {}, self.num_generations)[0]
+            return found
+
+        @torch.no_grad()
+        def score(prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
+            pad = self._tokenizer.pad_token_id
+            device = self.accelerator.device
+            before = pad_sequence([torch.tensor(ids) for ids in prompts], True, pad, "left")
+            shown = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids in prompts], True, 0, "left")
+            behind = pad_sequence([torch.tensor(ids) for ids in completions], True, pad)
+            written = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids in completions], True)
+            ids, mask = torch.cat([before, behind], 1).to(device), torch.cat([shown, written], 1).to(device)
+            size = self.args.per_device_train_batch_size
+            with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+                logps = self._get_per_token_logps_and_entropies(
+                    self.model, ids, mask, behind.shape[1], batch_size=size
+                )[0]
+            return [row[: len(ids)].tolist() for row, ids in zip(logps, completions, strict=True)]
+
+        data = self.train_dataset
+        return Writer(
+            tokenize=lambda rows: self._tokenize_prompts([row["prompt"] for row in rows])[0],
+            write=write,
+            score=score,
+            count=len(data),
+            data=lambda index: self._prompted(data[index]),
+            limit=self.max_completion_length,
+            group=self.num_generations,
+            ends=frozenset(self.eos_token_ids),
+            step=self.state.global_step,
+        )
 
     # -- once a batch
     # -----------------------------------------------------------------------------------------------------
@@ -166,8 +234,8 @@ class RecipeTrainer(RolloutTrainer):
         rows = len(rollouts.mask)
         here = self._batch_of(batch, rollouts)
         every = self._of_all(here)
-        if (temperature := recipe.one("temperature")) is not None:
-            temperature.observe(every)
+        for piece in self._observing:
+            piece.observe(every)
         if not recipe.of(*BATCH_KINDS):
             return
         group = recipe.one("group_advantage")
@@ -203,6 +271,11 @@ class RecipeTrainer(RolloutTrainer):
         for index in range(min(len(logged), len(self._logs["advantages"]))):
             self._logs["advantages"][-1 - index] = logged[-1 - index].item()
 
+    def _truncated(self, batch: dict[str, Any]) -> torch.Tensor:
+        ids, lengths = batch["completion_ids"], batch["completion_mask"].sum(1)
+        last = ids.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
+        return ~torch.isin(last, torch.tensor(self.eos_token_ids, device=ids.device)) | (lengths == 0)
+
     def _batch_of(self, batch: dict[str, Any], rollouts: Rollouts) -> RolloutBatch:
         rows, step = len(rollouts.mask), self._progress
         rewards = self.sequence_rewards()
@@ -213,6 +286,7 @@ class RecipeTrainer(RolloutTrainer):
             self.own_rows(groups, rows),
             self.own_rows(rewards, rows),
             *step,
+            truncated=self._truncated(batch),
         )
         if self.recipe.needs & {"logps", "entropies"}:
             with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
@@ -253,12 +327,15 @@ class RecipeTrainer(RolloutTrainer):
 
     def _of_all(self, here: RolloutBatch) -> RolloutBatch:
         logps, entropies = (None if item is None else self._gathered(item) for item in (here.logps, here.entropies))
-        tensors = (self._gathered(value) for value in (here.ids, here.mask.int(), here.groups, here.rewards))
-        ids, mask, groups, rewards = tensors
-        return RolloutBatch(ids, mask.bool(), groups, rewards, here.step, here.steps, logps, entropies)
+        assert here.truncated is not None
+        given = (here.ids, here.mask.int(), here.groups, here.rewards, here.truncated.int())
+        ids, mask, groups, rewards, truncated = (self._gathered(value) for value in given)
+        return RolloutBatch(
+            ids, mask.bool(), groups, rewards, here.step, here.steps, logps, entropies, truncated=truncated.bool()
+        )
 
-    def _called(self, piece: Any, *arguments: Any) -> torch.Tensor:
-        found: torch.Tensor = piece(*arguments)
+    def _called(self, piece: Any, *arguments: Any) -> Any:
+        found = piece(*arguments)
         for name, value in getattr(piece, "metrics", {}).items():
             self._metrics["train"][f"recipe/{name}"].append(float(value))
         return found
@@ -267,7 +344,7 @@ class RecipeTrainer(RolloutTrainer):
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         if not self.model.training:
             return super()._compute_loss(model, inputs)
-        inputs = self._without_empty_rows(inputs)
+        every, inputs = inputs, self._without_empty_rows(inputs)
         bounds: tuple[Any, Any] = self.epsilon_low, self.epsilon_high
         # the advantages of this copy are read after the forward, in which ratio weights change them
         self._update = dict(inputs) if self.recipe.of("clip", "ratio_weight") else None
@@ -277,7 +354,7 @@ class RecipeTrainer(RolloutTrainer):
             self._update = None
             self.epsilon_low, self.epsilon_high = bounds
         for piece in self.recipe.of("auxiliary"):
-            loss = loss + piece(model, inputs, *self._progress) / self.current_gradient_accumulation_steps
+            loss = loss + piece(model, every, *self._progress) / self.current_gradient_accumulation_steps
         return loss
 
     def _without_empty_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -318,7 +395,7 @@ class RecipeTrainer(RolloutTrainer):
             low, high = clip(update, low, high)
             self.epsilon_low, self.epsilon_high = low, high
         for piece in self.recipe.of("ratio_weight"):
-            inputs["advantages"] = advantages = advantages * piece(update, low, high)
+            inputs["advantages"] = advantages = advantages * self._called(piece, update, low, high)
 
     # -- checkpoints
     # ------------------------------------------------------------------------------------------------------
@@ -331,55 +408,3 @@ class RecipeTrainer(RolloutTrainer):
         if checkpoint is not None:
             state = self._kept_state(checkpoint, "recipe.pt", "", "Go on from a checkpoint of a recipe.")
             self.recipe.load_state_dict(state)
-
-
-def _limited(recipe: Recipe) -> list[Any]:
-    return [piece for piece in recipe.of("prompt") if hasattr(piece, "max_new_tokens")]
-
-
-def _check(recipe: Recipe, args: Any, dataset: Any) -> None:
-    """Refuses settings under which a piece would not do what it says."""
-
-    def refuse(setting: str, why: str, hint: str) -> None:
-        value = getattr(args, setting)
-        raise BadInputError(f"This recipe cannot be trained with {setting}={value!r}: {why}.", hint)
-
-    aggregation = recipe.one("aggregation")
-    loss_type = args.loss_type if aggregation is None else aggregation.loss_type
-    if args.loss_type not in ("dapo", loss_type):  # dapo is TRL's default
-        refuse("loss_type", f"its aggregation is {loss_type}", "Leave loss_type out, or the piece.")
-    by_token = recipe.of(*BATCH_KINDS, "ratio_weight")
-    if by_token and args.off_policy_mask_threshold is not None:
-        refuse("off_policy_mask_threshold", "it reads one advantage a response", "Leave it out.")
-    if by_token and loss_type == "vespo":
-        refuse("loss_type", "it reads one advantage a response", "Use another loss_type.")
-    if recipe.of("clip", "ratio_weight") and loss_type not in CLIPPING:
-        refuse("loss_type", "it has no clipped ratio", f"Use one of {', '.join(CLIPPING)}.")
-    if recipe.of("clip", "ratio_weight", "tokens") and args.importance_sampling_level != "token":
-        refuse("importance_sampling_level", "its pieces decide about single tokens", "Use token.")
-    if recipe.of("tokens") and args.top_entropy_quantile < 1:
-        refuse("top_entropy_quantile", "a piece selects tokens already", "Leave one of them out.")
-    if recipe.one("temperature") is not None or _limited(recipe):
-        for name in ("use_vllm", "use_transformers_continuous_batching"):
-            if getattr(args, name, False):
-                refuse(name, "these engines sample by their own settings", "Leave it out.")
-    if args.beta != 0:
-        if recipe.of("rollouts", "tokens") and recipe.divisor == "all":
-            refuse("beta", "the KL of tokens that are left out would still be charged", "Use beta=0 or divisor kept.")
-        if weighted := [piece for piece in recipe.pieces if getattr(piece, "weighs_kl", False)]:
-            refuse("beta", f"{type(weighted[0]).__name__} would have to weigh the KL too", "Use beta=0.")
-    columns = set(getattr(dataset, "column_names", None) or ())
-    if recipe.needs and {"image", "images"} & columns:
-        raise UnsupportedModelError("This recipe scores text only, and these prompts have images.")
-    if recipe.one("sampler") is not None and dataset is not None and not hasattr(dataset, "__len__"):
-        raise BadInputError("A sampler needs a dataset whose rows can be looked up.", "Load it without streaming.")
-    if "distributions" in recipe.needs:
-        if in_shards():
-            raise UnsupportedModelError("This recipe reads whole distributions, which FSDP's shards do not give.")
-        rows = args.per_device_train_batch_size * args.steps_per_generation
-        if rows % args.num_generations:
-            raise BadInputError(
-                f"This recipe compares the distributions of a group, which must lie on one process: {rows} rows a "
-                f"process are no multiple of num_generations={args.num_generations}.",
-                "Change per_device_train_batch_size or steps_per_generation.",
-            )

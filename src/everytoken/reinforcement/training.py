@@ -18,10 +18,12 @@ from ..core.trace import TokenTrace
 from ..training.base import Training, TrainingContext, TrainingResult
 from ..training.config import TrainConfig, derive_config
 from ..training.datasets.arithmetic import is_correct, make_task, messages_of
+from ..training.datasets.messages import completion_text
 from ..training.datasets.pairs import read_rows
+from ..training.datasets.prompts import read_prompts
+from ..training.datasets.tasks import COLUMNS, task_reward
 from ..training.session import Prompt, TrainingSession
 from .base import Recipe
-from .completions import completion_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +40,11 @@ METRICS = {
 
 
 class Method(Protocol):
-    """A method of the station: settings that become a recipe."""
+    """A method of the station: settings that become a recipe.
+
+    One that learns from plain text, and rewards by itself, also has ``rows(texts, model, tokenizer, seed)``, which
+    makes the data.
+    """
 
     def recipe(self) -> Recipe: ...
 
@@ -114,8 +120,13 @@ def train_on_rollouts(name: str, config: RolloutTraining, method: Method, contex
 
     from .trainer import RecipeTrainer
 
-    rows, reward = _rows_and_reward(config, context)
-    session = TrainingSession(config, context, name, METRICS)
+    if (of_texts := getattr(method, "rows", None)) is None:
+        rows, reward = _rows_and_reward(config, context)
+        session = TrainingSession(config, context, name, METRICS)
+    else:
+        texts, reward = _texts(config, context), None
+        session = TrainingSession(config, context, name, METRICS)
+        rows = of_texts(texts, session.policy, session.tokenizer, config.seed)
     train, held = session.split(_dataset(rows, session.tokenizer))
     answered = session.sampled(held)
     before = session.write_texts(session.policy, answered)
@@ -166,17 +177,29 @@ def _rows_and_reward(
         task = make_task(config.task, config.items, config.seed)
         rows = [{"question": task[index]["question"], "item": index} for index in range(config.items)]
         return rows, TaskReward(task)
-    if config.reward is None:
+    rows = read_rows(context.data)
+    if config.reward is None and not all(name in rows[0] for name in COLUMNS):
         raise BadInputError(
             "Your data need a reward.", "Give --set reward=module:function, of TRL's form (prompts, completions, ...)."
         )
-    rows = read_rows(context.data)
     for index, row in enumerate(rows):
         if not row.get("prompt"):
             raise BadInputError(
                 f"{context.data}, row {index}: 'prompt' is empty or missing.", "Rollouts answer prompts."
             )
+    if config.reward is None:
+        return rows, task_reward
     return rows, load_function(config.reward, "A reward", "rewards:score")
+
+
+def _texts(config: RolloutTraining, context: TrainingContext) -> list[str]:
+    """The user's texts, or tasks with their answers; before any model is loaded."""
+    if config.reward is not None:
+        raise BadInputError("This method rewards by itself.", "Leave reward out.")
+    if context.data is not None:
+        return read_prompts(context.data, "text")
+    task = make_task(config.task, config.items, config.seed)
+    return [f"{task[index]['question']} {task[index]['answer']}" for index in range(config.items)]
 
 
 def _dataset(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -24,8 +24,8 @@ from typing import Any, ClassVar
 import torch
 
 from ..core.errors import BadInputError
+from ..training.datasets.messages import completion_text
 from .base import Recipe, RolloutBatch
-from .completions import completion_text
 
 BOUND = 11.0
 CHUNK = 32 * 2**20

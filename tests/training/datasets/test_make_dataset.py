@@ -128,7 +128,7 @@ def test_bad_input(own_cache):
 
 
 def test_the_kinds_are_the_modules_that_declare_one():
-    assert set(data_kinds()) == {"arithmetic", "sentiment"}
+    assert set(data_kinds()) == {"arithmetic", "sentiment", "tasks"}
     for name, kind in data_kinds().items():
         assert kind.name == name
         help_text = CliRunner().invoke(app, ["data", name, "--help"]).output

@@ -20,7 +20,7 @@ class MadeRows:
     """What came out.
 
     Attributes:
-        rows: preference rows (``prompt``, ``chosen``, ``rejected``); at least one.
+        rows: of training (most kinds: ``prompt``, ``chosen``, ``rejected``); at least one.
         figures: counts and shares worth saying.
         others: further rows by the name of their file, without its ending.
     """
@@ -40,12 +40,18 @@ class DataKind:
         make: ``(settings, model, report) -> MadeRows``, deterministic in its settings; ``model`` as for ``load_model``.
         reads: what the settings' files hold, as JSON has it: data made from another text are other data. Called before
             a model is loaded.
+        title: of the card, behind the kind's name; settings and ``{model}`` are filled in.
+        origin: a sentence of the card about where the texts come from.
+        tags: of the card.
     """
 
     name: str
     settings: type
     make: Callable[[Any, str | None, Report], MadeRows]
     reads: Callable[[Any], list[str] | None] = lambda _settings: None
+    title: str = "pairs of {model}"
+    origin: str = "All texts were written by the model itself and judged by a program; no person looked at them."
+    tags: str = "preference, trl, everytoken"
 
     @property
     def summary(self) -> str:

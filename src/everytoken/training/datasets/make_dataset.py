@@ -1,5 +1,5 @@
-"""``everytoken data``: preference data that a model makes of itself, offline, deterministic by seed, kept in the cache,
-with a card.
+"""``everytoken data``: data made offline, preferences that a model makes of itself and tasks; deterministic by seed,
+kept in the cache, with a card.
 
 Kinds of data are the modules of this package that declare a ``DATA_KIND``.
 """
@@ -154,15 +154,15 @@ def card(kind: DataKind, settings: Any, model: str | None, figures: dict[str, fl
     again = " ".join(f"--set {name}={value}" for name, value in given.items() if value is not None)
     source = f" --model {model}" if model is not None else ""
     return f"""---
-tags: [preference, trl, everytoken]
+tags: [{kind.tags}]
 configs:
 - config_name: default
   data_files:
   - {{split: train, path: train.jsonl}}
 ---
-# {kind.name.capitalize()} pairs of {model or "SmolLM2-135M-Instruct"}
+# {kind.name.capitalize()}: {kind.title.format(**given, model=model or "SmolLM2-135M-Instruct")}
 
-{kind.summary} All texts were written by the model itself and judged by a program; no person looked at them.
+{kind.summary} {kind.origin}
 
 ## Settings
 

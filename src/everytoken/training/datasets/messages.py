@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 
 
+def completion_text(completion: Any) -> str:
+    """A completion's text, as reward functions get completions from TRL: texts, or conversations that end with the
+    answer.
+    """
+    return completion if isinstance(completion, str) else message_text(completion[-1])
+
+
 def message_text(message: Mapping[str, Any]) -> str:
     """The text of a message: its content, its text parts joined, or nothing.
 

@@ -1,0 +1,1 @@
+"""Adapters to other frameworks, each importing its framework where it is used."""
