@@ -122,7 +122,7 @@ def test_one_agreeing_token_is_not_searched_where_it_cannot_pay(monkeypatch):
         assert matches.candidates([], 4) == ([], [])
         matches.commit([5])
     matches.begin(0.3)
-    assert matches.candidates([1, 2], 4)[0] == [3]
+    assert matches.candidates([1, 2], 4)[0] == [3, 5]
     matches.commit([1, 2])
     matches.begin(0.3)
     assert matches.candidates([], 4)[0][0] == 3

@@ -139,8 +139,8 @@ class TextMatches:
         self._known = {}
 
     def _append(self, tokens: Sequence[int]) -> None:
-        before = self.text.tokens[self.text.size - 1 : self.text.size].tolist()
-        self._pairs.update(pairwise([*before, *tokens]))
+        before = self.text.tokens[max(self.text.size - 2, 0) : self.text.size].tolist()
+        self._pairs.update(list(pairwise([*before, *tokens]))[:-1])  # nothing follows the last one yet
         self.text.append(tokens)
 
     def _after(self, key: tuple[int, ...], path: Sequence[int]) -> tuple[Tokens, Any, int]:
