@@ -10,7 +10,7 @@ import torch
 
 from everytoken.core import calibration
 from everytoken.core.calibration import SWEEPS, TABLE, TRIES, WIDTHS, Calibration, Curve, calibrate, kept, lookup
-from everytoken.core.choosing import choose_weights, load_fastest
+from everytoken.core.choosing import Choice, choose_weights, load_fastest
 from everytoken.core.errors import BadInputError
 from everytoken.core.one_layer import HEAD, OneLayer, timed_rows
 from everytoken.testing.models import tiny_llama, tiny_tokenizer
@@ -254,10 +254,20 @@ def test_nothing_is_measured_where_that_is_switched_off(folder, monkeypatch):
     assert "nothing was measured" in str(choice) and choice.curve is None and not asked
 
 
+def test_no_curve_is_handed_on_that_is_too_short_or_was_measured_on_a_busy_machine():
+    for curve, trusted in (
+        (Curve((1, 8), (1.0, 2.0), 0.1), True),
+        (Curve((1, 8), (1.0, 2.0), 0.9), False),
+        (Curve((1, 4), (1.0, 2.0)), False),
+    ):
+        choice = Choice("packed", "", Calibration({}, "", {"packed": curve}))
+        assert choice.curve == (curve if trusted else None)
+
+
 def test_a_model_carries_its_curve_and_the_next_load_measures_nothing(folder, tmp_path):
     tiny_tokenizer().save_pretrained(folder)
     model, choice = load_fastest(folder, "as they come")
-    assert model.forward_cost == choice.curve and choice.curve(1) > 0
+    assert model.forward_cost == choice.curve and choice.calibration.ways["as they come"](1) > 0
     table = (tmp_path / "cache" / TABLE).read_text()
     later, _ = load_fastest(folder, "as they come", measure=False)
     assert (tmp_path / "cache" / TABLE).read_text() == table and later.forward_cost == choice.curve

@@ -232,18 +232,37 @@ def test_bad_data_is_named(place, tmp_path):
     assert demonstrations(place / "pairs.jsonl")[0] == {"prompt": ROWS[0]["prompt"], "completion": ROWS[0]["chosen"]}
 
 
-def test_rtos_reward_is_given_the_columns_of_the_data(place, tmp_path):
+COLUMNS = [
+    {"prompt": "the film was", "wanted": 3},
+    {"prompt": "the film was", "wanted": 5, "source": {"page": 2}},
+    {"prompt": "the food was", "wanted": 4, "tools": []},
+]
+
+
+def test_rto_keeps_the_columns_of_the_data(place, tmp_path):
     """Every column, also one that the first row lacks; a repeated prompt with other columns is another row."""
-    rows = [{"prompt": "the film was", "wanted": 3}, {"prompt": "the film was", "wanted": 5, "source": {"page": 2}}]
-    rows += [rows[1], {"prompt": "the food was", "wanted": 4, "tools": []}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    from everytoken.reinforcement.rto_training import RTOTraining, prompts_and_pairs
+    from everytoken.training.datasets.pairs import dataset_of
+
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*COLUMNS, COLUMNS[1]]))
+    context = TrainingContext(str(place / "model"), str(tmp_path / "rows.jsonl"), tmp_path / "out")
+    found, pairs = prompts_and_pairs(RTOTraining(dpo_reward_scale=0.0), context)
+    assert pairs is None
+    rows = dataset_of(found)
+    assert rows["wanted"][:] == [3, 5, 4] and rows["source"][:] == [None, {"page": 2}, None]
+    assert set(rows.column_names) == {"prompt", "wanted", "source"}
+
+
+@pytest.mark.slow
+def test_rtos_reward_is_given_the_columns_of_the_data(place, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in COLUMNS))
     small = ["batch_size=2", "num_generations=2", "steps=3", "eval_share=0.01", "estimator=group"]
     rto = find_card("rto").load_training()
     config = read_config(rto, None, [*SMALL, *small, "reward=tests.preference.test_training:near"])
     config.dpo_reward_scale = 0.0
     SEEN.clear()
     rto.run(config, TrainingContext(str(place / "model"), str(tmp_path / "rows.jsonl"), tmp_path / "out"))
-    known = [(row["wanted"], row.get("source")) for row in rows]
+    known = [(row["wanted"], row.get("source")) for row in COLUMNS]
     assert len(SEEN) == 6 and all(pair in known for pair in SEEN) and len({wanted for wanted, _ in SEEN}) == 2
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .files import write_text_whole
@@ -63,7 +64,7 @@ class Curve:
     Attributes:
         widths: rising numbers of tokens, from 1 on.
         seconds: of a forward over so many; none is below one before it.
-        spread: by how much of the smallest the median of the runs over one token lies above it.
+        spread: by how much of the smallest run the median run lies above it, at the worst of the narrow widths.
     """
 
     widths: tuple[int, ...]
@@ -237,9 +238,10 @@ def _curve(bench: Bench, best: float, clock: Callable[[], float], allowed: float
                 break
             runs.setdefault(width, []).append(bench(width))
             lasted[width] = clock() - before
-    first = sorted(bench.seconds(parts) for parts in runs[1])
-    seconds = tuple(bench.seconds(_smallest(runs[width])) for width in runs)
-    return Curve(tuple(runs), seconds, max(first[len(first) // 2] / first[0] - 1, 0.0))
+    seconds = {width: [bench.seconds(parts) for parts in found] for width, found in runs.items()}
+    spread = max(median(found) / min(found) - 1 for width, found in seconds.items() if width <= NEEDED)
+    smallest = tuple(bench.seconds(_smallest(found)) for found in runs.values())
+    return Curve(tuple(runs), smallest, spread)
 
 
 def _smallest(runs: list[tuple[float, ...]]) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .calibration import NEEDED, Calibration, Curve, calibrate, lookup, machine_key, shape_hash
+from .calibration import NEEDED, SPREAD, Calibration, Curve, calibrate, lookup, machine_key, shape_hash
 from .loading import cache_dir, dtype_and_device, exact_in_4_bits, load_config, load_model
 from .progress import Report, silent
 
@@ -44,9 +44,10 @@ class Choice:
 
     @property
     def curve(self) -> Curve | None:
-        """What a forward costs, this way; None where it was not measured, or for single tokens only."""
+        """What a forward costs, this way; None where it was not measured, for single tokens only, or while the machine
+        was busy: which way is the fastest can still be seen then, but not what one more token costs."""
         found = None if self.calibration is None else self.calibration.ways.get(self.way)
-        return found if found is not None and found.widths[-1] >= NEEDED else None
+        return None if found is None or found.widths[-1] < NEEDED or found.spread > SPREAD else found
 
     def __str__(self) -> str:
         return f"{self.way} ({self.why})"

@@ -124,7 +124,7 @@ class OneLayer:
         self(1)  # packs, compiles and warms up
 
     @property
-    def _head(self) -> nn.Module:
+    def _head(self) -> Any:
         return self.model.get_output_embeddings()
 
     def _group(self) -> None:

@@ -1,4 +1,4 @@
-"""Which of several ways of doing the same work is the fastest here: measured while they are used.
+"""Which way of doing a piece of work is the fastest here, and what it costs by its size: measured while it is done.
 
 What a forward over n tokens costs depends on the machine, on its load and on the length of the text, and how many
 drafted tokens are accepted on the text itself. So no table says which way pays; the clock does. Only ways that give
@@ -8,6 +8,8 @@ the same text may be chosen by it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import numpy as np
 
 WEIGHT = 0.3
 """Of the newest measurement, in the running mean."""
@@ -62,3 +64,62 @@ class Pace:
         if not first and self.waited[way] - tokens >= self.patience[way] and way != self.best:
             self.patience[way] *= 2
         self.waited[way] = 0
+
+
+SLOPE = 0.12
+"""What each further piece is taken to cost, in first ones, before anything was measured."""
+FASTER, SLOWER = 0.4, 0.06
+"""Of the newest measurement, where it is faster and where it is slower: other work on the machine makes many
+measurements slower and none faster."""
+COMMON = 0.7
+"""The part of a change at one size that all other sizes share: the machine, or the text's length, has changed."""
+LARGEST = 64
+EVERY = 4
+"""Measurements between two times that the line is drawn anew."""
+
+
+class RunningCurve:
+    """What a piece of work costs by its size, in pieces of size 1: measured while it is done.
+
+    Between measured sizes it is a straight line; beyond the largest, it goes on as steeply as so far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[int, float] = {}
+        self._news = 0
+        self._lay()
+
+    def __call__(self, size: int) -> float:
+        return self.costs[size] if size <= LARGEST else self.costs[LARGEST] + (size - LARGEST) * self.slope
+
+    def saw(self, size: int, seconds: float) -> None:
+        """Takes note of a piece of this size."""
+        size = min(size, LARGEST)
+        known = self.seconds.get(size)
+        self._news += 1
+        if known is None:
+            self.seconds[size] = seconds
+            self._news = EVERY
+        else:
+            change = min(seconds / known - 1, 1.0)
+            change *= FASTER if change < 0 else SLOWER
+            for other in self.seconds:
+                self.seconds[other] *= 1 + (change if other == size else COMMON * change)
+        if self._news >= EVERY:
+            self._lay()
+
+    def _lay(self) -> None:
+        """Draws the line anew."""
+        self._news = 0
+        sizes = sorted(self.seconds)
+        values = np.maximum.accumulate([self.seconds[size] for size in sizes])  # more work is never cheaper
+        least = values[0] / (1 + SLOPE * (sizes[0] - 1)) if sizes else 1.0
+        self.step = float(least)
+        self.slope = float((values[-1] / least - 1) / (sizes[-1] - 1)) if sizes and sizes[-1] > 1 else SLOPE
+        every = np.arange(LARGEST + 1)
+        known = np.interp(every, sizes, values / least) if sizes else np.ones(LARGEST + 1)
+        largest = sizes[-1] if sizes else 1
+        known[largest:] += self.slope * (every[largest:] - largest)
+        if sizes and sizes[0] > 1:
+            known[: sizes[0]] = 1 + SLOPE * (every[: sizes[0]] - 1)
+        self.costs: list[float] = known.tolist()

@@ -57,7 +57,7 @@ from transformers.generation.logits_process import (
 
 from ..core.errors import BadInputError
 from ..core.loading import check_model_name
-from ..core.pace import Pace
+from ..core.pace import Pace, RunningCurve
 from ..core.settings import check_file
 from ..decoding.base import BY_NAME, Decoder, Example
 from ..decoding.call import DecodingCall
@@ -68,7 +68,7 @@ from ..decoding.matcher import Matcher
 from ..decoding.row import DecodingRow
 from ..decoding.row_cache import check_cached, check_rewindable
 from .speculative import check_draft_ships, check_feature_target, find_draft, load_draft, load_named_draft
-from .speculative.drafting import DraftSession, draft_share
+from .speculative.drafting import draft_session, draft_share
 from .speculative.matches import Corpus, TextMatches, corpus_tokens
 from .speculative.proposals import Proposals, process
 from .speculative.trees import Expand, TokenTree, grow_tree
@@ -89,9 +89,14 @@ PATH_FREE = (
 )
 
 
+WARM = 2
+"""Rounds of a model's first text that draft nothing, to measure a plain step."""
 WIDTHS = (3, 7)
 """Budgets that are tried beside none and the one that was asked for."""
 _paces: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], Pace]] = WeakKeyDictionary()
+_curves: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], tuple[RunningCurve, RunningCurve]]] = (
+    WeakKeyDictionary()
+)
 
 
 @dataclass
@@ -108,10 +113,12 @@ class DySpec(Decoder):
             1/budget), and keeps of these nodes what pays; None grows the paper's fixed-size tree from the draft model
             alone, always full, which needs more draft forwards.
         max_depth: longest drafted path.
-        adaptive: try several budgets up to this one, none among them, and use the fastest by the clock. The text stays
-            the same, and which tokens were drafted may differ from run to run. Greedy decoding only; a sample would not
-            be the same for the same seed. None: where the target has a compiled forward, whose plain steps are often
-            cheaper than any draft (``load_model(weights="int4")``).
+        adaptive: choose by the clock. The text stays the same, and which tokens were drafted may differ from run to
+            run. Where the target has a compiled forward (``load_model(weights="int4")``), what its rounds cost by the
+            size of their trees is measured while it decodes, and trees hold what pays by that curve, in sampling too:
+            there a tree changes no bit of the target's logits. Elsewhere several budgets up to this one are tried, none
+            among them, and the fastest is used; greedy decoding only, as a sample would not be the same for the same
+            seed. None: where the target has a compiled forward.
         max_children: drafted alternatives considered per node.
         drawn: when sampling, draw the nodes from the draft's distribution, as the paper does, and correct for it.
             Otherwise the likeliest tokens are proposed, and verification follows the target's own sample: the
@@ -267,7 +274,7 @@ class _Speculation:
         self.cache, self.device, self.max_length = row_cache(call.model, row.cache), row.device, call.config.max_length
         self.path_free = all(type(item) in PATH_FREE for item in row.processors)
         draft = decoder.drafting
-        self.draft = None if draft is None else DraftSession(draft, call.model, self.vocab, self.cache)
+        self.draft = None if draft is None else draft_session(draft, call.model, self.vocab, self.cache)
         # where a model cannot mask a tree, one path is drafted: it needs no mask
         self.branches = self.cache.trees and (self.draft is None or self.draft.trees)
         self.drawn = row.do_sample and decoder.drawn
@@ -280,8 +287,17 @@ class _Speculation:
         if self.shape.threshold != decoder.threshold:
             self.grower = copy.copy(decoder)
             self.grower.threshold = self.shape.threshold
-        share = 0.0 if self.draft is None else draft_share(call.model, self.draft.model)
-        self.worth = Worth(cost, share * cost(1), rereads=bool(getattr(call.model, "_is_stateful", False)))
+        self.curves = self._measured(decoder)
+        if self.curves is not None:
+            cost = self.curves[0]
+        if self.draft is None:
+            share = 0.0
+        elif self.curves is not None and self.curves[1].seconds:
+            share = self.curves[1].step / self.curves[0].step
+        else:
+            share = draft_share(call.model, self.draft.model)
+        rereads = bool(getattr(call.model, "_is_stateful", False))
+        self.worth = Worth(cost, share * cost(1), rereads, self.shape.budget)
         width = min(decoder.max_children, self.shape.budget) if self.branches else 1
         self.proposals = Proposals(
             row, self.draft, self.matches, self.worth, self.stats, self.path_free, self.drawn, self.choosy, width
@@ -292,11 +308,23 @@ class _Speculation:
         """The measured pace of this draft with this target, which goes on from call to call; None: always draft."""
         wanted = isinstance(self.cache, LeanRowCache) if decoder.adaptive is None else decoder.adaptive
         budget = self.shape.budget
-        if not wanted or self.row.do_sample or budget == 0:
+        if not wanted or self.row.do_sample or budget == 0 or self.curves is not None:
             return None
         known = _paces.setdefault(self.model, {})
         key = (id(decoder.draft_model), budget, self.shape.threshold, torch.get_num_threads())
         return known.setdefault(key, Pace((0, *(width for width in WIDTHS if width < budget), budget)))
+
+    def _measured(self, decoder: DySpec) -> tuple[RunningCurve, RunningCurve] | None:
+        """What rounds cost by the size of their trees, and what growing costs by draft forwards, as far as measured;
+        None: they are not measured.
+
+        Only a compiled target gives the same bits for every tree, so that samples cannot look at the clock either.
+        """
+        lean = isinstance(self.cache, LeanRowCache)
+        if not lean or not self.choosy or decoder.adaptive is False or decoder.cost is not None:
+            return None
+        known = _curves.setdefault(self.model, {})
+        return known.setdefault((id(decoder.draft_model), torch.get_num_threads()), (RunningCurve(), RunningCurve()))
 
     # -- the loop ------------------------------------------------------------------------------------------------------
     def decode(self) -> None:
@@ -310,20 +338,35 @@ class _Speculation:
                 forwards, accepted = self.stats.draft_forwards, self.stats.accepted
                 began, before = time.perf_counter(), len(self.row.new)
                 budget = self.shape.budget if self.pace is None else self.pace.choose()
+                if self.curves is not None and turn <= WARM and not self.curves[0].seconds:
+                    budget = 0  # what a plain step costs
                 tree = self._grow(budget, room)
+                grown = time.perf_counter()
                 logits = self._verify_forward(tree)
                 self.stats.rounds += self.pace is None or len(tree) > 1
                 self.stats.proposed += len(tree) - 1
                 done = self._walk(tree, logits, turn)
+                ended = time.perf_counter()
                 turn += 1
                 asked, came = self.stats.draft_forwards - forwards, self.stats.accepted - accepted
+                if self.curves is not None and turn > WARM:
+                    self._measure(len(tree), ended - grown, asked, grown - began)
                 self.worth.add(len(tree) - 1, asked, sum(tree.values[1:]), came)
                 if self.pace is not None and room > budget:  # a tree that was cut short says nothing about its budget
-                    self.pace.saw(budget, len(self.row.new) - before, time.perf_counter() - began)
+                    self.pace.saw(budget, len(self.row.new) - before, ended - began)
         finally:
             if self.draft is not None:
                 self.draft.close()
             self.cache.close()
+
+    def _measure(self, size: int, checked: float, asked: int, grown: float) -> None:
+        """Takes note of the seconds of a round: to check a tree of so many nodes, and to grow it."""
+        assert self.curves is not None
+        trees, drafts = self.curves
+        trees.saw(size, checked)
+        if asked:
+            drafts.saw(1, grown / asked)
+            self.worth.draft_cost = drafts.step / trees.step
 
     def _prefill(self) -> torch.Tensor:
         """The prompt through the target; returns ``[V]`` logits for the next token."""
@@ -373,6 +416,8 @@ class _Speculation:
         if not self.choosy:
             return tree
         best = tree.ranked()[:budget]
+        if not best:
+            return tree
         return tree.only(best[: self.worth.nodes([tree.values[node] for node in best])])
 
     # -- verification --------------------------------------------------------------------------------------------------

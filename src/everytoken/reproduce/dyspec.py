@@ -62,7 +62,7 @@ def kary_decoder(draft: Any, branching: tuple[int, ...]) -> DySpec:
             return tree
 
     size = sum(int(torch.tensor(branching[: i + 1]).prod()) for i in range(len(branching)))
-    return FixedTree(draft, budget=size, threshold=None)  # always all of its nodes
+    return FixedTree(draft, budget=size, threshold=None, adaptive=False)  # always all of its nodes
 
 
 def fastest_plain(arms: Arms) -> str:
@@ -95,9 +95,9 @@ def run(context: Context) -> Arms:
         "assisted generation": (lambda: None, {}),
         "prompt lookup": (lambda: None, {"prompt_lookup_num_tokens": 8}),
         "DySpec": (lambda: DySpec(draft), {}),
-        "chain of 14": (lambda: DySpec(draft, budget=14, threshold=None, max_children=1, max_depth=14), {}),
+        "chain of 14": (lambda: DySpec(draft, 14, None, max_children=1, max_depth=14, adaptive=False), {}),
         "2-ary tree of 14": (lambda: kary_decoder(draft, (2, 2, 2)), {}),
-        "DySpec of 14": (lambda: DySpec(draft, budget=14, threshold=None, max_depth=14), {}),
+        "DySpec of 14": (lambda: DySpec(draft, 14, None, max_depth=14, adaptive=False), {}),
         "DySpec sampling": (lambda: DySpec(draft), sampling),
         "plain sampling": (lambda: None, sampling),
     }

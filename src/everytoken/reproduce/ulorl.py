@@ -82,7 +82,7 @@ def run(context: Context) -> Arms:
     steps = 12 if context.quick else 60
     arms: Arms = {}
     for arm, (segments, ahead) in ARMS.items():
-        values: dict[str, Any] = {}
+        values: dict[str, float | Sequence[float]] = {}
         for tail in ("heavy tail", "equal lengths"):
             clock, piece = Clock(tail, context.seed), SegmentedRollouts(segments, ahead, seed=context.seed)
             tokens = begun = 0

@@ -110,3 +110,31 @@ def test_corpora(tmp_path):
         corpus_tokens([{"text": "a"}])
     with pytest.raises(BadInputError, match="no file"):
         corpus_tokens(tmp_path / "absent.txt", Tokenizer())
+
+
+def test_one_agreeing_token_is_not_searched_where_it_cannot_pay(monkeypatch):
+    matches = TextMatches(vocab=10)
+    matches.commit([1, 2, 3, 4, 2])
+    assert matches.candidates([], 4)[0] == [3]
+    matches.begin(0.3)
+    with monkeypatch.context() as patched:
+        patched.setattr(matches, "_continuations", None)  # not even looked at
+        assert matches.candidates([], 4) == ([], [])
+        matches.commit([5])
+    matches.begin(0.3)
+    assert matches.candidates([1, 2], 4)[0] == [3]
+    matches.commit([1, 2])
+    matches.begin(0.3)
+    assert matches.candidates([], 4)[0][0] == 3
+
+
+def test_a_search_of_the_round_is_remembered_when_its_token_comes(monkeypatch):
+    matches = TextMatches(vocab=10)
+    matches.commit([1, 2, 3, 1, 2])
+    matches.begin()
+    assert matches.candidates([], 4)[0] == [3]
+    before = matches.right[2]
+    with monkeypatch.context() as patched:
+        patched.setattr(matches, "_continuations", None)
+        matches.commit([3])
+    assert matches.right[2] == before + 1

@@ -79,9 +79,20 @@ def test_reading_again_is_paid_for():
 
 
 def test_draft_forwards_are_asked_where_they_can_pay():
+    """Behind a node of chance v half of v comes, less a node's cost; all together must come to a draft forward's."""
     worth = Worth(line(0.05), draft_cost=0.1)
-    assert worth.asks([0.5, 0.2])
-    assert not worth.asks([0.1, 0.05])
+    assert worth.asks([0.5, 0.2, 0.1]) == [True, True, False]
+    assert worth.asks([0.29, 0.05]) == [False, False]
+    assert worth.asks([]) == []
+
+
+def test_no_node_below_the_floor_is_kept():
+    worth = Worth(line(0.2), widest=6)
+    for accepted in (3, 0, 2, 4, 1):
+        worth.begin()
+        assert worth.nodes([worth.floor * 1.01]) == 1
+        assert worth.nodes([worth.floor * 0.99] * 6) == 0
+        worth.add(4, 1, 2.0, accepted)
 
 
 def test_default_costs():

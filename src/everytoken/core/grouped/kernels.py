@@ -11,7 +11,18 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
-from .vectors import atomic_add, bits_to_float, tile_4_1, tile_4_4, tile_8_1, tile_8_4
+from .vectors import (
+    atomic_add,
+    bits_to_float,
+    tile_4_1,
+    tile_4_2,
+    tile_4_3,
+    tile_4_4,
+    tile_8_1,
+    tile_8_2,
+    tile_8_3,
+    tile_8_4,
+)
 
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 BLOCK = 4
@@ -121,20 +132,28 @@ def multiply(
         while row < rows:
             a, b, c = number + row * columns * 2, step + row * groups * 4, whole + row * groups * 4
             place = result + (row * width + tile * 8) * 4
-            many = row + 4 <= rows
+            many = min(rows - row, 4)
             if bits == 4:
                 w, s = weight + tile * groups * 128, scale + tile * groups * 32
-                if many:
+                if many == 4:
                     tile_4_4(w, s, a, b, c, place, groups, width)
+                elif many == 3:
+                    tile_4_3(w, s, a, b, c, place, groups, width)
+                elif many == 2:
+                    tile_4_2(w, s, a, b, c, place, groups, width)
                 else:
                     tile_4_1(w, s, a, b, c, place, groups, width)
             else:
                 w, s = weight + tile * groups * 256, scale + tile * groups * 16
-                if many:
+                if many == 4:
                     tile_8_4(w, s, a, b, c, place, groups, width)
+                elif many == 3:
+                    tile_8_3(w, s, a, b, c, place, groups, width)
+                elif many == 2:
+                    tile_8_2(w, s, a, b, c, place, groups, width)
                 else:
                     tile_8_1(w, s, a, b, c, place, groups, width)
-            row += 4 if many else 1
+            row += many
 
 
 @njit(cache=True, nogil=True)
@@ -270,7 +289,8 @@ def llama_forward(
         qkv, output, wide, down: ``[L, bytes]`` weights of 4 bits as ``vectors`` lays them out (queries, keys and values
             behind each other; gates, then ups), with their scales. head: 8 bits.
         keys, values: ``[L, kv heads, room, d]``; the first ``past`` are filled, the new ones are written behind them.
-        allowed: ``[R, R]`` which of the new tokens each may see.
+        allowed: ``[R, E + R]`` which of the new tokens each may see. E of them were read in earlier calls: they lie
+            behind the past ones.
         cos, sin: ``[R, d]`` rotary tables for their positions.
         wanted: the last so many tokens get logits.
         states: ``[L + 1, R, D]`` gets what enters each layer, and the normalised last state.
@@ -283,6 +303,7 @@ def llama_forward(
     inner, middle = mixed.shape[1], wide_out.shape[1] // 2
     heads = inner // width
     sharing = heads // kv_heads
+    begin = past + allowed.shape[1] - rows
     number, step, whole = numbers[member], steps[member], sums[member]
     mine, weights = line[member], scores[member]
     for layer in range(layers):
@@ -298,9 +319,9 @@ def llama_forward(
         for row in range(rows):  # each member writes all keys, the same numbers
             for kv in range(kv_heads):
                 at = inner + kv * width
-                rotate(qkv_out[row, at : at + width], cos[row], sin[row], keys[layer, kv, past + row])
+                rotate(qkv_out[row, at : at + width], cos[row], sin[row], keys[layer, kv, begin + row])
                 at += kv_heads * width
-                values[layer, kv, past + row] = qkv_out[row, at : at + width]
+                values[layer, kv, begin + row] = qkv_out[row, at : at + width]
         first, last = share(rows * heads, member, members)
         for piece in range(first, last):
             row, query = piece // heads, piece % heads

@@ -45,7 +45,7 @@ def lacks(model: Any) -> str | None:
     return None
 
 
-def _some_threads() -> list[int]:
+def some_threads() -> list[int]:
     """As many threads as torch may use, half of them, and so on to one: on a busy machine, fewer are faster, because
     all wait for the one that is not running."""
     counts = [torch.get_num_threads()]
@@ -54,7 +54,7 @@ def _some_threads() -> list[int]:
     return counts
 
 
-def _versions(model: torch.nn.Module) -> list[tuple[str, int, int]]:
+def changes(model: torch.nn.Module) -> list[tuple[str, int, int]]:
     """Names, places and change counts of all parameters, which adapters and edits change."""
     return [
         (name, item.data_ptr(), 0 if item.is_inference() else item._version) for name, item in model.named_parameters()
@@ -68,6 +68,24 @@ class Room:
     rows: int
     members: int
     arrays: tuple[np.ndarray, ...]
+
+
+def new_room(rows: int, members: int, keys: int, size: int, middle: int, inner: int, kv: int) -> Room:
+    """Arrays for ``kernels.llama_forward`` over so many rows and keys, by the widths of a model: of its states, of its
+    feed-forward, of all its queries, and of all its keys."""
+    widest = max(size, middle, inner)
+    arrays = (
+        np.empty((rows, inner + 2 * kv), np.float32),
+        np.empty((rows, inner), np.float32),
+        np.empty((rows, 2 * middle), np.float32),
+        np.empty((rows, size), np.float32),
+        np.empty((members, rows * widest), np.int16),
+        np.empty((members, rows * widest // 32), np.float32),
+        np.empty((members, rows * widest // 32), np.float32),
+        np.empty((members, rows, widest), np.float32),
+        np.empty((members, keys), np.float32),
+    )
+    return Room(rows, members, arrays)
 
 
 class LlamaForward:
@@ -115,7 +133,8 @@ class LlamaForward:
             weights["lm_head"].weights,
             weights["lm_head"].scales,
         )
-        self._versions = _versions(model)
+        self._tables = (np.empty((0, self.width), np.float32), np.empty((0, self.width), np.float32))
+        self._versions = changes(model)
         self._rooms = threading.local()
         self._paces: dict[tuple[int, int], Pace] = {}  # by how many tokens are read together
 
@@ -128,7 +147,7 @@ class LlamaForward:
             replaced = "forward" in vars(module) and not hasattr(module, "_grouped")
             if replaced or module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
                 return False
-        return self._versions == _versions(model)
+        return self._versions == changes(model)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_rooms"}
@@ -138,8 +157,12 @@ class LlamaForward:
 
     def tables(self, positions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Rotary tables ``[R, d]`` for positions ``[R]``."""
-        cos, sin = self.rotary(self.embedding.weight, positions[None])
-        return np.ascontiguousarray(cos[0].float().numpy()), np.ascontiguousarray(sin[0].float().numpy())
+        needed = int(positions.max()) + 1
+        if needed > len(self._tables[0]):  # they depend on the position alone
+            cos, sin = self.rotary(self.embedding.weight, torch.arange(needed + 1024)[None])
+            self._tables = cos[0].float().numpy(), sin[0].float().numpy()
+        chosen = positions.numpy()
+        return self._tables[0][chosen], self._tables[1][chosen]
 
     def _arrays(self, rows: int, keys: int, members: int) -> tuple[np.ndarray, ...]:
         """Room for a forward; a thread keeps it for the next."""
@@ -147,19 +170,8 @@ class LlamaForward:
         if room is None or room.rows < rows or room.members < members or room.arrays[-1].shape[1] < keys:
             rows, keys = max(rows, 16 if room is None else room.rows), keys + 1024
             members = members if room is None else max(members, room.members)
-            widest, inner = max(self.size, self.middle, self.heads * self.width), self.heads * self.width
-            arrays = (
-                np.empty((rows, inner + 2 * self.kv_heads * self.width), np.float32),
-                np.empty((rows, inner), np.float32),
-                np.empty((rows, 2 * self.middle), np.float32),
-                np.empty((rows, self.size), np.float32),
-                np.empty((members, rows * widest), np.int16),
-                np.empty((members, rows * widest // 32), np.float32),
-                np.empty((members, rows * widest // 32), np.float32),
-                np.empty((members, rows, widest), np.float32),
-                np.empty((members, keys), np.float32),
-            )
-            room = self._rooms.room = Room(rows, members, arrays)
+            sizes = self.size, self.middle, self.heads * self.width, self.kv_heads * self.width
+            room = self._rooms.room = new_room(rows, members, keys, *sizes)
         return room.arrays
 
     @torch.no_grad()
@@ -197,7 +209,7 @@ class LlamaForward:
             asked = max(0, min(rows, first + rows - (count - wanted)))
             some = np.empty((self.layers + 1, rows, self.size), np.float32) if rows < count else states
             kind = rows.bit_length(), torch.get_num_threads()
-            pace = self._paces.setdefault(kind, Pace(_some_threads()))
+            pace = self._paces.setdefault(kind, Pace(some_threads()))
             members, began = pace.choose(), time.perf_counter()
             run_together(
                 kernels.llama_forward, members,

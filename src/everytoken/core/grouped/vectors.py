@@ -58,6 +58,14 @@ def _multiply_add(b: Any, x: Any, y: Any, z: Any) -> Any:
     return _call(b, "llvm.fma.v8f32", FLOATS, x, y, z) if FMA else b.fadd(b.fmul(x, y), z)
 
 
+def _settled(b: Any, totals: Any) -> Any:
+    """The same vector, in the order of the program: left to itself LLVM takes one row after the other, and keeps all
+    unpacked weights in memory meanwhile."""
+    if not AVX2:
+        return totals
+    return b.asm(ir.FunctionType(INTS, [INTS]), "", "=x,0", [totals], True)
+
+
 def _pairs(b: Any, bits: int, weights: Any) -> Any:
     """The 16 pairs of a group as vectors of words ``(pair, eight rows)``."""
     if bits == 8:
@@ -95,6 +103,8 @@ def _tile(rows: int, bits: int) -> Callable[..., None]:
                         place = b.add(b.mul(groups, LONG(64 * row)), b.add(b.mul(group, LONG(64)), LONG(4 * pair)))
                         both = b.bitcast(_splat(b, _load(b, numbers, place, INT, 2), INTS), WORDS)
                         products[row] = b.add(products[row], _pair_sums(b, words, both))
+                        if rows > 1 and pair % 4 == 3:
+                            products[row] = _settled(b, products[row])
                 step = b.fpext(_load(b, scale, LONG(0), HALVES, 2), FLOATS)
                 least = b.fpext(_load(b, scale, LONG(16), HALVES, 2), FLOATS) if bits == 4 else None
                 for row in range(rows):
@@ -119,8 +129,8 @@ def _tile(rows: int, bits: int) -> Callable[..., None]:
     return intrinsic(tile)  # type: ignore[no-any-return]
 
 
-tile_4_1, tile_4_4 = _tile(1, 4), _tile(4, 4)
-tile_8_1, tile_8_4 = _tile(1, 8), _tile(4, 8)
+tile_4_1, tile_4_2, tile_4_3, tile_4_4 = (_tile(rows, 4) for rows in (1, 2, 3, 4))
+tile_8_1, tile_8_2, tile_8_3, tile_8_4 = (_tile(rows, 8) for rows in (1, 2, 3, 4))
 
 
 def _bits_to_float(typingctx, bits):  # type: ignore[no-untyped-def]

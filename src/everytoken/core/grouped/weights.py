@@ -64,8 +64,13 @@ class GroupedWeight:
         return torch.from_numpy(values.reshape(self.rows, self.shape[1])[: self.shape[0]].copy())
 
 
-def group_weight(weight: torch.Tensor, bits: int = 4) -> GroupedWeight:
+def group_weight(weight: torch.Tensor, bits: int = 4, searched: bool = True) -> GroupedWeight:
     """Packs a float matrix ``[N, K]``.
+
+    Args:
+        bits: 4 or 8.
+        searched: whether weights of 4 bits are looked for the steps that they may lie on already; where not, all are
+            rounded to 16 steps between the least and the largest of their group, which is quicker.
 
     Raises:
         UnsupportedModelError: rows whose length is no multiple of 32.
@@ -81,7 +86,7 @@ def group_weight(weight: torch.Tensor, bits: int = 4) -> GroupedWeight:
     for first in range(0, padded, _ROWS):
         part = weight[first : first + _ROWS].detach().float().numpy()
         part = np.pad(part, ((0, -len(part) % TILE), (0, 0))).reshape(-1, columns // GROUP, GROUP)
-        numbers, steps, least, same = _on_steps(part) if bits == 4 else _on_bytes(part)
+        numbers, steps, least, same = _on_steps(part, searched) if bits == 4 else _on_bytes(part)
         exact += int(same.sum())
         tiles, groups = len(part) // TILE, columns // GROUP
         steps, least = steps.reshape(tiles, TILE, groups), least.reshape(tiles, TILE, groups)
@@ -117,7 +122,7 @@ def _fit(values: np.ndarray, step: np.ndarray, least: np.ndarray) -> tuple[np.nd
     return numbers, np.abs(numbers * step[..., None] + least[..., None] - values).max(-1)
 
 
-def _on_steps(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _on_steps(values: np.ndarray, searched: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Integers 0 to 15, steps, least values, and which groups ``[N, G, 32]`` they reproduce exactly.
 
     Tried are 16 steps from the least to the largest value (Q4_1, and how other weights are rounded); 8 steps from the
@@ -129,7 +134,7 @@ def _on_steps(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
     numbers, error = _fit(values, step, least)
     farthest = np.where(-low >= high, low, high)
     tried = [(_half(farthest / -8), _half(farthest))]
-    for index in range(1 + 13):
+    for index in range(1 + 13 if searched else 0):
         open_ = error > EXACT * size
         if not open_.any():
             break

@@ -96,13 +96,17 @@ class DraftSession:
         if self.offset is None:
             self.offset = position
         if self.base:
-            self.cache.back()
+            self._forget_tree()
         self.rows, self.states = {}, {}
         if self.uses_features:
             self._commit_features(tokens, path)
             self.pending += tokens
         else:
             self.text += known_tokens(tokens, self.model)
+
+    def _forget_tree(self) -> None:
+        """Leaves the committed text in the cache."""
+        self.cache.back()
 
     def _commit_features(self, tokens: list[int], path: list[int] | None) -> None:
         """Features one position before each of ``tokens``, from the target's last forward."""
@@ -179,3 +183,16 @@ class DraftSession:
             self.states[node] = state
         logits: torch.Tensor = output.logits[0, -len(nodes) :].float()
         return logits if reduced else fit(logits, self.vocab)
+
+
+def draft_session(draft: Any, target: PreTrainedModel, vocab: int, read_by: RowCache) -> DraftSession:
+    """The fastest session of a draft with a target that reads through ``read_by``."""
+    if isinstance(read_by, LeanRowCache) and is_feature_draft(draft):
+        from .compiled_draft import CompiledSession, compiled_draft
+
+        if draft._head is None or draft._target[0] is not target:
+            draft.attach(target)
+        compiled = compiled_draft(draft)
+        if compiled is not None:
+            return CompiledSession(draft, target, vocab, read_by, compiled)
+    return DraftSession(draft, target, vocab, read_by)

@@ -18,6 +18,7 @@ choice wherever it is in the tree, and no distribution has to be corrected for.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from thirty answers of a 135M chat model)."""
 WEIGHT = 6.0
 """How many counted cases that expectation is worth."""
 Tokens = np.ndarray
+NOTHING: tuple[Tokens, Any, int] = (np.empty(0, dtype=np.int32), np.empty(0), 0)
 
 
 class Source:
@@ -111,22 +113,57 @@ class TextMatches:
         self.expected = np.interp(np.arange(longest + 1), np.arange(len(EXPECTED)), EXPECTED)
         self.cases = np.full(longest + 1, WEIGHT)
         self.right = self.expected * WEIGHT
+        self.least = 0.0
+        self._pairs: set[tuple[int, int]] = set()
+        self._known: dict[tuple[int, ...], tuple[Tokens, Any, int]] = {}  # of this round, by path
+
+    def begin(self, least: float = 0.0) -> None:
+        """A round begins, and continuations of less chance than ``least`` will not be used.
+
+        Where one agreeing token is worth less, nothing is searched unless two agree: that is seen at a glance.
+        """
+        self.least = least
+        self._known = {}
 
     def commit(self, tokens: Sequence[int]) -> None:
         """New text; every token after the first call is counted as a case that was guessed right or wrong."""
         if not self.text.size:
-            self.text.append(tokens)
+            self._append(tokens)
             return
-        for token in tokens:
-            guess, agreeing = self._guess(self._suffix([]))
-            if guess is not None:
+        for taken, token in enumerate(tokens):
+            following, chances, agreeing = self._after(tuple(tokens[:taken]), [])
+            if len(following):
                 self.cases[agreeing] += 1
-                self.right[agreeing] += guess == token
-            self.text.append([token])
+                self.right[agreeing] += following[chances.argmax()] == token
+            self._append([token])
+        self._known = {}
+
+    def _append(self, tokens: Sequence[int]) -> None:
+        before = self.text.tokens[self.text.size - 1 : self.text.size].tolist()
+        self._pairs.update(pairwise([*before, *tokens]))
+        self.text.append(tokens)
+
+    def _after(self, key: tuple[int, ...], path: Sequence[int]) -> tuple[Tokens, Any, int]:
+        """``_continuations`` of the text and ``path``, once a round; ``key`` is the path from where the round began."""
+        known = self._known.get(key)
+        if known is None:
+            suffix = self._suffix(path)
+            if self._cannot_pay(suffix):
+                known = NOTHING
+            else:
+                known = self._continuations(suffix)
+            self._known[key] = known
+        return known
+
+    def _cannot_pay(self, suffix: list[int]) -> bool:
+        """Whether at most one token agrees anywhere, and what that is worth is known to be too little."""
+        if len(self.sources) > 1 or self.right[1] >= self.least * self.cases[1]:
+            return False
+        return tuple(suffix[-2:]) not in self._pairs
 
     def candidates(self, path: Sequence[int], width: int) -> tuple[list[int], list[float]]:
         """What may follow the text and ``path``: at most ``width`` tokens, and the chance of each, falling."""
-        tokens, chances, agreeing = self._continuations(self._suffix(path))
+        tokens, chances, agreeing = self._after(tuple(path), path)
         if not len(tokens):
             return [], []
         order = np.argsort(-chances, kind="stable")[:width]
@@ -157,11 +194,6 @@ class TextMatches:
             different = np.count_nonzero(counts)
             chances = (counts + different * chances) / (counts.sum() + different)
         return tokens, chances, most
-
-    def _guess(self, suffix: Sequence[int]) -> tuple[int | None, int]:
-        """The likeliest continuation and the agreement that it rests on."""
-        tokens, chances, agreeing = self._continuations(suffix)
-        return (int(tokens[chances.argmax()]), agreeing) if len(tokens) else (None, 0)
 
 
 def corpus_tokens(corpus: Any, tokenizer: Any = None) -> list[Sequence[int]]:

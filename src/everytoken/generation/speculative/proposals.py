@@ -8,7 +8,10 @@ no part.
 
 from __future__ import annotations
 
+import math
+
 import torch
+from transformers import TemperatureLogitsWarper
 
 from ...decoding.call import DecodingStats
 from ...decoding.matcher import Matcher, fill_mask
@@ -52,9 +55,15 @@ class Proposals:
         self.asking = draft is not None
         # tokens beyond the draft's own vocabulary are not needed where their scores decide nothing
         self.reduced = not drawn and path_free and row.matcher is None
+        warm = [item.temperature for item in row.processors if isinstance(item, TemperatureLogitsWarper)]
+        self.temperature = math.prod(warm) if row.do_sample else 1.0
 
     def begin(self) -> None:
         """A new round."""
+        self.worth.begin()
+        if self.matches is not None:
+            # beside a draft half of a match is believed, and it adds to what the draft thinks
+            self.matches.begin(self.worth.floor if self.choosy else 0.0)
         self.asking = self.draft is not None and (not self.choosy or self.worth.rested())
 
     def expand(self, tree: TokenTree, nodes: list[int]) -> Candidates:
@@ -64,14 +73,38 @@ class Proposals:
         either, and matches alone go on.
         """
         paths = [tree.path(node) for node in nodes]
-        if self.asking and self.choosy and nodes != [0]:
-            self.asking = self.worth.asks([tree.values[node] for node in nodes])
         if self.drawn:
             return self._draw(tree, nodes, paths)
-        by_draft = self._ask(tree, nodes, paths) if self.asking else None
+        asked = list(range(len(nodes))) if self.asking else []
+        if self.asking and self.choosy and nodes != [0]:
+            pays = self.worth.asks([tree.values[node] for node in nodes])
+            asked = [place for place in asked if pays[place]]
+            self.asking = bool(asked)
+        candidates: list[tuple[list[int], list[float]] | None] = [None] * len(nodes)
+        if asked:
+            answers = self._ask(tree, [nodes[place] for place in asked], [paths[place] for place in asked])
+            for place, answer in zip(asked, answers, strict=True):
+                candidates[place] = answer
         if self.matches is None:
-            return by_draft if by_draft is not None else [([], []) for _ in nodes]
-        return [self._merged(path, by_draft[place] if by_draft else None) for place, path in enumerate(paths)]
+            return [
+                ([], []) if given is None else self._paying(tree, node, given)
+                for node, given in zip(nodes, candidates, strict=True)
+            ]
+        return [
+            self._paying(tree, node, self._merged(path, given))
+            for node, path, given in zip(nodes, paths, candidates, strict=True)
+        ]
+
+    def _paying(
+        self, tree: TokenTree, node: int, candidates: tuple[list[int], list[float]]
+    ) -> tuple[list[int], list[float]]:
+        """The first candidates, as far as any can pay for itself."""
+        if not self.choosy:
+            return candidates
+        least = self.worth.floor / tree.values[node] if tree.values[node] > 0 else math.inf
+        tokens, chances = candidates
+        count = sum(chance >= least for chance in chances)
+        return tokens[:count], chances[:count]
 
     # -- the draft model -----------------------------------------------------------------------------------------------
     def _ask(self, tree: TokenTree, nodes: list[int], paths: list[list[int]]) -> Candidates:

@@ -24,6 +24,8 @@ FIRST = 8.0
 """How many plain steps the rate that is assumed in the beginning counts for."""
 FADING = 0.95
 """What a round still counts for one round later."""
+PATIENCE = 0.5
+"""Plain steps that a draft may lose in the beginning before it rests."""
 LONGEST_REST = 16
 """For how many rounds the draft is left alone at most where it does not pay."""
 
@@ -46,15 +48,21 @@ class Worth:
         draft_cost: of one forward of the draft, in the same unit; 0 without a draft.
         rereads: whether accepted tokens must be read again where not all of a path was accepted, as a recurrent state
             demands.
+        widest: nodes of a tree, at most.
+
+    Attributes:
+        least: what each node costs in the tree where they cost least.
+        floor: a tree whose nodes all have less chance cannot pay in this round.
     """
 
-    def __init__(self, cost: Cost, draft_cost: float = 0.0, rereads: bool = False):
-        self.cost, self.draft_cost, self.rereads = cost, draft_cost, rereads
+    def __init__(self, cost: Cost, draft_cost: float = 0.0, rereads: bool = False, widest: int = 1):
+        self.cost, self.draft_cost, self.rereads, self.widest = cost, draft_cost, rereads, widest
         self.step = cost(1)
         self.tokens, self.spent = FIRST, FIRST * self.step
         self.promised, self.came = FIRST, FIRST
-        self.balance = 0.0
+        self.balance = PATIENCE * self.step
         self.resting, self.rest = 0, 1
+        self.begin()
 
     @property
     def rate(self) -> float:
@@ -78,10 +86,19 @@ class Worth:
                 best, most = count, total - self.rate * cost
         return best
 
-    def asks(self, chances: Sequence[float]) -> bool:
-        """Whether a draft forward behind nodes with these chances can pay: half of what is reached is what a good draft
-        adds."""
-        return 0.5 * self.belief * sum(chances) > self.rate * self.draft_cost
+    def begin(self) -> None:
+        """A round begins."""
+        counts = range(1, max(self.widest, 1) + 1)
+        self.least = min((self.cost(1 + count) - self.step) / count for count in counts)
+        self.floor = self.rate * self.least / self.belief
+
+    def asks(self, chances: Sequence[float]) -> list[bool]:
+        """Behind which of the nodes with these chances a draft forward can pay: half of what is reached is what a good
+        draft adds, and that must be checked."""
+        check = self.rate * self.least
+        gains = [max(0.5 * self.belief * chance - check, 0.0) for chance in chances]
+        pays = sum(gains) > self.rate * self.draft_cost
+        return [pays and gain > 0 for gain in gains]
 
     def rested(self) -> bool:
         """Whether the draft takes part in the round that begins."""
@@ -101,8 +118,8 @@ class Worth:
         self.came = FADING * self.came + accepted + (1 - FADING) * FIRST
         if not drafts:
             return
-        self.balance = 0.8 * self.balance + accepted * self.step - extra
+        self.balance = 0.9 * self.balance + accepted * self.step - extra
         if self.balance > 0:
             self.rest = 1
-        elif self.balance < -self.step:
+        else:
             self.resting, self.rest, self.balance = self.rest, min(2 * self.rest, LONGEST_REST), 0.0
