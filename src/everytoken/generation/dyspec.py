@@ -68,9 +68,10 @@ from ..decoding.matcher import Matcher
 from ..decoding.row import DecodingRow
 from ..decoding.row_cache import check_cached, check_rewindable
 from .speculative import check_draft_ships, check_feature_target, find_draft, load_draft, load_named_draft
-from .speculative.drafting import draft_session, draft_share
+from .speculative.drafting import draft_share
 from .speculative.matches import Corpus, TextMatches, corpus_tokens
 from .speculative.proposals import Proposals, process
+from .speculative.sessions import draft_session
 from .speculative.trees import Expand, TokenTree, grow_tree
 from .speculative.worth import Cost, Worth, default_cost
 from .tree_shapes import TreeShape

@@ -12,7 +12,8 @@ from everytoken.decoding.lean import row_cache
 from everytoken.decoding.plain import PlainDecoding
 from everytoken.generation.dyspec import DySpec
 from everytoken.generation.speculative.compiled_draft import CompiledSession, compiled_draft, lacks
-from everytoken.generation.speculative.drafting import DraftSession, draft_session
+from everytoken.generation.speculative.drafting import DraftSession
+from everytoken.generation.speculative.sessions import draft_session
 from everytoken.generation.speculative.trees import TokenTree
 
 from ...core.grouped.conftest import small_llama

@@ -183,16 +183,3 @@ class DraftSession:
             self.states[node] = state
         logits: torch.Tensor = output.logits[0, -len(nodes) :].float()
         return logits if reduced else fit(logits, self.vocab)
-
-
-def draft_session(draft: Any, target: PreTrainedModel, vocab: int, read_by: RowCache) -> DraftSession:
-    """The fastest session of a draft with a target that reads through ``read_by``."""
-    if isinstance(read_by, LeanRowCache) and is_feature_draft(draft):
-        from .compiled_draft import CompiledSession, compiled_draft
-
-        if draft._head is None or draft._target[0] is not target:
-            draft.attach(target)
-        compiled = compiled_draft(draft)
-        if compiled is not None:
-            return CompiledSession(draft, target, vocab, read_by, compiled)
-    return DraftSession(draft, target, vocab, read_by)
