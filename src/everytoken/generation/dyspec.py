@@ -299,6 +299,7 @@ class _Speculation:
             share = draft_share(call.model, self.draft.model)
         rereads = bool(getattr(call.model, "_is_stateful", False))
         self.worth = Worth(cost, share * cost(1), rereads, self.shape.budget)
+        self.worth.measured = self.curves is not None
         width = min(decoder.max_children, self.shape.budget) if self.branches else 1
         self.proposals = Proposals(
             row, self.draft, self.matches, self.worth, self.stats, self.path_free, self.drawn, self.choosy, width

@@ -60,7 +60,7 @@ class Worth:
         self.step = cost(1)
         self.tokens, self.spent = FIRST, FIRST * self.step
         self.promised, self.came = FIRST, FIRST
-        self.balance = PATIENCE * self.step
+        self.balance, self.measured = PATIENCE * self.step, False
         self.resting, self.rest = 0, 1
         self.begin()
 
@@ -118,8 +118,8 @@ class Worth:
         self.came = FADING * self.came + accepted + (1 - FADING) * FIRST
         if not drafts:
             return
-        self.balance = 0.9 * self.balance + accepted * self.step - extra
+        self.balance = (0.9 if self.measured else 0.8) * self.balance + accepted * self.step - extra
         if self.balance > 0:
             self.rest = 1
-        else:
+        elif self.measured or self.balance < -self.step:  # an assumed cost is no reason to be strict
             self.resting, self.rest, self.balance = self.rest, min(2 * self.rest, LONGEST_REST), 0.0
