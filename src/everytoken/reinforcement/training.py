@@ -19,7 +19,7 @@ from ..training.base import Training, TrainingContext, TrainingResult
 from ..training.config import TrainConfig, derive_config
 from ..training.datasets.arithmetic import is_correct, make_task, messages_of
 from ..training.datasets.messages import completion_text
-from ..training.datasets.pairs import read_rows
+from ..training.datasets.pairs import dataset_of, read_rows
 from ..training.datasets.prompts import read_prompts
 from ..training.datasets.tasks import COLUMNS, task_reward
 from ..training.session import Prompt, TrainingSession
@@ -203,15 +203,13 @@ def _texts(config: RolloutTraining, context: TrainingContext) -> list[str]:
 
 
 def _dataset(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Any:
-    from datasets import Dataset
-
     def prompt(row: dict[str, Any]) -> Prompt:
         if "prompt" in row:
             found: Prompt = row["prompt"]
             return found
         return messages_of(row["question"]) if tokenizer.chat_template else f"{row['question']}\n"
 
-    return Dataset.from_list([row | {"prompt": prompt(row)} for row in rows])
+    return dataset_of([row | {"prompt": prompt(row)} for row in rows])
 
 
 class TaskReward:
