@@ -289,8 +289,7 @@ class _Speculation:
             self.grower = copy.copy(decoder)
             self.grower.threshold = self.shape.threshold
         self.curves = self._measured(decoder)
-        if self.curves is not None:
-            cost = self.curves[0]
+        cost = cost if self.curves is None else self.curves[0]
         if self.draft is None:
             share = 0.0
         elif self.curves is not None and self.curves[1].seconds:
