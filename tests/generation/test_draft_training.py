@@ -63,6 +63,7 @@ def test_a_draft_for_every_family(family, tmp_path, cache):
     assert actual.tolist() == target.generate(prompt, max_new_tokens=20, do_sample=False).tolist()
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path, cache):
     config = DraftTraining(**QUICK | dict(answers=24, steps=120, evaluate_every=20, lr=5e-3, warmup=1))
     result = run(config, context(tmp_path, tiny_llama(20, seed=1)))

@@ -123,6 +123,7 @@ def test_text_alone_keeps_the_targets_distribution(corpus):
     assert decoder.stats.draft_forwards == 0
 
 
+@pytest.mark.slow
 def test_text_and_draft_in_one_tree_keep_the_targets_distribution():
     target = tiny_llama(4, seed=3, scale=0.4)
     check_distribution(target, DySpec(tiny_llama(4, seed=7), threshold=0.02), REPEATING, 600)
@@ -173,6 +174,7 @@ def test_a_matcher_keeps_the_masked_distribution(shape, which):
     assert matcher.text == []
 
 
+@pytest.mark.slow
 def test_text_nodes_obey_a_matcher():
     target, matcher = tiny_llama(5, seed=3, scale=0.4), ToyMatcher(5)
     decoder = DySpec("text", matcher=matcher, trace_enabled=True)

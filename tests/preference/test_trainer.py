@@ -180,7 +180,7 @@ def test_checkpointing_and_accumulation_change_no_weight(tmp_path, embedded_toke
     assert (weights[0] - weights[1]).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize("how", ["autocast", "weights"])
+@pytest.mark.parametrize("how", ["autocast", pytest.param("weights", marks=pytest.mark.slow)])
 def test_bfloat16(tmp_path, embedded_tokenizer, how):
     """Under autocast and with bfloat16 weights, the loss stays near float32's and training moves on."""
     plain = make(tmp_path, embedded_tokenizer, TDPOLoss())

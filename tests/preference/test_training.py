@@ -305,6 +305,7 @@ def test_an_adapter_names_its_base_as_the_user_did(tmp_path):
         assert json.loads(file.read_text()) == {"base_model_name_or_path": kept, "r": 2}
 
 
+@pytest.mark.slow
 def test_an_interruption_leaves_a_checkpoint(place, tmp_path, monkeypatch):
     from everytoken.preference.trainer import PreferenceTrainer
 

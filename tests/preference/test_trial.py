@@ -40,6 +40,7 @@ def test_every_method_can_be_tried(place, tmp_path, name, baseline, column):
     assert f'"{column}"' in (tmp_path / "trace.html").read_text()
 
 
+@pytest.mark.slow
 def test_losses_are_compared_and_baselines_are_not_mixed(place):
     result = invoke(place, "compare", "tdpo", "tgdpo:alpha=2")
     assert result.exit_code == 0, result.output + str(result.exception)

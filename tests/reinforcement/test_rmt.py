@@ -199,6 +199,7 @@ def corpus_rows():
     return next_token_rows(TEXTS, policy(), TOKENIZER, positions=4)
 
 
+@pytest.mark.slow
 def test_without_its_parts_it_is_grpo_on_next_tokens(tmp_path):
     """lambda = 0, w = 0 and a flat curriculum leave GRPO, with the budget in the prompt alone."""
     flat = RMT(ntp_coef=0.0, weight_length=0.0, classes_early="1 0 0", classes_late="1 0 0")

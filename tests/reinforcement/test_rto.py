@@ -188,7 +188,7 @@ def test_the_critics_form_is_ppo_by_hand(tmp_path, embedded_tokenizer):
     assert torch.allclose(ours, plain, atol=1e-5)
 
 
-@pytest.mark.parametrize("estimator", ["gae", "group"])
+@pytest.mark.parametrize("estimator", ["gae", pytest.param("group", marks=pytest.mark.slow)])
 def test_training_logs_and_resumes(tmp_path, embedded_tokenizer, estimator):
     dpo = tiny_llama(49152, seed=4, eos=2)
     changes = dict(estimator=estimator, max_steps=4, critic_lr=1e-3, normalize_rewards=True)
