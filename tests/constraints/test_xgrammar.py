@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
+from everytoken.constraints.awrs import AWRS
 from everytoken.constraints.engine.compiler import GrammarCompiler
 from everytoken.constraints.engine.matcher import GrammarMatcher
 from everytoken.constraints.engine.vocabulary import TokenizerInfo
@@ -233,3 +234,23 @@ def test_padding_rows_of_the_model_are_never_allowed(embedded_tokenizer):
     info = TokenizerInfo.from_huggingface(embedded_tokenizer, 49_300)
     matcher = GrammarMatcher(GrammarCompiler(info, warm_seconds=0).compile_regex("[^]*"))
     assert matcher.allowed_tokens().max() < 49_152
+
+
+@pytest.mark.parametrize("decoder", [XGrammar, AWRS])
+def test_options_of_schemas_reach_them_and_are_refused_without(decoder):
+    """Properties in another order than the schema's, and an option that a regular expression could only ignore."""
+    info = TokenizerInfo([*(bytes([n]) for n in range(256)), None], [256])
+    schema = '{"properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "type": "object"}'
+    for order, accepted in (("schema", False), ("flexible", True)):
+        made = decoder(schema=schema, property_order=order)
+        matcher = GrammarMatcher(GrammarCompiler(info).compile_grammar(made._grammar))
+        assert matcher.accept_string('{"b": 1, "a": 2}') is accepted
+    with pytest.raises(GrammarError, match="property_order is one of"):
+        decoder(schema=schema, property_order="random")
+    with pytest.raises(BadInputError, match="property_order says how JSON is written"):
+        decoder(regex="a+", property_order="flexible")
+
+
+def test_white_space_and_strictness_are_no_matter_of_expressions():
+    with pytest.raises(BadInputError, match="any_whitespace, strict_mode says"):
+        XGrammar(grammar='root ::= "a"', any_whitespace=False, strict_mode=False)

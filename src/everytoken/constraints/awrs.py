@@ -43,7 +43,7 @@ from .engine.compiler import GrammarCompiler
 from .engine.matcher import GrammarMatcher
 from .engine.vocabulary import TokenizerInfo
 from .grammar import Grammar
-from .logits_processor import check_vocabulary, letters, only_one, parse_source
+from .logits_processor import check_of_schemas, check_vocabulary, letters, only_one, parse_source
 
 NEGLIGIBLE = 1e-10
 """Probability mass that counts as none: what rounding leaves. (1e-5 in the authors' single precision; double precision
@@ -285,6 +285,7 @@ class AWRS(Decoder):
         finished: whether a text is complete, for functions (also ``"module:function"``); default ``constraint``.
         on: ``"text"`` or ``"bytes"``: what functions are given.
         schema, regex, grammar: instead of ``constraint``, as for ``XGrammar``.
+        property_order: for ``schema``, as for ``XGrammar``.
         particles: texts carried at once; 1 is plain rejection sampling.
         max_accepts, max_rejects, proper_weights: see ``awrs``. With one particle the weights change nothing but cost
             tests.
@@ -315,6 +316,7 @@ class AWRS(Decoder):
     schema: str | None = None
     regex: str | None = None
     grammar: str | None = None
+    property_order: str = "schema"
     particles: int = 1
     max_accepts: int = 2
     max_rejects: int | None = None
@@ -344,8 +346,10 @@ class AWRS(Decoder):
         self._compiled: CompiledGrammar | Constraint | None = None
         self._grammar: Grammar | None = None
         only_one("AWRS", constraint=self.constraint, schema=self.schema, regex=self.regex, grammar=self.grammar)
+        given = any(item is not None for item in (self.constraint, self.regex, self.grammar))
+        check_of_schemas("AWRS", given, property_order=(self.property_order, "schema"))
         if self.constraint is None:
-            self._grammar = parse_source(self.schema, self.regex, self.grammar)
+            self._grammar = parse_source(self.schema, self.regex, self.grammar, property_order=self.property_order)
         elif isinstance(self.constraint, (CompiledGrammar, Constraint)):
             self._compiled = self.constraint
         else:

@@ -129,11 +129,9 @@ def read_source(value: str) -> str:
     return value
 
 
-def parse_source(
-    schema: str | None, regex: str | None, grammar: str | None, any_whitespace: bool = True, strict_mode: bool = True
-) -> Grammar:
+def parse_source(schema: str | None, regex: str | None, grammar: str | None, **options: Any) -> Grammar:
     """The grammar that one of three settings describes (any JSON if none is given); each may be the text or a file's
-    name.
+    name. ``options`` are those of ``Grammar.from_json_schema``; they say nothing of the others and are left aside.
 
     Raises:
         GrammarError: a syntax error, with its place.
@@ -142,8 +140,17 @@ def parse_source(
         return Grammar.from_regex(read_source(regex).removesuffix("\n"))
     if grammar is not None:
         return Grammar.from_ebnf(read_source(grammar))
-    text = "true" if schema is None else read_source(schema)
-    return Grammar.from_json_schema(text, any_whitespace=any_whitespace, strict_mode=strict_mode)
+    return Grammar.from_json_schema("true" if schema is None else read_source(schema), **options)
+
+
+def check_of_schemas(decoder: str, described_otherwise: bool, **options: tuple[Any, Any]) -> None:
+    """Raises BadInputError for an option of JSON Schemas, name -> (value, default), where no schema is given."""
+    changed = [name for name, (value, default) in options.items() if value != default]
+    if described_otherwise and changed:
+        raise BadInputError(
+            f"{decoder}: {', '.join(changed)} says how JSON is written, and the constraint is no schema.",
+            "Give schema=..., or leave it out.",
+        )
 
 
 def only_one(decoder: str, **settings: Any) -> None:

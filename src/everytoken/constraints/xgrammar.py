@@ -52,7 +52,14 @@ from .engine.compiled import CompiledGrammar
 from .engine.compiler import GrammarCompiler
 from .engine.matcher import GrammarMatcher
 from .engine.vocabulary import TokenizerInfo
-from .logits_processor import GrammarLogitsProcessor, check_vocabulary, letters, only_one, parse_source
+from .logits_processor import (
+    GrammarLogitsProcessor,
+    check_of_schemas,
+    check_vocabulary,
+    letters,
+    only_one,
+    parse_source,
+)
 
 __all__ = ["GrammarLogitsProcessor", "XGrammar"]
 
@@ -80,6 +87,8 @@ class XGrammar(Decoder):
             token by token. The text's distribution stays what it is; fewer forward passes are needed.
         any_whitespace: for ``schema``: free white space between JSON tokens.
         strict_mode: for ``schema``: objects are closed unless the schema says otherwise.
+        property_order: for ``schema``: ``"schema"``, ``"required_first"``, ``"flexible"`` or ``"any"``, see
+            ``Grammar.from_json_schema``.
 
     With ``jump_forward=False`` the tokens are those of ``generate`` with a ``GrammarLogitsProcessor``, on every model
     that ``generate`` decodes without an encoder. Rows of a batch are decoded one after the other; images and other
@@ -101,12 +110,27 @@ class XGrammar(Decoder):
     jump_forward: bool = False
     any_whitespace: bool = True
     strict_mode: bool = True
+    property_order: str = "schema"
     tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         only_one("XGrammar", constraint=self.constraint, schema=self.schema, regex=self.regex, grammar=self.grammar)
+        check_of_schemas(
+            "XGrammar",
+            any(given is not None for given in (self.constraint, self.regex, self.grammar)),
+            any_whitespace=(self.any_whitespace, True),
+            strict_mode=(self.strict_mode, True),
+            property_order=(self.property_order, "schema"),
+        )
         if self.constraint is None:  # syntax errors are reported now, not after the model has loaded
-            self._grammar = parse_source(self.schema, self.regex, self.grammar, self.any_whitespace, self.strict_mode)
+            self._grammar = parse_source(
+                self.schema,
+                self.regex,
+                self.grammar,
+                any_whitespace=self.any_whitespace,
+                strict_mode=self.strict_mode,
+                property_order=self.property_order,
+            )
 
     @property
     def stats(self) -> XGrammarStats:
