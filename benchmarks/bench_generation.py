@@ -22,9 +22,9 @@ import torch
 
 from common import report
 from everytoken.core.choosing import choose_weights
-from everytoken.core.loading import load_model, load_tokenizer
+from everytoken.core.loading import gguf_of, load_model, load_tokenizer
 from everytoken.core.scoring import encode_prompt
-from everytoken.decoding.llama_cpp import LlamaCpp, gguf_of, runs_beside
+from everytoken.decoding.llama_cpp import LlamaCpp, runs_beside
 from everytoken.decoding.plain import PlainDecoding
 from everytoken.generation.dyspec import DySpec
 from everytoken.generation.qstar_beam import QStarBeam

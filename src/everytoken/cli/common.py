@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -29,9 +30,15 @@ if TYPE_CHECKING:
 
 WEIGHTS_HELP = "Decoders: how linear layers run: auto (the fastest that changes no result), 'as they come', packed, "
 WEIGHTS_HELP += "bfloat16 or int4."
-CALIBRATE_HELP = "Measure on first use which way is the fastest here (a few seconds, kept), or measure nothing."
 PEER_HELP = "Decoders: llama.cpp, another engine, beside them on the same GGUF file: auto (where installed), none or "
 PEER_HELP += "llama.cpp."
+Weights = Annotated[str, typer.Option(help=WEIGHTS_HELP)]
+Calibrate = Annotated[
+    bool,
+    typer.Option(help="Measure on first use which way is the fastest here (a few seconds, kept), or measure nothing."),
+]
+Peer = Annotated[str, typer.Option(help=PEER_HELP)]
+"""Options of several commands."""
 
 
 def method_names(incomplete: str) -> list[str]:

@@ -11,9 +11,9 @@ from rich.console import Console
 from ..core.errors import BadInputError
 from ..decoding.trial import TrialRequest
 from .common import (
-    CALIBRATE_HELP,
-    PEER_HELP,
-    WEIGHTS_HELP,
+    Calibrate,
+    Peer,
+    Weights,
     bars,
     build_trial,
     cards_of,
@@ -50,9 +50,9 @@ def compare(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
     dtype: Annotated[str, typer.Option()] = "auto",
-    weights: Annotated[str, typer.Option(help=WEIGHTS_HELP)] = "auto",
-    calibrate: Annotated[bool, typer.Option(help=CALIBRATE_HELP)] = True,
-    peer: Annotated[str, typer.Option(help=PEER_HELP)] = "auto",
+    weights: Weights = "auto",
+    calibrate: Calibrate = True,
+    peer: Peer = "auto",
     steps: Annotated[int, typer.Option(min=1)] = 6,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,

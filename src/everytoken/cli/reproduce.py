@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ..catalog.cards import find_card, load_catalog
 from ..core.errors import BadInputError
-from .common import CALIBRATE_HELP, WEIGHTS_HELP, method_names
+from .common import WEIGHTS_HELP, Calibrate, method_names
 from .output import check_files, check_folder, print_json
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def reproduce(
     weights: Annotated[
         str | None, typer.Option(help=f"{WEIGHTS_HELP} Default: the experiment's own; it refuses others by name.")
     ] = None,
-    calibrate: Annotated[bool, typer.Option(help=CALIBRATE_HELP)] = True,
+    calibrate: Calibrate = True,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds; default: the experiment's own.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the result file.")] = Path("results"),
     resume: Annotated[

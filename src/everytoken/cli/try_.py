@@ -13,9 +13,9 @@ from ..core.errors import UnknownNameError
 from ..core.trace import TokenTrace
 from ..decoding.trial import TrialRequest
 from .common import (
-    CALIBRATE_HELP,
-    PEER_HELP,
-    WEIGHTS_HELP,
+    Calibrate,
+    Peer,
+    Weights,
     build_trial,
     check_column,
     emit_json,
@@ -58,9 +58,9 @@ def try_method(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    weights: Annotated[str, typer.Option(help=WEIGHTS_HELP)] = "auto",
-    calibrate: Annotated[bool, typer.Option(help=CALIBRATE_HELP)] = True,
-    peer: Annotated[str, typer.Option(help=PEER_HELP)] = "none",
+    weights: Weights = "auto",
+    calibrate: Calibrate = True,
+    peer: Peer = "none",
     steps: Annotated[int, typer.Option(min=1, help="Training steps (preference losses).")] = 6,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,

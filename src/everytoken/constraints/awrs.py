@@ -346,8 +346,8 @@ class AWRS(Decoder):
         self._compiled: CompiledGrammar | Constraint | None = None
         self._grammar: Grammar | None = None
         only_one("AWRS", constraint=self.constraint, schema=self.schema, regex=self.regex, grammar=self.grammar)
-        given = any(item is not None for item in (self.constraint, self.regex, self.grammar))
-        check_of_schemas("AWRS", given, property_order=(self.property_order, "schema"))
+        otherwise = any(given is not None for given in (self.constraint, self.regex, self.grammar))
+        check_of_schemas(self, otherwise, "property_order")
         if self.constraint is None:
             self._grammar = parse_source(self.schema, self.regex, self.grammar, property_order=self.property_order)
         elif isinstance(self.constraint, (CompiledGrammar, Constraint)):

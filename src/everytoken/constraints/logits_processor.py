@@ -143,12 +143,18 @@ def parse_source(schema: str | None, regex: str | None, grammar: str | None, **o
     return Grammar.from_json_schema("true" if schema is None else read_source(schema), **options)
 
 
-def check_of_schemas(decoder: str, described_otherwise: bool, **options: tuple[Any, Any]) -> None:
-    """Raises BadInputError for an option of JSON Schemas, name -> (value, default), where no schema is given."""
-    changed = [name for name, (value, default) in options.items() if value != default]
+def check_of_schemas(decoder: Any, described_otherwise: bool, *options: str) -> None:
+    """Raises BadInputError for an option of JSON Schemas that differs from its default where no schema is given.
+
+    Args:
+        decoder: a dataclass of settings.
+        options: names of its settings, whose defaults the class holds.
+    """
+    changed = [name for name in options if getattr(decoder, name) != getattr(type(decoder), name)]
     if described_otherwise and changed:
+        name = type(decoder).__name__
         raise BadInputError(
-            f"{decoder}: {', '.join(changed)} says how JSON is written, and the constraint is no schema.",
+            f"{name}: {', '.join(changed)} says how JSON is written, and the constraint is no schema.",
             "Give schema=..., or leave it out.",
         )
 

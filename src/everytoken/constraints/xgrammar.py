@@ -115,13 +115,8 @@ class XGrammar(Decoder):
 
     def __post_init__(self) -> None:
         only_one("XGrammar", constraint=self.constraint, schema=self.schema, regex=self.regex, grammar=self.grammar)
-        check_of_schemas(
-            "XGrammar",
-            any(given is not None for given in (self.constraint, self.regex, self.grammar)),
-            any_whitespace=(self.any_whitespace, True),
-            strict_mode=(self.strict_mode, True),
-            property_order=(self.property_order, "schema"),
-        )
+        otherwise = any(given is not None for given in (self.constraint, self.regex, self.grammar))
+        check_of_schemas(self, otherwise, "any_whitespace", "strict_mode", "property_order")
         if self.constraint is None:  # syntax errors are reported now, not after the model has loaded
             self._grammar = parse_source(
                 self.schema,

@@ -569,10 +569,15 @@ def exact_in_4_bits(model: str | os.PathLike[str] | None) -> bool:
     """
     if model is not None and str(model) != EMBEDDED:
         check_model_name(model)
-        if not os.fspath(model).endswith(".gguf"):
-            return False
-    source = embedded_gguf() if model is None or str(model) == EMBEDDED else Path(model).expanduser()
-    return _remembered(source, _EXACT, _layers_of_4_bits)
+    source = gguf_of(model)
+    return source is not None and _remembered(source, _EXACT, _layers_of_4_bits)
+
+
+def gguf_of(model: str | os.PathLike[str] | None) -> Path | None:
+    """The GGUF file of a model, as for ``load_model``; None for other models."""
+    if model is None or str(model) == EMBEDDED:
+        return embedded_gguf()
+    return Path(model).expanduser() if os.fspath(model).endswith(".gguf") else None
 
 
 def _layers_of_4_bits(source: Path) -> bool:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -129,14 +128,13 @@ class OneLayer:
 
     def _group(self) -> None:
         """Layers of 4 bits and a head of 8, and the compiled forward where the model has one."""
-        from .grouped.linear import _Grouped, forward
+        from .grouped.linear import run_grouped
         from .grouped.llama import LlamaForward, lacks
 
         linears = {name: item for name, item in self.model.named_modules() if type(item) is nn.Linear}
         weights = {name: constant_groups(item, 8 if item is self._head else 4) for name, item in linears.items()}
         for name, module in linears.items():
-            module._grouped = _Grouped(weights[name])  # type: ignore[assignment]
-            module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+            run_grouped(module, weights[name])
         if lacks(self.model) is not None:
             return
         deep, inner = copy.copy(self.model), copy.copy(self.model.model)  # three times the same layer

@@ -144,6 +144,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, **template: Any)
     return list(tokenizer.apply_chat_template(prompt, return_dict=True, **options)["input_ids"])
 
 
+def end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """The tokens that end a text, by the model's generation config."""
+    ends = model.generation_config.eos_token_id
+    return frozenset(() if ends is None else ends if isinstance(ends, (list, tuple)) else (int(ends),))
+
+
 def check_prompt(prompt: str) -> None:
     """Refuses an empty prompt, and one that is no text.
 

@@ -15,18 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import BadInputError
-from ..core.loading import EMBEDDED, embedded_gguf
+from ..core.loading import gguf_of
 
 NAME = "llama.cpp"
 PEERS = ("auto", "none", NAME)
 """Values of ``--peer``: where it can run, never, or always."""
-
-
-def gguf_of(model: str | os.PathLike[str] | None) -> Path | None:
-    """The GGUF file of a model, as for ``load_model``; None for other models."""
-    if model is None or str(model) == EMBEDDED:
-        return embedded_gguf()
-    return Path(model).expanduser() if os.fspath(model).endswith(".gguf") else None
 
 
 def runs_beside(peer: str, model: str | os.PathLike[str] | None) -> bool:

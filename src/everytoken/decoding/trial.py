@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import BadInputError, UnsupportedModelError
 from ..core.progress import Report, silent
-from ..core.scoring import check_prompt, encode_prompt
+from ..core.scoring import check_prompt, encode_prompt, end_tokens
 from ..core.trace import TokenTrace
 
 if TYPE_CHECKING:
@@ -260,15 +260,14 @@ class _Work:
         """llama.cpp's row; loading the file is not part of the time."""
         import torch
 
-        from .llama_cpp import NAME, LlamaCpp, gguf_of
+        from ..core.loading import gguf_of
+        from .llama_cpp import NAME, LlamaCpp
 
         path, prompt = gguf_of(self.request.model), self.inputs["input_ids"][0].tolist()
         assert path is not None
         self.request.report(f"decoding with {NAME}", 0, 0)
         wanted = int(self.arguments["max_new_tokens"])
-        ends = self.model.generation_config.eos_token_id
-        ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
-        engine = LlamaCpp(path, len(prompt) + wanted + 8, torch.get_num_threads(), ends)
+        engine = LlamaCpp(path, len(prompt) + wanted + 8, torch.get_num_threads(), end_tokens(self.model))
         engine.decode(prompt, 1, temperature)
         new, seconds = engine.decode(prompt, wanted, temperature)
         self.record(NAME, torch.tensor([prompt + new]), seconds, {})

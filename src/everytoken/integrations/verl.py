@@ -26,6 +26,7 @@ import torch
 from ..core.errors import BadInputError, require
 from ..reinforcement.base import Recipe, RolloutBatch
 from ..reinforcement.recipe_checks import BATCH_KINDS
+from ..reinforcement.stages import decide
 
 Estimator = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -85,7 +86,9 @@ def advantage_estimator(recipe: Recipe, steps: int | None = None, first_step: in
                 known=steps is not None,
             )
             calls[0] += 1
-            advantages = _advantages(recipe, found)
+            group = recipe.one("group_advantage") or _grpo
+            advantages, kept = decide(recipe, found, group(found))
+            advantages = advantages * kept
         return advantages, advantages
 
     return estimator
@@ -151,20 +154,3 @@ def _grpo(batch: RolloutBatch) -> torch.Tensor:
         if len(rows) > 1:
             found[rows] = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
     return found
-
-
-def _advantages(recipe: Recipe, batch: RolloutBatch) -> torch.Tensor:
-    """The recipe's stages, in the order in which the trainer has them."""
-    group = recipe.one("group_advantage") or _grpo
-    found: torch.Tensor = group(batch)
-    advantages = found * batch.mask if found.dim() == 2 else found[:, None] * batch.mask
-    for piece in recipe.of("token_advantage"):
-        advantages = piece(batch, advantages) * batch.mask
-    for piece in recipe.of("token_weight"):
-        advantages = advantages * piece(batch, advantages)
-    kept = batch.mask
-    for piece in recipe.of("rollouts"):
-        kept = kept & piece(batch, advantages)[:, None]
-    for piece in recipe.of("tokens"):
-        kept = kept & piece(batch, advantages, kept)
-    return advantages * kept

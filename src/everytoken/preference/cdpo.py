@@ -30,7 +30,15 @@ from torch.nn import functional as F
 from ..core.errors import BadInputError
 from ..core.logprobs import CHUNK_BYTES, masked_mean
 from ..core.progress import Report, silent
-from ..core.scoring import PromptResponse, check_guide, model_fingerprint, output_head, response_hidden, score_rows
+from ..core.scoring import (
+    PromptResponse,
+    check_guide,
+    end_tokens,
+    model_fingerprint,
+    output_head,
+    response_hidden,
+    score_rows,
+)
 from ..training.column_makers import ColumnMaker, ColumnSources, Example, TokenAnnotator
 from .base import PairScores, PreferenceOutput, log_ratios, weighted_log_ratios
 
@@ -253,8 +261,7 @@ class RolloutOracle:
         A prefix that has ended (its last token ends a text) is graded as it is.
         """
         prompt = self.tokenizer.decode(prompt_ids, skip_special_tokens=True)
-        ends = self.model.generation_config.eos_token_id
-        ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+        ends = end_tokens(self.model)
         scores = torch.zeros(len(response_ids))
         open_prefixes = [t for t in range(len(response_ids)) if response_ids[t] not in ends]
         for t in set(range(len(response_ids))) - set(open_prefixes):

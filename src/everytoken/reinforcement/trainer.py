@@ -26,6 +26,7 @@ from ..training.distributed import frozen
 from .base import Recipe, RolloutBatch, UpdateBatch
 from .recipe_checks import BATCH_KINDS, REFUSALS, check_recipe, limited
 from .rollouts import Rollouts, RolloutTrainer, Writer, Written, rollouts_of
+from .stages import decide
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -240,23 +241,14 @@ class RecipeTrainer(RolloutTrainer):
             return
         group = recipe.one("group_advantage")
         found = self.accelerator.gather(batch["advantages"]) if group is None else self._called(group, every)
-        advantages = found * every.mask if found.dim() == 2 else found[:, None] * every.mask
-        for piece in recipe.of("token_advantage"):
-            advantages = self._called(piece, every, advantages) * every.mask
-        for piece in recipe.of("token_weight"):
-            if "distributions" in getattr(piece, "needs", ()):
-                mine = self.own_rows(advantages, rows)[:, : rollouts.length]
-                weight = self._gathered(self._called(piece, here, mine))
-            else:
-                weight = self._called(piece, every, advantages)
-            if (weight[every.mask] < 0).any():
-                raise BadInputError(f"{type(piece).__name__} gave a negative weight.", "Weights are at least 0.")
-            advantages = advantages * weight
-        kept = every.mask
-        for piece in recipe.of("rollouts"):
-            kept = kept & self._called(piece, every, advantages)[:, None]
-        for piece in recipe.of("tokens"):
-            kept = kept & self._called(piece, every, advantages, kept)
+
+        def weigh(piece: Any, advantages: torch.Tensor) -> torch.Tensor:
+            if "distributions" not in getattr(piece, "needs", ()):
+                return self._called(piece, every, advantages)  # type: ignore[no-any-return]
+            mine = self.own_rows(advantages, rows)[:, : rollouts.length]
+            return self._gathered(self._called(piece, here, mine))
+
+        advantages, kept = decide(recipe, every, found, self._called, weigh)
         if recipe.of("rollouts", "tokens"):
             share = kept.sum() / every.mask.sum().clamp(min=1)
             self._metrics["train"]["recipe/tokens_trained"].append(share.item())

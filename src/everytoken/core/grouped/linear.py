@@ -110,6 +110,12 @@ def forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return result if self.bias is None else result + self.bias
 
 
+def run_grouped(module: nn.Linear, weight: GroupedWeight) -> None:
+    """Lets a layer run with a grouped weight."""
+    module._grouped = _Grouped(weight)  # type: ignore[assignment]
+    module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+
+
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in model.named_modules():
         if type(module) is nn.Linear:
@@ -156,8 +162,7 @@ def group_linears(model: nn.Module, held_out: torch.Tensor | None = None, kept: 
     for name, module in linears.items():
         if weights[name].exact < 1:
             module.weight.copy_(weights[name].dequantised())
-        module._grouped = _Grouped(weights[name])  # type: ignore[assignment]
-        module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+        run_grouped(module, weights[name])
     groups = [weight.shape[0] * weight.shape[1] for weight in weights.values()]
     exact = sum(weight.exact * count for weight, count in zip(weights.values(), groups, strict=True)) / sum(groups)
     if lacks(model) is None:

@@ -88,6 +88,22 @@ def new_room(rows: int, members: int, keys: int, size: int, middle: int, inner: 
     return Room(rows, members, arrays)
 
 
+class RotaryTables:
+    """Cosines and sines of a rotary embedding that depends on the position alone, kept for those seen so far."""
+
+    def __init__(self, rotary: Any, embedding: Any):
+        self.rotary, self.embedding = rotary, embedding
+        self.kept: tuple[np.ndarray, np.ndarray] | None = None
+
+    def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tables ``[R, d]`` for positions ``[R]``."""
+        needed, kept = int(positions.max()) + 1, self.kept
+        if kept is None or needed > len(kept[0]):
+            cos, sin = self.rotary(self.embedding.weight, torch.arange(needed + 1024)[None])
+            kept = self.kept = cos[0].float().numpy(), sin[0].float().numpy()
+        return kept[0][positions], kept[1][positions]
+
+
 class LlamaForward:
     """The forward of one model.
 
@@ -109,7 +125,6 @@ class LlamaForward:
         self.layers, self.vocab = config.num_hidden_layers, config.vocab_size
         self.epsilon = float(config.rms_norm_eps)
         self.embedding = model.get_input_embeddings()
-        self.rotary = model.model.rotary_emb
         layers = list(model.model.layers)
         pairs = [(layer.input_layernorm.weight, layer.post_attention_layernorm.weight) for layer in layers]
         self.norms = np.stack([[first.detach().numpy(), second.detach().numpy()] for first, second in pairs])
@@ -133,7 +148,7 @@ class LlamaForward:
             weights["lm_head"].weights,
             weights["lm_head"].scales,
         )
-        self._tables = (np.empty((0, self.width), np.float32), np.empty((0, self.width), np.float32))
+        self.tables = RotaryTables(model.model.rotary_emb, self.embedding)
         self._versions = changes(model)
         self._rooms = threading.local()
         self._paces: dict[tuple[int, int], Pace] = {}  # by how many tokens are read together
@@ -154,15 +169,6 @@ class LlamaForward:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _rooms=threading.local())
-
-    def tables(self, positions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Rotary tables ``[R, d]`` for positions ``[R]``."""
-        needed = int(positions.max()) + 1
-        if needed > len(self._tables[0]):  # they depend on the position alone
-            cos, sin = self.rotary(self.embedding.weight, torch.arange(needed + 1024)[None])
-            self._tables = cos[0].float().numpy(), sin[0].float().numpy()
-        chosen = positions.numpy()
-        return self._tables[0][chosen], self._tables[1][chosen]
 
     def _arrays(self, rows: int, keys: int, members: int) -> tuple[np.ndarray, ...]:
         """Room for a forward; a thread keeps it for the next."""
@@ -201,7 +207,7 @@ class LlamaForward:
         states = np.empty((self.layers + 1, count, self.size), np.float32)
         logits = np.empty((wanted, self.vocab), np.float32)
         embedded = self.embedding.weight[tokens].float().numpy()
-        cos, sin = self.tables(positions)
+        cos, sin = self.tables(positions.numpy())
         for first in range(0, count, CHUNK):
             rows = min(CHUNK, count - first)
             part = slice(first, first + rows)

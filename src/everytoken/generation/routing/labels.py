@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.errors import BadInputError
-from ...core.scoring import turn_ids
+from ...core.scoring import end_tokens, turn_ids
 from ...decoding.checks import check_same_vocabulary
 from ...decoding.row import known_tokens
 from ..speculative.modeling_feature_draft import FeatureDraftForCausalLM, FeatureTap
@@ -143,7 +143,7 @@ def _continue(
     output = large.generate(
         ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, stopping_criteria=criteria
     )
-    ends, rows = _end_tokens(large), []
+    ends, rows = end_tokens(large), []
     for row in output[:, width:].tolist():  # a row that is done is filled up, or goes on, until all are
         pieces = tokenizer.batch_decode([[token] for token in row]) if stops is not None else []
         done = [
@@ -267,7 +267,7 @@ def _verify(
     sides = []
     stops = None if verifier.to_the_end else SENTENCE_ENDS
     room = max_new_tokens if verifier.to_the_end else max_sentence
-    ends = _end_tokens(large)
+    ends = end_tokens(large)
     for name in ("small", "large"):
         starts = [int(parts[index][name][place]) for index, place in places]
         texts = [[*prefix, token] for prefix, token in zip(prefixes, starts, strict=True)]
@@ -280,8 +280,3 @@ def _verify(
                 tails[row] = tail
         sides.append([tokenizer.decode([token, *tail]) for token, tail in zip(starts, tails, strict=True)])
     return verifier([tokenizer.decode(prefix) for prefix in prefixes], *sides)
-
-
-def _end_tokens(model: PreTrainedModel) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set() if ends is None else set(ends) if isinstance(ends, (list, tuple)) else {int(ends)}

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.progress import Report
-from ...core.scoring import prompt_ids, turn_ids
+from ...core.scoring import end_tokens, prompt_ids, turn_ids
 from .distillation import Row
 from .prompts import draft_prompts
 
@@ -68,8 +68,7 @@ def answer(
         pad_token_id=pad,
         **(drawn if temperature > 0 else {"do_sample": False}),
     )
-    ends = model.generation_config.eos_token_id
-    stops = set(ends if isinstance(ends, list) else [ends])
+    stops = end_tokens(model)
     rows = []
     for prompt, text in zip(prompts, output[:, width:].tolist(), strict=True):
         end = next((place + 1 for place, token in enumerate(text) if token in stops), len(text))

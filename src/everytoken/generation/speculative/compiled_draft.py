@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ...core.grouped import kernels
-from ...core.grouped.llama import CHUNK, Room, changes, new_room, some_threads
+from ...core.grouped.llama import CHUNK, Room, RotaryTables, changes, new_room, some_threads
 from ...core.grouped.team import run_together
 from ...core.grouped.weights import GroupedWeight, group_weight
 from ...core.pace import Pace
@@ -65,7 +65,6 @@ class CompiledDraft:
         self.features = len(draft.feature_norms)
         self.epsilon = float(config.rms_norm_eps)
         self.embedding = draft._target[1]
-        self.rotary = draft.rotary_emb
         self.changes, self.target = changes(draft), draft._target[0]
         head = draft._head
         assert head is not None
@@ -93,21 +92,13 @@ class CompiledDraft:
         )
         packed_head = _pack(head, 8)
         self.head = packed_head.weights, packed_head.scales
-        self._tables = (np.empty((0, self.width), np.float32),) * 2
+        self.tables = RotaryTables(draft.rotary_emb, self.embedding)
         self._room: Room | None = None
         self._paces: dict[tuple[int, int], Pace] = {}
 
     def stands_for(self, draft: FeatureDraftForCausalLM) -> bool:
         """Whether it still gives what the draft's own forward gives."""
         return draft._target[0] is self.target and changes(draft) == self.changes
-
-    def tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rotary tables ``[R, d]`` for positions ``[R]``."""
-        needed = int(positions.max()) + 1
-        if needed > len(self._tables[0]):  # they depend on the position alone
-            cos, sin = self.rotary(self.embedding.weight, torch.arange(needed + 1024)[None])
-            self._tables = cos[0].numpy(), sin[0].numpy()
-        return self._tables[0][positions], self._tables[1][positions]
 
     def _normed(self, rows: np.ndarray, norm: int) -> np.ndarray:
         return rows / np.sqrt((rows * rows).mean(-1, keepdims=True) + self.epsilon) * self.mix_norms[norm]  # type: ignore[no-any-return]
