@@ -8,7 +8,7 @@ from .jit import inlined, kernel
 from .layout import BELOW, CROWDED, OVERFLOW, frame_slot, put
 from .tables import BOTTOM, Int32s, Int64s, PackedTables, Tables, UInt8s
 
-CROWD = 1024
+CROWD = 64
 """Places below an unknown frame that are followed; beyond, every token that pops it counts as dependent."""
 NOWHERE = -9
 """In place of a frame that has not been found."""

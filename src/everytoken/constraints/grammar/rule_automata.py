@@ -21,8 +21,9 @@ from .grammar import Grammar
 
 INLINE_ONCE, INLINE_ALWAYS = 2_000, 16
 """Rules up to these sizes are built into the rules that mention them: those mentioned once, and all."""
-UNROLL, BLOCK = 100_000, 512
-"""A bounded repetition is unrolled up to so many states; beyond, it becomes calls of rules for ``BLOCK`` items."""
+UNROLL, BLOCK, BUILT_IN = 100_000, 128, 20_000
+"""A bounded repetition is unrolled up to so many states; beyond, it becomes calls of rules for ``BLOCK`` items. The
+items are built into these rules if that makes no more states than ``BUILT_IN``."""
 
 
 def rule_automata(grammar: Grammar) -> dict[str, Automaton]:
@@ -158,7 +159,8 @@ def _in_blocks(inner: Expression, low: int, high: int | None, rules: Rules) -> E
     prefix = f"repeat{len(rules)}_"
     size = max(2, min(BLOCK, UNROLL // expression_size(inner, {}, UNROLL)))
     rules[prefix + "power0"] = inner
-    unit = inner if expression_size(inner, {}, UNROLL) <= INLINE_ALWAYS else Ref(prefix + "power0")
+    # built in, a block is a chain of which masks are known without following it; called, every character is a frame
+    unit = inner if size * expression_size(inner, {}, UNROLL) <= BUILT_IN else Ref(prefix + "power0")
 
     def power(level: int) -> Expression:
         if level == 0:
