@@ -16,9 +16,10 @@ from everytoken.catalog.cards import Card, load_catalog
 from everytoken.catalog.house import Place, load_house
 from everytoken.core.charts import lines_svg
 from everytoken.core.results import formatted, formatted_interval
-from everytoken.reproduce.base import baseline_text, load_result, load_results, up_to_date
+from everytoken.reproduce.base import baseline_text
 from everytoken.reproduce.beds.frontier import frontier_svg
 from everytoken.reproduce.dynamic_tokenization import curve_svg as dynamic_curve
+from everytoken.reproduce.files import load_result, load_results, up_to_date
 from everytoken.reproduce.r2r import curve_svg as r2r_curve
 from everytoken.reproduce.rto import curve_svg as rto_curve
 from everytoken.reproduce.scoreboard import scoreboard

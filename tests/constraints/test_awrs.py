@@ -10,10 +10,11 @@ import pytest
 import torch
 from scipy import stats
 
-from everytoken.constraints.awrs import AWRS, awrs, effective_sample_size, resample, visit
+from everytoken.constraints.awrs import AWRS, awrs, visit
 from everytoken.constraints.base import CallableConstraint, DeadEndError
 from everytoken.constraints.engine.vocabulary import TokenizerInfo
 from everytoken.constraints.grammar import Grammar
+from everytoken.constraints.particles import effective_sample_size, resample
 from everytoken.core.errors import BadInputError
 from everytoken.core.settings import load_function
 

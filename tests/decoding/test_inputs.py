@@ -22,7 +22,7 @@ from everytoken.generation.dyspec import DySpec
 from everytoken.generation.qstar_beam import QStarBeam
 from everytoken.generation.r2r import R2R
 from everytoken.generation.skipdecode import LinearDepth, SkipDecode
-from everytoken.testing.decoder import Recorder
+from everytoken.testing.distributions import Recorder
 from everytoken.testing.models import tiny_llama, tiny_tokenizer
 
 from ..testing.test_decoder import Plain

@@ -18,19 +18,8 @@ from everytoken.catalog import find_card
 from everytoken.catalog.cards import load_catalog
 from everytoken.core.errors import BadInputError, MissingExtraError
 from everytoken.core.results import paired_interval
-from everytoken.reproduce.base import (
-    Claim,
-    Context,
-    Reproduction,
-    execute,
-    load_result,
-    load_results,
-    public_command,
-    public_model,
-    table,
-    up_to_date,
-    write,
-)
+from everytoken.reproduce.base import Claim, Context, Reproduction, execute, table
+from everytoken.reproduce.files import load_result, load_results, public_command, public_model, up_to_date, write
 from everytoken.reproduce.scoreboard import scoreboard
 
 QUIET = Console(quiet=True)

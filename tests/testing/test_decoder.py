@@ -10,7 +10,8 @@ import everytoken
 from everytoken.decoding.base import Decoder, Example
 from everytoken.decoding.plain import PlainDecoding
 from everytoken.decoding.row import read_on
-from everytoken.testing.decoder import DecoderConformance, check_distribution
+from everytoken.testing.decoder import DecoderConformance
+from everytoken.testing.distributions import check_distribution
 
 FLOOR = (PlainDecoding,)
 """Decoders of the floor: no card exports them."""

@@ -151,7 +151,8 @@ def show(
     grid.add_row("status", f"[{COLOURS[card.status]}]{card.status}[/]")
     result = card.result()
     if result is not None:
-        from ..reproduce.base import STYLES, baseline_text, formatted, formatted_interval, up_to_date
+        from ..reproduce.base import STYLES, baseline_text, formatted, formatted_interval
+        from ..reproduce.files import up_to_date
 
         for claim in up_to_date(result)["claims"]:
             style = STYLES[claim["verdict"]]

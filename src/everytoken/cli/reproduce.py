@@ -14,7 +14,8 @@ from .common import WEIGHTS_HELP, Calibrate, method_names
 from .output import check_files, check_folder, print_json
 
 if TYPE_CHECKING:
-    from ..reproduce.base import Reproduction, Result, Scale
+    from ..reproduce.base import Reproduction
+    from ..reproduce.files import Result, Scale
 
 EXAMPLES = (
     "Examples:  everytoken reproduce dyspec --scale quick  ·  everytoken reproduce tdpo --seeds 1 --out results  ·  "
@@ -55,7 +56,8 @@ def reproduce(
     chosen = _scale(scale, quick)
     experiment = _control(name) if control else find_card(name).load_reproduction()
     check_folder(out)
-    from ..reproduce.base import execute, table, write
+    from ..reproduce.base import execute, table
+    from ..reproduce.files import write
 
     result = execute(
         experiment,
@@ -93,7 +95,8 @@ def scoreboard(
     ] = False,
 ) -> None:
     """Write the scoreboard page from the result files."""
-    from ..reproduce.base import load_results, measured_claims, write
+    from ..reproduce.base import measured_claims
+    from ..reproduce.files import load_results, write
     from ..reproduce.scoreboard import scoreboard as render
 
     check_files(out)
@@ -115,7 +118,7 @@ def _scale(scale: str | None, quick: bool) -> Scale:
     Raises:
         BadInputError: an unknown one, or two that differ.
     """
-    from ..reproduce.base import SCALES
+    from ..reproduce.files import SCALES
 
     if quick and scale not in (None, "quick"):
         raise BadInputError(f"--quick and --scale {scale} ask for different runs.", "Give one of them.")

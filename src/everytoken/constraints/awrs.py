@@ -25,7 +25,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from .engine.matcher import GrammarMatcher
 from .engine.vocabulary import TokenizerInfo
 from .grammar import Grammar
 from .logits_processor import check_of_schemas, check_vocabulary, letters, only_one, parse_source
+from .particles import Judge, Particle, TextJudge, effective_sample_size, log_mean, normalised, resample
 
 NEGLIGIBLE = 1e-10
 """Probability mass that counts as none: what rounding leaves. (1e-5 in the authors' single precision; double precision
@@ -181,81 +182,6 @@ def _geometric(
         return None, -math.inf
     weight = min(max_accepts - 1, accepted) / (accepted + rejects - 1) if accepted + rejects > 1 else 1.0
     return first, math.log(weight) if weight > 0 else -math.inf
-
-
-# -- what judges tokens ------------------------------------------------------------------------------------------------
-class Judge(Protocol):
-    """Tests tokens one at a time; what a ``Matcher`` does, and less than it."""
-
-    def accepts(self, token: int, /) -> bool: ...
-
-    def accept_token(self, token: int, /) -> bool: ...
-
-    def is_terminated(self) -> bool: ...
-
-    def fork(self) -> Judge: ...
-
-
-class _TextJudge:
-    """A constraint on texts, asked token by token."""
-
-    def __init__(self, constraint: Constraint, info: TokenizerInfo, text: bytes = b""):
-        self.constraint, self.info, self.text = constraint, info, text
-
-    def accepts(self, token: int) -> bool:
-        if token in self.info.stop_token_ids:
-            return self.constraint.complete(self.text)
-        piece = self.info.vocabulary[token] if token < len(self.info.vocabulary) else None
-        return bool(piece) and self.constraint.prefix(self.text + piece)  # type: ignore[operator]
-
-    def accept_token(self, token: int) -> bool:
-        if token not in self.info.stop_token_ids:
-            self.text += self.info.vocabulary[token] or b""
-        return True
-
-    def is_terminated(self) -> bool:
-        return False  # the call's stopping criteria end the text
-
-    def fork(self) -> _TextJudge:
-        return _TextJudge(self.constraint, self.info, self.text)
-
-
-@dataclass
-class _Particle:
-    """One text, as a row of its own, with its weight and the tests it took."""
-
-    judge: Judge
-    row: DecodingRow
-    log_weight: float = 0.0
-    finished: bool = False
-    evaluations: int = 0
-
-    def fork(self) -> _Particle:
-        return _Particle(self.judge.fork(), self.row.fork(), self.log_weight, self.finished, self.evaluations)
-
-
-def resample(weights: np.ndarray, rng: np.random.Generator, method: str = "stratified") -> np.ndarray:
-    """Ancestors for each of N particles, in proportion to normalised weights."""
-    count = len(weights)
-    if method == "multinomial":
-        return rng.choice(count, count, p=weights)
-    points = (np.arange(count) + rng.random(count)) / count
-    return np.minimum(np.searchsorted(np.cumsum(weights), points), count - 1)
-
-
-def normalised(log_weights: np.ndarray) -> np.ndarray:
-    """Weights that sum to one."""
-    weights = np.exp(log_weights - log_weights.max())
-    return weights / weights.sum()
-
-
-def log_mean(log_weights: np.ndarray) -> float:
-    """The logarithm of the mean weight."""
-    return float(log_weights.max() + math.log(np.exp(log_weights - log_weights.max()).mean()))
-
-
-def effective_sample_size(weights: np.ndarray) -> float:
-    return float(1.0 / np.square(weights).sum())
 
 
 @dataclass
@@ -403,7 +329,7 @@ class AWRS(Decoder):
             raise BadInputError(
                 "AWRS does not know the tokenizer.", "Call decoder.prepare(tokenizer, model.config.vocab_size) first."
             )
-        return _TextJudge(self._compiled, self.info)
+        return TextJudge(self._compiled, self.info)
 
     def check_model(self, config: PreTrainedConfig) -> None:
         """Raises BadInputError for a grammar that was compiled for a larger vocabulary."""
@@ -432,7 +358,7 @@ class AWRS(Decoder):
         steps = Steps(call.model, inputs_of_row(call, row))
         logits = steps.read(ids_of_row(call, row))[:, :vocab].expand(self.particles, -1)
         stats.target_forwards += 1
-        alive = [_Particle(self.judge(), row.fork()) for _ in range(self.particles)]
+        alive = [Particle(self.judge(), row.fork()) for _ in range(self.particles)]
         everyone = list(alive)
         if self.particles > 1:
             steps.pick([0] * self.particles)
@@ -479,7 +405,7 @@ class AWRS(Decoder):
 
     def _extend(
         self,
-        particle: _Particle,
+        particle: Particle,
         logps: np.ndarray,
         scores: torch.Tensor,
         logits: torch.Tensor,

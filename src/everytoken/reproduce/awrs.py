@@ -61,7 +61,8 @@ def _allowing(allowed: Callable[[tuple[int, ...]], bool], text: tuple[int, ...])
 
 def toy_divergence(seed: int, particles: int, runs: int) -> dict[str, float]:
     """KL from the exact posterior to what masking, and AWRS with particles, sample, on a three-step Markov chain."""
-    from ..constraints.awrs import awrs, effective_sample_size, resample
+    from ..constraints.awrs import awrs
+    from ..constraints.particles import effective_sample_size, resample
 
     rng = np.random.default_rng(seed)
     first = np.log(np.array([0.9, 0.1]))

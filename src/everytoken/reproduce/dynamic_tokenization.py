@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.charts import lines_svg
-from .base import Arms, Claim, Context, Reproduction, Result, mean
+from .base import Arms, Claim, Context, Reproduction, mean
 from .beds.texts import declarations
+from .files import Result
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.charts import lines_svg
-from .base import Arms, Claim, Context, Reproduction, Result, Values, mean
+from .base import Arms, Claim, Context, Reproduction, Values, mean
 from .beds.small_models import answer_batches, character_tokenizer, fit, reverse, small_model, worked_sum
+from .files import Result
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

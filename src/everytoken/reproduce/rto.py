@@ -11,8 +11,9 @@ from ..core.charts import lines_svg
 from ..core.results import mean
 from ..core.rng import seed_everything
 from ..training.datasets.sentiment import openings, positivity
-from .base import Arms, Claim, Context, Reproduction, Result
+from .base import Arms, Claim, Context, Reproduction
 from .beds.frontier import Work, make_work, measure, train_arm
+from .files import Result
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

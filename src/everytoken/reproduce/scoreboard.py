@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from html import escape
 
 from ..core.results import MeasuredClaim, Verdict, formatted, formatted_interval
-from .base import Result, baseline_text
+from .base import baseline_text
+from .files import Result
 
 HEAD = """# Scoreboard
 
