@@ -71,8 +71,14 @@ DDP = ("--config_file", str(CONFIGS / "ddp_cpu.yaml"))
 FSDP = ("--config_file", str(CONFIGS / "fsdp_cpu.yaml"))
 
 
+# One case a trainer belongs to every change; `make test-all` runs the others.
 @pytest.mark.parametrize(
-    ("kind", "options"), [("tdpo", FSDP), ("ift", FSDP), ("ift", DDP)], ids=["tdpo-fsdp", "ift-fsdp", "ift-ddp"]
+    ("kind", "options"),
+    [
+        pytest.param("tdpo", FSDP, id="tdpo-fsdp"),
+        pytest.param("ift", FSDP, id="ift-fsdp", marks=pytest.mark.exhaustive),
+        pytest.param("ift", DDP, id="ift-ddp"),
+    ],
 )
 def test_two_processes_train_as_one(tmp_path, kind, options):
     """In whole copies or in shards (the reference too), the weights of one process."""
@@ -86,7 +92,7 @@ def test_two_processes_train_as_one(tmp_path, kind, options):
         assert one["rewards/margins"] == pytest.approx(two["rewards/margins"], abs=1e-4)
 
 
-@pytest.mark.parametrize("estimator", ["gae", "group"])
+@pytest.mark.parametrize("estimator", ["gae", pytest.param("group", marks=pytest.mark.exhaustive)])
 def test_rollouts_on_two_processes(tmp_path, estimator):
     """Shards change nothing: policy, reference, DPO model (or the two in one, with an adapter) and critic whole in both
     processes, or in halves.
@@ -149,7 +155,9 @@ def train(place, case, own, size, *options):
     return json.loads(printed[printed.index("{") :])["figures"]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.exhaustive] if place else []) for place, case in enumerate(CASES)]
+)
 def test_the_command_in_shards(tmp_path, case):
     """``accelerate launch ... -m everytoken train``: guides, columns, training, evaluation, report; as one process does
     it.
@@ -157,6 +165,7 @@ def test_the_command_in_shards(tmp_path, case):
     as_one_process(tmp_path, case, FSDP)
 
 
+@pytest.mark.exhaustive
 def test_the_command_in_copies(tmp_path):
     as_one_process(tmp_path, "a guide trained first", DDP)
 
