@@ -56,6 +56,17 @@ class UnknownNameError(BadInputError, KeyError):
         return f"{self.message}\n{self.hint}"
 
 
+def check_choices(settings: object, **known: tuple[str, ...]) -> None:
+    """Raises BadInputError for an attribute that is none of the words it may be.
+
+    Args:
+        known: attribute -> its words.
+    """
+    for name, words in known.items():
+        if getattr(settings, name) not in words:
+            raise BadInputError(f"{name} is {' or '.join(words)}; got {getattr(settings, name)!r}.")
+
+
 class MissingExtraError(EverytokenError, ImportError):
     """An optional library is not installed."""
 

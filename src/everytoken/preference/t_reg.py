@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch.nn import functional as F
 
-from ..core.errors import BadInputError
+from ..core.errors import BadInputError, check_choices
 from ..core.logprobs import masked_mean, masked_sum
 from ..core.progress import Report, silent, within
 from ..core.scoring import PromptResponse, head_module, model_fingerprint, prompt_ids, response_logps, score_rows
@@ -85,13 +85,7 @@ class TREGLoss:
     data_columns: ClassVar[Mapping[str, type[ColumnMaker]]] = {"token_reward": TokenRewards}
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("base", ("dpo", "simpo")),
-            ("pair_weight", ("dpo", "none")),
-            ("reduction", ("sum", "mean")),
-        ):
-            if getattr(self, name) not in known:
-                raise BadInputError(f"Unknown {name} {getattr(self, name)!r}.", f"Use {' or '.join(known)}.")
+        check_choices(self, base=("dpo", "simpo"), pair_weight=("dpo", "none"), reduction=("sum", "mean"))
         if self.beta <= 0 or self.alpha < 0:
             raise BadInputError(f"T-REG needs beta > 0 and alpha >= 0; got {self.beta} and {self.alpha}.")
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ..core.errors import BadInputError
+from ..core.errors import BadInputError, check_choices
 from ..training.datasets.messages import completion_text
 from .base import Recipe, RolloutBatch
 from .budgets import BudgetPrompt as BudgetPrompt
@@ -175,13 +175,12 @@ class CurriculumGRPO:
     budget_prompt: str = "{prompt} (Use exactly {budget} tokens.)"
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("budget_shape", ("exponential", "linear")),
-            ("length_shape", ("triangle", "band")),
-            ("length_count", ("completion", "thinking")),
-        ):
-            if getattr(self, name) not in known:
-                raise BadInputError(f"{name} is {' or '.join(known)}; got {getattr(self, name)!r}.")
+        check_choices(
+            self,
+            budget_shape=("exponential", "linear"),
+            length_shape=("triangle", "band"),
+            length_count=("completion", "thinking"),
+        )
         if min(self.weight_correct, self.weight_length, self.weight_format) < 0 or not math.isfinite(
             self.weight_correct + self.weight_length + self.weight_format
         ):

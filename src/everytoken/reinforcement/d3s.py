@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..core.errors import BadInputError
+from ..core.errors import BadInputError, check_choices
 from ..core.logprobs import masked_mean
 from .base import Recipe, RolloutBatch
 
@@ -160,13 +160,7 @@ class D3S:
     tie_seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("scope", ("batch", "group")),
-            ("token_scope", ("batch", "response")),
-            ("divisor", ("kept", "all")),
-        ):
-            if getattr(self, name) not in known:
-                raise BadInputError(f"{name} is {' or '.join(known)}; got {getattr(self, name)!r}.")
+        check_choices(self, scope=("batch", "group"), token_scope=("batch", "response"), divisor=("kept", "all"))
         self.recipe()
 
     def recipe(self) -> Recipe:

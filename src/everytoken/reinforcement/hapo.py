@@ -23,7 +23,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from transformers import LogitsProcessor
 
-from ..core.errors import BadInputError
+from ..core.errors import BadInputError, check_choices
 from .base import Recipe, RolloutBatch, UpdateBatch
 
 FLOOR = 1e-8
@@ -245,8 +245,7 @@ class HAPO:
     stats: str = "micro"
 
     def __post_init__(self) -> None:
-        if self.stats not in ("micro", "batch"):
-            raise BadInputError(f"stats is micro or batch; got {self.stats!r}.")
+        check_choices(self, stats=("micro", "batch"))
         for name in ("entropy_pivot", "temperature_tau", "adv_beta", "clip_alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BadInputError(f"{name} lies in [0, 1]; got {getattr(self, name)}.")

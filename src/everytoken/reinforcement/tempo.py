@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..core.errors import BadInputError
+from ..core.errors import BadInputError, check_choices
 from .base import Recipe, RolloutBatch
 
 EPSILON = 1e-6
@@ -136,8 +136,7 @@ class TEMPO:
     td_coef: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.scale not in ("group", "none"):
-            raise BadInputError(f"scale is group or none; got {self.scale!r}.")
+        check_choices(self, scale=("group", "none"))
         if self.td_coef < 0:
             raise BadInputError(f"td_coef must not be negative; got {self.td_coef}.")
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..core.errors import BadInputError, UnsupportedModelError
+from ..core.errors import BadInputError, UnsupportedModelError, check_choices
 from ..core.scoring import base_model, output_head
 from .base import Recipe, RolloutBatch
 
@@ -164,12 +164,9 @@ class THR:
     variant: str = "thr"
 
     def __post_init__(self) -> None:
-        if self.variant not in ("thr", "nthr"):
-            raise BadInputError(f"variant is thr or nthr; got {self.variant!r}.")
+        check_choices(self, variant=("thr", "nthr"), vocab=("group", "full"))
         if not -1 <= self.p <= 1:
             raise BadInputError(f"p lies in [-1, 1], or an advantage would change its sign; got {self.p}.")
-        if self.vocab not in ("group", "full"):
-            raise BadInputError(f"vocab is group or full; got {self.vocab!r}.")
         if self.tau_scale < 0:
             raise BadInputError(f"tau_scale must not be negative; got {self.tau_scale}.")
 

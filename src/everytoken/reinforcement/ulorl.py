@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..core.errors import BadInputError
+from ..core.errors import BadInputError, check_choices
 from ..core.logprobs import masked_mean
 from ..core.rng import derive_seed
 from .base import Recipe, RolloutBatch, UpdateBatch
@@ -221,9 +221,7 @@ class UloRL:
     drop_equal_groups: bool = True
 
     def __post_init__(self) -> None:
-        for name, known in (("ratio", ("pois", "sais")), ("entropy_scope", ("response", "batch"))):
-            if getattr(self, name) not in known:
-                raise BadInputError(f"{name} is {' or '.join(known)}; got {getattr(self, name)!r}.")
+        check_choices(self, ratio=("pois", "sais"), entropy_scope=("response", "batch"))
         if self.segments < 1:
             raise BadInputError(f"segments must be at least 1; got {self.segments}.")
         if not 0 <= self.prompts_ahead < math.inf:

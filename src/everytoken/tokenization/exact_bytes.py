@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ..core.errors import BadInputError
+from ..core.errors import BadInputError, check_choices
 from .byte_lm import ByteLM
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ class ExactBytes:
     tolerance: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.unit not in ("byte", "token"):
-            raise BadInputError(f"unit is 'byte' or 'token'; got {self.unit!r}.")
+        check_choices(self, unit=("byte", "token"))
         if not 0 <= self.tolerance < 1:
             raise BadInputError(f"tolerance is a share of the mass, 0 to 1; got {self.tolerance}.")
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.errors import BadInputError, UnsupportedModelError, require
+from ..core.errors import BadInputError, UnsupportedModelError, check_choices, require
 from ..core.progress import Report, silent
 from ..decoding.base import Decoder, Example
 from ..decoding.call import DecodingCall, DecodingStats
@@ -100,8 +100,7 @@ class LargeVocabulary(Decoder):
     lossless: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.index not in ("hnsw", "exact"):
-            raise BadInputError(f"index is 'hnsw' or 'exact'; got {self.index!r}.")
+        check_choices(self, index=("hnsw", "exact"))
         if self.top_k < 1:
             raise BadInputError(f"top_k is at least 1; got {self.top_k}.")
         if any(not item for item in self.tokens):
