@@ -87,8 +87,8 @@ def advantage_estimator(recipe: Recipe, steps: int | None = None, first_step: in
             )
             calls[0] += 1
             group = recipe.one("group_advantage") or _grpo
-            advantages, kept = decide(recipe, found, group(found))
-            advantages = advantages * kept
+            decided = decide(recipe, found, group(found))
+            advantages = decided.advantages * decided.kept
         return advantages, advantages
 
     return estimator

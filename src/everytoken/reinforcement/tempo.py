@@ -10,12 +10,14 @@ Where nobody branches the change is 0, and TEMPO is GRPO.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
 from ..core.errors import BadInputError
+from ..core.tree_html import tree_html
 from .base import Recipe, RolloutBatch
 
 EPSILON = 1e-6
@@ -118,6 +120,21 @@ class PrefixTreeAdvantage:
             "depth_alone": torch.stack(depths).mean().item(),
         }
         return tempo_advantages(batch.ids, batch.mask, batch.rewards, batch.groups, self.scale, self.td_coef, changes)
+
+    def picture(self, batch: RolloutBatch, texts: Sequence[Sequence[str]]) -> dict[str, str]:
+        """The prefix tree of the first group."""
+        rows = next(batch.group_rows())
+        ids, mask, rewards = batch.ids[rows], batch.mask[rows], batch.rewards[rows]
+        values, counts, _ = prefix_values(ids, mask, rewards)
+        values = values.masked_fill(counts == 0, torch.nan)
+        drawn = tree_html(
+            [line[own].tolist() for line, own in zip(ids, mask, strict=True)],
+            [texts[row] for row in rows.tolist()],
+            values.tolist(),
+            [f"reward {reward:.4g}" for reward in rewards.tolist()],
+            "mean reward of the rollouts that go through a stretch",
+        )
+        return {"The prefix tree of these rollouts": drawn}
 
 
 @dataclass
