@@ -167,7 +167,7 @@ def train_on_rollouts(name: str, config: RolloutTraining, method: Method, contex
     names = {name: "" for entry in logs for name in entry}
     single = {name: "" for name in names if name.startswith("rewards/") and name.endswith("/mean")}
     pieces = {name: "" for name in names if name.startswith("recipe/")}
-    session.metrics = {**pieces, **(single if len(single) > 1 else {}), **session.metrics}
+    session.metrics = {**METRICS, **(single if len(single) > 1 else {}), **pieces}
     traces, pictures = [], {}
     if trainer.accelerator.num_processes == 1:
         traces, pictures = group_pictures(trainer, trainer.train_dataset[0], session.tokenizer)

@@ -20,7 +20,7 @@ from .base import Arms, Claim, Context, Reproduction
 if TYPE_CHECKING:
     import torch
 
-ROLLOUTS, NEW, MOVE, SMALL, SHARE = 8, 24, 0.1, 0.01, 0.2
+ROLLOUTS, NEW, MOVE, SMALL, SHARE = 8, 16, 0.1, 0.01, 0.2
 STEPS = {"GRPO": None, "p = +0.2": 0.2, "p = 0": 0.0, "p = -0.2": -0.2}
 """arm -> p; None weighs all tokens alike."""
 CARRIED, OVERLAP = "share of |THR| in a fifth of the tokens", "overlap with the fifth of highest entropy"
@@ -153,7 +153,7 @@ def measured(group: Group) -> dict[str, dict[str, float]]:
 
 
 def run(context: Context) -> Arms:
-    found = [measured(group) for group in groups(context, 8 if context.quick else 64)]
+    found = [measured(group) for group in groups(context, 4 if context.quick else 24)]
     kept = [figures for figures in found if figures]
     context.artifacts["questions with right and wrong answers"] = len(found)
     context.artifacts["of them, with a step of GRPO that helps to first order"] = len(kept)
