@@ -129,6 +129,43 @@ def test_resumed_in_the_middle_it_ends_at_the_same_weights(tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
 
 
+@pytest.mark.parametrize(("updates", "passes"), [(2, 1), (1, 1)])
+def test_scores_that_trl_makes_of_rollouts_are_used(tmp_path, updates, passes):
+    """The policy reads a batch of rollouts once for log-probabilities and entropies, whether TRL needs them or not."""
+    seen, calls = [], []
+
+    class Watched(Same):
+        def __call__(self, batch, advantages=None, high=None):
+            seen.append((batch.logps, batch.entropies))
+            return advantages
+
+    trainer = made(tmp_path, Watched("token_advantage", needs=("entropies",)), num_iterations=updates,
+                   steps_per_generation=1)  # fmt: skip
+    trainer.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs.get("use_cache")), with_kwargs=True
+    )
+    generate, whole = trainer.model.generate, []
+
+    def counted(*args, **kwargs):
+        found = generate(*args, **kwargs)
+        whole.append(len(calls))
+        return found
+
+    trainer.model.generate = counted
+    batch = rollout(trainer)
+    assert len(calls) - whole[0] == passes
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention, length = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1), batch["completion_ids"].shape[1]
+    logits = trainer.model(input_ids=ids, attention_mask=attention).logits[:, -length - 1 : -1].detach()
+    mask = batch["completion_mask"].bool()
+    ((logps, entropies),) = seen
+    whole_logps = logits.log_softmax(-1)
+    assert torch.allclose(entropies[mask], torch.distributions.Categorical(logits=logits).entropy()[mask], atol=1e-4)
+    own = whole_logps.gather(-1, batch["completion_ids"][..., None])[..., 0]
+    assert torch.allclose(logps[mask], own[mask], atol=1e-4)
+    assert ("old_per_token_logps" in batch) == (updates == 2)
+
+
 @pytest.mark.slow
 def test_pieces_that_change_nothing_resume_as_stock_grpo_does(tmp_path):
     """Both go on from a checkpoint in the middle of a batch's updates and make new rollouts after it."""
