@@ -7,15 +7,15 @@ names exactly the right things now and then, as a bed needs. Two things are meas
 - the share of groups of eight whose rewards are all equal, with the exact-set reward and with the partial one;
 - the mean weight of the answer's own characters and that of the preamble's.
 
-The first concerns the reward and the second the weight, before either trains. What training with them gains is measured
-for a few updates by equal rollouts, with binary and with partial rewards.
+So the first concerns the reward and the second the weight. Nothing is trained with them: what they gain in accuracy is
+not measured.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.rng import derive_seed
 from .base import Arms, Claim, Context, Reproduction
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 COLOURS, SIZES, LETTERS, GROUP = ("red", "blue"), ("big", "small"), "ABCD", 8
 HEAD, TAIL = "<think>look</think><answer>", "</answer>\n"
-EQUAL, EXACT = "groups with equal rewards", "exact sets, greedy"
+EQUAL = "groups with equal rewards"
 WEIGHT = "mean weight of a position"
 WHY = (
     "The paper trains Qwen2.5-VL-7B on videos for 500 steps and reports accuracy; here a text model of 0.1M weights "
@@ -96,12 +96,10 @@ def graded(
 def run(context: Context) -> Arms:
     import torch
 
-    from ..reinforcement.base import Recipe
     from ..reinforcement.tw_grpo import hard_multichoice_reward, soft_multichoice_reward
-    from .beds.rollouts import train_by_rollouts
 
     model, tokenizer = start(context)
-    rows = questions(context.seed, "groups", 24 if context.quick else 192)
+    rows = questions(context.seed, "groups", 24 if context.quick else 128)
     many = [row for row in rows for _ in range(GROUP)]
     torch.manual_seed(derive_seed(context.seed, "rollouts"))
     texts = answers(model, tokenizer, many, sample=True)
@@ -111,18 +109,9 @@ def run(context: Context) -> Arms:
     for arm, reward in rewards.items():
         found = torch.tensor(reward(texts, solutions)).view(-1, GROUP)
         arms[arm] = {EQUAL: (found.amax(1) == found.amin(1)).float().tolist()}
+    context.artifacts["right in a sample"] = sum(rewards["exact sets"](texts, solutions)) / len(texts)
     preamble, own = weights(model, tokenizer, rows, texts)
     arms["preamble"], arms["answer"] = {WEIGHT: preamble}, {WEIGHT: own}
-    test = questions(context.seed, "test", 64 if context.quick else 512)
-    context.artifacts["exact sets, greedy, at the start"] = sum(graded(model, tokenizer, test, False)) / len(test)
-    for arm, reward in rewards.items():
-
-        def learnt(reward: Any = reward, arm: str = arm) -> list[float]:
-            data, steps = questions(context.seed, "train", 512), 4 if context.quick else 60
-            policy, _ = train_by_rollouts(context, arm, model, tokenizer, Recipe(), reward, data, steps)
-            return graded(policy, tokenizer, test, sample=False)
-
-        arms[arm][EXACT] = context.part(arm, learnt)
     return arms
 
 
@@ -157,7 +146,7 @@ def weights(
 
 REPRODUCTION = Reproduction(
     name="tw-grpo",
-    summary="exact-set and partial rewards on the same rollouts of a small model, position weights, and GRPO with each",
+    summary="exact-set and partial rewards on the same rollouts of a small model, and the weights of their positions",
     run=run,
     claims=[
         Claim(
@@ -170,7 +159,6 @@ REPRODUCTION = Reproduction(
             why=WHY,
         ),
         Claim(WEIGHT, "answer", "preamble", "(deciding positions weigh more)", kind="difference", why=WHY),
-        Claim(EXACT, "partial credit", "exact sets", "50.4% on CLEVRER, +18.8 points", kind="difference", why=WHY),
     ],
     extra=("train", "trl"),
 )
