@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..core.errors import BadInputError
+from ..core.errors import BadInputError, EverytokenError
 from ..core.loading import quiet_training
 from ..core.settings import load_function
 from ..training.base import Training, TrainingContext, TrainingResult
@@ -170,7 +170,10 @@ def train_on_rollouts(name: str, config: RolloutTraining, method: Method, contex
     session.metrics = {**METRICS, **(single if len(single) > 1 else {}), **pieces}
     traces, pictures = [], {}
     if trainer.accelerator.num_processes == 1:
-        traces, pictures = group_pictures(trainer, trainer.train_dataset[0], session.tokenizer)
+        try:
+            traces, pictures = group_pictures(trainer, trainer.train_dataset[0], session.tokenizer)
+        except EverytokenError as error:  # what was trained is saved all the same
+            session.notes.append(f"The report shows no rollouts: {error}")
     return session.finish(trainer, figures, answered, before, traces, "advantage", pictures)
 
 

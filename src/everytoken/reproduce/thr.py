@@ -153,7 +153,7 @@ def measured(group: Group) -> dict[str, dict[str, float]]:
 
 
 def run(context: Context) -> Arms:
-    found = [measured(group) for group in groups(context, 4 if context.quick else 24)]
+    found = [measured(group) for group in groups(context, 3 if context.quick else 8)]
     kept = [figures for figures in found if figures]
     context.artifacts["questions with right and wrong answers"] = len(found)
     context.artifacts["of them, with a step of GRPO that helps to first order"] = len(kept)
