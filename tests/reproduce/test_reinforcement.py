@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import random
 
 import pytest
 import torch
 
 pytest.importorskip("trl")
 
-from everytoken.reinforcement.tw_grpo import hard_multichoice_reward
 from everytoken.reinforcement.ulorl import SegmentedRollouts
 from everytoken.reproduce.tempo import CHOICES, LEVELS, NODES, Trees, estimated
 from everytoken.reproduce.thr import Group, measured
-from everytoken.reproduce.tw_grpo import GROUP as ROLLOUTS
-from everytoken.reproduce.tw_grpo import HEAD, WEIGHT, example, question, weights
 from everytoken.reproduce.ulorl import GROUP, LIMIT, Clock, lengths_of
 
 
@@ -98,38 +94,3 @@ def test_what_is_measured_of_a_group():
     assert thr["agreement of measured and predicted change"] > 0.97
     up, down = (figures[arm]["right answers' log-probability after a step"] for arm in ("p = +0.2", "p = -0.2"))
     assert up > down
-
-
-def test_questions_about_tables():
-    counts = set()
-    for seed in range(30):
-        asked, right = question(random.Random(seed))
-        *things, last = asked.split(";")
-        letters = [thing[0] for thing in things if last.rstrip("?") in thing.split()]
-        assert right == ",".join(letters) and 1 <= len(letters) <= 3
-        counts.add(len(letters))
-        assert hard_multichoice_reward([example(random.Random(seed))[1]], [right]) == [1.0]
-    assert counts == {1, 2, 3}
-
-
-def test_positions_of_the_answer_weigh_more_where_only_they_are_disputed():
-    """A policy that is sure of the preamble, and torn between two answers, each of them the reader's own."""
-    from everytoken.reproduce.beds.small_models import character_tokenizer, small_model
-
-    tokenizer = character_tokenizer("".join(sorted(set(HEAD + "/ABCD,?"))))
-    torch.manual_seed(0)
-    model = small_model(len(tokenizer), hidden=16, layers=1, end=tokenizer.eos_token_id)
-    texts = [f"{HEAD}{answer}</answer>" for answer in ("A", "B,C") for _ in range(ROLLOUTS // 2)]
-    ids = [tokenizer(text)["input_ids"] for text in texts]
-
-    class Torn(torch.nn.Module):
-        def forward(self, input_ids):
-            logits = model(input_ids=input_ids).logits.detach() * 0
-            for row, tokens in enumerate(ids):  # the prompt is one token
-                for place, token in enumerate([*tokens, tokenizer.eos_token_id]):
-                    logits[row, place, token] = 4.0
-            return type("Output", (), {"logits": logits})
-
-    preamble, own = weights(Torn(), tokenizer, [{"prompt": "?"}], texts)
-    assert preamble == [1.0] and own[0] > 1.3 and WEIGHT
-    assert weights(Torn(), tokenizer, [{"prompt": "?"}], ["no format"] * ROLLOUTS) == ([], [])
