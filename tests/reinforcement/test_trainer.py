@@ -129,6 +129,58 @@ def test_resumed_in_the_middle_it_ends_at_the_same_weights(tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
 
 
+@pytest.mark.parametrize(("updates", "passes"), [(2, 1), (1, 1)])
+def test_scores_that_trl_makes_of_rollouts_are_used(tmp_path, updates, passes):
+    """The policy reads a batch of rollouts once for log-probabilities and entropies, whether TRL needs them or not."""
+    seen, calls = [], []
+
+    class Watched(Same):
+        def __call__(self, batch, advantages=None, high=None):
+            seen.append((batch.logps, batch.entropies))
+            return advantages
+
+    trainer = made(tmp_path, Watched("token_advantage", needs=("entropies",)), num_iterations=updates,
+                   steps_per_generation=1)  # fmt: skip
+    trainer.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs.get("use_cache")), with_kwargs=True
+    )
+    generate, whole = trainer.model.generate, []
+
+    def counted(*args, **kwargs):
+        found = generate(*args, **kwargs)
+        whole.append(len(calls))
+        return found
+
+    trainer.model.generate = counted
+    batch = rollout(trainer)
+    assert len(calls) - whole[0] == passes
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention, length = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1), batch["completion_ids"].shape[1]
+    logits = trainer.model(input_ids=ids, attention_mask=attention).logits[:, -length - 1 : -1].detach()
+    mask = batch["completion_mask"].bool()
+    ((logps, entropies),) = seen
+    whole_logps = logits.log_softmax(-1)
+    assert torch.allclose(entropies[mask], torch.distributions.Categorical(logits=logits).entropy()[mask], atol=1e-4)
+    own = whole_logps.gather(-1, batch["completion_ids"][..., None])[..., 0]
+    assert torch.allclose(logps[mask], own[mask], atol=1e-4)
+    assert ("old_per_token_logps" in batch) == (updates == 2)
+
+
+@pytest.mark.slow
+def test_pieces_that_change_nothing_resume_as_stock_grpo_does(tmp_path):
+    """Both go on from a checkpoint in the middle of a batch's updates and make new rollouts after it."""
+    changes, found = dict(max_steps=4, num_iterations=2, steps_per_generation=1), []
+    for make, folder, pieces in ((made, tmp_path / "ours", neutral()), (stock, tmp_path / "theirs", ())):
+        torch.manual_seed(3)
+        make(folder, *pieces, save_strategy="steps", save_steps=1, **changes).train()
+        again = make(folder / "again", *(neutral() if pieces else ()), **changes)
+        start = weights(again)
+        again.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+        assert again.state.global_step == 4 and distance(weights(again), start) > 1e-3
+        found.append(weights(again))
+    assert distance(*found) == 0.0
+
+
 def rollout(trainer):
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1  # Trainer sets it when training begins
@@ -384,6 +436,25 @@ def test_rewards_that_are_no_numbers(tmp_path):
     batch["advantages"] = batch["advantages"] * float("nan")
     with pytest.raises(NonFiniteLossError):
         trainer._compute_loss(trainer.model, batch)
+
+
+def test_rewards_that_are_not_one_number_a_completion(tmp_path):
+    """Too few of them, or texts: the batch is saved, and the function is named."""
+    for name, answer in (("few", [1.0]), ("texts", ["good"] * 8)):
+
+        def reward(completions, answer=answer, **_):
+            return answer
+
+        reward.__name__ = name
+        with pytest.raises(RewardError, match=r"A reward function failed .*bad_batch\.json"):
+            rollout(made(tmp_path / name, reward=reward))
+        assert len(json.loads((tmp_path / name / "bad_batch.json").read_text())["rows"]) == 8
+
+
+def test_groups_that_do_not_fit_are_refused_before_a_model_is_read(tmp_path):
+    for count in (1, 3):
+        with pytest.raises(ValueError, match="generations"):
+            config(tmp_path, num_generations=count)
 
 
 def test_all_rewards_equal_train_nothing(tmp_path):

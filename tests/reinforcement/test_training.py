@@ -11,6 +11,7 @@ pytest.importorskip("trl")
 
 from everytoken.catalog import load_catalog
 from everytoken.core.errors import BadInputError, UnknownNameError
+from everytoken.core.progress import silent
 from everytoken.reinforcement.recipe_training import TRAINING, assembled
 from everytoken.reinforcement.training import TaskReward, is_method
 from everytoken.testing.models import tiny_llama, tiny_tokenizer
@@ -38,7 +39,7 @@ def letters(folder):
     return folder
 
 
-def train(folder, training, *settings, out="out", data="prompts.jsonl", file=None):
+def train(folder, training, *settings, out="out", data="prompts.jsonl", file=None, report=silent):
     reward = (
         []
         if data is None or "ntp_coef" in training.config.__dataclass_fields__
@@ -46,7 +47,7 @@ def train(folder, training, *settings, out="out", data="prompts.jsonl", file=Non
     )
     config = read_config(training, file, [*SMALL, *reward, *settings])
     where = None if data is None else str(folder / data)
-    return training.run(config, TrainingContext(str(folder / "model"), where, folder / out))
+    return training.run(config, TrainingContext(str(folder / "model"), where, folder / out, report))
 
 
 def test_methods_are_found():
@@ -89,10 +90,30 @@ class FirstTokens:
         return torch.where(batch.positions < self.count, 1.0, 0.5)
 
 
-def test_a_recipe_of_three_methods_and_a_piece_of_ones_own(tmp_path):
+def test_a_recipe_of_three_methods_and_a_piece_of_ones_own(tmp_path, monkeypatch):
+    """It trains; the progress bar, an integration and the report show what it does."""
+    from transformers import TrainerCallback
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    logged, stages = [], []
+
+    class Notes(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.append(logs)
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "notes", Notes)
     place = letters(tmp_path)
     (place / "recipe.yaml").write_text(COMPOSED)
-    result = train(place, TRAINING, file=place / "recipe.yaml")
+    result = train(
+        place, TRAINING, "report_to=notes", file=place / "recipe.yaml", report=lambda *stage: stages.append(stage)
+    )
+    assert any("reward" in logs for logs in logged)
+    label, step, steps = next(stage for stage in reversed(stages) if "reward" in stage[0])
+    assert all(name in label for name in ("entropy", "length", "tokens trained")) and (step, steps) == (2, 2)
+    report = (place / "out" / "report.html").read_text()
+    assert all(name in report for name in ("Rollouts of one prompt", "The prefix tree of these rollouts", "Curves"))
+    columns = json.loads(report.split('type="application/json">')[1].split("</script>")[0])[0]["columns"]
+    assert list(columns) == ["advantage", "weight", "entropy", "temperature", "trained"]
     assert 0 < result.figures["share of tokens trained"] < 0.6
     config = read_config(TRAINING, place / "recipe.yaml", SMALL)
     method = assembled(config.pieces, config.grpo_arguments)

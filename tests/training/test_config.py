@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from everytoken.core.errors import BadInputError
+from everytoken.core.errors import BadInputError, UnknownNameError
 from everytoken.core.settings import settable
 from everytoken.training.base import Training, TrainingResult, read_config
 from everytoken.training.config import TrainConfig, derive_config
@@ -48,6 +48,23 @@ def test_every_part_is_checked_when_the_configuration_is_made():
         Derived(beta=0.0)
     with pytest.raises(BadInputError, match="batch_size must be"):
         Derived(batch_size=0)
+
+
+def test_integrations_are_checked_and_handed_on(monkeypatch, tmp_path):
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    class Absent:
+        def __init__(self):
+            raise RuntimeError("It requires a library.")
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "notes", object)
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "absent", Absent)
+    assert TrainConfig(report_to="notes, notes").arguments(tmp_path)["report_to"] == ["notes", "notes"]
+    assert TrainConfig().arguments(tmp_path)["report_to"] == []
+    with pytest.raises(UnknownNameError, match="integration for report_to"):
+        TrainConfig(report_to="note")
+    with pytest.raises(BadInputError, match="Logs cannot go to absent: It requires a library"):
+        TrainConfig(report_to="notes,absent")
 
 
 def test_what_cannot_be_derived_is_refused():

@@ -1,4 +1,4 @@
-"""Recipes of the reinforcement station as advantage estimators of verl.
+"""Recipes of the reinforcement station as advantage estimators and policy losses of verl.
 
 Put this into a module of yours and name it as verl's ``actor_rollout_ref.model.external_lib``, which every process
 imports; then ``algorithm.adv_estimator=hapo_tokens`` uses it::
@@ -11,8 +11,12 @@ imports; then ``algorithm.adv_estimator=hapo_tokens`` uses it::
 verl 0.9.1 passes an estimator rewards, mask and groups, so that pieces can be used that need no more: group and token
 advantages, token weights, and selections with ``divisor="all"`` (verl divides by all tokens of a response). It passes
 no response ids, which TEMPO needs, unless the estimator is called with ``batch`` too (a pull request of verl's, or a
-wrapper of its ``compute_advantage`` of your own, does that). Entropies and distributions, sampling temperature, clip
-bounds, rollouts, prompts and rewards of a recipe are not its business; recipes with such pieces are refused by name.
+wrapper of its ``compute_advantage`` of your own, does that). Entropies and distributions, sampling temperature,
+rollouts, prompts and rewards of a recipe are not its business; recipes with such pieces are refused by name.
+
+Clip bounds and ratio weights are pieces of a policy loss (``register_loss``, then
+``actor_rollout_ref.actor.policy_loss.loss_mode=NAME``). It is verl's own clipped loss with the recipe's bounds and
+weights. verl passes no entropies to a policy loss either, so pieces that read them, as HAPO's do, are refused.
 """
 
 from __future__ import annotations
@@ -24,11 +28,16 @@ from typing import Any
 import torch
 
 from ..core.errors import BadInputError, require
-from ..reinforcement.base import Recipe, RolloutBatch
+from ..reinforcement.base import Recipe, RolloutBatch, UpdateBatch
 from ..reinforcement.recipe_checks import BATCH_KINDS
 from ..reinforcement.stages import decide
 
 Estimator = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+PolicyLoss = Callable[..., tuple[torch.Tensor, dict[str, Any]]]
+
+
+LOSS_KINDS = ("clip", "ratio_weight")
+"""What a policy loss decides."""
 
 
 @dataclass
@@ -87,8 +96,8 @@ def advantage_estimator(recipe: Recipe, steps: int | None = None, first_step: in
             )
             calls[0] += 1
             group = recipe.one("group_advantage") or _grpo
-            advantages, kept = decide(recipe, found, group(found))
-            advantages = advantages * kept
+            decided = decide(recipe, found, group(found))
+            advantages = decided.advantages * decided.kept
         return advantages, advantages
 
     return estimator
@@ -106,6 +115,100 @@ def register(name: str, recipe: Recipe, steps: int | None = None, first_step: in
     from verl.trainer.ppo.core_algos import register_adv_est
 
     register_adv_est(name)(made)
+    return made
+
+
+class _Update(UpdateBatch):
+    """An update of which verl passes no entropies."""
+
+    def __init__(self, ratio: torch.Tensor, logps: torch.Tensor, mask: torch.Tensor, advantages: torch.Tensor):
+        self.ratio, self.logps, self.mask, self.advantages = ratio, logps, mask, advantages
+
+    @property
+    def entropies(self) -> torch.Tensor:  # type: ignore[override]
+        raise BadInputError(
+            "A piece of this recipe needs entropies, which verl does not pass to its policy losses.",
+            "Leave the piece out, or train with RecipeTrainer.",
+        )
+
+
+class _WithBounds:
+    """A configuration of verl's with clip bounds of every token; all else is the configuration's."""
+
+    def __init__(self, config: Any, low: torch.Tensor, high: torch.Tensor):
+        self._config, self.clip_ratio_low, self.clip_ratio_high = config, low, high
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+def policy_loss(recipe: Recipe) -> PolicyLoss:
+    """A function of the form that ``register_policy_loss`` takes::
+
+        (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights) -> loss, metrics
+
+    with tensors ``[B, T]``: verl's ``compute_policy_loss_vanilla`` with the recipe's clip bounds and ratio weights.
+
+    Args:
+        recipe: pieces of the kinds ``clip`` and ``ratio_weight``.
+
+    Raises:
+        BadInputError: a piece of another kind; in a call, a piece that reads entropies.
+    """
+    for piece in recipe.pieces:
+        if piece.kind not in LOSS_KINDS:
+            raise BadInputError(
+                f"{type(piece).__name__} sets the {piece.kind.replace('_', ' ')}, which is no part of a policy loss.",
+                f"Give a recipe of these kinds: {', '.join(LOSS_KINDS)}.",
+            )
+
+    def loss(
+        old_log_prob: torch.Tensor,
+        log_prob: torch.Tensor,
+        advantages: torch.Tensor,
+        response_mask: torch.Tensor,
+        loss_agg_mode: str = "token-mean",
+        config: Any = None,
+        rollout_is_weights: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
+
+        now = log_prob.detach()
+        update = _Update((now - old_log_prob).clamp(-20, 20).exp(), now, response_mask.bool(), advantages)
+        given = (config.clip_ratio_low, config.clip_ratio_high)
+        bounds = [config.clip_ratio if bound is None else bound for bound in given]
+        low, high = (torch.full_like(now, bound) for bound in bounds)
+        with torch.no_grad():
+            if (clip := recipe.one("clip")) is not None:
+                low, high = clip(update, low, high)
+            for piece in recipe.of("ratio_weight"):
+                advantages = advantages * piece(update, low, high)
+        found: tuple[torch.Tensor, dict[str, Any]] = compute_policy_loss_vanilla(
+            old_log_prob,
+            log_prob,
+            advantages,
+            response_mask,
+            loss_agg_mode,
+            _WithBounds(config, low, high),
+            rollout_is_weights,
+        )
+        return found
+
+    return loss
+
+
+def register_loss(name: str, recipe: Recipe) -> PolicyLoss:
+    """Registers ``policy_loss`` under a name.
+
+    Raises:
+        MissingExtraError: verl is not installed.
+        BadInputError: as ``policy_loss``.
+    """
+    made = policy_loss(recipe)
+    require("verl", None, "Registering a policy loss")
+    from verl.trainer.ppo.core_algos import register_policy_loss
+
+    register_policy_loss(name)(made)
     return made
 
 

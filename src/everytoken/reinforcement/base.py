@@ -121,10 +121,11 @@ class Piece(Protocol):
     """Anything with a ``kind``. A piece may also have ``needs`` (of ``NEEDS``), ``state_dict`` with
     ``load_state_dict``, ``check_model(model)`` that refuses or prepares a model before training,
     ``use_tokenizer(tokenizer)``, ``metrics`` (numbers by name that the trainer logs after its call),
-    ``observe(batch)`` of every batch of rollouts, and ``carry(rows, own)``: of all processes' rows the tensors of its
-    ``own``, which an auxiliary finds in its inputs. A prompt may limit its completions: ``max_new_tokens(step,
-    steps)``. Selections may have a ``divisor``: ``"kept"`` divides the loss by the tokens that are left, ``"all"`` by
-    those there were. A weight that would have to weigh the KL too has ``weighs_kl``.
+    ``observe(batch)`` of every batch of rollouts, ``carry(rows, own)``: of all processes' rows the tensors of its
+    ``own``, which an auxiliary finds in its inputs, and ``picture(batch, texts)``: of the rollouts' tokens, titles and
+    HTML for a report. A prompt may limit its completions: ``max_new_tokens(step, steps)``. Selections may have a
+    ``divisor``: ``"kept"`` divides the loss by the tokens that are left, ``"all"`` by those there were. A weight that
+    must weigh the KL too has ``weighs_kl``.
     """
 
     kind: ClassVar[str]
@@ -138,8 +139,7 @@ class Recipe:
 
     Raises:
         UnknownNameError: a piece of an unknown kind.
-        BadInputError: something that is no piece, two pieces that would decide the same, or selections with two
-            divisors.
+        BadInputError: what is no piece, two pieces that would decide the same, or selections with two divisors.
     """
 
     def __init__(self, *pieces: Any):

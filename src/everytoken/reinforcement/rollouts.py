@@ -5,7 +5,7 @@ as plain tensors, and errors that leave the batch behind.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from ..core.errors import BadInputError, EverytokenError
 from ..training.checkpoints import ResumingMixin
 from ..training.distributed import LaunchedMixin
 from ..training.finite_check import save_batch, stopped
+from .base import RolloutBatch
 
 
 class RewardError(EverytokenError, RuntimeError):
@@ -90,6 +91,20 @@ class Written(NamedTuple):
     rows: list[Row]
     completions: list[list[int]]
     logps: list[list[float]] | None = None
+
+
+@dataclass
+class Watch:
+    """What a trainer sees of the rollouts while one watches it.
+
+    Attributes:
+        batch: the rollouts, where pieces decide about them once a batch.
+        columns: name -> ``[B, T]``: ``weight`` and ``kept`` of the batch; ``entropy``, the clip bounds ``low`` and
+            ``high`` and ``ratio_weight`` of the update.
+    """
+
+    batch: RolloutBatch | None = None
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def check_columns(trainer: str, dataset: Any) -> set[str]:

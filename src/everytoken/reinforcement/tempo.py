@@ -10,12 +10,14 @@ Where nobody branches the change is 0, and TEMPO is GRPO.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
 from ..core.errors import BadInputError, check_choices
+from ..core.tree_html import tree_html
 from .base import Recipe, RolloutBatch
 
 EPSILON = 1e-6
@@ -27,7 +29,8 @@ def prefix_values(
     """The prefix tree of one group: values ``[G, T + 1]`` of every row's prefixes of 0 to T tokens, how many scored
     rows share each ``[G, T + 1]``, and after how many tokens a row is alone ``[G]`` (T where it never is).
 
-    Every row is compared with all rows at once. A prefix longer than its response has no meaning.
+    Rows in order of their tokens share least with what stands far from them: only neighbours are compared, and two rows
+    share the least that any two neighbours between them do. A prefix longer than its response has no meaning.
 
     Args:
         ids: ``[G, T]``; padding may be anything.
@@ -35,22 +38,30 @@ def prefix_values(
         rewards: ``[G]``; rows with NaN count nowhere.
     """
     rows, length = ids.shape
-    ended = torch.where(mask, ids, -1).int()  # a response that has ended shares no token with one that goes on
+    ended = torch.where(mask, ids, -1)  # a response that has ended shares no token with one that goes on
     scored = ~rewards.isnan()
-    clean = rewards.nan_to_num(0.0).double()
+    shared = shared_tokens(ended)
     counts = torch.zeros(rows, length + 1, dtype=torch.double, device=ids.device)
-    sums, alone = torch.zeros_like(counts), torch.zeros(rows, dtype=torch.long, device=ids.device)
-    differ = torch.ones(rows, length + 1, dtype=torch.uint8, device=ids.device)
-    for other in range(rows):
-        torch.ne(ended, ended[other], out=differ[:, :length].view(torch.bool))
-        shared = differ.argmax(1, keepdim=True)  # tokens before the first that differs; [G, 1]
-        counts.scatter_add_(1, shared, scored[other].double().expand(rows, 1))
-        sums.scatter_add_(1, shared, clean[other].expand(rows, 1))
-        self_excluded = shared[:, 0].clone()
-        self_excluded[other] = -1
-        alone = torch.maximum(alone, self_excluded + 1)
+    sums = torch.zeros_like(counts)
+    counts.scatter_add_(1, shared, scored.double().expand(rows, rows))
+    sums.scatter_add_(1, shared, rewards.nan_to_num(0.0).double().expand(rows, rows))
     counts, sums = (table.flip(1).cumsum(1).flip(1) for table in (counts, sums))  # a shared prefix shares all before
+    alone = shared.fill_diagonal_(-1).amax(1) + 1
     return sums / counts.clamp(min=1), counts, alone.clamp(max=length)
+
+
+def shared_tokens(ids: torch.Tensor) -> torch.Tensor:
+    """How many first tokens every two rows of ``ids`` ``[G, T]`` have in common, ``[G, G]``; T for equal rows."""
+    rows, length = ids.shape
+    if not length:
+        return torch.zeros(rows, rows, dtype=torch.long, device=ids.device)
+    ordered, place = ids.unique(dim=0, return_inverse=True)
+    differ = ordered[1:] != ordered[:-1]
+    neighbours = differ.to(torch.uint8).argmax(1)  # of rows in order no two are equal
+    count = len(ordered)
+    after = torch.ones(count, count, dtype=torch.bool, device=ids.device).triu(1)
+    table = torch.where(after, torch.nn.functional.pad(neighbours, (1, 0)), length).cummin(1).values
+    return torch.minimum(table, table.T)[place][:, place]
 
 
 def tempo_advantages(
@@ -118,6 +129,21 @@ class PrefixTreeAdvantage:
             "depth_alone": torch.stack(depths).mean().item(),
         }
         return tempo_advantages(batch.ids, batch.mask, batch.rewards, batch.groups, self.scale, self.td_coef, changes)
+
+    def picture(self, batch: RolloutBatch, texts: Sequence[Sequence[str]]) -> dict[str, str]:
+        """The prefix tree of the first group."""
+        rows = next(batch.group_rows())
+        ids, mask, rewards = batch.ids[rows], batch.mask[rows], batch.rewards[rows]
+        values, counts, _ = prefix_values(ids, mask, rewards)
+        values = values.masked_fill(counts == 0, torch.nan)
+        drawn = tree_html(
+            [line[own].tolist() for line, own in zip(ids, mask, strict=True)],
+            [texts[row] for row in rows.tolist()],
+            values.tolist(),
+            [f"reward {reward:.4g}" for reward in rewards.tolist()],
+            "mean reward of the rollouts that go through a stretch",
+        )
+        return {"The prefix tree of these rollouts": drawn}
 
 
 @dataclass

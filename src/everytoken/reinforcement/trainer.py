@@ -25,7 +25,7 @@ from ..training.arguments import check_arguments
 from ..training.distributed import frozen
 from .base import Recipe, RolloutBatch, UpdateBatch
 from .recipe_checks import BATCH_KINDS, REFUSALS, check_recipe, limited
-from .rollouts import Rollouts, RolloutTrainer, Writer, Written, rollouts_of
+from .rollouts import Rollouts, RolloutTrainer, Watch, Writer, Written, rollouts_of
 from .stages import decide
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ class RecipeTrainer(RolloutTrainer):
         self.recipe = recipe
         self._update: dict[str, Any] | None = None
         self._written: Written | None = None
+        self._watch: Watch | None = None
+        self._scored: list[Any] | None = None  # log-probabilities and entropies of rollouts that TRL scores
         self._observing = [piece for piece in recipe.pieces if hasattr(piece, "observe")]
         peft = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
         beta, reference = args.beta, None
@@ -168,6 +170,7 @@ class RecipeTrainer(RolloutTrainer):
         if (rollout := self.recipe.one("rollout")) is not None:
             self._written = self._called(rollout, inputs, self._writer())
             inputs = self._written.rows
+        self._scored = [] if self.recipe.needs & {"logps", "entropies"} else None
         try:
             batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
             if self._written is not None and self._written.logps is not None:
@@ -175,7 +178,9 @@ class RecipeTrainer(RolloutTrainer):
                     [torch.tensor(row, device=batch["completion_ids"].device) for row in self._written.logps], True
                 )
         finally:
-            self._written = None
+            self._written, scored, self._scored = None, self._scored or [], None
+        # the very scores that TRL keeps as those of the old policy: they need not be made again
+        known = next((pair for pair in scored if pair[0] is batch.get("old_per_token_logps")), None)
         if carrying := [piece for piece in self.recipe.pieces if hasattr(piece, "carry")]:
             every = gather_object(inputs) if self.accelerator.num_processes > 1 else inputs
             first = self.accelerator.process_index * len(inputs)
@@ -183,7 +188,7 @@ class RecipeTrainer(RolloutTrainer):
                 carried = piece.carry(every, slice(first, first + len(inputs)))
                 batch |= {name: value.to(self.accelerator.device) for name, value in carried.items()}
         if self.recipe.of(*BATCH_KINDS) or self._observing:
-            self._decide(batch)
+            self._decide(batch, known)
         return batch
 
     def _prompted(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -229,11 +234,11 @@ class RecipeTrainer(RolloutTrainer):
     # -- once a batch
     # -----------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def _decide(self, batch: dict[str, Any]) -> None:
+    def _decide(self, batch: dict[str, Any], known: Any = None) -> None:
         """Puts advantages of every token, and what is selected, into TRL's batch."""
         rollouts, recipe = rollouts_of(batch), self.recipe
         rows = len(rollouts.mask)
-        here = self._batch_of(batch, rollouts)
+        here = self._batch_of(batch, rollouts, known)
         every = self._of_all(here)
         for piece in self._observing:
             piece.observe(every)
@@ -248,7 +253,10 @@ class RecipeTrainer(RolloutTrainer):
             mine = self.own_rows(advantages, rows)[:, : rollouts.length]
             return self._gathered(self._called(piece, here, mine))
 
-        advantages, kept = decide(recipe, every, found, self._called, weigh)
+        advantages, kept, weights = decide(recipe, every, found, self._called, weigh)
+        if self._watch is not None:
+            self._watch.batch = every
+            self._watch.columns |= {"weight": weights, "kept": kept}
         if recipe.of("rollouts", "tokens"):
             share = kept.sum() / every.mask.sum().clamp(min=1)
             self._metrics["train"]["recipe/tokens_trained"].append(share.item())
@@ -268,7 +276,7 @@ class RecipeTrainer(RolloutTrainer):
         last = ids.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
         return ~torch.isin(last, torch.tensor(self.eos_token_ids, device=ids.device)) | (lengths == 0)
 
-    def _batch_of(self, batch: dict[str, Any], rollouts: Rollouts) -> RolloutBatch:
+    def _batch_of(self, batch: dict[str, Any], rollouts: Rollouts, known: Any = None) -> RolloutBatch:
         rows, step = len(rollouts.mask), self._progress
         rewards = self.sequence_rewards()
         groups = torch.arange(len(rewards), device=rewards.device) // self.num_generations
@@ -281,15 +289,17 @@ class RecipeTrainer(RolloutTrainer):
             truncated=self._truncated(batch),
         )
         if self.recipe.needs & {"logps", "entropies"}:
-            with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-                found.logps, found.entropies, _ = self._get_per_token_logps_and_entropies(
-                    self.model,
-                    rollouts.ids,
-                    rollouts.attention,
-                    rollouts.length,
-                    batch_size=self.args.per_device_train_batch_size,
-                    compute_entropy=True,
-                )
+            if known is None:
+                with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+                    known = self._get_per_token_logps_and_entropies(
+                        self.model,
+                        rollouts.ids,
+                        rollouts.attention,
+                        rollouts.length,
+                        batch_size=self.args.per_device_train_batch_size,
+                        compute_entropy=True,
+                    )
+            found.logps, found.entropies = known[:2]
             entropy = masked_mean(found.entropies, rollouts.mask, dim=None)
             self._log("recipe/rollout_entropy", entropy, "train")
         if "distributions" in self.recipe.needs:
@@ -339,7 +349,8 @@ class RecipeTrainer(RolloutTrainer):
         every, inputs = inputs, self._without_empty_rows(inputs)
         bounds: tuple[Any, Any] = self.epsilon_low, self.epsilon_high
         # the advantages of this copy are read after the forward, in which ratio weights change them
-        self._update = dict(inputs) if self.recipe.of("clip", "ratio_weight") else None
+        observing = self._watch is not None or self.recipe.of("clip", "ratio_weight")
+        self._update = dict(inputs) if observing else None
         try:
             loss = super()._compute_loss(model, inputs if self._update is None else self._update)
         finally:
@@ -355,7 +366,8 @@ class RecipeTrainer(RolloutTrainer):
         Processes must gather equal numbers of rows, so with several of them all rows stay.
         """
         chosen = self.recipe.of("rollouts", "tokens") and self.recipe.divisor == "kept"
-        if not chosen or self.loss_type not in TOTALS or self.accelerator.num_processes > 1:
+        whole = self._watch is not None or self.accelerator.num_processes > 1
+        if not chosen or self.loss_type not in TOTALS or whole:
             return inputs
         full = (inputs["completion_mask"] * inputs["tool_mask"]).any(1)
         rows = full.nonzero()[:, 0]
@@ -368,8 +380,13 @@ class RecipeTrainer(RolloutTrainer):
 
         return {name: of_rows(value) for name, value in inputs.items()}
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if keeping := self._scored is not None and model is self.model:
+            kwargs["compute_entropy"] = True
+        found = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        if keeping:
+            assert self._scored is not None
+            self._scored.append(found[:2])
         if self._update is not None:
             self._observe(found[0].detach(), found[1].detach())
         return found
@@ -386,8 +403,12 @@ class RecipeTrainer(RolloutTrainer):
         if (clip := self.recipe.one("clip")) is not None:
             low, high = clip(update, low, high)
             self.epsilon_low, self.epsilon_high = low, high
+        weights = torch.ones_like(logps)
         for piece in self.recipe.of("ratio_weight"):
-            inputs["advantages"] = advantages = advantages * self._called(piece, update, low, high)
+            weights = weights * self._called(piece, update, low, high)
+            inputs["advantages"] = advantages * weights
+        if self._watch is not None:
+            self._watch.columns |= {"entropy": entropies, "low": low, "high": high, "ratio_weight": weights}
 
     # -- checkpoints
     # ------------------------------------------------------------------------------------------------------

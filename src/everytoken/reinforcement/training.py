@@ -11,10 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..core.errors import BadInputError
+from ..core.errors import BadInputError, EverytokenError
 from ..core.quiet import quiet_training
 from ..core.settings import load_function
-from ..core.trace import TokenTrace
 from ..training.base import Training, TrainingContext, TrainingResult
 from ..training.config import TrainConfig, derive_config
 from ..training.datasets.arithmetic import is_correct, make_task, messages_of
@@ -118,6 +117,7 @@ def train_on_rollouts(name: str, config: RolloutTraining, method: Method, contex
     """
     from trl import GRPOConfig
 
+    from .pictures import group_pictures
     from .trainer import RecipeTrainer
 
     if (of_texts := getattr(method, "rows", None)) is None:
@@ -163,8 +163,18 @@ def train_on_rollouts(name: str, config: RolloutTraining, method: Method, contex
     }
     if any("recipe/tokens_trained" in entry for entry in logs):
         figures["share of tokens trained"] = mean("recipe/tokens_trained", logs)
-    traces = _traces(session, trainer, [row["prompt"] for row in answered])
-    return session.finish(trainer, figures, answered, before, traces, "advantage")
+    # what the pieces logged, and the single rewards where there are several
+    names = {name: "" for entry in logs for name in entry}
+    single = {name: "" for name in names if name.startswith("rewards/") and name.endswith("/mean")}
+    pieces = {name: "" for name in names if name.startswith("recipe/")}
+    session.metrics = {**METRICS, **(single if len(single) > 1 else {}), **pieces}
+    traces, pictures = [], {}
+    if trainer.accelerator.num_processes == 1:
+        try:
+            traces, pictures = group_pictures(trainer, trainer.train_dataset[0], session.tokenizer)
+        except EverytokenError as error:  # what was trained is saved all the same
+            session.notes.append(f"The report shows no rollouts: {error}")
+    return session.finish(trainer, figures, answered, before, traces, "advantage", pictures)
 
 
 def _rows_and_reward(
@@ -223,30 +233,3 @@ class TaskReward:
     def __call__(self, completions: list[Any], item: list[int], **_: Any) -> list[float]:
         texts = [completion_text(completion) for completion in completions]
         return [float(is_correct(self.task, self.task[at], text)) for at, text in zip(item, texts, strict=True)]
-
-
-def _traces(session: TrainingSession, trainer: Any, prompts: list[Prompt]) -> list[TokenTrace]:
-    """A group of rollouts of a held-out prompt with the advantages that the recipe gives their tokens."""
-    if trainer.accelerator.num_processes > 1:
-        return []
-    trainer.model.train()
-    rows = [dict(trainer.train_dataset[0]) for _ in range(trainer.num_generations)]
-    size, logged = trainer.num_generations, {key: list(value) for key, value in trainer._metrics["train"].items()}
-    batch = trainer._generate_and_score_completions(rows)
-    trainer._metrics["train"].clear()
-    trainer._metrics["train"].update(logged)
-    advantages = batch["advantages"]
-    mask = batch["completion_mask"].bool()
-    if advantages.dim() == 1:
-        advantages = advantages[:, None].expand(mask.shape)
-    kept = batch.get("tool_mask", batch["completion_mask"]).bool()
-    traces = []
-    for row in range(size):
-        ids = batch["completion_ids"][row][mask[row]].tolist()
-        if not ids:
-            continue
-        trace = TokenTrace(ids, title=f"rollout {row + 1} of one prompt", station="reinforcement")
-        trace.add("advantage", advantages[row][mask[row]].cpu().float())
-        trace.add("trained", kept[row][mask[row]].cpu().float())
-        traces.append(trace.with_text(session.tokenizer))
-    return traces

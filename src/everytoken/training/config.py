@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from ..core.errors import BadInputError
+from ..core.errors import BadInputError, UnknownNameError
 from ..core.settings import settable
 from .distributed import on_cpu
 
@@ -36,6 +36,8 @@ class TrainConfig:
         eval_share: share of the rows that is held out (at least one).
         save_steps: a checkpoint every so many steps; 0 for none but the last.
         log_steps: a point of the curves every so many steps.
+        report_to: where logs go besides the report: names of transformers' integrations, separated by commas
+            (``tensorboard``, ``wandb``, ``mlflow``).
         samples, sample_tokens: texts before and after, and their length.
         seed: of everything.
         resume: go on from the last checkpoint in the folder.
@@ -58,6 +60,7 @@ class TrainConfig:
     eval_share: float = 0.1
     save_steps: int = 0
     log_steps: int = 1
+    report_to: str = ""
     samples: int = 3
     sample_tokens: int = 32
     seed: int = 0
@@ -75,8 +78,14 @@ class TrainConfig:
             raise BadInputError(f"Unknown dtype {self.dtype!r}.", "Use float32 or bfloat16.")
         if not 0 < self.eval_share < 1:
             raise BadInputError(f"eval_share lies between 0 and 1; got {self.eval_share}.")
+        check_integrations(self.integrations)
         for kind in self.parts:
             self.part(kind)  # its own checks, before anything is loaded
+
+    @property
+    def integrations(self) -> list[str]:
+        """The names in ``report_to``."""
+        return [name.strip() for name in self.report_to.split(",") if name.strip()]
 
     def part(self, kind: type[Part]) -> Part:
         """A dataclass, with what this configuration carries of its settings; other fields keep their defaults."""
@@ -89,7 +98,7 @@ class TrainConfig:
         return dict(
             output_dir=str(folder),
             use_cpu=on_cpu(),
-            report_to=[],
+            report_to=self.integrations,
             logging_steps=self.log_steps,
             save_strategy="steps" if self.save_steps else "no",
             save_steps=self.save_steps or 1,
@@ -107,6 +116,25 @@ class TrainConfig:
             seed=self.seed,
             data_seed=self.seed,
         )
+
+
+def check_integrations(names: list[str]) -> None:
+    """Refuses a name that transformers does not know, and one whose library is not installed.
+
+    Raises:
+        UnknownNameError, BadInputError: such a name.
+    """
+    if not names:
+        return
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UnknownNameError("integration for report_to", name, INTEGRATION_TO_CALLBACK)
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (RuntimeError, ImportError) as error:
+            raise BadInputError(f"Logs cannot go to {name}: {error}", "Install it, or leave it out.") from error
 
 
 Config = TypeVar("Config", bound=TrainConfig)

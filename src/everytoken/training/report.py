@@ -35,6 +35,7 @@ def training_report(
     traces: Sequence[TokenTrace] = (),
     column: str | None = None,
     settings: Mapping[str, object] | None = None,
+    pictures: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes the report.
 
@@ -45,6 +46,7 @@ def training_report(
         traces: credit of fixed examples, chosen and rejected in turn: they are set side by side.
         column: the score shown first.
         settings: what the training was run with.
+        pictures: title -> HTML, taken as it is.
     """
     parts = [_STYLE, "<h2>Final evaluation</h2>", _table({name: f"{value:,.4g}" for name, value in figures.items()})]
     finite = {name: [(x, y) for x, y in points if isfinite(y)] for name, points in curves.items()}
@@ -65,6 +67,8 @@ def training_report(
     if settings:
         rows = _table({name: str(value) for name, value in settings.items()})
         parts.append(f"<details><summary>Settings</summary>{rows}</details>")
+    for name, drawn in (pictures or {}).items():
+        parts += [f"<h2>{escape(name)}</h2>", drawn]
     if traces:
         parts.append("<h2>Credit of every token</h2>")
     render_html(list(traces), path, column, title, before="\n".join(parts), beside=True)

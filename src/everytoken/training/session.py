@@ -135,6 +135,7 @@ class TrainingSession:
         before: list[str],
         traces: Sequence[TokenTrace],
         column: str | None,
+        pictures: Mapping[str, str] | None = None,
     ) -> TrainingResult:
         """Saves the model, writes ``training.json`` and ``report.html``.
 
@@ -145,6 +146,7 @@ class TrainingSession:
             before: those answers.
             traces: credit of fixed examples.
             column: the score of the traces that the report shows first.
+            pictures: title -> HTML, as for ``training_report``.
         """
         out = self.context.out
         save_whole(trainer, out / "model")
@@ -175,6 +177,7 @@ class TrainingSession:
                 traces,
                 column,
                 settings,
+                pictures,
             )
             record = out / "training.json"
             record.write_text(

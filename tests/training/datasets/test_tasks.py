@@ -80,3 +80,16 @@ def test_answers_of_mathematics_are_compared_by_math_verify(monkeypatch):
         monkeypatch.setitem(sys.modules, "math_verify", stub)
     found = math_reward(["1/2", "broken (", [{"role": "assistant", "content": "3"}]], answer=["1/2", "1", "4"])
     assert found == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.slow
+def test_answers_of_mathematics_by_math_verify_itself():
+    """`make test-verl` installs it."""
+    pytest.importorskip("math_verify")
+    cases = [
+        (r"So the answer is $\frac{1}{2}$.", "0.5", 1.0), (r"\boxed{x+1}", "1+x", 1.0), ("It is 12", "12", 1.0),
+        (r"$\sqrt{4}$", "2", 1.0), ("It is 12", "13", 0.0), ("no number", "3", 0.0), ("", "3", 0.0),
+        (r"$\frac{1}{$", "1", 0.0),
+    ]  # fmt: skip
+    texts, truth, expected = (list(column) for column in zip(*cases, strict=True))
+    assert math_reward(texts, answer=truth) == expected
