@@ -39,10 +39,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--ship", action="store_true", help="copy the model into the package when it is trained")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # the parts of a batch keep the cores busy
     try:
         config = VLMTraining(**parse_settings("the tiny model", VLMTraining, args.settings))
         began = time.time()

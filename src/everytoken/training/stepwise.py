@@ -2,6 +2,9 @@
 
 The data of a step must follow from its number alone (``core.rng.derive_seed``). Then a run that was cut and taken up
 again ends with the weights of an unbroken one.
+
+The batch of a step may come in parts. Each part is then computed by a thread of its own, forward and backward: small
+tensors keep two cores busy so, where torch's own threads would wait for each other after every operation.
 """
 
 from __future__ import annotations
@@ -9,8 +12,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import nn
@@ -21,6 +26,7 @@ from ..core.progress import Report, silent
 
 Loss = Callable[[int], torch.Tensor]
 """The loss of a step, from its number; its gradient reaches the trained weights."""
+Gradients = tuple[torch.Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Stage:
 
 def fit(
     model: nn.Module,
-    loss: Loss,
+    loss: Loss | Sequence[Loss],
     stage: Stage,
     folder: Path | None = None,
     report: Report = silent,
@@ -83,7 +89,7 @@ def fit(
 
     Args:
         model: its state dict is kept in checkpoints.
-        loss: called once a step, in training mode.
+        loss: called once a step, in training mode; or the losses of equal parts of the batch, whose mean counts.
         stage: steps and rates.
         folder: where the stage's checkpoint lies; None keeps none. A finished stage is only read.
         report: called with the stage, steps done and their number.
@@ -101,20 +107,25 @@ def fit(
     file = None if folder is None else folder / f"{stage.name}.checkpoint"
     start, curve = _restored(file, stage, model, optimizer)
     every, sums, began = max(1, stage.steps // 50), [0.0, 0.0], time.time()
+    parts = [loss] if callable(loss) else list(loss)
+    threads = ThreadPoolExecutor(len(parts))
     model.train()
     for step in range(start, stage.steps):
         for group in optimizer.param_groups:
             group["lr"] = stage.rate(step)
-        value = loss(step)
-        if not torch.isfinite(value):
-            raise BadInputError(
-                f"The loss of {stage.name} is {value.item()} at step {step}.", "Lower the learning rate."
-            )
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
+        if len(parts) == 1:
+            found = [_gradients(parts[0], step, learned)]
+        else:
+            found = list(threads.map(lambda part, step=step: _gradients(part, step, learned), parts))
+        value = sum(item for item, _ in found) / len(parts)
+        if not math.isfinite(value):
+            raise BadInputError(f"The loss of {stage.name} is {value} at step {step}.", "Lower the learning rate.")
+        for weight, *all_parts in zip(learned, *(gradients for _, gradients in found), strict=True):
+            there = [gradient for gradient in all_parts if gradient is not None]
+            weight.grad = torch.stack(there).sum(0) / len(parts) if there else None
         nn.utils.clip_grad_norm_(learned, stage.clip)
         optimizer.step()
-        sums = [sums[0] + float(value.detach()), sums[1] + 1]
+        sums = [sums[0] + value, sums[1] + 1]
         done = step + 1
         if done % every == 0 or done == stage.steps:
             curve.append((done, sums[0] / sums[1]))
@@ -123,8 +134,17 @@ def fit(
         if file is not None and (done == stage.steps or (done % save_every == 0 and time.time() - began > 10)):
             _keep(file, stage, done, model, optimizer, curve)
             began = time.time()
+    threads.shutdown()
     model.eval()
     return curve
+
+
+def _gradients(loss: Loss, step: int, weights: Sequence[nn.Parameter]) -> tuple[float, Gradients]:
+    """A part's loss and its gradients; nothing is added to the weights, which the threads share."""
+    with torch.enable_grad():  # whether gradients are wanted is known to the thread that asked only
+        value = loss(step)
+        gradients = torch.autograd.grad(value, weights, allow_unused=True)
+    return float(value.detach()), gradients
 
 
 def _keep(
@@ -149,7 +169,7 @@ def _restored(
         model.load_state_dict(state["model"])
         if state["optimizer"]:
             optimizer.load_state_dict(state["optimizer"])
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
         raise BadInputError(
             f"{file} cannot be gone on from: {error}", "Delete it, or train in another folder."
         ) from error

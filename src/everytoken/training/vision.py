@@ -58,6 +58,7 @@ class VLMTraining:
     Args:
         align_steps, align_batch: of the first stage.
         steps, batch: of the second.
+        parts: equal parts of every batch, each computed by a thread of its own.
         lr: the level of both.
         size, side, most, digits, clutter: of the scenes, see ``SceneMaker``.
         patch: pixels a side of the encoder's patches.
@@ -71,6 +72,7 @@ class VLMTraining:
     align_batch: int = 64
     steps: int = 1700
     batch: int = 48
+    parts: int = 2
     lr: float = 2e-3
     size: int = 64
     side: int = 14
@@ -83,6 +85,8 @@ class VLMTraining:
     def __post_init__(self) -> None:
         if min(self.align_steps, self.steps) < 1 or min(self.align_batch, self.batch) < 1:
             raise BadInputError("Steps and batches are 1 or more.")
+        if self.parts < 1 or self.batch % self.parts or self.align_batch % self.parts:
+            raise BadInputError(f"Batches of {self.align_batch} and {self.batch} have no {self.parts} equal parts.")
         if self.patch < 1 or self.size % self.patch:
             raise BadInputError(f"Patches of {self.patch} pixels do not tile {self.size}.", "Take a divisor.")
         self.maker(3, self.most)
@@ -170,19 +174,23 @@ def train_vlm(
     aligned = Stage("alignment", config.align_steps, config.lr)
     learned = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
     learned += [*model.get_input_embeddings().parameters()]
-    curves["alignment"] = fit(model, alignment_loss(model, config), aligned, folder, report, learned)
+    parts = range(config.parts)
+    losses = [alignment_loss(model, config, part) for part in parts]
+    curves["alignment"] = fit(model, losses, aligned, folder, report, learned)
     asked = Stage("questions", config.steps, config.lr)
-    curves["questions"] = fit(model, question_loss(model, config), asked, folder, report)
+    curves["questions"] = fit(model, [question_loss(model, config, part) for part in parts], asked, folder, report)
     return model.eval(), curves
 
 
-def alignment_loss(model: LlavaForConditionalGeneration, config: VLMTraining) -> Callable[[int], torch.Tensor]:
-    """The first stage's loss of a step."""
+def alignment_loss(
+    model: LlavaForConditionalGeneration, config: VLMTraining, part: int = 0
+) -> Callable[[int], torch.Tensor]:
+    """The first stage's loss of one part of a step."""
     colour_words = torch.tensor([IDS[word] for word in COLOURS])
     shape_words = torch.tensor([IDS[word] for word in SHAPES])
 
     def loss(step: int) -> torch.Tensor:
-        scenes = config.maker(3, config.most).draw(config.align_batch, config.seed, "alignment", step)
+        scenes = config.maker(3, config.most).draw(config.align_batch // config.parts, config.seed, "alignment", step, part)
         colours, shapes = (torch.from_numpy(item) for item in patch_labels(scenes, config.patch))
         features = image_features(model, pixel_values(scenes))
         table = model.get_input_embeddings().weight
@@ -195,13 +203,16 @@ def alignment_loss(model: LlavaForConditionalGeneration, config: VLMTraining) ->
     return loss
 
 
-def question_loss(model: LlavaForConditionalGeneration, config: VLMTraining) -> Callable[[int], torch.Tensor]:
-    """The second stage's loss of a step."""
+def question_loss(
+    model: LlavaForConditionalGeneration, config: VLMTraining, part: int = 0
+) -> Callable[[int], torch.Tensor]:
+    """The second stage's loss of one part of a step."""
     tokens = (config.size // config.patch) ** 2
 
     def loss(step: int) -> torch.Tensor:
-        scenes = config.curriculum(step / config.steps).draw(config.batch, config.seed, "questions", step)
-        questions = ask_all(scenes, config.seed, "questions", step, count=ANSWERED)
+        maker, count = config.curriculum(step / config.steps), config.batch // config.parts
+        scenes = maker.draw(count, config.seed, "questions", step, part)
+        questions = ask_all(scenes, config.seed, "questions", step, part, count=ANSWERED)
         result: torch.Tensor = model(**question_batch(scenes, questions, tokens)).loss
         return result
 

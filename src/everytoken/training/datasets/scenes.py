@@ -230,7 +230,7 @@ class SceneMaker:
         ):
             mask = shape_mask(shape, self.side)
             part = pixels[top : top + self.side, left : left + self.side]
-            part[mask] = np.array(COLOURS[colour]) + noise.integers(-18, 19, (int(mask.sum()), 3))
+            part[mask] = np.array(COLOURS[colour]) + noise.integers(-15, 16, (int(mask.sum()), 3))
             digit = None
             if self.digits:
                 number = rng.randrange(10)
