@@ -67,7 +67,8 @@ def reduce_tokens(
         BadInputError: two blocks at once on one model. In the block: a prompt without images, a call that continues
             from a cache, and for a reducer inside the decoder also labels, beams, static caches and assisted decoding.
     """
-    check_reducer(model, reducer, positions)
+    family, used = check_reducer(model, reducer, positions)
+    gaps = used == "original" and not family.axes
     if "generate" in vars(model):
         raise BadInputError("This model is inside another reduce_tokens block already.", "Leave that one first.")
     run, own = ReducedRun(), threading.local()
@@ -102,7 +103,7 @@ def reduce_tokens(
             kwargs["input_ids"] = inputs
         check_fresh(kwargs)
         config = generation_config if generation_config is not None else model.generation_config
-        check_generate(reducer, config, kwargs, cut is not None, positions)
+        check_generate(reducer, config, kwargs, cut is not None, gaps)
         batch = reduced(kwargs)
         arguments = batch.arguments
         removed = batch.input_ids.shape[1] - arguments["input_ids"].shape[1]
@@ -147,15 +148,20 @@ def setting(config: Any, arguments: dict[str, Any], name: str) -> Any:
 
 
 def check_generate(
-    reducer: Reducer | DecoderReducer, config: Any, arguments: dict[str, Any], cuts: bool, positions: str | None
+    reducer: Reducer | DecoderReducer, config: Any, arguments: dict[str, Any], cuts: bool, gaps: bool
 ) -> None:
-    """Raises BadInputError for ways of generating that would silently go wrong; said before the encoder runs."""
+    """Raises BadInputError for ways of generating that would silently go wrong; said before the encoder runs.
+
+    Args:
+        cuts: the reducer cuts inside the decoder.
+        gaps: positions have gaps, which transformers takes for separate texts where there is neither mask nor cache.
+    """
     name = type(reducer).__name__
     mask, ids = arguments.get("attention_mask"), arguments.get("input_ids")
     pad = setting(config, arguments, "pad_token_id")
     if mask is None and pad is not None and ids is not None and bool((ids == pad).any()):
         raise BadInputError("The prompts contain the padding token but there is no attention_mask.", "Give the mask.")
-    if setting(config, arguments, "use_cache") is False and (cuts or positions == "original"):
+    if setting(config, arguments, "use_cache") is False and (cuts or gaps):
         raise BadInputError("Original positions and cuts inside the decoder need the cache.", "Drop use_cache=False.")
     if not cuts:
         return
