@@ -16,7 +16,7 @@ come back as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -147,6 +147,51 @@ class Reducer(Protocol):
 
     def reduce(self, features: torch.Tensor, context: ReductionContext) -> Reduction:
         """``features [N, d]`` -> what is left of them; raises BadInputError for what no reducer could work with."""
+        ...
+
+
+@dataclass
+class DecoderView:
+    """One prompt as a decoder layer hands it on, for the choice of what the next layers may see.
+
+    Attributes:
+        hidden: ``[L, d]`` hidden states of the tokens that are still there, without padding.
+        units: ``[L]``, the number of the image that a token belongs to, -1 for text.
+        segments: ``[L]``, the number of the part of the prompt (an image with its text), -1 for text before the first.
+        attention: layer -> ``[L]`` weights from the prompt's last token, averaged over heads.
+        totals: image -> how many tokens it had before any reduction.
+    """
+
+    hidden: torch.Tensor
+    units: torch.Tensor
+    segments: torch.Tensor
+    attention: dict[int, torch.Tensor]
+    totals: dict[int, int]
+
+
+@dataclass(frozen=True)
+class DecoderStage:
+    """A cut between two layers of the language model.
+
+    Attributes:
+        after: the layer (from 0) whose output is cut.
+        rows: the layers whose attention from the last token is needed, ``after`` the highest of them.
+        choose: a view -> ``[L]`` bool, True for what stays; text stays in any case.
+    """
+
+    after: int
+    rows: tuple[int, ...]
+    choose: Callable[[DecoderView], torch.Tensor]
+
+
+@runtime_checkable
+class DecoderReducer(Protocol):
+    """A reducer that (also) works inside the language model, at the prompt only."""
+
+    declares: ClassVar[Declaration]
+
+    def stages(self) -> Sequence[DecoderStage]:
+        """The cuts, in the order of their layers."""
         ...
 
 
