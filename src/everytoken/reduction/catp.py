@@ -1,7 +1,7 @@
 """CATP: prunes the image tokens of few-shot prompts by their text and by the query (Li and others, arXiv 2508.07871).
 
-A prompt is ``(I_1, T_1), ..., (I_n, T_n), (I_q, T_q)``: images, each with its text, the query last. A share ``R`` of all
-image tokens goes in two steps. Before the decoder, for every image, the greedy maximiser of ::
+A prompt is ``(I_1, T_1), ..., (I_n, T_n), (I_q, T_q)``: images, each with its text, the query last. A share ``R`` of
+all image tokens goes in two steps. Before the decoder, for every image, the greedy maximiser of ::
 
     F(Y) = sum_{x in X_i} max_{y in Y} s(y, x) + lambda1 sum_{y in Y} s(y, v_i),     |Y| = floor(S_i (1 - R/2))
 
@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 
 from ..core.errors import BadInputError
-from .base import DecoderStage, DecoderView, Declaration, Reduction, ReductionContext, check_features, selection
+from .base import Declaration, DecoderStage, DecoderView, Reduction, ReductionContext, check_features, selection
 
 SLACK = 1e-9
 """Shares such as 7/9 are no exact floats: without it 352 tokens would be 351."""
@@ -99,7 +99,7 @@ class CATP:
 
     Args:
         remove: R, the share of all image tokens to remove.
-        layer: K, the decoder layer (from 0) whose attention and output rank the demonstrations; K + 1 ranks the query's.
+        layer: K, the decoder layer (from 0) whose attention and output rank the demonstrations; K + 1 ranks the query.
         align_weight: lambda1, of the agreement with the image's text.
         relevance_weight: lambda2, of the similarity with the query.
         normalize: None adds growth and similarity as they are, ``"minmax"`` brings both to [0, 1].

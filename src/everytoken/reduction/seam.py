@@ -1,8 +1,8 @@
-"""``with reduce_tokens(model, DivPrune(keep=0.1)): model.generate(**inputs)``: fewer visual tokens in an unpatched model.
+"""``with reduce_tokens(model, DivPrune(keep=0.1)): model.generate(**inputs)``: fewer visual tokens, unpatched model.
 
 Inside the block the one model reduces the visual tokens of every prompt, in ``generate`` and in plain calls (training
-included); other models of the class do not, and behind the block nothing of it is left. Hooks of torch and transformers'
-own ``mm_encoder_outputs`` do it.
+included); other models of the class do not, and behind the block nothing of it is left. Hooks of torch and
+transformers' own ``mm_encoder_outputs`` do it.
 """
 
 from __future__ import annotations
