@@ -103,6 +103,7 @@ class CATP:
         align_weight: lambda1, of the agreement with the image's text.
         relevance_weight: lambda2, of the similarity with the query.
         normalize: None adds growth and similarity as they are, ``"minmax"`` brings both to [0, 1].
+        query_stage: cut the query's image behind layer K + 1; False leaves it as the first step does.
         context: ``"all"`` compares the query's image with all that is left of the demonstrations, ``"images"`` with
             their images only.
 
@@ -115,6 +116,7 @@ class CATP:
     align_weight: float = 0.7
     relevance_weight: float = 0.6
     normalize: str | None = None
+    query_stage: bool = True
     context: str = "all"
     declares: ClassVar[Declaration] = Declaration(
         where=("model input", "decoder"),
@@ -153,10 +155,8 @@ class CATP:
 
     def stages(self) -> list[DecoderStage]:
         """Behind layer K the demonstrations, behind layer K + 1 the query."""
-        return [
-            DecoderStage(self.layer, (self.layer - 1, self.layer), self._demonstrations),
-            DecoderStage(self.layer + 1, (), self._query),
-        ]
+        first = DecoderStage(self.layer, (self.layer - 1, self.layer), self._demonstrations)
+        return [first, DecoderStage(self.layer + 1, (), self._query)] if self.query_stage else [first]
 
     def _demonstrations(self, view: DecoderView) -> torch.Tensor:
         """Keeps what grows in attention and is relevant to the query, of all demonstrations together."""
