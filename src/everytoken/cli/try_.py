@@ -108,13 +108,8 @@ def try_method(
         else:
             from ..core.trace_html import render_html
 
-            render_html(
-                result.traces,
-                trace,
-                column or result.column,
-                title=f"everytoken try {card.slug}",
-                before="".join(result.pictures),
-            )
+            title, pictures = f"everytoken try {card.slug}", "".join(result.pictures)
+            render_html(result.traces, trace, column or result.column, title=title, before=pictures)
             written = [trace]
     if as_json:
         names = [str(path) for path in written]

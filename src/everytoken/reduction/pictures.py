@@ -28,7 +28,7 @@ SIDE = 256
 
 
 def image_of(pixel_values: torch.Tensor) -> Pixels:
-    """What the encoder saw, ``[3, H, W]`` in any normalisation, as ``[H, W, 3]`` bytes (stretched to the full range)."""
+    """What the encoder saw, ``[3, H, W]`` however normalised, as ``[H, W, 3]`` bytes stretched to the full range."""
     values = pixel_values.detach().float().cpu()
     low, high = float(values.min()), float(values.max())
     scaled = (values - low) / (high - low if high > low else 1.0)

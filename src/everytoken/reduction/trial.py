@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..core.errors import BadInputError, EverytokenError
-from ..core.rng import derive_seed
 from ..core.settings import check_file
 from ..core.trace import TokenTrace
 from ..core.vision import load_processor, load_vlm, resolve_vlm
 from ..decoding.trial import TrialRequest, TrialResult
-from ..training.datasets.scenes import SceneMaker
-from .base import Declaration, DecoderReducer, Reduction, ReductionContext, selection
+from ..training.datasets.scenes import IDS, IMAGE, SceneMaker, pixel_values
+from ..training.vision import held_out
+from .base import Declaration, DecoderReducer, Reduction, ReductionContext, check_features, selection
 from .inputs import ReducedInputs
 from .pictures import image_of, reduction_html
 from .seam import reduce_tokens
@@ -46,6 +46,7 @@ class RandomTokens:
 
     def reduce(self, features: torch.Tensor, context: ReductionContext) -> Reduction:
         """``features [N, d]`` -> a random subset in its order."""
+        check_features(features)
         count = max(1, min(len(features), round(self.keep * len(features))))
         return selection(features, torch.randperm(len(features), generator=context.generator)[:count])
 
@@ -115,14 +116,8 @@ def fitted(factory: Any, settings: dict[str, Any], model: PreTrainedModel, resul
 
 
 def _scenes(seed: int, model: PreTrainedModel) -> list[_Work]:
-    """Questions about scenes, one of each."""
-    import random
-
-    from ..training.datasets.scenes import IDS, IMAGE, pixel_values
-
-    scenes = SceneMaker().draw(QUESTIONS, seed, "trial")
-    rng = random.Random(derive_seed(seed, "trial questions"))
-    asked = [scene.ask(rng) for scene in scenes]
+    """Questions about scenes that no training sees, one of each."""
+    scenes, asked = held_out(QUESTIONS, seed + 1000, SceneMaker())
     works = []
     for start in range(0, QUESTIONS, BATCH):
         chosen = asked[start : start + BATCH]
