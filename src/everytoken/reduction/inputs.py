@@ -17,7 +17,7 @@ import torch
 from ..core.errors import BadInputError, UnsupportedModelError
 from .base import POSITIONS, EncoderReducer, Reducer, Reduction, ReductionContext
 from .capture import encoder_rows
-from .families import MODALITIES, Family, Unit, encoded, encoder_arguments, family_of, positions_of, take_back
+from .families import MODALITIES, Family, Unit, encoded, encoder_arguments, family_of, positions_of, square, take_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -186,7 +186,7 @@ def reduce_inputs(
         if rows is not None:
             context.cls_queries, context.keys = rows.of(number)
         result.totals[number], result.modalities[number] = totals[number], unit.modality
-        result.grids[number] = unit.grid
+        result.grids[number] = unit.grid if ready is None else square(totals[number])
         anchors = torch.arange(len(place), device=ids.device)
         features = unit.features
         if ready is not None or reduces:

@@ -45,7 +45,7 @@ class ReducedRun:
 @contextlib.contextmanager
 def reduce_tokens(
     model: PreTrainedModel,
-    reducer: Reducer | DecoderReducer,
+    reducer: Reducer,
     positions: str | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[ReducedRun]:
@@ -147,9 +147,7 @@ def setting(config: Any, arguments: dict[str, Any], name: str) -> Any:
     return arguments[name] if name in arguments else getattr(config, name, None)
 
 
-def check_generate(
-    reducer: Reducer | DecoderReducer, config: Any, arguments: dict[str, Any], cuts: bool, gaps: bool
-) -> None:
+def check_generate(reducer: Reducer, config: Any, arguments: dict[str, Any], cuts: bool, gaps: bool) -> None:
     """Raises BadInputError for ways of generating that would silently go wrong; said before the encoder runs.
 
     Args:

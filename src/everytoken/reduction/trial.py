@@ -18,7 +18,8 @@ from ..core.vision import load_processor, load_vlm, resolve_vlm
 from ..decoding.trial import TrialRequest, TrialResult
 from ..training.datasets.scenes import IDS, IMAGE, SceneMaker, pixel_values
 from ..training.vision import held_out
-from .base import Declaration, DecoderReducer, Reduction, ReductionContext, check_features, selection
+from .base import Declaration, Reduction, ReductionContext, check_features, selection
+from .families import family_of
 from .inputs import ReducedInputs
 from .pictures import image_of, reduction_html
 from .seam import reduce_tokens
@@ -90,7 +91,7 @@ def trial(request: TrialRequest) -> TrialResult:
     for item in request.trials:
         reducer = item.factory(**fitted(item.factory, item.settings, model, result))
         shares = [run.arm(item.name, reducer)]
-        if model.config.model_type in ("llava",) and reducer.declares.positions == "packed":
+        if len(request.trials) == 1 and reducer.declares.positions == "packed" and not family_of(model).axes:
             run.arm(f"{item.name}, original positions", reducer, positions="original", shown=False)
         if shares[0] < 1:
             name = RANDOM if len(request.trials) == 1 else f"{RANDOM} for {item.name}"
@@ -102,7 +103,7 @@ def fitted(factory: Any, settings: dict[str, Any], model: PreTrainedModel, resul
     """Settings for a model of few layers, where the user leaves the layer open; the change is noted."""
     known = {item.name: item for item in fields(factory)}
     depth = model.config.get_text_config().num_hidden_layers
-    if "layer" not in known or "layer" in settings or not issubclass(factory, DecoderReducer):
+    if "layer" not in known or "layer" in settings or not hasattr(factory, "stages"):
         return settings
     default = known["layer"].default
     fits = {"layer": 1}
@@ -210,9 +211,8 @@ class _Run:
         trace = TokenTrace([token] * reduction.total, title=f"{name}: the first image's tokens", station="reduction")
         groups = reduction.groups().tolist()
         columns = grid[1] if grid is not None else reduction.total
-        trace.texts = [
-            f"{i // columns},{i % columns} " + "\n" * (i % columns == columns - 1) for i in range(len(trace))
-        ]
+        ends = ["\n" if place % columns == columns - 1 else " " for place in range(len(trace))]
+        trace.texts = [f"{place // columns},{place % columns}{end}" for place, end in enumerate(ends)]
         trace.add("kept", ["kept" if group >= 0 else "dropped" for group in groups])
         trace.add("group", [None if group < 0 else group for group in groups])
         if reduction.scores is not None:
