@@ -59,7 +59,10 @@ def llava():
 
 def llava_next():
     config = LlavaNextConfig(
-        text_config=llama(), vision_config=clip(16, 4), image_token_index=IMAGE, image_grid_pinpoints=[[16, 32], [32, 32]]
+        text_config=llama(),
+        vision_config=clip(16, 4),
+        image_token_index=IMAGE,
+        image_grid_pinpoints=[[16, 32], [32, 32]],
     )
     return LlavaNextForConditionalGeneration(config)
 
@@ -91,7 +94,9 @@ def qwen(config_class, model_class, **vision):
         num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=None,
         rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
     )  # fmt: skip
-    vision = dict(depth=2, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, in_channels=3) | vision
+    vision = (
+        dict(depth=2, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, in_channels=3) | vision
+    )
     config = config_class(
         text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO,
         vision_start_token_id=START, vision_end_token_id=END,
@@ -150,8 +155,8 @@ def inputs_of(name, model):
     if name == "llava_next":
         sizes = torch.tensor([[32, 32], [16, 32], [20, 32]])
         features = model.model.get_image_features(
-            images((3, 5, 3, 16, 16)), image_sizes=sizes, vision_feature_layer=-2, vision_feature_select_strategy="default",
-            return_dict=True,
+            images((3, 5, 3, 16, 16)), image_sizes=sizes, vision_feature_layer=-2,
+            vision_feature_select_strategy="default", return_dict=True,
         ).pooler_output  # fmt: skip
         a, b, c = map(len, features)
         assert len({a, b, c}) == 3

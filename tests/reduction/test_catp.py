@@ -1,4 +1,4 @@
-"""CATP: its numbers by the sheet, greedy against exhaustive search, and the whole method against a masked full model."""
+"""CATP: its numbers by the sheet, greedy against exhaustive search, and the whole method against a masked model."""
 
 from __future__ import annotations
 
@@ -220,7 +220,9 @@ def test_the_whole_method_equals_a_masked_full_model(remove):
 @torch.no_grad()
 def test_removing_nothing_is_the_whole_model_bit_by_bit():
     model, inputs = few_shot()
-    plain = model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    plain = model.generate(
+        **inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
     with reduce_tokens(model, CATP(remove=0.0, layer=1)):
         same = model.generate(
             **inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True, output_logits=True

@@ -135,7 +135,9 @@ def test_one_prompt_without_padding_and_a_plain_call():
 def test_removing_nothing_changes_nothing():
     model = tiny("llava")
     inputs = inputs_of("llava", model)
-    plain = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    plain = model.generate(
+        **inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
     with reduce_tokens(model, FastV(layer=2, remove=0.0)):
         same = model.generate(
             **inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True
@@ -168,7 +170,7 @@ def test_the_pure_function_keeps_what_is_attended_to():
     [
         (lambda model: {"num_beams": 2}, "beams"),
         (lambda model: {"cache_implementation": "static"}, "only the dynamic cache"),
-        (lambda model: {"past_key_values": StaticCache(model.get_decoder().config, max_cache_len=99)}, "only the dynamic"),
+        (lambda model: {"past_key_values": StaticCache(model.get_decoder().config, 99)}, "dynamic cache"),
         (lambda model: {"assistant_model": model}, "assisted decoding"),
         (lambda model: {"prompt_lookup_num_tokens": 3}, "assisted decoding"),
         (lambda model: {"use_cache": False}, "need the cache"),

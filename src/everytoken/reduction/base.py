@@ -17,12 +17,16 @@ come back as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import torch
 
 from ..core.errors import BadInputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WHERE = ("encoder", "projector", "model input", "decoder")
 """Where a reducer can work: inside the vision encoder, in place of the projector, on the projected features before the
@@ -103,6 +107,7 @@ class Reduction:
         sizes: ``[M]``, how many old tokens each new one stands for.
         scores: ``[N]``, what decided, for pictures; None where there is no score of a token.
         total: N.
+        places: ``[M]`` ascending, the anchors where a reducer that combines names them itself; None for the rule below.
     """
 
     features: torch.Tensor
@@ -111,6 +116,7 @@ class Reduction:
     sizes: torch.Tensor
     total: int
     scores: torch.Tensor | None = None
+    places: torch.Tensor | None = None
 
     @property
     def anchors(self) -> torch.Tensor:
@@ -121,6 +127,8 @@ class Reduction:
         """
         if self.kept is not None:
             return self.kept
+        if self.places is not None:
+            return self.places
         assert self.assignment is not None
         first = (self.assignment != 0).int().argmax(-1)
         if bool((first[1:] > first[:-1]).all()):
@@ -192,6 +200,25 @@ class DecoderReducer(Protocol):
 
     def stages(self) -> Sequence[DecoderStage]:
         """The cuts, in the order of their layers."""
+        ...
+
+
+class EncoderRun(Protocol):
+    """What a reducer inside the encoder did in one pass."""
+
+    def reduction(self, image: int, features: torch.Tensor) -> Reduction:
+        """The reduction of one image, from the features ``[M, d]`` that the encoder returned for it."""
+        ...
+
+
+@runtime_checkable
+class EncoderReducer(Protocol):
+    """A reducer that works inside the vision encoder, so that the features come out fewer."""
+
+    declares: ClassVar[Declaration]
+
+    def inside(self, model: PreTrainedModel) -> AbstractContextManager[EncoderRun]:
+        """Works in the model's encoder inside the block."""
         ...
 
 

@@ -1,7 +1,7 @@
 """CATP: prunes the image tokens of few-shot prompts by their text and by the query (Li and others, arXiv 2508.07871).
 
-A prompt is ``(I_1, T_1), ..., (I_n, T_n), (I_q, T_q)``: images, each with its text, the query last. A share ``R`` of all
-image tokens goes in two steps. Before the decoder, for every image, the greedy maximiser of ::
+A prompt is ``(I_1, T_1), ..., (I_n, T_n), (I_q, T_q)``: images, each with its text, the query last. A share ``R`` of
+all image tokens goes in two steps. Before the decoder, for every image, the greedy maximiser of ::
 
     F(Y) = sum_{x in X_i} max_{y in Y} s(y, x) + lambda1 sum_{y in Y} s(y, v_i),     |Y| = floor(S_i (1 - R/2))
 
@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 
 from ..core.errors import BadInputError
-from .base import DecoderStage, DecoderView, Declaration, Reduction, ReductionContext, check_features, selection
+from .base import Declaration, DecoderStage, DecoderView, Reduction, ReductionContext, check_features, selection
 
 SLACK = 1e-9
 """Shares such as 7/9 are no exact floats: without it 352 tokens would be 351."""
@@ -99,10 +99,11 @@ class CATP:
 
     Args:
         remove: R, the share of all image tokens to remove.
-        layer: K, the decoder layer (from 0) whose attention and output rank the demonstrations; K + 1 ranks the query's.
+        layer: K, the decoder layer (from 0) whose attention and output rank the demonstrations; K + 1 ranks the query.
         align_weight: lambda1, of the agreement with the image's text.
         relevance_weight: lambda2, of the similarity with the query.
         normalize: None adds growth and similarity as they are, ``"minmax"`` brings both to [0, 1].
+        query_stage: cut the query's image behind layer K + 1; False leaves it as the first step does.
         context: ``"all"`` compares the query's image with all that is left of the demonstrations, ``"images"`` with
             their images only.
 
@@ -115,6 +116,7 @@ class CATP:
     align_weight: float = 0.7
     relevance_weight: float = 0.6
     normalize: str | None = None
+    query_stage: bool = True
     context: str = "all"
     declares: ClassVar[Declaration] = Declaration(
         where=("model input", "decoder"),
@@ -153,10 +155,8 @@ class CATP:
 
     def stages(self) -> list[DecoderStage]:
         """Behind layer K the demonstrations, behind layer K + 1 the query."""
-        return [
-            DecoderStage(self.layer, (self.layer - 1, self.layer), self._demonstrations),
-            DecoderStage(self.layer + 1, (), self._query),
-        ]
+        first = DecoderStage(self.layer, (self.layer - 1, self.layer), self._demonstrations)
+        return [first, DecoderStage(self.layer + 1, (), self._query)] if self.query_stage else [first]
 
     def _demonstrations(self, view: DecoderView) -> torch.Tensor:
         """Keeps what grows in attention and is relevant to the query, of all demonstrations together."""

@@ -130,9 +130,7 @@ class _Run:
             length = held.there.shape[1]
             causal = torch.ones(length, length, dtype=torch.bool, device=held.there.device).tril()
             # a row of padding sees itself: a softmax over nothing is not a number
-            return (causal & held.there[:, None, None]) | torch.eye(
-                length, dtype=torch.bool, device=held.there.device
-            )
+            return (causal & held.there[:, None, None]) | torch.eye(length, dtype=torch.bool, device=held.there.device)
         mask = mask.expand(len(held.places), -1, -1, -1)
         mask = mask.gather(-2, held.places[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))
         mask = mask.gather(-1, held.places[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))

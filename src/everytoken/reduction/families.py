@@ -59,7 +59,8 @@ class Family:
     summary: str = ""
 
 
-def _square(count: int) -> Grid:
+def square(count: int) -> Grid:
+    """The square grid of so many features, if there is one."""
     side = math.isqrt(count)
     return (side, side) if side * side == count else None
 
@@ -68,7 +69,7 @@ def _whole(
     config: PreTrainedConfig, pieces: Sequence[torch.Tensor], inputs: dict[str, Any], modality: str
 ) -> list[tuple[torch.Tensor, Grid]]:
     """One piece an image, a square grid."""
-    return [(piece, _square(len(piece))) for piece in pieces]
+    return [(piece, square(len(piece))) for piece in pieces]
 
 
 def _unknown(

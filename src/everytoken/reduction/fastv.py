@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from ..core.errors import BadInputError
-from .base import DecoderStage, DecoderView, Declaration, Reduction, ReductionContext, check_features, selection
+from .base import Declaration, DecoderStage, DecoderView, Reduction, ReductionContext, check_features, selection
 
 
 def top_indices(scores: torch.Tensor, count: int) -> torch.Tensor:

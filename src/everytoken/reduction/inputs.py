@@ -8,14 +8,16 @@ anew.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..core.errors import BadInputError, UnsupportedModelError
-from .base import POSITIONS, Reducer, Reduction, ReductionContext
-from .families import MODALITIES, Family, Unit, encoded, encoder_arguments, family_of, positions_of, take_back
+from .base import POSITIONS, EncoderReducer, Reducer, Reduction, ReductionContext
+from .capture import encoder_rows
+from .families import MODALITIES, Family, Unit, encoded, encoder_arguments, family_of, positions_of, square, take_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -157,15 +159,17 @@ def reduce_inputs(
     given = inputs.get("attention_mask")
     mask = torch.ones_like(ids, dtype=torch.bool) if given is None else given.bool()
     needs = reducer.declares.needs
-    if {"cls", "keys"} & set(needs):
-        from .capture import encoder_rows
-
-        with encoder_rows(model, reducer) as rows:
-            outputs, units, used = encoded(model, family, inputs)
-    else:
-        rows = None
+    reduces = "model input" in reducer.declares.where
+    rows = merged = None
+    with contextlib.ExitStack() as reads:
+        if isinstance(reducer, EncoderReducer):
+            merged = reads.enter_context(reducer.inside(model))
+        elif {"cls", "keys"} & set(needs):
+            rows = reads.enter_context(encoder_rows(model, reducer))
         outputs, units, used = encoded(model, family, inputs)
-    places, owners = _places(model, ids, units)
+    ready = None if merged is None else [merged.reduction(number, unit.features) for number, unit in enumerate(units)]
+    totals = [len(unit.features) for unit in units] if ready is None else [item.total for item in ready]
+    places, owners = _places(model, ids, units, totals)
     numbers = torch.full_like(ids, -1)
     for number, place in enumerate(places):
         numbers.view(-1)[place] = number
@@ -174,7 +178,6 @@ def reduce_inputs(
     result = ReducedInputs({}, ids, numbers, segments, ids, owners=dict(enumerate(owners)))
     keep = mask & ~visual
     chosen: dict[str, list[torch.Tensor]] = {modality: [] for modality in outputs}
-    reduces = "model input" in reducer.declares.where
     for number, unit in enumerate(units):
         row, place = owners[number], places[number]
         context = ReductionContext(unit.grid, generator=generator)
@@ -182,12 +185,12 @@ def reduce_inputs(
             context.text = _text_of(model, ids[row], mask[row], numbers[row], segments[row], number)
         if rows is not None:
             context.cls_queries, context.keys = rows.of(number)
-        result.totals[number], result.modalities[number] = len(unit.features), unit.modality
-        result.grids[number] = unit.grid
+        result.totals[number], result.modalities[number] = totals[number], unit.modality
+        result.grids[number] = unit.grid if ready is None else square(totals[number])
         anchors = torch.arange(len(place), device=ids.device)
         features = unit.features
-        if reduces:
-            reduction = reducer.reduce(unit.features, context)
+        if ready is not None or reduces:
+            reduction = reducer.reduce(unit.features, context) if ready is None else ready[number]
             result.reductions.append(reduction)
             anchors, features = reduction.anchors.to(ids.device), reduction.features
         chosen[unit.modality].append(features)
@@ -248,8 +251,13 @@ def check_aligned(inputs: dict[str, Any]) -> None:
             raise BadInputError(f"{name} has shape {tuple(inputs[name].shape)}, the prompts have {tuple(shape)}.")
 
 
-def _places(model: PreTrainedModel, ids: torch.Tensor, units: list[Unit]) -> tuple[list[torch.Tensor], list[int]]:
+def _places(
+    model: PreTrainedModel, ids: torch.Tensor, units: list[Unit], totals: list[int]
+) -> tuple[list[torch.Tensor], list[int]]:
     """The places of every unit's placeholders in the flattened batch, and its row.
+
+    Args:
+        totals: how many placeholders each unit has.
 
     Raises:
         BadInputError: as many features as placeholders are needed, and no image may lie in two prompts.
@@ -259,7 +267,7 @@ def _places(model: PreTrainedModel, ids: torch.Tensor, units: list[Unit]) -> tup
     for modality in dict.fromkeys(unit.modality for unit in units):
         token = getattr(model.config, f"{modality}_token_id")
         found = (ids == token).flatten().nonzero()[:, 0]
-        counts = [len(unit.features) for unit in units if unit.modality == modality]
+        counts = [total for unit, total in zip(units, totals, strict=True) if unit.modality == modality]
         if sum(counts) != len(found):
             raise BadInputError(
                 f"The prompts have {len(found)} places for {modality} features; the encoder returned {sum(counts)}.",

@@ -1,8 +1,8 @@
-"""``with reduce_tokens(model, DivPrune(keep=0.1)): model.generate(**inputs)``: fewer visual tokens in an unpatched model.
+"""``with reduce_tokens(model, DivPrune(keep=0.1)): model.generate(**inputs)``: fewer visual tokens, unpatched model.
 
 Inside the block the one model reduces the visual tokens of every prompt, in ``generate`` and in plain calls (training
-included); other models of the class do not, and behind the block nothing of it is left. Hooks of torch and transformers'
-own ``mm_encoder_outputs`` do it.
+included); other models of the class do not, and behind the block nothing of it is left. Hooks of torch and
+transformers' own ``mm_encoder_outputs`` do it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ReducedRun:
 @contextlib.contextmanager
 def reduce_tokens(
     model: PreTrainedModel,
-    reducer: Reducer | DecoderReducer,
+    reducer: Reducer,
     positions: str | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[ReducedRun]:
@@ -147,9 +147,7 @@ def setting(config: Any, arguments: dict[str, Any], name: str) -> Any:
     return arguments[name] if name in arguments else getattr(config, name, None)
 
 
-def check_generate(
-    reducer: Reducer | DecoderReducer, config: Any, arguments: dict[str, Any], cuts: bool, gaps: bool
-) -> None:
+def check_generate(reducer: Reducer, config: Any, arguments: dict[str, Any], cuts: bool, gaps: bool) -> None:
     """Raises BadInputError for ways of generating that would silently go wrong; said before the encoder runs.
 
     Args:
