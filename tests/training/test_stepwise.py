@@ -30,7 +30,9 @@ def test_the_rate_rises_holds_and_falls():
     stage = Stage("s", 100, 1.0, warmup=0.1, hold=0.6)
     assert stage.rate(0) == pytest.approx(1 / 11) and stage.rate(9) == pytest.approx(10 / 11)
     assert stage.rate(10) == stage.rate(59) == 1.0
-    assert stage.rate(80) == pytest.approx(0.5) and stage.rate(99) == pytest.approx(0.5 * (1 + math.cos(math.pi * 39 / 40)))
+    assert stage.rate(80) == pytest.approx(0.5) and stage.rate(99) == pytest.approx(
+        0.5 * (1 + math.cos(math.pi * 39 / 40))
+    )
     assert Stage("s", 10, 1.0, hold=1.0).rate(9) == 1.0
 
 

@@ -1,4 +1,4 @@
-"""Training of the tiny vision-language model: its stages do what they say, cheaply; the shipped one is tested in core."""
+"""Training of the tiny vision-language model: what its stages do, cheaply; the shipped one is tested in core."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ def test_keys_start_as_queries_and_embeddings_are_tied():
 
 
 def test_the_easy_scenes_come_first():
-    counts = [
-        {len(scene.things) for scene in SMALL.curriculum(share).draw(12, 0)} for share in (0.0, 0.1, 0.4, 0.9)
-    ]
+    counts = [{len(scene.things) for scene in SMALL.curriculum(share).draw(12, 0)} for share in (0.0, 0.1, 0.4, 0.9)]
     assert counts[0] == {1} and counts[1] == {2} and counts[2] <= {2, 3, 4} and counts[3] == {3, 4, 5}
 
 

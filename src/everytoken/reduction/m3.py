@@ -3,7 +3,8 @@
 The projected features X ``[g, g, d]`` of an image are averaged in blocks of k x k, for several k at once. Every coarser
 set is an average of the finer ones::
 
-    X^s = avg_pool2d(X, k),    s = (g / k)^2 tokens              loss = 1/|S| sum over s in S of CE(answer | X^s, question)
+    X^s = avg_pool2d(X, k),    s = (g / k)^2 tokens
+    loss = 1/|S| sum over s in S of CE(answer | X^s, question)
 
 There are no new weights. The encoder runs once for all scales. At inference ``MatryoshkaPool`` chooses the scale.
 """
@@ -264,8 +265,8 @@ def _shares(scales: Sequence[int], weights: Sequence[float] | None, batch: Batch
 class MatryoshkaMixin:
     """For transformers' trainers: the loss is the mean over ``scales``. Put it before the trainer::
 
-        class Trained(MatryoshkaMixin, Trainer):
-            scales = (576, 144, 36, 9, 1)
+    class Trained(MatryoshkaMixin, Trainer):
+        scales = (576, 144, 36, 9, 1)
     """
 
     scales: tuple[int, ...] = (576, 144, 36, 9, 1)
@@ -282,7 +283,7 @@ class MatryoshkaMixin:
             raise UnsupportedModelError(
                 "Outputs of several scales have no common form.", "Set prediction_loss_only=True."
             )
-        more = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        more: dict[str, Any] = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
         return matryoshka_loss(model, inputs, self.scales, **more)[0]
 
 
@@ -328,4 +329,3 @@ class GranularityReport:
         needed = [next((s for s in scales if self.right[s][i]), None) for i in range(self.count)]
         solved = sum(s is not None for s in needed) / self.count
         return solved, sum(scales[-1] if s is None else s for s in needed) / self.count
-

@@ -1,4 +1,4 @@
-"""Training a model on nested scales, ``everytoken train m3``: its own weights learn, nothing is added (arXiv 2405.17430).
+"""Training a model on nested scales, ``everytoken train m3`` (arXiv 2405.17430): its own weights learn, none are added.
 
 Without ``--data`` the shipped tiny model learns from scenes; the model named by ``--model`` (a LLaVA) learns from the
 questions of ``--data`` (see ``training.datasets.image_questions``). For a model of billions of weights the paper's rate
@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..core.errors import BadInputError
 from ..core.files import write_text_whole
+from ..core.progress import Report, silent
 from ..training.base import Training, TrainingContext, TrainingResult
 from ..training.stepwise import Stage, fit
 from ..training.vision import held_out, right_answers
 from ..training.vlm_files import scene_processor
 from .m3 import MatryoshkaPool, legal_scales, matryoshka_loss
-from .vision_training import VisionSettings, on_device, reads_scenes, reduced_forward, scene_maker, start
+from .vision_training import Questions, VisionSettings, on_device, reads_scenes, reduced_forward, scene_maker, start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,21 +93,7 @@ def run(config: M3Training, context: TrainingContext) -> TrainingResult:
             f"A grid of {side} x {side} cannot be averaged into {wrong[0]} tokens.",
             f"It makes: {', '.join(map(str, legal_scales(side)))}.",
         )
-    learned = list(model.parameters())
-    if not config.train_encoder:
-        frozen = set(model.base_model.vision_tower.parameters())
-        learned = [weight for weight in learned if weight not in frozen]
-
-    def loss_of(part: int) -> Callable[[int], torch.Tensor]:
-        def loss(step: int) -> torch.Tensor:
-            batch = questions.batch(config.batch // config.parts, "m3", step, part)
-            return matryoshka_loss(model, on_device(batch, model), scales)[0]
-
-        return loss
-
-    stage = Stage("m3", config.steps, config.lr, warmup=0.03, hold=0.5)
-    losses = [loss_of(part) for part in range(config.parts)]
-    curve = fit(model, losses, stage, context.out, context.report, learned, config.save_every)
+    curve = train_scales(model, questions, scales, config, context.out, context.report)
     figures = {"loss": curve[-1][1]}
     if reads_scenes(model) and context.data is None:
         figures |= {f"right answers with {s} tokens": share for s, share in by_scale(model, scales).items()}
@@ -116,6 +104,39 @@ def run(config: M3Training, context: TrainingContext) -> TrainingResult:
     write_text_whole(folder / "training.json", json.dumps(record, indent=1) + "\n")
     note = "Choose the number of tokens at every call: with reduce_tokens(load_vlm(folder), MatryoshkaPool(16)): ..."
     return TrainingResult(figures, [folder], [note])
+
+
+def train_scales(
+    model: PreTrainedModel,
+    questions: Questions,
+    scales: Sequence[int],
+    config: M3Training,
+    folder: Path | None = None,
+    report: Report = silent,
+) -> list[tuple[int, float]]:
+    """Trains a model on nested scales; the loss's curve.
+
+    Args:
+        questions: where batches come from.
+        scales: one or more; one alone is ordinary training with so many tokens.
+        config: rates and steps.
+        folder, report: as for ``training.stepwise.fit``.
+    """
+    learned = list(model.parameters())
+    if not config.train_encoder:
+        frozen = {id(weight) for weight in model.base_model.vision_tower.parameters()}
+        learned = [weight for weight in learned if id(weight) not in frozen]
+
+    def loss_of(part: int) -> Callable[[int], torch.Tensor]:
+        def loss(step: int) -> torch.Tensor:
+            batch = questions.batch(config.batch // config.parts, "m3", step, part)
+            return matryoshka_loss(model, on_device(batch, model), scales)[0]
+
+        return loss
+
+    stage = Stage("m3", config.steps, config.lr, warmup=0.03, hold=0.5)
+    losses = [loss_of(part) for part in range(config.parts)]
+    return fit(model, losses, stage, folder, report, learned, config.save_every)
 
 
 def by_scale(model: PreTrainedModel, scales: list[int], count: int = 256) -> dict[int, float]:

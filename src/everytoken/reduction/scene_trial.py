@@ -62,7 +62,8 @@ class SceneWork:
     def __post_init__(self) -> None:
         if self.request.prompt is not None or self.request.data is not None:
             raise BadInputError(
-                "This trial asks questions about scenes of its own.", "Leave --prompt and --data out; --seed draws others."
+                "This trial asks questions about scenes of its own.",
+                "Leave --prompt and --data out; --seed draws others.",
             )
 
     def run(self, name: str, arm: SceneArm) -> None:

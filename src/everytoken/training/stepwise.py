@@ -148,7 +148,12 @@ def _gradients(loss: Loss, step: int, weights: Sequence[nn.Parameter]) -> tuple[
 
 
 def _keep(
-    file: Path, stage: Stage, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, curve: list[tuple[int, float]]
+    file: Path,
+    stage: Stage,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    curve: list[tuple[int, float]],
 ) -> None:
     # a finished stage needs no optimizer any more
     kept = optimizer.state_dict() if step < stage.steps else {}

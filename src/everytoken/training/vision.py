@@ -5,9 +5,9 @@ projector, a Llama. Only the sizes are small. It learns in two stages.
 
 1. *Alignment*: every patch's projected feature, multiplied by the word embeddings, must name the colour and the shape
    that lie there; patches of the ground must be told from the others by the image word.
-2. *Questions*: eight questions with answers an image, loss on the answers. First scenes of one object, then of two, then
-   of more. The language model's key projections start as copies of its query projections, so that equal content attends
-   to equal content from the first step.
+2. *Questions*: eight questions with answers an image, loss on the answers. First scenes of one object, then of two,
+   then of more. The language model's key projections start as copies of its query projections, so that equal content
+   attends to equal content from the first step.
 
 Without the first stage, the copies and the easy scenes it guesses by the kind of question for a long time.
 """
@@ -28,13 +28,14 @@ from ..core.progress import Report, silent
 from ..core.rng import derive_seed, seed_everything
 from .datasets.scenes import (
     COLOURS,
+    END,
     IDS,
     IMAGE,
     PAD,
     SHAPES,
     START,
-    END,
     WORDS,
+    Labels,
     Question,
     Scene,
     SceneMaker,
@@ -186,21 +187,32 @@ def alignment_loss(
     model: LlavaForConditionalGeneration, config: VLMTraining, part: int = 0
 ) -> Callable[[int], torch.Tensor]:
     """The first stage's loss of one part of a step."""
-    colour_words = torch.tensor([IDS[word] for word in COLOURS])
-    shape_words = torch.tensor([IDS[word] for word in SHAPES])
 
     def loss(step: int) -> torch.Tensor:
-        scenes = config.maker(3, config.most).draw(config.align_batch // config.parts, config.seed, "alignment", step, part)
-        colours, shapes = (torch.from_numpy(item) for item in patch_labels(scenes, config.patch))
+        maker, count = config.maker(3, config.most), config.align_batch // config.parts
+        scenes = maker.draw(count, config.seed, "alignment", step, part)
         features = image_features(model, pixel_values(scenes))
-        table = model.get_input_embeddings().weight
-        there = colours >= 0
-        named = F.cross_entropy(features[there] @ table[colour_words].T, colours[there])
-        named = named + F.cross_entropy(features[there] @ table[shape_words].T, shapes[there])
-        ground = features @ table[IDS[IMAGE]]
-        return named + F.binary_cross_entropy_with_logits(ground, (~there).float())
+        return naming_loss(model, features, patch_labels(scenes, config.patch))
 
     return loss
+
+
+def naming_loss(
+    model: LlavaForConditionalGeneration, features: torch.Tensor, labels: tuple[Labels, Labels]
+) -> torch.Tensor:
+    """How badly features name what lies at their places.
+
+    Args:
+        features: ``[B, N, d]``, projected.
+        labels: colours and shapes ``[B, N]``, from ``patch_labels``.
+    """
+    colours, shapes = (torch.from_numpy(item).to(features.device) for item in labels)
+    table = model.get_input_embeddings().weight
+    there = colours >= 0
+    named = F.cross_entropy(features[there] @ table[[IDS[word] for word in COLOURS]].T, colours[there])
+    named = named + F.cross_entropy(features[there] @ table[[IDS[word] for word in SHAPES]].T, shapes[there])
+    ground = features @ table[IDS[IMAGE]]
+    return named + F.binary_cross_entropy_with_logits(ground, (~there).float())
 
 
 def question_loss(

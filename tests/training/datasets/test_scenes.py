@@ -132,7 +132,7 @@ def test_a_batch_learns_answers_and_ends_alone():
     asked = [[Question("shape?", "red", "disc"), Question("exists?", "blue", "no")]] * 2
     batch = question_batch(SCENES[:2], asked, 4)
     words = [[WORDS[token] for token in row] for row in batch["input_ids"].tolist()]
-    assert words[0] == [IMAGE] * 4 + "shape? red disc </s> exists? blue no </s>".split()
+    assert words[0] == [IMAGE] * 4 + ["shape?", "red", "disc", "</s>", "exists?", "blue", "no", "</s>"]
     learned = [WORDS[token] for token in batch["labels"][1].tolist() if token != -100]
     assert learned == ["disc", "</s>", "no", "</s>"]
     assert torch.equal(batch["labels"][1, [6, 7, 10, 11]], batch["input_ids"][1, [6, 7, 10, 11]])

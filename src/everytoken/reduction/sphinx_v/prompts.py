@@ -108,8 +108,8 @@ def encode_prompts(
         empty: the kind of slots without a prompt, where an image has none; else that of its last prompt.
 
     Raises:
-        BadInputError: more prompts than slots, a box without area or with its corners exchanged, or coordinates that are
-            no numbers or lie outside the image. The error names the prompt.
+        BadInputError: more prompts than slots, a box without area or with its corners exchanged, or coordinates that
+            are no numbers or lie outside the image. The error names the prompt.
     """
     if len(prompts) != len(sizes):
         raise BadInputError(f"There are prompts of {len(prompts)} images and sizes of {len(sizes)}.")

@@ -195,9 +195,7 @@ def new_projector(
 
 
 @contextlib.contextmanager
-def packed(
-    model: PreTrainedModel, packer: TokenPacker | TokenPackerProjector
-) -> Iterator[TokenPackerProjector]:
+def packed(model: PreTrainedModel, packer: TokenPacker | TokenPackerProjector) -> Iterator[TokenPackerProjector]:
     """Inside the block the model projects its images with a TokenPacker.
 
     Args:

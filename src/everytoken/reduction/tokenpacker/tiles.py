@@ -1,13 +1,13 @@
 """Large images as a grid of cells and a thumbnail, as TokenPacker slices them (arXiv 2407.02392, section 3.3).
 
-An image of H x W pixels is cut into ``rows x columns`` cells of r pixels a side. Of all grids with ``max_cells`` cells at
-most, the one is taken that covers most of its area and keeps the image's form::
+An image of H x W pixels is cut into ``rows x columns`` cells of r pixels a side. Of all grids with ``max_cells`` cells
+at most, the one is taken that covers most of its area and keeps the image's form::
 
     a = min(rows r / H, columns r / W)
     S = round(H a) round(W a) / (rows columns r^2)  +  0.1 IoU(grid, image)
 
-with the boxes of grid and image laid on one corner. The image is resized by a, padded with zeros at the bottom or right,
-and cut row by row. If there is more than one cell, a thumbnail of the whole image follows.
+with the boxes of grid and image laid on one corner. The image is resized by a, padded with zeros at the bottom or
+right, and cut row by row. If there is more than one cell, a thumbnail of the whole image follows.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def select_grid(height: int, width: int, max_cells: int = 9, cell: int = 336) ->
     """
     if min(height, width, cell) < 1:
         raise BadInputError(f"An image has one pixel at least a side; got {height} x {width}, cells of {cell}.")
-    return max(grids(max_cells), key=lambda grid: _score(height, width, *grid, cell))
+    return max(grids(max_cells), key=lambda grid: _score((height, width), grid, cell))
 
 
-def _score(height: int, width: int, rows: int, columns: int, cell: int) -> float:
-    tall, wide = rows * cell, columns * cell
+def _score(size: tuple[int, int], grid: tuple[int, int], cell: int) -> float:
+    (height, width), tall, wide = size, grid[0] * cell, grid[1] * cell
     ratio = min(tall / height, wide / width)
     covered = round(height * ratio) * round(width * ratio) / (tall * wide)
     common = min(tall, height) * min(wide, width)

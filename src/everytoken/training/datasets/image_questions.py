@@ -1,8 +1,8 @@
 """Questions about images from a user's file, as batches that a vision-language model learns from.
 
-A file is JSONL: ``{"image": "photos/1.png", "prompt": "What is it?", "answer": "A boat."}``. Paths of images are relative
-to the file. A prompt without the processor's image token gets it in front; write prompts as your model's chat template
-has them.
+A file is JSONL: ``{"image": "photos/1.png", "prompt": "What is it?", "answer": "A boat."}``. Paths of images are
+relative to the file. A prompt without the processor's image token gets it in front; write prompts as your
+model's chat template has them.
 """
 
 from __future__ import annotations

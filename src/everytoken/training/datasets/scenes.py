@@ -9,8 +9,8 @@ six shapes, and no colour or shape comes twice. A question has two words and its
     where? red      ->  top-left | top-right | bottom-left | bottom-right
     number? red     ->  seven         (only in scenes whose objects carry digits)
 
-``where?`` asks only for objects that lie clearly in one quarter. A text is the image's placeholders, then questions with
-answers, each followed by the end token.
+``where?`` asks only for objects that lie clearly in one quarter. A text is the image's placeholders, then questions
+with answers, each followed by the end token.
 
 Everything follows from the seed, the same on every machine.
 """
@@ -55,11 +55,22 @@ WORDS = (PAD, START, END, IMAGE, *COLOURS, *SHAPES, *KINDS, "yes", "no", *PLACES
 """The vocabulary; a word's id is its place."""
 IDS = {word: index for index, word in enumerate(WORDS)}
 CLEAR = 4
-"""An object lies clearly in a quarter if its centre is this many pixels from both middle lines (of 64; in proportion)."""
+"""An object lies clearly in a quarter if its centre is so many pixels from both middle lines (of 64; in proportion)."""
 MEAN, DEVIATION = 0.25, 0.25
 """Pixels from 0 to 1 are made alike by these, as the shipped processor does."""
 # digits of seven strokes, as on a calculator: top, top left, top right, middle, bottom left, bottom right, bottom
-_STROKES = ("1110111", "0010010", "1011101", "1011011", "0111010", "1101011", "1101111", "1010010", "1111111", "1111011")
+_STROKES = (
+    "1110111",
+    "0010010",
+    "1011101",
+    "1011011",
+    "0111010",
+    "1101011",
+    "1101111",
+    "1010010",
+    "1111111",
+    "1111011",
+)
 Mask = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 Labels = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
@@ -328,8 +339,8 @@ def question_batch(
         image_tokens: placeholders of an image.
 
     Returns:
-        ``pixel_values [B, 3, size, size]``, ``input_ids [B, T]``, ``attention_mask [B, T]`` and ``labels [B, T]``, which
-        are -100 but at answers and end tokens.
+        ``pixel_values [B, 3, size, size]``, ``input_ids [B, T]``, ``attention_mask [B, T]`` and ``labels [B, T]``,
+        which are -100 but at answers and end tokens.
     """
     import torch
 
