@@ -10,10 +10,11 @@ from everytoken.core.errors import BadInputError, MissingExtraError
 from everytoken.core.trace_html import render_html
 from everytoken.decoding.trial import Trial, TrialRequest
 from everytoken.reduction import trial as module
+from everytoken.reduction.baselines import RandomTokens
 from everytoken.reduction.catp import CATP
 from everytoken.reduction.divprune import DivPrune
 from everytoken.reduction.fastv import FastV
-from everytoken.reduction.trial import RandomTokens, fitted, trial
+from everytoken.reduction.trial import fitted, trial
 from everytoken.training.datasets.scenes import scene_tokenizer
 from everytoken.training.vision import new_vlm, vlm_config
 

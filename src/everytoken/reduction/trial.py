@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,7 +18,7 @@ from ..core.vision import load_processor, load_vlm, resolve_vlm
 from ..decoding.trial import TrialRequest, TrialResult
 from ..training.datasets.scenes import IDS, IMAGE, SceneMaker, pixel_values
 from ..training.vision import held_out
-from .base import Declaration, Reduction, ReductionContext, check_features, selection
+from .baselines import RandomTokens
 from .families import family_of
 from .inputs import ReducedInputs
 from .pictures import image_of, reduction_html
@@ -32,24 +32,6 @@ READS_IMAGES = True
 QUESTIONS, BATCH = 200, 50
 BASELINE, RANDOM = "all tokens", "random"
 PROMPT = "Describe the image."
-
-
-@dataclass
-class RandomTokens:
-    """Keeps random tokens: what every choice has to beat.
-
-    Args:
-        keep: the share to keep.
-    """
-
-    keep: float = 0.098
-    declares: ClassVar[Declaration] = Declaration(("model input",), "chance", "select", "fixed share", ("generator",))
-
-    def reduce(self, features: torch.Tensor, context: ReductionContext) -> Reduction:
-        """``features [N, d]`` -> a random subset in its order."""
-        check_features(features)
-        count = max(1, min(len(features), round(self.keep * len(features))))
-        return selection(features, torch.randperm(len(features), generator=context.generator)[:count])
 
 
 @dataclass
