@@ -87,7 +87,7 @@ def fitted(factory: Any, settings: dict[str, Any], model: PreTrainedModel, resul
     depth = model.config.get_text_config().num_hidden_layers
     if "layer" not in known or "layer" in settings or not hasattr(factory, "stages"):
         return settings
-    default = known["layer"].default
+    default: Any = known["layer"].default
     fits = {"layer": 1}
     if depth < 4 and "query_stage" in known:  # there is no layer behind the second cut
         fits["query_stage"] = False
