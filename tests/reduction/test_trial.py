@@ -49,6 +49,8 @@ def test_every_arm_answers_the_same_questions(untrained):
     assert [row["visual tokens"] for row in result.rows.values()] == [64, 16, 16, 16]
     assert all(0 <= row["accuracy"] <= 1 for row in result.rows.values())
     assert result.headline == "accuracy"
+    flops = [row["decoder MFLOPs, first prompt"] for row in result.rows.values()]
+    assert flops[0] > 2 * flops[1] == 2 * flops[3]
     (trace,) = result.traces
     assert len(trace) == 64 and trace.columns["kept"].count("kept") == 16
     assert trace.labels[9] == "1,1 "
@@ -61,8 +63,10 @@ def test_cuts_inside_the_decoder_are_counted_where_they_end(untrained):
     assert result.rows["catp"]["visual tokens"] == 39
     assert result.rows["fastv"]["visual tokens"] == 16
     assert result.rows["random for fastv"]["visual tokens"] == 16
-    assert "3 decoder layers: layer=1, query_stage=False instead of layer=6" in result.notes[0]
+    assert "3 decoder layers: CATP ran with layer=1, query_stage=False" in result.notes[0]
     assert fitted(CATP, {"layer": 2}, untrained, result) == {"layer": 2}
+    assert FastV.for_depth(3) == CATP.for_depth(8) == CATP.for_depth(4) == {"layer": 1}
+    assert not FastV.for_depth(4) and not CATP.for_depth(9)
 
 
 def test_an_image_of_the_users(untrained, tmp_path):
