@@ -299,3 +299,43 @@ def test_images_of_unequal_counts_are_not_copied_where_they_cannot():
             model.generate(**inputs, max_new_tokens=2, num_beams=2)
         assert model.generate(**inputs, max_new_tokens=2).shape[0] == 2
     assert len({len(item.features) for item in run.last.reductions}) > 1
+
+
+@torch.no_grad()
+def test_without_the_cache_the_text_is_the_same():
+    model = tiny("llava")
+    inputs = inputs_of("llava", model)
+    with reduce_tokens(model, DivPrune(keep=0.4)):
+        cached = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False, use_cache=False), cached)
+    with reduce_tokens(model, DivPrune(keep=0.4), positions="original"):
+        with pytest.raises(BadInputError, match="need the cache"):
+            model.generate(**inputs, max_new_tokens=3, use_cache=False)
+
+
+@torch.no_grad()
+def test_a_decoder_reads_the_shorter_prompt_or_says_what_it_lacks():
+    """``custom_generate`` inside the block: the same tokens as transformers' own loop, or a refusal by name."""
+    from everytoken.decoding.plain import PlainDecoding
+
+    model = tiny("llava")
+    inputs = {name: value[1:] for name, value in inputs_of("llava", model).items()}
+    inputs["pixel_values"] = inputs_of("llava", model)["pixel_values"][2:]
+    with reduce_tokens(model, DivPrune(keep=0.4)):
+        plain = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        try:
+            ours = model.generate(**inputs, max_new_tokens=3, do_sample=False, custom_generate=PlainDecoding())
+        except (BadInputError, UnsupportedModelError) as error:
+            assert "does not pass pixel_values or other media" in str(error)
+        else:
+            assert torch.equal(ours, plain)
+
+
+def test_positional_arguments_and_hidden_states():
+    model = tiny("llava")
+    inputs = inputs_of("llava", model)
+    with torch.no_grad(), reduce_tokens(model, DivPrune(keep=0.4)) as run:
+        named = model(**inputs, output_hidden_states=True)
+        placed = model(inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"])
+    assert torch.equal(named.logits, placed.logits)
+    assert named.hidden_states[0].shape[1] == run.last.index.shape[1]

@@ -138,6 +138,16 @@ class CATP:
         if self.context not in ("all", "images"):
             raise BadInputError(f"context is 'all' or 'images'; got {self.context!r}.")
 
+    @classmethod
+    def for_depth(cls, depth: int) -> dict[str, int | bool]:
+        """Settings for a decoder of so few layers that the usual one is too late; empty where it is not.
+
+        With fewer than four layers there is none behind the second cut.
+        """
+        if cls.layer + 2 < depth:
+            return {}
+        return {"layer": 1} if depth > 3 else {"layer": 1, "query_stage": False}
+
     def reduce(self, features: torch.Tensor, context: ReductionContext) -> Reduction:
         """The first step: ``features [N, d]`` with ``context.text [T, d]`` -> a subset that covers them and agrees with
         the text (which may be missing)."""

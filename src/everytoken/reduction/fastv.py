@@ -54,6 +54,11 @@ class FastV:
         if not 0 <= self.remove < 1:
             raise BadInputError(f"remove is a share from 0 to below 1; got {self.remove}.")
 
+    @classmethod
+    def for_depth(cls, depth: int) -> dict[str, int]:
+        """Settings for a decoder of so few layers that the usual one is too late; empty where it is not."""
+        return {} if cls.layer < depth else {"layer": 1}
+
     def reduce(self, features: torch.Tensor, context: ReductionContext) -> Reduction:
         """``features [N, d]`` with ``context.attention [N]`` -> those with the largest attention.
 

@@ -5,9 +5,9 @@ method's, on scenes with questions or on an image of the user's.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,9 +18,10 @@ from ..core.vision import load_processor, load_vlm, resolve_vlm
 from ..decoding.trial import TrialRequest, TrialResult
 from ..training.datasets.scenes import IDS, IMAGE, SceneMaker, pixel_values
 from ..training.vision import held_out
-from .base import Declaration, Reduction, ReductionContext, check_features, selection
+from .baselines import RandomTokens
 from .families import family_of
 from .inputs import ReducedInputs
+from .measure import cache_bytes, prefill_flops
 from .pictures import image_of, reduction_html
 from .seam import reduce_tokens
 
@@ -32,24 +33,6 @@ READS_IMAGES = True
 QUESTIONS, BATCH = 200, 50
 BASELINE, RANDOM = "all tokens", "random"
 PROMPT = "Describe the image."
-
-
-@dataclass
-class RandomTokens:
-    """Keeps random tokens: what every choice has to beat.
-
-    Args:
-        keep: the share to keep.
-    """
-
-    keep: float = 0.098
-    declares: ClassVar[Declaration] = Declaration(("model input",), "chance", "select", "fixed share", ("generator",))
-
-    def reduce(self, features: torch.Tensor, context: ReductionContext) -> Reduction:
-        """``features [N, d]`` -> a random subset in its order."""
-        check_features(features)
-        count = max(1, min(len(features), round(self.keep * len(features))))
-        return selection(features, torch.randperm(len(features), generator=context.generator)[:count])
 
 
 @dataclass
@@ -100,20 +83,15 @@ def trial(request: TrialRequest) -> TrialResult:
 
 
 def fitted(factory: Any, settings: dict[str, Any], model: PreTrainedModel, result: TrialResult) -> dict[str, Any]:
-    """Settings for a model of few layers, where the user leaves the layer open; the change is noted."""
-    known = {item.name: item for item in fields(factory)}
+    """Settings with what a method that cuts inside the decoder changes for one of few layers; changes are noted."""
     depth = model.config.get_text_config().num_hidden_layers
-    if "layer" not in known or "layer" in settings or not hasattr(factory, "stages"):
+    changes = factory.for_depth(depth) if hasattr(factory, "for_depth") else {}
+    if "layer" in settings or not changes:
         return settings
-    default = known["layer"].default
-    fits = {"layer": 1}
-    if depth < 4 and "query_stage" in known:  # there is no layer behind the second cut
-        fits["query_stage"] = False
-    if default + 2 >= depth:
-        said = ", ".join(f"{name}={value}" for name, value in fits.items() if name not in settings)
-        result.notes.append(f"The model has {depth} decoder layers: {said} instead of layer={default}.")
-        return fits | settings
-    return settings
+    changes = {name: value for name, value in changes.items() if name not in settings}
+    said = ", ".join(f"{name}={value}" for name, value in changes.items())
+    result.notes.append(f"The model has {depth} decoder layers: {factory.__name__} ran with {said}.")
+    return settings | changes
 
 
 def _scenes(seed: int, model: PreTrainedModel) -> list[_Work]:
@@ -171,6 +149,7 @@ class _Run:
         before = after = right = total = 0
         seconds = 0.0
         batch: ReducedInputs | None = None
+        lengths = [int(self.works[0].inputs["attention_mask"][0].sum())]
         for work in self.works:
             began = time.perf_counter()
             if reducer is None:
@@ -188,12 +167,19 @@ class _Run:
                 text = int((batch.index >= 0).sum()) - batch.tokens_after
                 last = max(run.lengths, default=-1)
                 after += batch.tokens_after if last < 0 else sum(run.lengths[last]) - text
+                lengths = [int((batch.index[0] >= 0).sum())] if last < 0 else [run.lengths[k][0] for k in run.lengths]
             new = output[:, work.inputs["input_ids"].shape[1] :]
             right += sum(int(row[0]) == answer for row, answer in zip(new.tolist(), work.answers, strict=False))
             total += len(new)
             self.result.texts.setdefault(name, self.processor.decode(new[0], skip_special_tokens=True))
         row = {"accuracy": right / total} if self.works[0].answers else {}
-        self.result.rows[name] = row | {"visual tokens": after / total, "ms a prompt": 1e3 * seconds / total}
+        config = self.model.config
+        self.result.rows[name] = row | {
+            "visual tokens": after / total,
+            "decoder MFLOPs, first prompt": prefill_flops(config, lengths) / 1e6,
+            "cache kB, first prompt": cache_bytes(config, lengths, self.model.dtype.itemsize) / 1e3,
+            "ms a prompt": 1e3 * seconds / total,
+        }
         if shown and batch is not None and batch.reductions:
             self.show(name, batch)
         return after / before

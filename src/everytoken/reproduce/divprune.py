@@ -1,7 +1,7 @@
 """Accuracy against tokens kept, for every reducer that needs no training, on the tiny model of scenes.
 
 One model answers the same questions with all 64 visual tokens and with 32, 16, 8 and 4 of them. DivPrune, random
-tokens, an even grid and average pooling work at the language model's input, in original positions (and DivPrune in
+tokens, an even grid and average pooling work at the language model's input, in original positions (the first two in
 packed ones too); FastV cuts behind the first decoder layer; ToMe merges inside the encoder. The same is done on
 cluttered scenes, where few patches are empty. Operations of the prefill and bytes of the cache are measured too.
 """
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 KEPT = (32, 16, 8, 4)
 TOTAL = 64
 ALL, DIVERSE, PACKED = "all tokens", "DivPrune", "DivPrune, packed"
-RANDOM, GRID, POOL, FASTV, TOME = "random", "even grid", "average pool", "FastV", "ToMe"
+RANDOM, RANDOM_PACKED, GRID = "random", "random, packed", "even grid"
+POOL, FASTV, TOME = "average pool", "FastV", "ToMe"
 BEDS = ("scenes", "cluttered scenes")
 Make = Callable[[int], "Reducer | None"]
 """Tokens to keep -> the reducer; None where it cannot keep so many."""
@@ -48,11 +49,11 @@ def reducers() -> dict[str, tuple[Make, str]]:
     import torch
 
     from ..reduction.base import Declaration, Reduction, ReductionContext, selection
+    from ..reduction.baselines import RandomTokens
     from ..reduction.divprune import DivPrune
     from ..reduction.fastv import FastV
     from ..reduction.m3 import MatryoshkaPool, legal_scales
     from ..reduction.tome import ToMe
-    from ..reduction.trial import RandomTokens
 
     @dataclasses.dataclass
     class EvenGrid:
@@ -77,6 +78,7 @@ def reducers() -> dict[str, tuple[Make, str]]:
         FASTV: (lambda kept: FastV(layer=1, remove=1 - kept / TOTAL), "original"),
         TOME: (merging, "packed"),
         RANDOM: (lambda kept: RandomTokens(keep=kept / TOTAL), "original"),
+        RANDOM_PACKED: (lambda kept: RandomTokens(keep=kept / TOTAL), "packed"),
         GRID: (EvenGrid, "original"),
         POOL: (lambda kept: MatryoshkaPool(kept) if kept in legal_scales(8) else None, "original"),
     }
@@ -101,7 +103,7 @@ def run(context: Context) -> Arms:
     from ..core.vision import load_vlm
     from ..training.datasets.scenes import SceneMaker
 
-    count, kept = (160, (16, 4)) if context.quick else (1000, KEPT)
+    count, kept = (64, (16, 8)) if context.quick else (1000, KEPT)
     model = load_vlm(context.model, dtype="float32", device="cpu")
     makers: dict[str, SceneMaker] = {BEDS[0]: SceneMaker(), BEDS[1]: SceneMaker(clutter=24)}
     arms: Arms = {}
@@ -189,16 +191,20 @@ def curve_svg(result: Result, bed: str = BEDS[0]) -> str:
 
 
 def claims() -> list[Claim]:
+    """What is claimed on each bed."""
+    whole = "within 5 points of all tokens"
+    attention = "COCO CIDEr 0.96 against 0.06 of FastV"
     found = [
-        Claim(metric(BEDS[0], 16), DIVERSE, ALL, "0.96 of 1.10 CIDEr at 16% of the compute", "difference",
-              threshold=-0.05, why=WHY),
-        Claim(metric(BEDS[0], 16), DIVERSE, FASTV, "above attention-based pruning", "difference", why=WHY_FASTV),
-    ]  # fmt: skip
+        Claim(metric(BEDS[0], 8), DIVERSE, ALL, whole, "difference", threshold=-0.05, why=WHY),
+        Claim(metric(BEDS[0], 16), DIVERSE, ALL, whole, "difference", threshold=-0.05, why=WHY),
+        Claim(metric(BEDS[0], 8), PACKED, ALL, whole, "difference", threshold=-0.05, why=WHY),
+        Claim(metric(BEDS[0], 8), PACKED, RANDOM_PACKED, "above random choice", "difference", why=WHY),
+    ]
     for bed in BEDS:
         found += [
-            Claim(metric(bed, 4), DIVERSE, RANDOM, "above random tokens", "difference", why=WHY),
+            Claim(metric(bed, 8), DIVERSE, RANDOM, "above random choice", "difference", why=WHY),
             Claim(metric(bed, 16), DIVERSE, GRID, "above a fixed grid", "difference", why=WHY),
-            Claim(metric(bed, 4), DIVERSE, FASTV, "above attention-based pruning", "difference", why=WHY_FASTV),
+            Claim(metric(bed, 8), DIVERSE, FASTV, attention, "difference", why=WHY_FASTV),
         ]
     return found
 

