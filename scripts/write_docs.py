@@ -179,6 +179,23 @@ def selection_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def reducers_table() -> str:
+    """What every reducer declares, from the cards and the exports of its station."""
+    import importlib
+
+    from everytoken.reduction.base import Reducer, comparison_table
+
+    paths = [card.implementation for card in load_catalog().values() if card.station == "reduction"]
+    paths += load_house()["reduction"].exports
+    found: dict[str, type[Reducer]] = {}
+    for path in filter(None, paths):
+        module, _, name = path.partition(":")
+        item = getattr(importlib.import_module(module), name)
+        if hasattr(item, "declares"):
+            found[name] = item
+    return comparison_table(sorted(found.items()))
+
+
 def draft_curve() -> str:
     """Held-out agreement of the shipped draft over its training, from the file beside its weights; stage 2 follows
     stage 1.
@@ -224,6 +241,8 @@ def main() -> None:
     measured, beds = load_results(ROOT / "results"), load_results(ROOT / "results" / "beds")
     (DOCS / "scoreboard.md").write_text(scoreboard(measured, beds), encoding="utf-8")
     (DOCS / "assets" / "tokenselect.md").write_text(selection_table(), encoding="utf-8")
+    (DOCS / "assets" / "reducers.md").write_text(reducers_table(), encoding="utf-8")
+    (DOCS / "assets" / "bench-reduction.md").write_text(bench_table("reduction"), encoding="utf-8")
     (DOCS / "assets" / "bench-attention.md").write_text(bench_table("attention"), encoding="utf-8")
     (DOCS / "assets" / "bench-preference.md").write_text(bench_table("preference"), encoding="utf-8")
     (DOCS / "assets" / "bench-generation.md").write_text(bench_table("generation"), encoding="utf-8")

@@ -21,7 +21,7 @@ from rich.text import Text
 from ..catalog.cards import Card, find_card
 from ..core.errors import BadInputError, UnknownNameError
 from ..core.progress import Report
-from ..core.settings import parse_settings, settable
+from ..core.settings import check_file, parse_settings, settable
 from ..decoding.trial import Trial, TrialResult
 from .output import print_json
 
@@ -65,6 +65,15 @@ def build_trial(card: Card, pairs: list[str], name: str | None = None, extra: di
     if not needed:  # nothing but settings (some methods are built around a tokenizer)
         factory(**settings)  # out-of-range values are refused now, not after the model has loaded
     return Trial(name or card.slug, factory, settings)
+
+
+def check_image(card: Card, image: Path | None) -> None:
+    """Refuses an image for methods that read none, and a file that is not there, before anything is loaded."""
+    if image is None:
+        return
+    if not getattr(sys.modules[card.load_trial().__module__], "READS_IMAGES", False):
+        raise BadInputError(f"{card.slug} takes no --image.", "Reducers of visual tokens do.")
+    check_file(image)
 
 
 def check_column(card: Card, trials: list[Trial], column: str | None) -> None:

@@ -17,6 +17,7 @@ from .common import (
     bars,
     build_trial,
     cards_of,
+    check_image,
     emit_json,
     method_names,
     options_from,
@@ -45,6 +46,7 @@ def compare(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Your text; default: an example.")] = None,
     data: Annotated[Path | None, typer.Option(help="Your data, as for `everytoken try`.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Reducers: your image, as for `everytoken try`.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the plot as an SVG file.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write all traces as one HTML file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
@@ -73,6 +75,7 @@ def compare(
         build_trial(card, pairs.split(",") if pairs else [], name)
         for card, (_, _, pairs), name in zip(cards, split, names, strict=True)
     ]
+    check_image(cards[0], image)
     check_ending(plot, "A plot", (".svg",))
     check_ending(trace, "Traces of several methods", (".html", ".htm"))
     check_files(plot, trace)
@@ -85,6 +88,7 @@ def compare(
         peer=peer,
         steps=steps,
         seed=seed,
+        image=None if image is None else str(image),
     )
     with watched(Console(stderr=True)) as (report, _):
         request = TrialRequest(trials, model, prompt, str(data) if data is not None else None, options, report=report)
@@ -94,7 +98,7 @@ def compare(
     if trace is not None:
         from ..core.trace_html import render_html
 
-        render_html(result.traces, trace, result.column, title="everytoken compare")
+        render_html(result.traces, trace, result.column, "everytoken compare", before="".join(result.pictures))
     if as_json:
         emit_json(result)
         return

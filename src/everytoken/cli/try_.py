@@ -18,6 +18,7 @@ from .common import (
     Weights,
     build_trial,
     check_column,
+    check_image,
     emit_json,
     method_names,
     options_from,
@@ -44,6 +45,7 @@ def try_method(
     data: Annotated[
         Path | None, typer.Option(help="Your data: text for tokenizers, JSONL pairs for preference losses.")
     ] = None,
+    image: Annotated[Path | None, typer.Option(help="Reducers: your image; default: scenes with questions.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the method, key=value; repeatable.")
     ] = None,
@@ -70,6 +72,7 @@ def try_method(
     given = {"schema": schema, "regex": regex, "grammar": grammar, "constraint": constraint}
     item = build_trial(card, settings or [], extra={key: value for key, value in given.items() if value is not None})
     check_column(card, [item], column)
+    check_image(card, image)
     check_ending(trace, "A trace", TRACES)
     check_files(trace)
     console = Console()
@@ -83,6 +86,7 @@ def try_method(
         peer=peer,
         steps=steps,
         seed=seed,
+        image=None if image is None else str(image),
     )
     with watched(Console(stderr=True)) as (report, quiet):
 
@@ -104,7 +108,8 @@ def try_method(
         else:
             from ..core.trace_html import render_html
 
-            render_html(result.traces, trace, column or result.column, title=f"everytoken try {card.slug}")
+            title, pictures = f"everytoken try {card.slug}", "".join(result.pictures)
+            render_html(result.traces, trace, column or result.column, title=title, before=pictures)
             written = [trace]
     if as_json:
         names = [str(path) for path in written]

@@ -50,7 +50,8 @@ _DAMAGED = ("SafetensorError", "Exception")
 """What safetensors and tokenizers raise for a file that they cannot parse; neither is an OSError or a ValueError."""
 
 
-def _hub_error(name: str, error: Exception) -> EverytokenError:
+def hub_error(name: str, error: Exception) -> EverytokenError:
+    """What a failed ``from_pretrained`` means for its user."""
     words = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if type(error).__name__ in _DAMAGED:
         return BadInputError(
@@ -92,10 +93,10 @@ def load_tokenizer(
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     except (OSError, ValueError) as error:
-        raise _hub_error(name, error) from error
+        raise hub_error(name, error) from error
     except Exception as error:
         if type(error).__name__ in _DAMAGED:  # tokenizers raises a bare Exception
-            raise _hub_error(name, error) from error
+            raise hub_error(name, error) from error
         raise
 
 
@@ -113,7 +114,7 @@ def load_config(model: str | os.PathLike[str] | None = None, trust_remote_code: 
         with quiet_transformers():
             return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise _hub_error(name, error) from error
+        raise hub_error(name, error) from error
 
 
 def load_model(
@@ -166,7 +167,7 @@ def load_model(
                 name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **kwargs
             )
     except (OSError, ValueError, SafetensorError) as error:
-        raise _hub_error(name, error) from error
+        raise hub_error(name, error) from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = loaded.to(device).eval()
     if packed or weights == "packed":

@@ -54,7 +54,7 @@ class TrialRequest:
         prompt: the user's text, or None for the station's own example.
         data: a file of the user's, or None.
         options: further options by name (``max_new_tokens``, ``temperature``, ``dtype``, ``seed``; ``weights`` and
-            ``calibrate``, see ``core.choosing``; ``peer``, see ``decoding.llama_cpp``).
+            ``calibrate``, see ``core.choosing``; ``peer``, see ``decoding.llama_cpp``; ``image``, a file).
         stream: called with pieces of text as they appear.
         report: called with ``(stage, done, total)``.
     """
@@ -79,6 +79,7 @@ class TrialResult:
         column: the trace column to colour.
         texts: method -> text, where there is one.
         notes: sentences worth saying.
+        pictures: pieces of HTML for the top of the trace's page.
     """
 
     rows: dict[str, dict[str, float]]
@@ -87,6 +88,7 @@ class TrialResult:
     column: str | None = None
     texts: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
 
     @property
     def baseline(self) -> str:

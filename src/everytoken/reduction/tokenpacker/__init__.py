@@ -1,0 +1,1 @@
+"""TokenPacker: a projector of fewer, finer tokens (arXiv 2407.02392)."""
