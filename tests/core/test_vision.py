@@ -30,7 +30,7 @@ def test_it_is_made_of_the_real_classes(shipped):
 
 
 def test_it_answers_what_it_was_trained_for(shipped):
-    scenes, questions = held_out(400, seed=7)
+    scenes, questions = held_out(200, seed=7)
     right = right_answers(shipped[0], scenes, questions)
     assert sum(right) / len(right) > 0.9
     for kind in KINDS:

@@ -59,6 +59,7 @@ class VLMTraining:
     Args:
         align_steps, align_batch: of the first stage.
         steps, batch: of the second.
+        more: steps behind these, from half the rate down to zero, on the hardest scenes.
         parts: equal parts of every batch, each computed by a thread of its own.
         lr: the level of both.
         size, side, most, digits, clutter: of the scenes, see ``SceneMaker``.
@@ -73,6 +74,7 @@ class VLMTraining:
     align_batch: int = 64
     steps: int = 1700
     batch: int = 48
+    more: int = 0
     parts: int = 2
     lr: float = 2e-3
     size: int = 64
@@ -84,7 +86,7 @@ class VLMTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.align_steps, self.steps) < 1 or min(self.align_batch, self.batch) < 1:
+        if min(self.align_steps, self.steps) < 1 or self.more < 0 or min(self.align_batch, self.batch) < 1:
             raise BadInputError("Steps and batches are 1 or more.")
         if self.parts < 1 or self.batch % self.parts or self.align_batch % self.parts:
             raise BadInputError(f"Batches of {self.align_batch} and {self.batch} have no {self.parts} equal parts.")
@@ -178,8 +180,12 @@ def train_vlm(
     parts = range(config.parts)
     losses = [alignment_loss(model, config, part) for part in parts]
     curves["alignment"] = fit(model, losses, aligned, folder, report, learned)
-    asked = Stage("questions", config.steps, config.lr)
-    curves["questions"] = fit(model, [question_loss(model, config, part) for part in parts], asked, folder, report)
+    asked = [question_loss(model, config, part) for part in parts]
+    curves["questions"] = fit(model, asked, Stage("questions", config.steps, config.lr), folder, report)
+    if config.more:
+        later = [question_loss(model, config, part, config.steps) for part in parts]
+        stage = Stage("more questions", config.more, config.lr / 2, warmup=0.02, hold=0.3)
+        curves["more questions"] = fit(model, later, stage, folder, report)
     return model.eval(), curves
 
 
@@ -216,12 +222,17 @@ def naming_loss(
 
 
 def question_loss(
-    model: LlavaForConditionalGeneration, config: VLMTraining, part: int = 0
+    model: LlavaForConditionalGeneration, config: VLMTraining, part: int = 0, behind: int = 0
 ) -> Callable[[int], torch.Tensor]:
-    """The second stage's loss of one part of a step."""
+    """The second stage's loss of one part of a step.
+
+    Args:
+        behind: steps that were made before the first.
+    """
     tokens = (config.size // config.patch) ** 2
 
     def loss(step: int) -> torch.Tensor:
+        step += behind
         maker, count = config.curriculum(step / config.steps), config.batch // config.parts
         scenes = maker.draw(count, config.seed, "questions", step, part)
         questions = ask_all(scenes, config.seed, "questions", step, part, count=ANSWERED)

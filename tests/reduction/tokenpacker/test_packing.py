@@ -7,15 +7,14 @@ import torch
 
 from everytoken.core.errors import BadInputError, UnsupportedModelError
 from everytoken.reduction.base import Reducer, ReductionContext
+from everytoken.reduction.changed_weights import read_changed, swapped
 from everytoken.reduction.tokenpacker.packing import (
     TokenPacker,
     check_llava,
     new_projector,
     packed,
     packed_processor,
-    read_changed,
     save_packer,
-    swapped,
 )
 from everytoken.testing.models import tiny_llama, tiny_llava
 

@@ -23,6 +23,7 @@ import torch
 from ...core.errors import BadInputError, UnsupportedModelError
 from ...core.weights import safetensors_file, weights_for
 from ..base import Declaration, Reduction, ReductionContext, check_features
+from ..changed_weights import read_changed, save_changed, swapped
 from .configuration_tokenpacker import QUERY_POOLS, TokenPackerConfig
 from .modeling_tokenpacker import TokenPackerProjector
 
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 KIND = "tokenpacker"
 """The kind of shipped weights."""
-CHANGED = "language_model.safetensors"
-"""Weights of the model that a training changed, beside those of the projector."""
 
 
 @dataclass
@@ -236,23 +235,6 @@ def packed(model: PreTrainedModel, packer: TokenPacker | TokenPackerProjector) -
         swapped(model, weights)
 
 
-@torch.no_grad()
-def swapped(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Writes weights into a model and returns what was there.
-
-    Raises:
-        BadInputError: a name or shape that the model has not.
-    """
-    own, before = dict(model.named_parameters()), {}
-    for name, value in weights.items():
-        if name not in own or own[name].shape != value.shape:
-            raise BadInputError(f"The model has no weights {name} of shape {tuple(value.shape)}.")
-    for name, value in weights.items():
-        before[name] = own[name].detach().clone()
-        own[name].copy_(value)
-    return before
-
-
 def packed_processor(processor: ProcessorMixin, projector: TokenPackerProjector) -> Any:
     """A processor that puts as many placeholders into a text as the projector makes tokens; the given one stays.
 
@@ -276,18 +258,6 @@ def save_packer(
     Args:
         changed: names and values of those weights; the language model's, as a rule.
     """
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     projector.save_pretrained(folder)
-    if changed:
-        save_file({name: value.detach().cpu().contiguous() for name, value in changed.items()}, folder / CHANGED)
-
-
-def read_changed(folder: Path) -> dict[str, torch.Tensor]:
-    """The model's weights that were trained with a projector; empty where there are none."""
-    if not (folder / CHANGED).is_file():
-        return {}
-    from safetensors.torch import load_file
-
-    return load_file(folder / CHANGED)
+    save_changed(folder, changed or {})
