@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ TEXTS = [
 ]
 
 
+@lru_cache
 def byte_bpe():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -70,13 +72,18 @@ def test_token_bytes_spell_the_text(text, embedded_tokenizer):
         assert spell(tokenizer, getattr(ids, "ids", ids)) == text.encode()
 
 
+@lru_cache
+def loaded_once():
+    from everytoken.core.loading import load_tokenizer
+
+    return load_tokenizer()
+
+
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 @settings(max_examples=60, deadline=None)
 @pytest.mark.slow
 def test_any_text_is_spelt_by_its_tokens(text):
-    from everytoken.core.loading import load_tokenizer
-
-    tokenizer = test_any_text_is_spelt_by_its_tokens.__dict__.setdefault("tokenizer", load_tokenizer())
+    tokenizer = loaded_once()
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     # this vocabulary lacks a few bytes (those that open planes of unassigned characters), and the tokenizer drops them
     assume(
@@ -136,7 +143,7 @@ def test_single_bytes_and_specials_never_split(embedded_tokenizer):
 @given(st.text(max_size=80), st.floats(0, 3), st.integers(0, 2**31))
 @settings(max_examples=80, deadline=None)
 def test_text_unchanged_and_length_grows_by_the_splits(text, prop, seed):
-    tokenizer = test_text_unchanged_and_length_grows_by_the_splits.__dict__.setdefault("tokenizer", byte_bpe())
+    tokenizer = byte_bpe()
     ids = tokenizer.encode(text).ids
     stochastok = StochasTok(tokenizer, expand_prop=prop)
     new = stochastok.expand(ids, seed)

@@ -87,10 +87,11 @@ def token_bytes(tokenizer: TokenizerLike) -> list[bytes | None]:
             f"{type(tokenizer).__name__} has no fast (tokenizers) backend.",
             "Load it with AutoTokenizer.from_pretrained.",
         )
-    vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+    size = backend.get_vocab_size(with_added_tokens=True)  # the vocabulary itself would be copied
     known = _TABLES.get(tokenizer)
-    if known is not None and known[0] == len(vocab):
+    if known is not None and known[0] == size:
         return known[1]
+    vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
     spec = json.loads(backend.to_str())
     special = {entry["id"] for entry in spec.get("added_tokens", []) if entry["special"]}
     added = {entry["id"] for entry in spec.get("added_tokens", [])}
@@ -126,7 +127,7 @@ def token_bytes(tokenizer: TokenizerLike) -> list[bytes | None]:
             literal = index in added and learned.get(token) != index
             table[index] = token.encode("utf-8") if literal else spell(token)
     if hasattr(tokenizer, "__weakref__"):
-        _TABLES[tokenizer] = (len(vocab), table)
+        _TABLES[tokenizer] = (size, table)
     return table
 
 
