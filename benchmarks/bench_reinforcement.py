@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 
-ROWS, GROUP, NEW, STEPS, ROUNDS, VOCAB = 8, 8, 32, 4, 2, 4096
+ROWS, GROUP, NEW, STEPS, ROUNDS, VOCAB = 8, 8, 24, 4, 2, 4096
 SECOND_PASS = 1.3
 """Goal for methods that read full distributions; 1.05 for the others."""
 
@@ -171,7 +171,7 @@ def main() -> None:
             {stock: statistics.median(v[i] for v in values) for stock, values in found.items()} for i in (0, 1)
         )
         wide = "distributions" in method.recipe().needs
-        memory = {stock: peak(name, stock) for stock in (True, False)} if name in ("thr", "tempo") else {}
+        memory = {stock: peak(name, stock) for stock in (True, False)} if name == "thr" else {}
         rows.append(
             {
                 "arm": f"{name} (against TRL's GRPO)",
