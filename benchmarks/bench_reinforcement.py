@@ -188,8 +188,8 @@ def main() -> None:
         f"{ROWS} rollouts of {NEW} tokens, each used for two updates, {ROUNDS} rounds of {STEPS - 1} batches for "
         f"each arm by turns, medians; one thread; load of the machine at the start {load:.1f}. Memory is the peak of a "
         "process that trains. TRL scores rollouts once here, as the old policy; methods that need entropies use those "
-        "scores. UloRL counts responses that do not end as wrong, so none teaches here and its updates are nearly empty; "
-        "D3S trains on a part.",
+        "scores. UloRL counts responses that do not end as wrong, so none teaches here and its updates are nearly "
+        "empty; D3S trains on a part.",
     )
 
 
