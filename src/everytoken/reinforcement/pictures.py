@@ -36,7 +36,8 @@ def group_pictures(
     sampling = recipe.one("temperature")
     processor = None if sampling is None else sampling.processor()  # as it is while these rollouts are written
     logged = {key: list(values) for key, values in trainer._metrics["train"].items()}
-    vars(trainer).setdefault("current_gradient_accumulation_steps", 1)  # missing where no step was left to train
+    if not hasattr(trainer, "current_gradient_accumulation_steps"):  # no step was left to train
+        trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     trainer._watch = watch = Watch()
     try:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..core.errors import BadInputError, EverytokenError
 from ..core.quiet import quiet_training
 from ..core.settings import load_function
+from ..core.trace import TokenTrace
 from ..training.base import Training, TrainingContext, TrainingResult
 from ..training.config import TrainConfig, derive_config
 from ..training.datasets.arithmetic import is_correct, make_task, messages_of
@@ -168,7 +169,8 @@ def train_on_rollouts(name: str, config: RolloutTraining, method: Method, contex
     single = {name: "" for name in names if name.startswith("rewards/") and name.endswith("/mean")}
     pieces = {name: "" for name in names if name.startswith("recipe/")}
     session.metrics = {**METRICS, **(single if len(single) > 1 else {}), **pieces}
-    traces, pictures = [], {}
+    traces: list[TokenTrace] = []
+    pictures: dict[str, str] = {}
     if trainer.accelerator.num_processes == 1:
         try:
             traces, pictures = group_pictures(trainer, trainer.train_dataset[0], session.tokenizer)

@@ -67,8 +67,8 @@ def training_report(
     if settings:
         rows = _table({name: str(value) for name, value in settings.items()})
         parts.append(f"<details><summary>Settings</summary>{rows}</details>")
-    for name, drawn in (pictures or {}).items():
-        parts += [f"<h2>{escape(name)}</h2>", drawn]
+    for name, picture in (pictures or {}).items():
+        parts += [f"<h2>{escape(name)}</h2>", picture]
     if traces:
         parts.append("<h2>Credit of every token</h2>")
     render_html(list(traces), path, column, title, before="\n".join(parts), beside=True)
