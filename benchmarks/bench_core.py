@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 from common import report
-from everytoken.core.loading import embedded_folder
+from everytoken.core.converted import embedded_folder
 
 LOAD = """
 import time, torch, transformers

@@ -22,7 +22,8 @@ import torch
 
 from common import report
 from everytoken.core.choosing import choose_weights
-from everytoken.core.loading import gguf_of, load_model, load_tokenizer
+from everytoken.core.converted import gguf_of
+from everytoken.core.loading import load_model, load_tokenizer
 from everytoken.core.scoring import encode_prompt
 from everytoken.decoding.llama_cpp import LlamaCpp, runs_beside
 from everytoken.decoding.plain import PlainDecoding

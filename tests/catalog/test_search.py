@@ -30,6 +30,7 @@ def test_paraphrases_by_words():
     assert recall(False, 3) >= 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_search_by_meaning(), reason="the search extra is not installed")
 def test_paraphrases_by_meaning():
     assert recall(True, 3) >= 0.9

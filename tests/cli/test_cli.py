@@ -213,6 +213,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
         assert "cannot be written: Read-only file system" in result.stderr.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_no_traceback(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device", "plot.svg")

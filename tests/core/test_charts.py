@@ -101,6 +101,7 @@ def test_names_are_text_and_never_formulas():
     assert "50 (1.00x) $" in texts(bars_svg({"a": 50.0}, "x", notes={"a": "50 (1.00x) $"}))
 
 
+@pytest.mark.slow
 @settings(max_examples=25)  # each draws a whole chart
 @given(low=st.floats(-100, 100), spread=st.floats(1e-3, 1e3))
 def test_labels_tell_ticks_apart(low, spread):

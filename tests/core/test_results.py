@@ -72,6 +72,7 @@ def test_intervals_of_ratios_cover_the_truth(fewer_draws, seeds, questions):
     assert coverage(draw, 1.5 * (math.exp(0.2**2 / 2) if questions > 1 else 1.0), "ratio") >= 178
 
 
+@pytest.mark.slow
 def test_shares_of_right_answers_are_covered(fewer_draws):
     def draw(generator):
         easy = generator.random((3, 200))

@@ -27,6 +27,7 @@ def lean_model(**settings):
 
 class TestPlainDecoding(DecoderConformance):
     decoders = (PlainDecoding,)
+    draws = 300
 
 
 @pytest.fixture

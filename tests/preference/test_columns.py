@@ -27,7 +27,7 @@ from .test_trainer import ROWS, first_batch, make
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     """Columns of these tests are kept in a folder of their own."""
-    monkeypatch.setattr("everytoken.core.loading.cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr("everytoken.core.converted.cache_dir", lambda: tmp_path / "cache")
 
 
 def guide():

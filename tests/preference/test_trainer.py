@@ -85,6 +85,7 @@ def test_tdpo_from_the_trainer_equals_the_plain_formula(tmp_path, embedded_token
     assert trainer._metrics["train"]["kl/rejected"][-1] == pytest.approx(d[4:].mean().item(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_training_moves_the_margin_and_resumes(tmp_path, embedded_tokenizer):
     trainer = make(
         tmp_path, embedded_tokenizer, TDPOLoss(), max_steps=8, save_strategy="steps", save_steps=4, learning_rate=3e-3

@@ -293,7 +293,7 @@ def test_the_reports_texts_are_answers_to_what_was_trained(place, tmp_path, monk
 
 def test_an_adapter_names_its_base_as_the_user_did(tmp_path):
     """Not where the base lay on this machine, which says nothing elsewhere."""
-    from everytoken.core.loading import EMBEDDED
+    from everytoken.core.converted import EMBEDDED
     from everytoken.training.session import name_base
 
     name_base(tmp_path, "org/model")  # a whole model has no adapter's file

@@ -63,7 +63,8 @@ def test_cuts_inside_the_decoder_are_counted_where_they_end(untrained):
     assert result.rows["catp"]["visual tokens"] == 39
     assert result.rows["fastv"]["visual tokens"] == 16
     assert result.rows["random for fastv"]["visual tokens"] == 16
-    assert "3 decoder layers: CATP ran with layer=1, query_stage=False" in result.notes[0]
+    assert "3 decoder layers: CATP ran with layer=1, query_stage=False" in result.notes[1]
+    assert "no demonstrations" in result.notes[0]
     assert fitted(CATP, {"layer": 2}, untrained, result) == {"layer": 2}
     assert FastV.for_depth(3) == CATP.for_depth(8) == CATP.for_depth(4) == {"layer": 1}
     assert not FastV.for_depth(4) and not CATP.for_depth(9)

@@ -195,6 +195,7 @@ def test_the_dual_clip_stops_the_gradient(tmp_path):
     assert trainer.model.lm_head.weight.grad.abs().max() == 0
 
 
+@pytest.mark.slow
 def test_all_parts_train_and_resume(tmp_path):
     method = HAPO(temperature_tau=0.5, stats="batch")
     changes = dict(max_steps=4, num_iterations=1, steps_per_generation=1, **method.arguments())

@@ -77,6 +77,7 @@ def test_weights():
     assert torch.equal(position_weights(divergence, ragged, 1.7), found * ragged)
 
 
+@pytest.mark.slow
 def test_alpha_one_is_grpo_and_other_weights_are_not(tmp_path):
     arguments = TWGRPO().arguments()
     trainers = [

@@ -24,7 +24,7 @@ def exported_decoders():
 class TestExportedDecoders(DecoderConformance):
     decoders = exported_decoders()
     further_marks = (pytest.mark.slow,)
-    draws = 200  # each decoder's own tests draw thousands
+    draws = 120  # each decoder's own tests draw thousands
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Plain(Decoder):
 
 class TestAnOutsideDecoder(DecoderConformance):
     decoders = (Plain,)
+    draws = 120
 
 
 def test_every_decoder_of_the_house_is_tested():

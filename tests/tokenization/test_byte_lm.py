@@ -73,7 +73,7 @@ def test_covers_equal_enumeration(kind, text, exact):
     assert lm.logprob(text) == pytest.approx(np.logaddexp.reduce(list(checked.values())), abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "byte-level" else pytest.mark.slow) for k in KINDS])
 def test_next_bytes_equal_enumeration(kind):
     lm = build_lm(kind, tolerance=0.0)
     for text in (b"", b"hel", b"a he") if kind == "byte-level" else (b"hel",):

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everytoken.core.loading import cache_dir, load_tokenizer
+from everytoken.core.converted import cache_dir
+from everytoken.core.loading import load_tokenizer
 from everytoken.tokenization.base import spell, token_bytes
 from everytoken.tokenization.byte_view import ByteView
 from everytoken.tokenization.dynamic_tokenization import DynamicTokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everytoken.core.errors import BadInputError
@@ -27,6 +27,7 @@ def trained(sizes=(0.4, 0.3, 0.2, 0.1)):
     return SupertokenTrainer(2000, sizes).train(corpus()[0].split("\n\n"))
 
 
+@settings(max_examples=25)
 @given(st.text(max_size=60))
 def test_any_text_comes_back(text):
     tokenizer = trained()

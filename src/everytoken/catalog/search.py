@@ -140,7 +140,7 @@ def by_meaning(query: str, cards: Sequence[Card]) -> list[tuple[Card, float]]:
     """
     import numpy as np
 
-    from ..core.loading import cache_dir
+    from ..core.converted import cache_dir
 
     texts = [f"{card.title}. {card.summary}" for card in cards]
     key = hashlib.sha256("\x1f".join(texts).encode()).hexdigest()[:16]

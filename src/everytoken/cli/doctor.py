@@ -81,8 +81,7 @@ def _weights(note: Any) -> None:
 
 
 def _caches(note: Any) -> None:
-    from ..core.errors import CacheError, EverytokenError
-    from ..core.loading import (
+    from ..core.converted import (
         CONVERTED_BYTES,
         cache_dir,
         check_writable,
@@ -90,6 +89,7 @@ def _caches(note: Any) -> None:
         embedded_places,
         folder_problem,
     )
+    from ..core.errors import CacheError, EverytokenError
 
     folder = cache_dir()
     try:
@@ -126,7 +126,7 @@ def _caches(note: Any) -> None:
 def _calibrations(note: Any) -> None:
     """What was measured on this machine, a line a model: milliseconds for 1, 8 and 64 tokens, the fastest way first."""
     from ..core.calibration import TABLE, kept
-    from ..core.loading import cache_dir
+    from ..core.converted import cache_dir
     from ..core.machine import processor
 
     mine = [item for item in kept(cache_dir()) if item.key.get("processor") == processor()]

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .calibration import NEEDED, SPREAD, Calibration, Curve, calibrate, lookup, machine_key, shape_hash
-from .loading import cache_dir, dtype_and_device, exact_in_4_bits, load_config, load_model
+from .converted import cache_dir, exact_in_4_bits
+from .loading import dtype_and_device, load_config, load_model
 from .progress import Report, silent
 
 if TYPE_CHECKING:

@@ -71,7 +71,7 @@ def embed_once(texts: Sequence[str], purpose: str, report: Report = silent) -> n
     """
     import numpy as np
 
-    from .loading import cache_dir
+    from .converted import cache_dir
 
     if len(texts) < WORTH_KEEPING:
         return embed(texts, purpose, report)

@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..core.converted import gguf_of
 from ..core.errors import BadInputError
-from ..core.loading import gguf_of
 
 NAME = "llama.cpp"
 PEERS = ("auto", "none", NAME)

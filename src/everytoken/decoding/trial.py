@@ -262,7 +262,7 @@ class _Work:
         """llama.cpp's row; loading the file is not part of the time."""
         import torch
 
-        from ..core.loading import gguf_of
+        from ..core.converted import gguf_of
         from .llama_cpp import NAME, LlamaCpp
 
         path, prompt = gguf_of(self.request.model), self.inputs["input_ids"][0].tolist()

@@ -55,8 +55,8 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
+from ..core.converted import check_model_name
 from ..core.errors import BadInputError
-from ..core.loading import check_model_name
 from ..core.pace import Pace, RunningCurve
 from ..core.settings import check_file
 from ..decoding.base import BY_NAME, Decoder, Example

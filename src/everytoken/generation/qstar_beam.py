@@ -21,9 +21,10 @@ from typing import Any, ClassVar
 import torch
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.converted import check_model_name
 from ..core.errors import BadInputError
 from ..core.implicit_reward import ImplicitReward
-from ..core.loading import check_model_name, load_model
+from ..core.loading import load_model
 from ..core.trace import TokenTrace
 from ..decoding.base import BY_NAME, Example
 from ..decoding.call import DecodingCall

@@ -28,8 +28,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.converted import check_model_name
 from ..core.errors import BadInputError, TokenizerMismatchError
-from ..core.loading import check_model_name, load_model
+from ..core.loading import load_model
 from ..decoding.base import BY_NAME, Decoder, Example
 from ..decoding.call import DecodingCall, DecodingStats
 from ..decoding.checks import check_decoder_only, check_same_vocabulary, check_unread, is_filled

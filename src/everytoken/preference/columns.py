@@ -159,7 +159,7 @@ def _kept(annotator: TokenAnnotator, examples: Sequence[Example], report: Report
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
-    from ..core.loading import cache_dir, check_writable
+    from ..core.converted import cache_dir, check_writable
 
     digest = hashlib.sha256(f"{annotator.fingerprint()}{autocast_name()}".encode())
     for item in examples:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.errors import BadInputError
-from ..core.loading import quiet_training
+from ..core.quiet import quiet_training
 from ..core.scoring import base_model
 from ..core.trace import TokenTrace
 from ..decoding.trial import TrialRequest, TrialResult

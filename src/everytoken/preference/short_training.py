@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 from trl import DPOConfig
 
-from ..core.loading import quiet_training
+from ..core.quiet import quiet_training
 from ..training.column_makers import ColumnSources, TokenAnnotator
 from ..training.quiet import ReportSteps, quiet_arguments, without_printer
 from .base import PreferenceLoss

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ..core.errors import BadInputError
-from ..core.loading import quiet_training
+from ..core.quiet import quiet_training
 from ..training.base import Training, TrainingContext, TrainingResult
 from ..training.column_makers import ColumnSources, TokenAnnotator, make_annotators
 from ..training.config import TrainConfig, derive_config

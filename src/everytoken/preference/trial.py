@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..core.errors import require
-from ..core.loading import quiet_training
+from ..core.quiet import quiet_training
 from ..decoding.trial import Trial, TrialRequest, TrialResult
 
 if TYPE_CHECKING:

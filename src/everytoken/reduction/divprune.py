@@ -28,6 +28,8 @@ METRICS = ("cosine", "l2", "l1")
 WHOLE = 4096
 """Up to so many tokens the matrix of distances is held whole (64 MiB in float32)."""
 BLOCK = 512
+MIRRORED = 256
+"""Blocks of the matrix are at least so wide."""
 
 
 def _prepared(features: torch.Tensor, metric: str) -> torch.Tensor:
@@ -36,19 +38,35 @@ def _prepared(features: torch.Tensor, metric: str) -> torch.Tensor:
     points = points if points.dtype == torch.float64 else points.float()
     if metric != "cosine":
         return points
-    norms = points.norm(dim=-1, keepdim=True)
-    return points / torch.where(norms > 0, norms, 1.0)
+    norms = torch.linalg.vector_norm(points, dim=-1, keepdim=True)
+    return points / norms.masked_fill_(norms == 0, 1.0)
 
 
 def _distances(points: torch.Tensor, rows: torch.Tensor, metric: str) -> torch.Tensor:
     """``[R, N]`` distances from the tokens ``rows`` to all tokens; a token's own is 0."""
     if metric == "cosine":
-        found = 1.0 - points[rows] @ points.T
+        found = (points[rows] @ points.T).neg_().add_(1.0)
     else:
         mode = "donot_use_mm_for_euclid_dist"  # exact for equal tokens
         found = torch.cdist(points[rows], points, p=2.0 if metric == "l2" else 1.0, compute_mode=mode)
     found[torch.arange(len(rows), device=points.device), rows] = 0.0
     return found
+
+
+def _all_distances(points: torch.Tensor, metric: str) -> torch.Tensor:
+    """``[N, N]``; half of the cosines are mirrored, for the product is most of the work."""
+    total = len(points)
+    if metric != "cosine":
+        return _distances(points, torch.arange(total, device=points.device), metric)
+    side = max(MIRRORED, -(-total // 8))
+    if total <= side:
+        return (points @ points.T).neg_().add_(1.0).fill_diagonal_(0.0)
+    matrix = points.new_empty(total, total)
+    for start in range(0, total, side):
+        rows = matrix[start : start + side, start:]
+        torch.mm(points[start : start + side], points[start:].T, out=rows)
+        matrix[start + side :, start : start + side] = rows[:, side:].T
+    return matrix.neg_().add_(1.0).fill_diagonal_(0.0)
 
 
 def max_min_diverse(
@@ -78,12 +96,14 @@ def max_min_diverse(
     if metric not in METRICS:
         raise BadInputError(f"metric is one of {', '.join(METRICS)}; got {metric!r}.")
     points = _prepared(features, metric)
-    every = torch.arange(total, device=points.device)
-    matrix = _distances(points, every, metric) if total <= whole else None
+    matrix = _all_distances(points, metric) if total <= whole else None
     isolation = points.new_zeros(total)
-    if total > 1:
-        for rows in every.split(total if matrix is not None else BLOCK):
-            block = _distances(points, rows, metric) if matrix is None else matrix.clone()
+    if total > 1 and matrix is not None:
+        isolation = matrix.fill_diagonal_(torch.inf).min(-1).values
+        matrix.fill_diagonal_(0.0)
+    elif total > 1:
+        for rows in torch.arange(total, device=points.device).split(BLOCK):
+            block = _distances(points, rows, metric)
             block[torch.arange(len(rows), device=points.device), rows] = torch.inf
             isolation[rows] = block.min(-1).values
     picks = torch.empty(count, dtype=torch.long, device=points.device)
@@ -94,8 +114,9 @@ def max_min_diverse(
         picks[number] = pick
         scores[pick] = open_scores[pick]
         row = matrix[pick] if matrix is not None else _distances(points, pick[None], metric)[0]
-        open_scores = row.clone() if number == 0 else torch.minimum(open_scores, row)
-        open_scores[picks[: number + 1]] = -torch.inf
+        # what is picked stays at minus infinity: a minimum never lifts it
+        open_scores = row.clone() if number == 0 else torch.minimum(open_scores, row, out=open_scores)
+        open_scores[pick] = -torch.inf
     return picks, torch.where(torch.isfinite(open_scores), open_scores, scores)
 
 

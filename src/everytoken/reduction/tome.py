@@ -69,12 +69,20 @@ def merge(values: torch.Tensor, sizes: torch.Tensor, owner: torch.Tensor) -> tup
     Returns:
         ``[I, M, d]`` and ``[I, M]``.
     """
-    count = int(owner.max()) + 1
-    new_sizes = sizes.new_zeros(len(sizes), count).scatter_add(1, owner, sizes)
-    weighted = values.float() * sizes[..., None]
-    places = owner[..., None].expand_as(weighted)
-    sums = weighted.new_zeros(len(values), count, values.shape[-1]).scatter_add(1, places, weighted)
-    return (sums / new_sizes[..., None]).to(values.dtype), new_sizes
+    images, total = owner.shape
+    count = int(owner[0].max()) + 1
+    new_sizes = sizes.new_zeros(images, count).scatter_add(1, owner, sizes)
+    every = torch.arange(total, device=owner.device).expand(images, -1)
+    first = torch.full((images, count), total, device=owner.device).scatter_reduce(1, owner, every, "amin")
+    # x = x_first + sum over the other parts of (size / new size) (x_part - x_first): few rows are touched
+    rows = torch.arange(images, device=owner.device)[:, None]
+    result = values.flatten(0, 1)[(first + rows * total).flatten()]
+    others = (first.gather(1, owner) == every).int().argsort(dim=-1, stable=True)[:, : total - count]
+    target = (owner.gather(1, others) + rows * count).flatten()
+    share = (sizes.gather(1, others) / new_sizes.flatten()[target].view_as(others)).flatten()[:, None]
+    parts = values.flatten(0, 1)[(others + rows * total).flatten()].float()
+    moved = (share * (parts - result[target].float())).to(values.dtype)
+    return result.index_add(0, target, moved).view(images, count, -1), new_sizes
 
 
 def unmerge(values: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:

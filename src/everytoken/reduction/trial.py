@@ -72,6 +72,8 @@ def trial(request: TrialRequest) -> TrialResult:
     run = _Run(request, model, processor, works, new_tokens, result)
     run.arm(BASELINE, None)
     for item in request.trials:
+        if "segments" in item.factory.declares.needs:
+            result.notes.append(f"{item.name}: these prompts hold one image, so that it has no demonstrations to rank.")
         reducer = item.factory(**fitted(item.factory, item.settings, model, result))
         shares = [run.arm(item.name, reducer)]
         if len(request.trials) == 1 and reducer.declares.positions == "packed" and not family_of(model).axes:

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from ..core.errors import BadInputError, UnknownNameError
-from ..core.loading import quiet_training
+from ..core.quiet import quiet_training
 from ..core.settings import load_function, settable
 from ..training.base import Training, TrainingContext, TrainingResult
 from .base import Recipe

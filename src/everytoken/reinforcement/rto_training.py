@@ -17,7 +17,7 @@ import torch
 
 from ..core.errors import BadInputError, require
 from ..core.implicit_reward import ImplicitReward
-from ..core.loading import quiet_training
+from ..core.quiet import quiet_training
 from ..core.scoring import prompt_ids, response_logps
 from ..core.settings import load_function
 from ..core.trace import TokenTrace

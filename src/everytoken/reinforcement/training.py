@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core.errors import BadInputError
-from ..core.loading import quiet_training
+from ..core.quiet import quiet_training
 from ..core.settings import load_function
 from ..core.trace import TokenTrace
 from ..training.base import Training, TrainingContext, TrainingResult

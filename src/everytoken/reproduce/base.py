@@ -403,7 +403,7 @@ def public_command(argv: Sequence[str]) -> str:
 
 def _kept(experiment: Reproduction, scale: Scale, model: str | None, weights: str | None = None) -> Path:
     """Where finished seeds and parts are kept: another place for another version, model or source text."""
-    from ..core.loading import cache_dir
+    from ..core.converted import cache_dir
 
     try:
         source = Path(inspect.getfile(experiment.run)).read_text(encoding="utf-8")

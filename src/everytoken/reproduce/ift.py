@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..core.loading import quiet_training
+from ..core.quiet import quiet_training
 from ..core.rng import derive_seed, seed_everything
 from ..training.datasets.sentiment import continuations
 from .base import Arms, Claim, Context, Reproduction

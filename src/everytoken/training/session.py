@@ -196,7 +196,7 @@ def name_base(folder: Path, model: str | None) -> None:
         folder: of the adapter; whole models are left as they are.
         model: as for ``load_model``.
     """
-    from ..core.loading import EMBEDDED
+    from ..core.converted import EMBEDDED
 
     file = folder / "adapter_config.json"
     if file.is_file():

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from ..core.errors import BadInputError
-from ..core.loading import quiet_training
 from ..core.logprobs import masked_sum
 from ..core.progress import Report, silent
+from ..core.quiet import quiet_training
 from .arguments import Refusals, check_arguments
 from .checkpoints import ResumingMixin
 from .datasets.messages import MessageTokenizer, prompts_as_messages

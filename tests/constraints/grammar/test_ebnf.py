@@ -125,6 +125,7 @@ def test_deep_nesting_is_an_error_and_long_chains_are_not():
     assert GrammarMatcher(compiled).accept_string("x" * 5000)  # of 2^40
 
 
+@pytest.mark.slow
 def test_bounded_repetitions_beyond_unrolling():
     compiled = compile_(Grammar.from_ebnf('root ::= "a"{99990,100003} "b"'))
     for count, inside in ((99_989, False), (99_990, True), (100_000, True), (100_003, True), (100_004, False)):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from everytoken.core.converted import exact_in_4_bits
 from everytoken.core.errors import BadInputError, UnsupportedModelError
 from everytoken.core.grouped.linear import group_linears
-from everytoken.core.loading import exact_in_4_bits, load_model
+from everytoken.core.loading import load_model
 from everytoken.testing.models import tiny_tokenizer
 
 from ..gguf_files import write_gguf

@@ -29,11 +29,11 @@ from everytoken.training.datasets.sentiment import SentimentData
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     """Built data goes to a folder of the test's own; the embedded model stays where it is."""
-    from everytoken.core import loading
+    from everytoken.core import converted, loading
 
-    folder = loading.embedded_folder()
+    folder = converted.embedded_folder()
     monkeypatch.setattr(loading, "embedded_folder", lambda *_args, **_kwargs: folder)
-    monkeypatch.setattr(loading, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(converted, "cache_dir", lambda: tmp_path / "cache")
     return tmp_path
 
 

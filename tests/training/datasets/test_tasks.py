@@ -18,9 +18,9 @@ from everytoken.training.datasets.tasks import TaskData, math_reward, task_rewar
 
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
-    from everytoken.core import loading
+    from everytoken.core import converted
 
-    monkeypatch.setattr(loading, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(converted, "cache_dir", lambda: tmp_path / "cache")
     return tmp_path
 
 

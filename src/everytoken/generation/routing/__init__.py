@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.errors import BadInputError
-from ...core.loading import quiet_transformers
+from ...core.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from .modeling_token_router import TokenRouter

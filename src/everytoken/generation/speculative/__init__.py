@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...core.converted import cache_dir
 from ...core.errors import EverytokenError, UnsupportedModelError
-from ...core.loading import cache_dir, load_model, quiet_transformers
+from ...core.loading import load_model
+from ...core.quiet import quiet_transformers
 from ...core.settings import read_text
 from ...core.weights import SAFETENSORS, check_no_pickle, weights_folder, weights_for
 

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypedDict
 
 import torch
 
+from ...core.converted import cache_dir
 from ...core.files import write_text_whole
 from ...core.implicit_reward import ImplicitReward
-from ...core.loading import cache_dir, load_model, load_tokenizer
+from ...core.loading import load_model, load_tokenizer
 from ...core.progress import Report, silent
 from ...core.results import Values
 from ...core.rng import derive_seed, seed_everything

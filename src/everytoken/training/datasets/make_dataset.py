@@ -75,7 +75,7 @@ def make_dataset(
         UnknownNameError: another kind.
         BadInputError: settings that give no pair.
     """
-    from ...core.loading import cache_dir, check_writable
+    from ...core.converted import cache_dir, check_writable
 
     if kind not in data_kinds():
         raise UnknownNameError("kind of data", kind, data_kinds())
