@@ -10,8 +10,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .converted import check_model_name
 from .errors import BadInputError, UnsupportedModelError, require
-from .loading import check_loading, check_model_name, hub_error, quiet_transformers
+from .loading import check_loading, hub_error
+from .quiet import quiet_transformers
 from .weights import check_no_pickle, weights_folder
 
 if TYPE_CHECKING:
