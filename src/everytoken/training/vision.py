@@ -1,7 +1,7 @@
 """A tiny vision-language model of transformers' own classes, trained on scenes in minutes on two cores.
 
 Everything that methods of vision-language models hook into is real: a CLIP encoder with its class token, LLaVA's
-projector, a Llama. Only the sizes are small. It learns in two stages.
+projector, a Llama. Only the sizes are small. It learns in stages.
 
 1. *Alignment*: every patch's projected feature, multiplied by the word embeddings, must name the colour and the shape
    that lie there; patches of the ground must be told from the others by the image word.
@@ -9,7 +9,9 @@ projector, a Llama. Only the sizes are small. It learns in two stages.
    then of more. The language model's key projections start as copies of its query projections, so that equal content
    attends to equal content from the first step.
 
-Without the first stage, the copies and the easy scenes it guesses by the kind of question for a long time.
+Without the first stage, the copies and the easy scenes it guesses by the kind of question for a long time. Two shorter
+stages may follow: more questions at a smaller rate, and questions while features must also name colour, shape and the
+quarter of the image. Without the last one the model learns slowly where things are.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from .datasets.scenes import (
     IDS,
     IMAGE,
     PAD,
+    PLACES,
     SHAPES,
     START,
     WORDS,
@@ -60,6 +63,7 @@ class VLMTraining:
         align_steps, align_batch: of the first stage.
         steps, batch: of the second.
         more: steps behind these, from half the rate down to zero, on the hardest scenes.
+        naming: steps behind those, as ``more``, in which features must also name colour, shape and quarter.
         parts: equal parts of every batch, each computed by a thread of its own.
         lr: the level of both.
         size, side, most, digits, clutter: of the scenes, see ``SceneMaker``.
@@ -75,6 +79,7 @@ class VLMTraining:
     steps: int = 1700
     batch: int = 48
     more: int = 0
+    naming: int = 0
     parts: int = 2
     lr: float = 2e-3
     size: int = 64
@@ -86,7 +91,11 @@ class VLMTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.align_steps, self.steps) < 1 or self.more < 0 or min(self.align_batch, self.batch) < 1:
+        if (
+            min(self.align_steps, self.steps) < 1
+            or min(self.more, self.naming) < 0
+            or min(self.align_batch, self.batch) < 1
+        ):
             raise BadInputError("Steps and batches are 1 or more.")
         if self.parts < 1 or self.batch % self.parts or self.align_batch % self.parts:
             raise BadInputError(f"Batches of {self.align_batch} and {self.batch} have no {self.parts} equal parts.")
@@ -186,6 +195,10 @@ def train_vlm(
         later = [question_loss(model, config, part, config.steps) for part in parts]
         stage = Stage("more questions", config.more, config.lr / 2, warmup=0.02, hold=0.3)
         curves["more questions"] = fit(model, later, stage, folder, report)
+    if config.naming:
+        last = [named_question_loss(model, config, part, config.steps + config.more) for part in parts]
+        stage = Stage("questions and names", config.naming, config.lr / 2, warmup=0.02, hold=0.3)
+        curves["questions and names"] = fit(model, last, stage, folder, report)
     return model.eval(), curves
 
 
@@ -204,19 +217,23 @@ def alignment_loss(
 
 
 def naming_loss(
-    model: LlavaForConditionalGeneration, features: torch.Tensor, labels: tuple[Labels, Labels]
+    model: LlavaForConditionalGeneration, features: torch.Tensor, labels: Sequence[Labels], quarters: bool = False
 ) -> torch.Tensor:
     """How badly features name what lies at their places.
 
     Args:
         features: ``[B, N, d]``, projected.
-        labels: colours and shapes ``[B, N]``, from ``patch_labels``.
+        labels: colours, shapes and quarters ``[B, N]``, from ``patch_labels``.
+        quarters: they must name the quarter of the image too.
     """
-    colours, shapes = (torch.from_numpy(item).to(features.device) for item in labels)
+    colours, shapes, places = (torch.from_numpy(item).to(features.device) for item in labels)
     table = model.get_input_embeddings().weight
     there = colours >= 0
     named = F.cross_entropy(features[there] @ table[[IDS[word] for word in COLOURS]].T, colours[there])
     named = named + F.cross_entropy(features[there] @ table[[IDS[word] for word in SHAPES]].T, shapes[there])
+    if quarters:
+        clear = places >= 0
+        named = named + F.cross_entropy(features[clear] @ table[[IDS[word] for word in PLACES]].T, places[clear])
     ground = features @ table[IDS[IMAGE]]
     return named + F.binary_cross_entropy_with_logits(ground, (~there).float())
 
@@ -238,6 +255,26 @@ def question_loss(
         questions = ask_all(scenes, config.seed, "questions", step, part, count=ANSWERED)
         result: torch.Tensor = model(**question_batch(scenes, questions, tokens)).loss
         return result
+
+    return loss
+
+
+def named_question_loss(
+    model: LlavaForConditionalGeneration, config: VLMTraining, part: int, behind: int
+) -> Callable[[int], torch.Tensor]:
+    """As ``question_loss`` on the hardest scenes, with what features must name, quarters included."""
+    tokens = (config.size // config.patch) ** 2
+
+    def loss(step: int) -> torch.Tensor:
+        maker, count = config.maker(3, config.most), config.batch // config.parts
+        scenes = maker.draw(count, config.seed, "questions", step + behind, part)
+        questions = ask_all(scenes, config.seed, "questions", step + behind, part, count=ANSWERED)
+        batch = question_batch(scenes, questions, tokens)
+        images = model.get_image_features(batch.pop("pixel_values"), return_dict=True)
+        features = torch.stack(list(images.pooler_output))
+        named = naming_loss(model, features, patch_labels(scenes, config.patch), quarters=True)
+        result: torch.Tensor = model(**batch, mm_encoder_outputs={"image": images}).loss
+        return result + named / 4
 
     return loss
 

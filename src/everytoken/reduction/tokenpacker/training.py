@@ -79,7 +79,7 @@ def run(config: TokenPackerTraining, context: TrainingContext) -> TrainingResult
     projector = new_projector(model, config.scale, query_pool=config.query_pool)
     if isinstance(questions, ImageQuestions):
         questions = ImageQuestions(packed_processor(processor, projector), questions.rows, config.seed)
-    figures, trained, curves = {}, {}, {}
+    figures: dict[str, float] = {}
     with packed(model, projector):
         trained, curves = train_projector(model, projector, questions, config, context.out, context.report)
         if context.data is None:
