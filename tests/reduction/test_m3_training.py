@@ -39,7 +39,7 @@ def images(folder, rows=3):
 def test_the_shipped_model_answers_at_every_scale_and_the_plain_one_does_not():
     trained, plain = load_vlm(weights_folder("scenes-vlm-m3")), load_vlm()
     nested, pooled = by_scale(trained, [64, 16, 4]), by_scale(plain, [16, 4])
-    assert nested[64] > 0.85
+    assert nested[64] > 0.8
     assert nested[16] > pooled[16] + 0.1 and nested[4] > pooled[4] + 0.1
 
 

@@ -9,9 +9,8 @@ projector, a Llama. Only the sizes are small. It learns in stages.
    then of more. The language model's key projections start as copies of its query projections, so that equal content
    attends to equal content from the first step.
 
-Without the first stage, the copies and the easy scenes it guesses by the kind of question for a long time. Shorter
-stages may follow: more questions at a smaller rate, and patches that must also name their quarter of the image, with
-questions again. Without the last one the model hardly learns what lies left and right.
+Without the first stage, the copies and the easy scenes it guesses by the kind of question for a long time. More
+questions at a smaller rate may follow.
 """
 
 from __future__ import annotations
@@ -63,8 +62,6 @@ class VLMTraining:
         align_steps, align_batch: of the first stage.
         steps, batch: of the second.
         more: steps behind these, from half the rate down to zero, on the hardest scenes.
-        places: steps behind those in which patches must also name their quarter of the image, with position embeddings
-            that start five times as large; then as many questions again.
         parts: equal parts of every batch, each computed by a thread of its own.
         lr: the level of both.
         size, side, most, digits, clutter: of the scenes, see ``SceneMaker``.
@@ -80,7 +77,6 @@ class VLMTraining:
     steps: int = 1700
     batch: int = 48
     more: int = 0
-    places: int = 0
     parts: int = 2
     lr: float = 2e-3
     size: int = 64
@@ -92,11 +88,7 @@ class VLMTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if (
-            min(self.align_steps, self.steps) < 1
-            or min(self.more, self.places) < 0
-            or min(self.align_batch, self.batch) < 1
-        ):
+        if min(self.align_steps, self.steps) < 1 or self.more < 0 or min(self.align_batch, self.batch) < 1:
             raise BadInputError("Steps and batches are 1 or more.")
         if self.parts < 1 or self.batch % self.parts or self.align_batch % self.parts:
             raise BadInputError(f"Batches of {self.align_batch} and {self.batch} have no {self.parts} equal parts.")
@@ -196,29 +188,19 @@ def train_vlm(
         later = [question_loss(model, config, part, config.steps) for part in parts]
         stage = Stage("more questions", config.more, config.lr / 2, warmup=0.02, hold=0.3)
         curves["more questions"] = fit(model, later, stage, folder, report)
-    if config.places:
-        with torch.no_grad():  # beside bright patches they are too small to be heard; a checkpoint overwrites this
-            model.model.vision_tower.embeddings.position_embedding.weight.mul_(5)
-        named = [alignment_loss(model, config, part, quarters=True) for part in parts]
-        stage = Stage("places", config.places, config.lr, warmup=0.02, hold=0.5)
-        curves["places"] = fit(model, named, stage, folder, report, learned)
-        last = [question_loss(model, config, part, config.steps + config.more) for part in parts]
-        stage = Stage("questions with places", config.places, config.lr / 2, warmup=0.02, hold=0.4)
-        curves["questions with places"] = fit(model, last, stage, folder, report)
     return model.eval(), curves
 
 
 def alignment_loss(
-    model: LlavaForConditionalGeneration, config: VLMTraining, part: int = 0, quarters: bool = False
+    model: LlavaForConditionalGeneration, config: VLMTraining, part: int = 0
 ) -> Callable[[int], torch.Tensor]:
-    """The first stage's loss of one part of a step; with ``quarters``, that of ``VLMTraining.places``."""
-    stage = "places" if quarters else "alignment"
+    """The first stage's loss of one part of a step."""
 
     def loss(step: int) -> torch.Tensor:
         maker, count = config.maker(3, config.most), config.align_batch // config.parts
-        scenes = maker.draw(count, config.seed, stage, step, part)
+        scenes = maker.draw(count, config.seed, "alignment", step, part)
         features = image_features(model, pixel_values(scenes))
-        return naming_loss(model, features, patch_labels(scenes, config.patch), quarters)
+        return naming_loss(model, features, patch_labels(scenes, config.patch))
 
     return loss
 
