@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from everytoken.core.errors import BadInputError, MissingExtraError, UnknownNameError, extra_of, extras, require
+from everytoken.core.errors import (
+    PACKAGES,
+    BadInputError,
+    MissingExtraError,
+    UnknownNameError,
+    extra_of,
+    extras,
+    require,
+)
 from everytoken.core.rng import derive_seed, numpy_generator, seed_everything
 from everytoken.core.settings import parse_settings, settable
 
@@ -52,6 +60,7 @@ def test_extras_are_those_of_the_package():
     assert extra_of("trl") == extra_of("pyarrow.parquet") == "train"
     assert extra_of("usearch") == "tokenizers"
     assert extra_of("dashscope") is None
+    assert "pip install pillow" in str(MissingExtraError("PIL", None, "This"))
     with pytest.raises(MissingExtraError, match="pip install no_such_library"):
         require("no_such_library", extra_of("no_such_library"), "This")
 
@@ -67,7 +76,7 @@ def test_every_required_library_names_the_extra_that_brings_it():
     assert len(pairs) > 6
     for library, extra in pairs:
         names = {re.split(r"[^\w.-]", line)[0].replace("-", "_").lower() for line in stated[extra]}
-        assert library.lower() in names, f"{library} is not in the extra {extra}"
+        assert PACKAGES.get(library, library).lower() in names, f"{library} is not in the extra {extra}"
 
 
 def test_unknown_names():

@@ -10,7 +10,7 @@ import torch
 
 from everytoken.core.errors import BadInputError
 from everytoken.reduction.base import DecoderView, ReductionContext
-from everytoken.reduction.catp import CATP, cosines, facility_location
+from everytoken.reduction.catp import CATP, _budget, cosines, facility_location
 from everytoken.reduction.seam import reduce_tokens
 
 from .models import IMAGE, batch, images, tiny
@@ -54,6 +54,7 @@ def test_lazy_greedy_is_plain_greedy_and_near_the_optimum(seed):
         rest = [index for index in range(9) if index not in chosen]
         chosen.append(max(rest, key=lambda index: value(similarity, [*chosen, index], bonus)))
     assert facility_location(similarity, 4, bonus).tolist() == chosen
+    assert facility_location(similarity, 4, bonus, small=0).tolist() == chosen
     best = max(value(similarity, subset, bonus) for subset in itertools.combinations(range(9), 4))
     assert value(similarity, chosen, bonus) >= (1 - 1 / math.e) * best
     larger, more = problem(80, seed)
@@ -65,6 +66,7 @@ def test_lazy_greedy_is_plain_greedy_and_near_the_optimum(seed):
         plain.append(int(gains.argmax()))
         covered = torch.maximum(covered, larger[plain[-1]])
     assert facility_location(larger, 40, more).tolist() == plain
+    assert facility_location(larger, 40, more, small=0).tolist() == plain
 
 
 def test_the_objective_is_monotone_and_submodular():
@@ -96,7 +98,8 @@ def test_a_second_copy_covers_nothing_more():
 
 
 def test_budgets_of_shares_that_are_no_exact_floats():
-    assert len(CATP(remove=7 / 9).reduce(torch.randn(576, 4), ReductionContext()).kept) == 352
+    assert _budget(576, 1 - 7 / 18) == 352
+    assert len(CATP(remove=7 / 9).reduce(torch.randn(18, 4), ReductionContext()).kept) == 11
     assert len(CATP(remove=0.999).reduce(torch.randn(1, 4), ReductionContext()).kept) == 1
     features = torch.randn(5, 3)
     assert CATP(remove=0.0).reduce(features, ReductionContext()).features is features
@@ -146,7 +149,7 @@ def few_shot():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("remove", [7 / 9, 0.5])
+@pytest.mark.parametrize("remove", [7 / 9, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_the_whole_method_equals_a_masked_full_model(remove):
     model, inputs = few_shot()
     method, steps = CATP(remove=remove, layer=1), 3

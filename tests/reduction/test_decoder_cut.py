@@ -16,7 +16,12 @@ from everytoken.reduction.seam import reduce_tokens
 from .models import BUILDERS, IMAGE, VIDEO, inputs_of, tiny
 from .test_seam import TOLERANCE, decoder_logits, embeddings, full_positions
 
-ALL = [pytest.param(name, marks=() if name in ("llava", "qwen2_vl") else pytest.mark.slow) for name in BUILDERS]
+QUICK = (("llava", "eager"), ("qwen2_vl", "sdpa"))
+ALL = [
+    pytest.param(name, kernel, marks=() if (name, kernel) in QUICK else pytest.mark.slow)
+    for name in BUILDERS
+    for kernel in ("sdpa", "eager")
+]
 
 
 @contextlib.contextmanager
@@ -75,8 +80,7 @@ def images_of(inputs):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "kernel"), ALL)
 def test_fastv_generates_what_the_masked_full_model_does(name, kernel):
     model = tiny(name)
     inputs = inputs_of(name, model)

@@ -36,10 +36,11 @@ def images(folder, rows=3):
     return path
 
 
+@pytest.mark.slow
 def test_the_shipped_model_answers_at_every_scale_and_the_plain_one_does_not():
     trained, plain = load_vlm(weights_folder("scenes-vlm-m3")), load_vlm()
     nested, pooled = by_scale(trained, [64, 16, 4]), by_scale(plain, [16, 4])
-    assert nested[64] > 0.85
+    assert nested[64] > 0.8
     assert nested[16] > pooled[16] + 0.1 and nested[4] > pooled[4] + 0.1
 
 
@@ -100,6 +101,7 @@ def test_files_that_cannot_be_read(line, words, tmp_path):
         read_image_questions(str(tmp_path / "bad.jsonl"))
 
 
+@pytest.mark.slow
 def test_the_trial_shows_trained_and_untrained_beside_all_tokens():
     card = find_card("m3")
     result = card.load_trial()(TrialRequest([Trial("m3", MatryoshkaPool, {"num_tokens": 16})]))

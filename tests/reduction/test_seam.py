@@ -313,6 +313,7 @@ def test_without_the_cache_the_text_is_the_same():
             model.generate(**inputs, max_new_tokens=3, use_cache=False)
 
 
+@SLOW
 @torch.no_grad()
 def test_a_decoder_reads_the_shorter_prompt_or_says_what_it_lacks():
     """``custom_generate`` inside the block: the same tokens as transformers' own loop, or a refusal by name."""

@@ -62,14 +62,14 @@ def test_correlation_is_a_distribution():
 def test_draws_without_replacement_have_the_right_law():
     weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)
-    draws = [tuple(gumbel_top_m(weights, 2, generator).tolist()) for _ in range(4000)]
+    draws = [tuple(gumbel_top_m(weights, 2, generator).tolist()) for _ in range(2000)]
     expected = {
         (i, j): float(weights[i] * weights[j] / (1 - weights[i])) for i, j in itertools.permutations(range(3), 2)
     }
     observed = [draws.count(pair) for pair in expected]
-    assert chisquare(observed, [4000 * share for share in expected.values()]).pvalue > 1e-3
-    inclusion = [sum(item in pair for pair in draws) / 4000 for item in range(3)]
-    assert inclusion == pytest.approx([0.839286, 0.675, 0.485714], abs=0.025)
+    assert chisquare(observed, [2000 * share for share in expected.values()]).pvalue > 1e-3
+    inclusion = [sum(item in pair for pair in draws) / 2000 for item in range(3)]
+    assert inclusion == pytest.approx([0.839286, 0.675, 0.485714], abs=0.035)
     assert sorted(gumbel_top_m(weights, 3, generator).tolist()) == [0, 1, 2]
 
 

@@ -80,6 +80,7 @@ def test_an_image_of_the_users(untrained, tmp_path):
     result = trial(request)
     assert result.headline == "visual tokens"
     assert result.rows["divprune"]["visual tokens"] == 6 and result.texts["divprune"]
+    assert any(note.startswith("divprune: ") for note in result.notes)
     path.write_bytes(b"no image")
     with pytest.raises(BadInputError, match="no image that can be read"):
         trial(request)

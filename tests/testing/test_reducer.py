@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
 
 from everytoken.catalog import load_catalog
 from everytoken.catalog.house import load_house
-from everytoken.reduction.base import Declaration, selection
+from everytoken.reduction.base import Declaration, comparison_table, selection
 from everytoken.testing.reducer import ReducerConformance
 
 
@@ -38,6 +39,16 @@ class TestReducers(ReducerConformance):
 
 def test_the_battery_covers_the_station():
     assert {"DivPrune", "FastV", "RandomTokens", "ToMe"} <= set(found())
+
+
+def test_the_table_of_the_docs_names_every_reducer_once():
+    """It is written by scripts/write_docs.py from the declarations."""
+    text = (Path(__file__).parents[2] / "docs" / "assets" / "reducers.md").read_text(encoding="utf-8")
+    names = [line.split("|")[1].strip() for line in text.splitlines()[2:]]
+    assert sorted(names) == names and len(set(names)) == len(names)
+    assert set(found()) <= set(names)
+    rows = comparison_table(sorted(found().items())).splitlines()[2:]
+    assert set(rows) <= set(text.splitlines())
 
 
 class First:

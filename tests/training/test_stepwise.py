@@ -75,6 +75,23 @@ def test_a_run_that_was_cut_ends_as_an_unbroken_one(tmp_path, monkeypatch):
     assert torch.equal(finished.weight, whole.weight)
 
 
+def test_parts_of_a_batch_are_its_mean_in_value_and_gradient():
+    """Two threads with half of the batch each end where one thread ends with all of it."""
+
+    def half(model, part):
+        def loss(step):
+            x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))[4 * part : 4 * part + 4]
+            return (model(x)[:, 0] - x.sum(1)).square().mean()
+
+        return loss
+
+    whole, apart = line(), line()
+    curve = fit(whole, squares(whole), Stage("s", 6, 0.05))
+    halves = fit(apart, [half(apart, 0), half(apart, 1)], Stage("s", 6, 0.05))
+    assert torch.allclose(apart.weight, whole.weight, atol=1e-6)
+    assert [value for _, value in halves] == pytest.approx([value for _, value in curve], rel=1e-5)
+
+
 def test_weights_that_do_not_learn_stay():
     model = line()
     before = model.bias.clone()

@@ -20,7 +20,7 @@ from everytoken.training.vision import (
     vlm_config,
 )
 
-SMALL = VLMTraining(align_steps=2, align_batch=4, steps=3, batch=4)
+SMALL = VLMTraining(align_steps=2, align_batch=4, steps=3, batch=4, more=1)
 
 
 def test_keys_start_as_queries_and_embeddings_are_tied():
@@ -55,6 +55,7 @@ def test_the_loss_of_a_step_follows_from_its_number():
 def test_a_few_steps_of_both_stages(tmp_path):
     model, curves = train_vlm(SMALL, tmp_path)
     assert [step for step, _ in curves["alignment"]] == [1, 2] and len(curves["questions"]) == 3
+    assert [len(curves[name]) for name in list(curves)[2:]] == [1]
     again, _ = train_vlm(SMALL, tmp_path)  # both stages are finished: nothing is trained
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
     with pytest.raises(BadInputError, match="was written by"):

@@ -73,7 +73,7 @@ class MissingExtraError(EverytokenError, ImportError):
     exit_code = 3
 
     def __init__(self, library: str, extra: str | None, purpose: str):
-        wanted = f"'everytoken[{extra}]'" if extra else library
+        wanted = f"'everytoken[{extra}]'" if extra else PACKAGES.get(library, library)
         super().__init__(
             f"{purpose} needs {library}, which is not installed.", f"Install it with: pip install {wanted}"
         )
@@ -118,9 +118,14 @@ def extras() -> dict[str, list[str]]:
     return found
 
 
+PACKAGES = {"PIL": "pillow"}
+"""Libraries whose package has another name: import name -> package."""
+
+
 def extra_of(library: str) -> str | None:
     """The smallest extra that brings a library, by its import name or its package's name; None where no extra does."""
-    wanted = re.sub(r"[-_.]+", "-", library.split(".")[0]).lower()
+    top = library.split(".")[0]
+    wanted = re.sub(r"[-_.]+", "-", PACKAGES.get(top, top)).lower()
     for extra, packages in sorted(extras().items(), key=lambda item: len(item[1])):
         if wanted in (re.sub(r"[-_.]+", "-", name).lower() for name in packages):
             return extra

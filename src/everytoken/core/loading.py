@@ -148,11 +148,8 @@ def load_model(
         EverytokenError: the hub cannot be reached, or has no such model.
         CacheError: the embedded model cannot be converted (cache folder read-only or full).
     """
-    if isinstance(dtype, str) and dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
-        raise BadInputError(f"Unknown dtype {dtype!r}.", "Use float32, bfloat16, float16 or auto.")
+    check_loading(dtype, kwargs)
     dtype, device = dtype_and_device(weights, packed, dtype, device)
-    if not kwargs.pop("use_safetensors", True):
-        raise BadInputError("use_safetensors=False would read a pickle, which may run any code.", "Leave it out.")
     name = resolve(model)
     check_no_pickle(Path(name))
     import torch
@@ -180,6 +177,18 @@ def load_model(
         tokens = load_tokenizer(model, trust_remote_code)(HELD_OUT, return_tensors="pt")["input_ids"]
         loaded.weights_report = group_linears(loaded, tokens, _kept_groups(Path(name)))
     return loaded
+
+
+def check_loading(dtype: str | torch.dtype, kwargs: dict[str, Any]) -> None:
+    """Refuses an unknown dtype, and arguments for ``from_pretrained`` that would read a pickle; takes those out.
+
+    Raises:
+        BadInputError: either of them.
+    """
+    if isinstance(dtype, str) and dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
+        raise BadInputError(f"Unknown dtype {dtype!r}.", "Use float32, bfloat16, float16 or auto.")
+    if not kwargs.pop("use_safetensors", True):
+        raise BadInputError("use_safetensors=False would read a pickle, which may run any code.", "Leave it out.")
 
 
 def dtype_and_device(

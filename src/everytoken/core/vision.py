@@ -10,8 +10,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .converted import check_model_name
 from .errors import BadInputError, UnsupportedModelError, require
-from .loading import check_model_name, hub_error, quiet_transformers
+from .loading import check_loading, hub_error
+from .quiet import quiet_transformers
 from .weights import check_no_pickle, weights_folder
 
 if TYPE_CHECKING:
@@ -69,10 +71,7 @@ def load_vlm(
         UnsupportedModelError: a model that reads no images.
         EverytokenError: the hub cannot be reached, or has no such model.
     """
-    if isinstance(dtype, str) and dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
-        raise BadInputError(f"Unknown dtype {dtype!r}.", "Use float32, bfloat16, float16 or auto.")
-    if not kwargs.pop("use_safetensors", True):
-        raise BadInputError("use_safetensors=False would read a pickle, which may run any code.", "Leave it out.")
+    check_loading(dtype, kwargs)
     name = resolve_vlm(model)
     check_no_pickle(Path(name))
     import torch

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from ..core.errors import BadInputError
+from functools import partial
+from typing import TYPE_CHECKING
+
 from ..core.vision import load_vlm
 from ..core.weights import weights_for
-from ..decoding.trial import Trial, TrialRequest, TrialResult
+from ..decoding.trial import TrialRequest, TrialResult
 from ..training.vision import image_features
-from .m3 import MatryoshkaPool, pool_scale
-from .scene_trial import BASELINE, COLUMN, SceneArm, SceneWork
-from .vision_training import reduced_forward, scene_maker
+from .m3 import block_side, pool_scale, square_of
+from .scene_trial import BASELINE, SceneArm, opened, trace_columns
+from .vision_training import reduced_forward
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 KIND = "nested scales"
-
-
-def trace_columns(_trial: Trial) -> tuple[str, ...]:
-    """The columns of this trial's traces."""
-    return (COLUMN,)
+"""The kind of shipped weights."""
+__all__ = ["trace_columns", "trial"]
 
 
 def trial(request: TrialRequest) -> TrialResult:
@@ -26,27 +29,20 @@ def trial(request: TrialRequest) -> TrialResult:
         BadInputError: a number of tokens that the grid has not.
         UnsupportedModelError: a model that does not know scenes.
     """
-    work = SceneWork(request)
-    pools: dict[str, MatryoshkaPool] = {item.name: item.factory(**item.settings) for item in request.trials}
-    request.report("loading the model", 0, 0)
-    plain = load_vlm(request.model)
-    scene_maker(plain)
-    folder = weights_for(plain.config, KIND)
-    trained = plain if folder is None or request.model is not None else load_vlm(folder)
+    work, pools, plain = opened(request)
     full = plain.config.image_seq_length
     for pool in pools.values():  # said before anything is answered
-        pool_scale(plain.get_input_embeddings().weight[:1].expand(full, -1), pool.num_tokens)
+        block_side(pool.num_tokens, square_of(full))
+    folder = None if request.model is not None else weights_for(plain.config, KIND)
+    trained = plain if folder is None else load_vlm(folder)
     work.run(BASELINE, SceneArm(plain, full))
     for name, pool in pools.items():
-        for label, model in ((name, trained), (f"{name}, untrained", plain)):
-            if label != name and trained is plain:
-                continue
-
-            def pooled(pixels, model=model, count=pool.num_tokens):  # type: ignore[no-untyped-def]
-                return pool_scale(image_features(model, pixels), count)
-
-            arm = SceneArm(model, pool.num_tokens, reduced_forward(model, pool), pooled, placeholders=full)
-            work.run(label, arm)
-    if not pools:
-        raise BadInputError("There is no method to try.")
+        models = {name: trained} if trained is plain else {name: trained, f"{name}, untrained": plain}
+        for label, model in models.items():
+            forward, features = reduced_forward(model, pool), partial(_pooled, model, pool.num_tokens)
+            work.run(label, SceneArm(model, pool.num_tokens, forward, features, placeholders=full))
     return work.result
+
+
+def _pooled(model: PreTrainedModel, count: int, pixels: torch.Tensor) -> torch.Tensor:
+    return pool_scale(image_features(model, pixels), count)  # type: ignore[arg-type]

@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
-from ..decoding.trial import TrialRequest, TrialResult
+from ..core.vision import load_vlm
+from ..decoding.trial import Trial, TrialRequest, TrialResult
 from ..training.datasets.scenes import IDS, WORDS, Question, Scene
 from ..training.vision import held_out, right_answers
 from .vision_training import scene_maker
@@ -22,6 +24,26 @@ BASELINE = "all tokens"
 COUNT = 256
 """Questions of a trial."""
 COLUMN = "names the answer"
+
+
+def trace_columns(_trial: Trial) -> tuple[str, ...]:
+    """The columns of these trials' traces."""
+    return (COLUMN,)
+
+
+def opened(request: TrialRequest) -> tuple[SceneWork, dict[str, Any], PreTrainedModel]:
+    """The work of a request, its methods by name with their settings checked, and the model.
+
+    Raises:
+        BadInputError: a prompt or data of the user's, or a setting out of range; before the model is loaded.
+        UnsupportedModelError: a model that does not know scenes.
+    """
+    work = SceneWork(request)
+    methods = {item.name: item.factory(**item.settings) for item in request.trials}
+    request.report("loading the model", 0, 0)
+    model = load_vlm(request.model)
+    scene_maker(model)
+    return work, methods, model
 
 
 @dataclass

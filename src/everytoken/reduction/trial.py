@@ -174,6 +174,8 @@ class _Run:
             right += sum(int(row[0]) == answer for row, answer in zip(new.tolist(), work.answers, strict=False))
             total += len(new)
             self.result.texts.setdefault(name, self.processor.decode(new[0], skip_special_tokens=True))
+        if not self.works[0].answers:
+            self.result.notes.append(f"{name}: {self.result.texts[name]!r}")
         row = {"accuracy": right / total} if self.works[0].answers else {}
         config = self.model.config
         self.result.rows[name] = row | {

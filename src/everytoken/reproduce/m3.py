@@ -6,6 +6,7 @@ tokens, whose tokens are pooled at test time only; and one model for each smalle
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .base import Arms, Claim, Context, Reproduction
@@ -40,11 +41,11 @@ def run(context: Context) -> Arms:
         return {f"right answers, {scale} tokens": measured_at(model, scale, count, context.seed) for scale in measured}
 
     arms: Arms = {
-        M3: context.part(M3, lambda: arm(SCALES, SCALES)),
-        PLAIN: context.part(PLAIN, lambda: arm((64,), SCALES)),
+        M3: context.part(M3, partial(arm, SCALES, SCALES)),
+        PLAIN: context.part(PLAIN, partial(arm, (64,), SCALES)),
     }
     for scale in SCALES[1:3]:
-        arms[own(scale)] = context.part(own(scale), lambda scale=scale: arm((scale,), (scale,)))
+        arms[own(scale)] = context.part(own(scale), partial(arm, (scale,), (scale,)))
     for name in (M3, PLAIN):
         right = {scale: [value > 0 for value in arms[name][f"right answers, {scale} tokens"]] for scale in SCALES}  # type: ignore[union-attr]
         share, tokens = GranularityReport(right).oracle()

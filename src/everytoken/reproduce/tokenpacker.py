@@ -6,6 +6,7 @@ first, then with the language model. The baseline averages the last level over t
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .base import Arms, Claim, Context, Reproduction
@@ -73,7 +74,7 @@ def run(context: Context) -> Arms:
             train_projector(model, projector, questions, config, report=context.report)
             return {METRIC: right_answers(model, scenes, asked)}  # type: ignore[arg-type]
 
-    return {name: context.part(name, lambda name=name: arm(name)) for name in (PACKER, POOL, ONE, ALL)}
+    return {name: context.part(name, partial(arm, name)) for name in (PACKER, POOL, ONE, ALL)}
 
 
 REPRODUCTION = Reproduction(

@@ -1,7 +1,7 @@
 """A tiny vision-language model of transformers' own classes, trained on scenes in minutes on two cores.
 
 Everything that methods of vision-language models hook into is real: a CLIP encoder with its class token, LLaVA's
-projector, a Llama. Only the sizes are small. It learns in two stages.
+projector, a Llama. Only the sizes are small. It learns in stages.
 
 1. *Alignment*: every patch's projected feature, multiplied by the word embeddings, must name the colour and the shape
    that lie there; patches of the ground must be told from the others by the image word.
@@ -9,7 +9,8 @@ projector, a Llama. Only the sizes are small. It learns in two stages.
    then of more. The language model's key projections start as copies of its query projections, so that equal content
    attends to equal content from the first step.
 
-Without the first stage, the copies and the easy scenes it guesses by the kind of question for a long time.
+Without the first stage, the copies and the easy scenes it guesses by the kind of question for a long time. More
+questions at a smaller rate may follow.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .datasets.scenes import (
     IDS,
     IMAGE,
     PAD,
+    PLACES,
     SHAPES,
     START,
     WORDS,
@@ -204,19 +206,23 @@ def alignment_loss(
 
 
 def naming_loss(
-    model: LlavaForConditionalGeneration, features: torch.Tensor, labels: tuple[Labels, Labels]
+    model: LlavaForConditionalGeneration, features: torch.Tensor, labels: Sequence[Labels], quarters: bool = False
 ) -> torch.Tensor:
     """How badly features name what lies at their places.
 
     Args:
         features: ``[B, N, d]``, projected.
-        labels: colours and shapes ``[B, N]``, from ``patch_labels``.
+        labels: colours, shapes and quarters ``[B, N]``, from ``patch_labels``.
+        quarters: they must name the quarter of the image too.
     """
-    colours, shapes = (torch.from_numpy(item).to(features.device) for item in labels)
+    colours, shapes, places = (torch.from_numpy(item).to(features.device) for item in labels)
     table = model.get_input_embeddings().weight
     there = colours >= 0
     named = F.cross_entropy(features[there] @ table[[IDS[word] for word in COLOURS]].T, colours[there])
     named = named + F.cross_entropy(features[there] @ table[[IDS[word] for word in SHAPES]].T, shapes[there])
+    if quarters:
+        clear = places >= 0
+        named = named + F.cross_entropy(features[clear] @ table[[IDS[word] for word in PLACES]].T, places[clear])
     ground = features @ table[IDS[IMAGE]]
     return named + F.binary_cross_entropy_with_logits(ground, (~there).float())
 

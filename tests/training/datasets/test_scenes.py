@@ -111,7 +111,7 @@ def test_scenes_that_cannot_be(settings, words):
 
 
 def test_patches_name_what_covers_them():
-    colours, shapes = patch_labels(SCENES, 8)
+    colours, shapes, quarters = patch_labels(SCENES, 8)
     scene = SCENES[0]
     for patch in range(64):
         top, left = 8 * (patch // 8), 8 * (patch % 8)
@@ -124,8 +124,10 @@ def test_patches_name_what_covers_them():
         best = max(counts, key=counts.get)
         if counts[best] > 8:
             assert list(COLOURS)[colours[0, patch]] == best.colour and SHAPES[shapes[0, patch]] == best.shape
+            place = scene.place(best)
+            assert quarters[0, patch] == (-1 if place is None else PLACES.index(place))
         else:
-            assert colours[0, patch] == shapes[0, patch] == -1
+            assert colours[0, patch] == shapes[0, patch] == quarters[0, patch] == -1
 
 
 def test_a_batch_learns_answers_and_ends_alone():

@@ -1,6 +1,6 @@
 """Training a projector, ``everytoken train tokenpacker`` (arXiv 2407.02392): two stages, the encoder learns in neither.
 
-1. The projector alone. On scenes every token must name the colour and the shape in its region; on ``--data`` it learns
+1. The projector alone. On scenes every token must name colour, shape and quarter in its region; on ``--data`` it learns
    from the answers.
 2. The projector and the language model, from the answers.
 
@@ -79,7 +79,7 @@ def run(config: TokenPackerTraining, context: TrainingContext) -> TrainingResult
     projector = new_projector(model, config.scale, query_pool=config.query_pool)
     if isinstance(questions, ImageQuestions):
         questions = ImageQuestions(packed_processor(processor, projector), questions.rows, config.seed)
-    figures, trained, curves = {}, {}, {}
+    figures: dict[str, float] = {}
     with packed(model, projector):
         trained, curves = train_projector(model, projector, questions, config, context.out, context.report)
         if context.data is None:
@@ -141,7 +141,7 @@ def alignment(
     def loss(step: int) -> torch.Tensor:
         scenes = maker.draw(config.batch // config.parts, config.seed, "packed alignment", step, part)
         features = image_features(model, pixel_values(scenes).to(model.device))  # type: ignore[arg-type]
-        return naming_loss(model, features, patch_labels(scenes, patch, COVERED))  # type: ignore[arg-type]
+        return naming_loss(model, features, patch_labels(scenes, patch, COVERED), quarters=True)  # type: ignore[arg-type]
 
     return loss
 

@@ -1,19 +1,14 @@
-"""TokenPacker's own trial: all tokens, the trained projector, and the mean over the same regions without training."""
+"""TokenPacker's own trial: all tokens, and the trained projector's fewer."""
 
 from __future__ import annotations
 
 import functools
 
-from ...core.vision import load_vlm
-from ...decoding.trial import Trial, TrialRequest, TrialResult
-from ..scene_trial import BASELINE, COLUMN, SceneArm, SceneWork
-from ..vision_training import scene_maker
+from ...decoding.trial import TrialRequest, TrialResult
+from ..scene_trial import BASELINE, SceneArm, opened, trace_columns
 from .packing import TokenPacker, packed
 
-
-def trace_columns(_trial: Trial) -> tuple[str, ...]:
-    """The columns of this trial's traces."""
-    return (COLUMN,)
+__all__ = ["trace_columns", "trial"]
 
 
 def trial(request: TrialRequest) -> TrialResult:
@@ -23,11 +18,7 @@ def trial(request: TrialRequest) -> TrialResult:
         BadInputError: no trained projector of this scale for the model.
         UnsupportedModelError: a model that does not know scenes.
     """
-    work = SceneWork(request)
-    packers: dict[str, TokenPacker] = {item.name: item.factory(**item.settings) for item in request.trials}
-    request.report("loading the model", 0, 0)
-    model = load_vlm(request.model)
-    scene_maker(model)
+    work, packers, model = opened(request)
     projectors = {name: packer.load(model) for name, packer in packers.items()}  # before anything is answered
     work.run(BASELINE, SceneArm(model, model.config.image_seq_length))
     for name, packer in packers.items():

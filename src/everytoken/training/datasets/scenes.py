@@ -306,15 +306,17 @@ def pixel_values(scenes: Sequence[Scene]) -> torch.Tensor:
     return (stacked.permute(0, 3, 1, 2).float() / 255 - MEAN) / DEVIATION
 
 
-def patch_labels(scenes: Sequence[Scene], patch: int, least: int = 8) -> tuple[Labels, Labels]:
-    """What lies in every patch: colour and shape ``[B, patches]``, as places in ``COLOURS`` and ``SHAPES``.
+def patch_labels(scenes: Sequence[Scene], patch: int, least: int = 8) -> tuple[Labels, Labels, Labels]:
+    """What lies in every patch: colour, shape and quarter ``[B, patches]``, by their order in ``COLOURS``, ``SHAPES``
+    and ``PLACES``.
 
     Args:
         patch: pixels a side.
-        least: pixels of an object that a patch must have more of; others get -1.
+        least: pixels of an object that a patch must have more of; others get -1, and so does the quarter of an object
+            that lies clearly in none.
     """
     side = scenes[0].size // patch
-    colours, shapes = np.full((2, len(scenes), side * side), -1)
+    colours, shapes, quarters = np.full((3, len(scenes), side * side), -1)
     order = list(COLOURS)
     for row, scene in enumerate(scenes):
         most = np.full(side * side, least)
@@ -326,7 +328,9 @@ def patch_labels(scenes: Sequence[Scene], patch: int, least: int = 8) -> tuple[L
             here = counts > most
             most[here] = counts[here]
             colours[row, here], shapes[row, here] = order.index(thing.colour), SHAPES.index(thing.shape)
-    return colours, shapes
+            place = scene.place(thing)
+            quarters[row, here] = -1 if place is None else PLACES.index(place)
+    return colours, shapes, quarters
 
 
 def question_batch(
