@@ -54,6 +54,7 @@ def test_lazy_greedy_is_plain_greedy_and_near_the_optimum(seed):
         rest = [index for index in range(9) if index not in chosen]
         chosen.append(max(rest, key=lambda index: value(similarity, [*chosen, index], bonus)))
     assert facility_location(similarity, 4, bonus).tolist() == chosen
+    assert facility_location(similarity, 4, bonus, small=0).tolist() == chosen
     best = max(value(similarity, subset, bonus) for subset in itertools.combinations(range(9), 4))
     assert value(similarity, chosen, bonus) >= (1 - 1 / math.e) * best
     larger, more = problem(80, seed)
@@ -65,6 +66,7 @@ def test_lazy_greedy_is_plain_greedy_and_near_the_optimum(seed):
         plain.append(int(gains.argmax()))
         covered = torch.maximum(covered, larger[plain[-1]])
     assert facility_location(larger, 40, more).tolist() == plain
+    assert facility_location(larger, 40, more, small=0).tolist() == plain
 
 
 def test_the_objective_is_monotone_and_submodular():

@@ -33,6 +33,7 @@ from .base import Declaration, DecoderStage, DecoderView, Reduction, ReductionCo
 SLACK = 1e-9
 """Shares such as 7/9 are no exact floats: without it 352 tokens would be 351."""
 BLOCK = 32
+SMALL = 256
 
 
 def _budget(total: float, share: float) -> int:
@@ -46,7 +47,9 @@ def cosines(points: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return units[0] @ units[1].T
 
 
-def facility_location(similarity: torch.Tensor, count: int, bonus: torch.Tensor | None = None) -> torch.Tensor:
+def facility_location(
+    similarity: torch.Tensor, count: int, bonus: torch.Tensor | None = None, small: int = SMALL
+) -> torch.Tensor:
     """Greedy choice of a set that covers everything: ``F(Y) = sum_x max_{y in Y} s(y, x) + sum_{y in Y} bonus(y)``.
 
     Gains only fall as the set grows, so that an old gain bounds a new one: candidates are looked at again in blocks,
@@ -56,6 +59,7 @@ def facility_location(similarity: torch.Tensor, count: int, bonus: torch.Tensor 
         similarity: ``[S, S]``, at least 0, row y and column x.
         count: how many to choose, 1 to S.
         bonus: ``[S]``, or None for nothing.
+        small: up to so many tokens all gains are computed at every step, which is faster; the result is the same.
 
     Returns:
         ``[count]`` indices in the order of the picks.
@@ -72,8 +76,11 @@ def facility_location(similarity: torch.Tensor, count: int, bonus: torch.Tensor 
     fresh = torch.ones(total, dtype=torch.bool, device=similarity.device)
     picks = torch.empty(count, dtype=torch.long, device=similarity.device)
     for number in range(count):
+        if number and total <= small:
+            gains = (similarity - covered).clamp_(min=0).sum(-1).add_(extra)
+            bounds = gains.masked_fill_(torch.isinf(bounds), -torch.inf)
         best = bounds.argmax()
-        while not fresh[best]:
+        while total > small and not fresh[best]:
             stale = bounds.masked_fill(fresh, -torch.inf)
             rows = stale.topk(min(BLOCK, total)).indices
             rows = rows[torch.isfinite(stale[rows])]
