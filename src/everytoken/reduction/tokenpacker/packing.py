@@ -262,5 +262,6 @@ def save_packer(
         changed: names and values of those weights; the language model's, as a rule.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    projector.save_pretrained(folder)
+    with quiet_transformers():
+        projector.save_pretrained(folder)
     save_changed(folder, changed or {})
