@@ -19,6 +19,7 @@ import torch
 from ..core.errors import BadInputError
 from ..core.files import write_text_whole
 from ..core.progress import Report, silent
+from ..core.quiet import quiet_transformers
 from ..training.base import Training, TrainingContext, TrainingResult
 from ..training.stepwise import Stage, fit
 from ..training.vision import held_out, right_answers
@@ -98,7 +99,8 @@ def run(config: M3Training, context: TrainingContext) -> TrainingResult:
     if reads_scenes(model) and context.data is None:
         figures |= {f"right answers with {s} tokens": share for s, share in by_scale(model, scales).items()}
     folder = context.out / "model"
-    model.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     (processor or scene_processor(vision.image_size, vision.patch_size)).save_pretrained(folder)
     record = {"method": "m3", "figures": figures, "settings": dataclasses.asdict(config), "curves": {"loss": curve}}
     write_text_whole(folder / "training.json", json.dumps(record, indent=1) + "\n")

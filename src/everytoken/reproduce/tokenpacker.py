@@ -55,8 +55,8 @@ def run(context: Context) -> Arms:
     from ..reduction.vision_training import SceneQuestions, scene_maker
     from ..training.vision import held_out, right_answers
 
-    first, second, count = (4, 4, 128) if context.quick else (150, 300, 1000)
-    config = TokenPackerTraining(align_steps=first, steps=second, batch=4 if context.quick else 32, seed=context.seed)
+    first, second, count = (30, 30, 128) if context.quick else (150, 300, 1000)
+    config = TokenPackerTraining(align_steps=first, steps=second, batch=8 if context.quick else 32, seed=context.seed)
 
     def arm(name: str) -> dict[str, Values]:
         torch.manual_seed(context.seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..core.quiet import quiet_transformers
 from .datasets.scenes import DEVIATION, IMAGE, MEAN, scene_tokenizer
 
 if TYPE_CHECKING:
@@ -45,5 +46,6 @@ def save_vlm(model: LlavaForConditionalGeneration, folder: Path) -> None:
         folder: made where it is missing.
     """
     vision = model.config.vision_config
-    model.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     scene_processor(vision.image_size, vision.patch_size).save_pretrained(folder)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ...core.errors import BadInputError, UnsupportedModelError
+from ...core.quiet import quiet_transformers
 from ...core.weights import safetensors_file, weights_for
 from ..base import Declaration, Reduction, ReductionContext, check_features
 from ..changed_weights import read_changed, save_changed, swapped
@@ -90,7 +91,9 @@ class TokenPacker:
         if self.projector is None:
             folder = self.folder(model)
             safetensors_file(folder)  # pickles are named as such
-            self.projector = TokenPackerProjector.from_pretrained(folder, use_safetensors=True).to(model.device).eval()
+            with quiet_transformers():
+                loaded = TokenPackerProjector.from_pretrained(folder, use_safetensors=True)
+            self.projector = loaded.to(model.device).eval()
         if self.projector.config.scale != self.scale:
             raise BadInputError(
                 f"This projector was trained for scale {self.projector.config.scale}, not {self.scale}.",
@@ -259,5 +262,6 @@ def save_packer(
         changed: names and values of those weights; the language model's, as a rule.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    projector.save_pretrained(folder)
+    with quiet_transformers():
+        projector.save_pretrained(folder)
     save_changed(folder, changed or {})
