@@ -112,8 +112,11 @@ def _table(cards: list[Card], console: Console) -> Table:
     heads = ("name", "station", "year", "status", "measured")
     rows = [(card.slug, card.station, "year", card.status, card.headline) for card in cards]
     widths = [max(len(head), *map(len, column)) for head, column in zip(heads, zip(*rows, strict=True), strict=True)]
-    for head, width in zip(heads, widths, strict=True):
-        grid.add_column(head, no_wrap=True, min_width=None if head == "measured" else width)
+    room = max(console.width - sum(widths[:-1]) - 2 * len(heads), 10)  # what a long figure may take, and no more
+    for head, width in zip(heads[:-1], widths[:-1], strict=True):
+        grid.add_column(head, no_wrap=True, min_width=width)
+    widths[-1] = min(widths[-1], room)
+    grid.add_column(heads[-1], no_wrap=True, overflow="ellipsis", max_width=widths[-1])
     roomy = console.width >= 110
     if roomy:
         used = sum(widths) + 2 * len(heads)
