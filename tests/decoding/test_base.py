@@ -18,9 +18,11 @@ from everytoken.decoding.checks import (
     check_same_vocabulary,
     refuse_unsupported,
 )
+from everytoken.decoding.plain import PlainDecoding
 from everytoken.decoding.trial import Trial, TrialRequest, run_decoders
 from everytoken.generation.r2r import R2R
 from everytoken.generation.skipdecode import LinearDepth, SkipDecode
+from everytoken.testing.models import tiny_tokenizer
 
 from ..conftest import tiny_llama
 
@@ -95,3 +97,22 @@ def test_a_trial_asks_before_weights_are_read(tmp_path):
     model.config.save_pretrained(tmp_path)  # there are no weights to read
     with pytest.raises(UnsupportedModelError, match="No draft model ships"):
         run_decoders(TrialRequest([Trial("r2r", R2R)], model=str(tmp_path)), "a prompt")
+
+
+def test_a_trial_warms_every_decoder_up_and_counts_its_second_run(tmp_path):
+    """Kernels are compiled and speeds measured where a decoder first runs: that is not its speed."""
+    tokenizer = tiny_tokenizer()
+    tiny_llama(len(tokenizer), seed=1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    calls = []
+
+    class Counting(PlainDecoding):
+        def decode_row(self, call, row):
+            super().decode_row(call, row)
+            calls.append((len(row.text) - len(row.new), len(row.new)))
+
+    prompt = "abc" * 30
+    options = {"max_new_tokens": 20, "calibrate": False}
+    result = run_decoders(TrialRequest([Trial("it", Counting)], str(tmp_path), prompt, options=options), "")
+    assert [new for _, new in calls] == [8, 20] and calls[0][0] == 64 < calls[1][0]
+    assert result.rows["it"]["new tokens"] == 20 and len(result.traces) == 1

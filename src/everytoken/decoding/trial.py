@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import BadInputError, UnsupportedModelError
+from ..core.errors import BadInputError, EverytokenError, UnsupportedModelError
 from ..core.progress import Report, silent
 from ..core.scoring import check_prompt, encode_prompt, end_tokens
 from ..core.trace import TokenTrace
@@ -203,6 +203,10 @@ def check_context(config: PreTrainedConfig, length: int, new_tokens: int, extend
     return f"The text is longer than the model's context of {context} tokens: plain decoding was not trained for it."
 
 
+WARM_PROMPT, WARM_TOKENS = 64, 8
+"""Tokens of the prompt, and new ones, that a decoder reads and writes before its time is taken."""
+
+
 @dataclass
 class _Work:
     """One prompt, and what every method made of it."""
@@ -245,6 +249,8 @@ class _Work:
         if decoder.samples_only and not arguments["do_sample"]:
             arguments = arguments | {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
             notes.append(f"{name} samples; it ran at temperature 1 (choose with --temperature).")
+        self.request.report("warming up", 0, 0)
+        self.warm(decoder, arguments)
         stage = f"decoding with {name}"
         self.request.report(stage, 0, 0)
         streamer = (
@@ -257,6 +263,15 @@ class _Work:
         for trace in decoder.trace:
             trace.title = f"{name}: {prompt}"
             self.result.traces.append(trace.with_text(self.tokenizer))
+
+    def warm(self, decoder: Decoder, arguments: dict[str, Any]) -> None:
+        """A few tokens after the prompt's end: kernels are loaded and speeds known before the time counts, as plain
+        generation's are.
+        """
+        end = {name: value[:, -WARM_PROMPT:] for name, value in self.inputs.items()}
+        few = min(WARM_TOKENS, int(arguments["max_new_tokens"]))
+        with contextlib.suppress(EverytokenError):  # what is refused is refused by the run itself
+            decoder.generate(self.model, **end, **arguments | {"max_new_tokens": few})
 
     def beside(self, temperature: float) -> None:
         """llama.cpp's row; loading the file is not part of the time."""
