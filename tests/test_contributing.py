@@ -114,7 +114,7 @@ def test_the_decoder_is_tried_and_compared(tree):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["margin-dpo", "sure-sampling"])
+@pytest.mark.parametrize("name", [pytest.param("margin-dpo", marks=pytest.mark.exhaustive), "sure-sampling"])
 def test_their_experiments_run(tree, name):
     told = run(tree, "-m", "everytoken", "reproduce", name, "--quick", "--out", "results")
     assert name in told

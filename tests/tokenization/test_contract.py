@@ -74,7 +74,7 @@ def ids_of(tokenizer, text):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSLESS)
 @given(text=TEXT)
-@settings(max_examples=40)
+@settings(max_examples=15)
 def test_tokens_spell_the_text(name, text):
     view = ByteView.of(family(name))
     data = view.spelled(text)
