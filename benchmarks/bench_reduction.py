@@ -20,7 +20,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from common import report
-from everytoken.reduction.catp import cosines, facility_location
+from everytoken.reduction.arithmetic import cosines
+from everytoken.reduction.catp import facility_location
 from everytoken.reduction.divprune import max_min_diverse
 from everytoken.reduction.tome import match, merge
 

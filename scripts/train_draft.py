@@ -10,28 +10,17 @@ Settings are those of ``everytoken train dyspec`` (``--set key=value``). Texts, 
 
 from __future__ import annotations
 
-import argparse
-import shutil
 import sys
-from pathlib import Path
 
 from everytoken.core.errors import EverytokenError
 from everytoken.generation.draft_training import FILES, TRAINING
 from everytoken.generation.speculative import draft_folder
 from everytoken.training.base import TrainingContext, read_config
-
-
-def report(stage: str, done: int, total: int) -> None:
-    """A line for every tenth of a stage, and for its end."""
-    if total and (done == total or done % max(total // 10, 1) == 0):
-        print(f"{stage}: {done} of {total}", flush=True)
+from training_script import options, report, ship
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--ship", action="store_true", help="copy the draft into the package when it is trained")
+    parser = options(__doc__)
     args = parser.parse_args()
     shipped = ["answers=6000", "steps=12000", "draft_vocab=16384", "install=false"]
     try:
@@ -42,9 +31,7 @@ def main() -> None:
     for name, value in result.figures.items():
         print(f"{name}: {value:.3f}")
     if args.ship:
-        for name in FILES:
-            shutil.copyfile(args.out / name, draft_folder() / name)
-        print(f"Copied into {draft_folder()}.")
+        ship((args.out / name for name in FILES), draft_folder())
 
 
 if __name__ == "__main__":

@@ -9,11 +9,7 @@
 
 from __future__ import annotations
 
-import argparse
-import shutil
 import sys
-import time
-from pathlib import Path
 
 import torch
 
@@ -22,20 +18,12 @@ from everytoken.core.errors import EverytokenError
 from everytoken.core.vision import EMBEDDED_VLM
 from everytoken.core.weights import WEIGHTS
 from everytoken.training.base import TrainingContext, read_config
-
-
-def report(stage: str, done: int, total: int) -> None:
-    """A line for every tenth of a stage."""
-    if total and (done % max(total // 10, 1) == 0 or done == total):
-        print(f"{time.strftime('%H:%M:%S')} {stage}: {done} of {total}", flush=True)
+from training_script import options, report, ship
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("method")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--ship", action="store_true", help="copy the weights into the package when they are trained")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the parts of a batch keep the cores busy
     try:
@@ -46,10 +34,7 @@ def main() -> None:
     for name, value in result.figures.items():
         print(f"{name}: {value:.3f}")
     if args.ship:
-        place = WEIGHTS / f"{EMBEDDED_VLM}-{args.method}"
-        for path in result.files[0].iterdir():
-            shutil.copyfile(path, place / path.name)
-        print(f"Copied into {place}.")
+        ship(result.files[0].iterdir(), WEIGHTS / f"{EMBEDDED_VLM}-{args.method}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from everytoken.core.errors import BadInputError
+from everytoken.reduction.arithmetic import cosines, whole_part
 from everytoken.reduction.base import DecoderView, ReductionContext
-from everytoken.reduction.catp import CATP, _budget, cosines, facility_location
+from everytoken.reduction.catp import CATP, facility_location
 from everytoken.reduction.seam import reduce_tokens
 
 from .models import IMAGE, batch, images, tiny
@@ -98,7 +99,7 @@ def test_a_second_copy_covers_nothing_more():
 
 
 def test_budgets_of_shares_that_are_no_exact_floats():
-    assert _budget(576, 1 - 7 / 18) == 352
+    assert whole_part(576, 1 - 7 / 18) == 352
     assert len(CATP(remove=7 / 9).reduce(torch.randn(18, 4), ReductionContext()).kept) == 11
     assert len(CATP(remove=0.999).reduce(torch.randn(1, 4), ReductionContext()).kept) == 1
     features = torch.randn(5, 3)

@@ -151,22 +151,7 @@ def load_model(
     check_loading(dtype, kwargs)
     dtype, device = dtype_and_device(weights, packed, dtype, device)
     name = resolve(model)
-    check_no_pickle(Path(name))
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    if isinstance(dtype, str) and dtype != "auto":
-        dtype = getattr(torch, dtype)
-    try:
-        with quiet_transformers():
-            loaded = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **kwargs
-            )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise hub_error(name, error) from error
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = loaded.to(device).eval()
+    loaded = read_pretrained("AutoModelForCausalLM", name, dtype, device, trust_remote_code, kwargs)
     if packed or weights == "packed":
         from .packing import pack_linears
 
@@ -177,6 +162,46 @@ def load_model(
         tokens = load_tokenizer(model, trust_remote_code)(HELD_OUT, return_tensors="pt")["input_ids"]
         loaded.weights_report = group_linears(loaded, tokens, _kept_groups(Path(name)))
     return loaded
+
+
+def read_pretrained(
+    kind: str,
+    name: str,
+    dtype: str | torch.dtype,
+    device: str | torch.device | None,
+    trust_remote_code: bool,
+    kwargs: dict[str, Any],
+    unknown: EverytokenError | None = None,
+) -> PreTrainedModel:
+    """A model of one of transformers' auto classes, in evaluation mode, from safetensors alone.
+
+    Args:
+        kind: the class's name.
+        name: a hub id or a folder, from ``resolve``.
+        unknown: raised where the class does not know the model's configuration; None says what transformers says.
+
+    Raises:
+        BadInputError: weights that are pickles only, or a model that needs code of its own.
+        EverytokenError: ``unknown``, or the hub cannot be reached or has no such model.
+    """
+    check_no_pickle(Path(name))
+    import torch
+    import transformers
+    from safetensors import SafetensorError
+
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = getattr(torch, dtype)
+    try:
+        with quiet_transformers():
+            loaded = getattr(transformers, kind).from_pretrained(
+                name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **kwargs
+            )
+    except (OSError, ValueError, SafetensorError) as error:
+        if unknown is not None and "Unrecognized configuration class" in str(error):
+            raise unknown from error
+        raise hub_error(name, error) from error
+    model: PreTrainedModel = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return model
 
 
 def check_loading(dtype: str | torch.dtype, kwargs: dict[str, Any]) -> None:

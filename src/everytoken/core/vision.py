@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from .converted import check_model_name
 from .errors import BadInputError, UnsupportedModelError, require
-from .loading import check_loading, hub_error
+from .loading import check_loading, hub_error, read_pretrained
 from .quiet import quiet_transformers
-from .weights import check_no_pickle, weights_folder
+from .weights import weights_folder
 
 if TYPE_CHECKING:
     import torch
@@ -73,27 +73,11 @@ def load_vlm(
     """
     check_loading(dtype, kwargs)
     name = resolve_vlm(model)
-    check_no_pickle(Path(name))
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForImageTextToText
-
-    if isinstance(dtype, str) and dtype != "auto":
-        dtype = getattr(torch, dtype)
-    try:
-        with quiet_transformers():
-            loaded = AutoModelForImageTextToText.from_pretrained(
-                name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **kwargs
-            )
-    except (OSError, ValueError, SafetensorError) as error:
-        if "Unrecognized configuration class" in str(error):
-            raise UnsupportedModelError(
-                f"{name!r} is no vision-language model that transformers knows.",
-                "load_model reads language models without images.",
-            ) from error
-        raise hub_error(name, error) from error
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return loaded.to(device).eval()
+    unknown = UnsupportedModelError(
+        f"{name!r} is no vision-language model that transformers knows.",
+        "load_model reads language models without images.",
+    )
+    return read_pretrained("AutoModelForImageTextToText", name, dtype, device, trust_remote_code, kwargs, unknown)
 
 
 def load_processor(

@@ -97,11 +97,15 @@ class EncoderRows:
         )
 
 
+def encoder_layers(model: PreTrainedModel) -> Any:
+    """The layers of a model's image encoder."""
+    return next(module.layers for module in model.base_model.vision_tower.modules() if hasattr(module, "layers"))
+
+
 @contextlib.contextmanager
 def encoder_rows(model: PreTrainedModel, reducer: Any) -> Iterator[EncoderRows]:
     """Reads the layers that ``reducer.encoder_layers(depth)`` names; the summary token is the first."""
-    tower = model.base_model.vision_tower
-    layers = next(module.layers for module in tower.modules() if hasattr(module, "layers"))
+    layers = encoder_layers(model)
     rows = EncoderRows(tuple(reducer.encoder_layers(len(layers))))
 
     def reader(layer: int) -> Reader:

@@ -21,30 +21,17 @@ their mean (here it does; ``context="images"`` leaves it out). Growth is far sma
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from ..core.errors import BadInputError
+from .arithmetic import cosines, top_indices, whole_part
 from .base import Declaration, DecoderStage, DecoderView, Reduction, ReductionContext, check_features, selection
 
-SLACK = 1e-9
-"""Shares such as 7/9 are no exact floats: without it 352 tokens would be 351."""
 BLOCK = 32
 SMALL = 256
-
-
-def _budget(total: float, share: float) -> int:
-    return math.floor(total * share + SLACK)
-
-
-def cosines(points: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """``[P, d], [Q, d]`` -> ``[P, Q]`` in float32 at least; 0 where a vector is zero."""
-    points, others = (item if item.dtype == torch.float64 else item.float() for item in (points, others))
-    units = [item / torch.where((norm := item.norm(dim=-1, keepdim=True)) > 0, norm, 1.0) for item in (points, others)]
-    return units[0] @ units[1].T
 
 
 def facility_location(
@@ -160,7 +147,7 @@ class CATP:
         the text (which may be missing)."""
         check_features(features)
         total = len(features)
-        count = max(1, _budget(total, 1 - self.remove / 2))
+        count = max(1, whole_part(total, 1 - self.remove / 2))
         if count == total:
             return selection(features, torch.arange(total, device=features.device))
         points, agreement = features.detach(), None
@@ -208,12 +195,12 @@ class CATP:
 
     def _left(self, view: DecoderView, candidates: torch.Tensor) -> int:
         """How many of the images' tokens stay; a share of what the images had before the first step."""
-        return _budget(sum(view.totals[unit] for unit in view.units[candidates].unique().tolist()), 1 - self.remove)
+        return whole_part(sum(view.totals[unit] for unit in view.units[candidates].unique().tolist()), 1 - self.remove)
 
 
 def _keep(view: DecoderView, candidates: torch.Tensor, scores: torch.Tensor, budget: int) -> torch.Tensor:
     """``[L]`` bool: all but the candidates that are not among the ``budget`` best."""
     keep = torch.ones(len(view.units), dtype=torch.bool, device=view.units.device)
     keep[candidates] = False
-    keep[candidates[scores.argsort(descending=True, stable=True)[:budget]]] = True
+    keep[candidates[top_indices(scores, budget)]] = True
     return keep

@@ -44,8 +44,8 @@ class _Held:
 class _Run:
     """One batch on its way through the layers."""
 
-    def __init__(self, batch: ReducedInputs, depth: int):
-        self.batch, self.depth = batch, depth
+    def __init__(self, batch: ReducedInputs):
+        self.batch = batch
         self.there = batch.index >= 0
         self.held: dict[int, _Held] = {}
         self.rows: dict[int, torch.Tensor] = {}
@@ -191,7 +191,7 @@ class DecoderCut:
 
     def start(self, batch: ReducedInputs) -> None:
         """The next prompt that runs through the layers, in this thread, is this batch."""
-        self.own.run = _Run(batch, len(self.layers))
+        self.own.run = _Run(batch)
 
     def finish(self) -> dict[int, list[int]]:
         """Ends the batch; layer -> how many tokens of each prompt it held."""

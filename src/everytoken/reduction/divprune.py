@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 
 from ..core.errors import BadInputError
+from .arithmetic import unit_rows
 from .base import Declaration, Reduction, ReductionContext, check_features, check_share, count_kept, selection
 
 METRICS = ("cosine", "l2", "l1")
@@ -30,16 +31,6 @@ WHOLE = 4096
 BLOCK = 512
 MIRRORED = 256
 """Blocks of the matrix are at least so wide."""
-
-
-def _prepared(features: torch.Tensor, metric: str) -> torch.Tensor:
-    """Features in float32 at least, of unit length for the cosine (zero vectors stay zero)."""
-    points = features.detach()
-    points = points if points.dtype == torch.float64 else points.float()
-    if metric != "cosine":
-        return points
-    norms = torch.linalg.vector_norm(points, dim=-1, keepdim=True)
-    return points / norms.masked_fill_(norms == 0, 1.0)
 
 
 def _distances(points: torch.Tensor, rows: torch.Tensor, metric: str) -> torch.Tensor:
@@ -95,7 +86,8 @@ def max_min_diverse(
         raise BadInputError(f"The number of tokens to choose lies between 1 and {total}; got {count}.")
     if metric not in METRICS:
         raise BadInputError(f"metric is one of {', '.join(METRICS)}; got {metric!r}.")
-    points = _prepared(features, metric)
+    points = features.detach()
+    points = unit_rows(points) if metric == "cosine" else points.to(torch.promote_types(points.dtype, torch.float32))
     matrix = _all_distances(points, metric) if total <= whole else None
     isolation = points.new_zeros(total)
     if total > 1 and matrix is not None:

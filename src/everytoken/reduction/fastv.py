@@ -10,19 +10,14 @@ and layers ``K`` and later never see the others. Tokens keep their positions.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from ..core.errors import BadInputError
+from .arithmetic import top_indices, whole_part
 from .base import Declaration, DecoderStage, DecoderView, Reduction, ReductionContext, check_features, selection
-
-
-def top_indices(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """The ``count`` largest scores' indices, ties to the lowest index."""
-    return scores.float().argsort(descending=True, stable=True)[:count]
 
 
 @dataclass
@@ -67,12 +62,12 @@ class FastV:
         """
         check_features(features)
         total = len(features)
-        count = max(1, math.floor(total * (1 - self.remove) + 1e-9))
+        count = max(1, whole_part(total, 1 - self.remove))
         if count == total:
             return selection(features, torch.arange(total, device=features.device))
         if context.attention is None:
             raise BadInputError("FastV needs the attention of the prompt's last token.", "Use it inside the decoder.")
-        return selection(features, top_indices(context.attention, count), context.attention)
+        return selection(features, top_indices(context.attention.float(), count), context.attention)
 
     def stages(self) -> list[DecoderStage]:
         """One cut, behind layer ``layer - 1``."""

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ..core.errors import BadInputError, UnsupportedModelError
 from .base import Declaration, Reduction, ReductionContext, check_features
+from .families import square
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,12 +78,11 @@ def square_of(count: int) -> tuple[int, int]:
     Raises:
         BadInputError: there is none.
     """
-    side = math.isqrt(count)
-    if side * side != count:
+    if (grid := square(count)) is None:
         raise BadInputError(
             f"{count} features lie on no square grid.", "Drop the class token, or give the grid as (rows, columns)."
         )
-    return side, side
+    return grid
 
 
 @dataclass
@@ -145,8 +145,7 @@ def projected(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     rest = {name: batch[name] for name in ("image_sizes", "image_grid_thw") if name in batch}
     features = model.get_image_features(pixels, return_dict=True, **rest).pooler_output
     shapes = {tuple(item.shape) for item in features}
-    side = math.isqrt(next(iter(shapes))[-2])
-    if len(shapes) != 1 or side**2 != next(iter(shapes))[-2] or rest:
+    if len(shapes) != 1 or square(next(iter(shapes))[-2]) is None or rest:
         raise UnsupportedModelError(
             f"{type(model).__name__} makes image features that lie on no one square grid.",
             "Nested scales need every image on the same full grid, as LLaVA has it.",

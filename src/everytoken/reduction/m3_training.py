@@ -7,8 +7,6 @@ is 2e-5.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +15,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.errors import BadInputError
-from ..core.files import write_text_whole
 from ..core.progress import Report, silent
-from ..core.quiet import quiet_transformers
 from ..training.base import Training, TrainingContext, TrainingResult
 from ..training.stepwise import Stage, fit
-from ..training.vision import held_out, right_answers
-from ..training.vlm_files import scene_processor
-from .m3 import MatryoshkaPool, legal_scales, matryoshka_loss
-from .vision_training import Questions, VisionSettings, on_device, reads_scenes, reduced_forward, scene_maker, start
+from ..training.vlm_files import save_vlm
+from .m3 import MatryoshkaPool, block_side, matryoshka_loss
+from .vision_training import (
+    Questions,
+    VisionSettings,
+    keep_record,
+    on_device,
+    reads_scenes,
+    reduced_forward,
+    share_right,
+    start,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,21 +93,15 @@ def run(config: M3Training, context: TrainingContext) -> TrainingResult:
     vision = model.config.vision_config
     side = vision.image_size // vision.patch_size
     scales = config.chosen(side)
-    if wrong := [s for s in scales if s not in legal_scales(side)]:
-        raise BadInputError(
-            f"A grid of {side} x {side} cannot be averaged into {wrong[0]} tokens.",
-            f"It makes: {', '.join(map(str, legal_scales(side)))}.",
-        )
+    for s in scales:
+        block_side(s, (side, side))
     curve = train_scales(model, questions, scales, config, context.out, context.report)
     figures = {"loss": curve[-1][1]}
     if reads_scenes(model) and context.data is None:
         figures |= {f"right answers with {s} tokens": share for s, share in by_scale(model, scales).items()}
     folder = context.out / "model"
-    with quiet_transformers():
-        model.save_pretrained(folder)
-    (processor or scene_processor(vision.image_size, vision.patch_size)).save_pretrained(folder)
-    record = {"method": "m3", "figures": figures, "settings": dataclasses.asdict(config), "curves": {"loss": curve}}
-    write_text_whole(folder / "training.json", json.dumps(record, indent=1) + "\n")
+    save_vlm(model, folder, processor)
+    keep_record(folder, "m3", figures, config, {"loss": curve})
     note = "Choose the number of tokens at every call: with reduce_tokens(load_vlm(folder), MatryoshkaPool(16)): ..."
     return TrainingResult(figures, [folder], [note])
 
@@ -143,12 +141,7 @@ def train_scales(
 
 def by_scale(model: PreTrainedModel, scales: list[int], count: int = 256) -> dict[int, float]:
     """Share of right answers to held-out questions about scenes, by number of tokens."""
-    scenes, questions = held_out(count, 1, scene_maker(model))
-    found = {}
-    for s in scales:
-        right = right_answers(model, scenes, questions, reduced_forward(model, MatryoshkaPool(s)))
-        found[s] = sum(right) / count
-    return found
+    return {s: share_right(model, reduced_forward(model, MatryoshkaPool(s)), count) for s in scales}
 
 
 TRAINING = Training(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,8 @@ from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
 from ..core.vision import load_vlm
 from ..decoding.trial import Trial, TrialRequest, TrialResult
-from ..training.datasets.scenes import IDS, WORDS, Question, Scene
-from ..training.vision import held_out, right_answers
+from ..training.datasets.scenes import IDS, WORDS, Question, Scene, pixel_values
+from ..training.vision import by_kind, held_out, image_features, right_answers
 from .vision_training import scene_maker
 
 Inputs = dict[str, torch.Tensor]
@@ -90,8 +90,6 @@ class SceneWork:
 
     def run(self, name: str, arm: SceneArm) -> None:
         """One row, the text of the first answer, and its trace."""
-        from contextlib import nullcontext
-
         request = self.request
         if not self.scenes:
             seed = int(request.options.get("seed", 0)) + 1000
@@ -108,17 +106,13 @@ class SceneWork:
                 "image tokens": float(arm.image_tokens),
                 "milliseconds a question": 1e3 * seconds / COUNT,
             }
-            for kind in dict.fromkeys(sorted(asked.kind for asked in self.questions)):
-                some = [value for value, asked in zip(right, self.questions, strict=True) if asked.kind == kind]
-                self.result.rows[name][f"right, {kind}"] = sum(some) / len(some)
+            kinds = by_kind(right, self.questions)
+            self.result.rows[name] |= {f"right, {kind}": share for kind, share in kinds.items()}
             self.result.traces.append(self._trace(name, arm))
 
     @torch.no_grad()
     def _trace(self, name: str, arm: SceneArm) -> TokenTrace:
         """The first question: how much each image token resembles the word that is the answer."""
-        from ..training.datasets.scenes import pixel_values
-        from ..training.vision import image_features
-
         asked, model = self.questions[0], arm.model
         pixels = pixel_values(self.scenes[:1]).to(model.device)
         features = (arm.features or (lambda images: image_features(model, images)))(pixels)[0]  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ import torch
 
 from ..core.errors import BadInputError
 from ..core.rng import derive_seed
+from .arithmetic import cosines, means_of, top_indices, unit_rows
 from .base import Declaration, Reduction, ReductionContext, check_features, combination, selection
 
 FEWEST = 4
@@ -31,14 +32,6 @@ FEWEST = 4
 MOST_OUTLIERS = 10
 """Where the quartiles agree, every larger value is an outlier: then at most one patch in so many."""
 ROWS = 2048
-
-
-def similarity_rows(keys: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """``keys [N, d]`` -> ``[R, N]`` cosines of some rows with all; 0 where a key is zero."""
-    points = keys.float()
-    norms = points.norm(dim=-1, keepdim=True)
-    units = points / torch.where(norms > 0, norms, 1.0)
-    return units[rows] @ units.T
 
 
 def information_density(
@@ -55,10 +48,9 @@ def information_density(
         The density in [0, 1], and ``[N]``, how many others each patch is like.
     """
     rows = keys.transpose(0, 1).flatten(1) if keys.dim() == 3 else keys
-    every = torch.arange(len(rows), device=rows.device)
-    counts = []
-    for chosen in every.split(ROWS):
-        alike = similarity_rows(rows, chosen) > threshold
+    units, counts = unit_rows(rows), []
+    for chosen in torch.arange(len(rows), device=rows.device).split(ROWS):
+        alike = units[chosen] @ units.T > threshold
         alike[torch.arange(len(chosen), device=rows.device), chosen] = False
         counts.append(alike.sum(-1))
     neighbors = torch.cat(counts)
@@ -90,7 +82,7 @@ def gumbel_top_m(weights: torch.Tensor, count: int, generator: torch.Generator |
     """
     uniform = torch.rand(len(weights), generator=generator, dtype=torch.float64).clamp(1e-300, 1 - 1e-16)
     keys = weights.double().log() - (-uniform.log()).log().to(weights.device)
-    return keys.argsort(descending=True, stable=True)[:count]
+    return top_indices(keys, count)
 
 
 @dataclass
@@ -166,24 +158,22 @@ class CorrelationCompressor:
         outliers = upper_outliers(high, self.iqr_factor)
         quartiles = high.quantile(torch.tensor([0.25, 0.75], device=high.device))
         if bool(quartiles[0] == quartiles[1]):
-            outliers = outliers[high[outliers].argsort(descending=True, stable=True)[: total // MOST_OUTLIERS]]
+            outliers = outliers[top_indices(high[outliers], total // MOST_OUTLIERS)]
         fewest = min(total, max(FEWEST, round(self.min_keep * total)))
         count = min(total, max(fewest, round(density * total)))
         rest = torch.ones(total, dtype=torch.bool, device=features.device)
         rest[outliers] = False
         left = rest.nonzero()[:, 0]
         if self.strategy == "topk":
-            local = left[low[left].argsort(descending=True, stable=True)[:count]]
+            local = left[top_indices(low[left], count)]
         else:
             local = left[gumbel_top_m(low[left], count, context.generator or self._generator(features))]
         kept = torch.cat([outliers, local]).sort().values
         if not self.merge or len(kept) == total:
             return selection(features, kept, low)
-        owner = similarity_rows(keys, torch.arange(total, device=features.device))[:, kept].argmax(-1)
+        owner = cosines(keys, keys[kept]).argmax(-1)
         owner[kept] = torch.arange(len(kept), device=features.device)
-        member = torch.nn.functional.one_hot(owner, len(kept)).T.float()
-        sizes = member.sum(-1)
-        reduction = combination(features, member / sizes[:, None], sizes.long())
+        reduction = combination(features, *means_of(owner, len(kept)))
         reduction.places, reduction.scores = kept, low
         return reduction
 

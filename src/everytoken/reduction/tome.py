@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..core.errors import BadInputError, UnsupportedModelError
+from .arithmetic import means_of, unit_rows
 from .base import Declaration, Reduction, ReductionContext, check_features, combination
+from .capture import encoder_layers, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,9 +42,7 @@ def match(metric: torch.Tensor, count: int, protected: int = 0) -> torch.Tensor:
     """
     images, total = metric.shape[:2]
     count = max(0, min(count, (total - protected) // 2))
-    points = metric.float()
-    norms = points.norm(dim=-1, keepdim=True)
-    points = points / torch.where(norms > 0, norms, 1.0)
+    points = unit_rows(metric)
     every = torch.arange(total, device=metric.device).expand(images, -1)
     target = every.clone()
     if count:
@@ -107,9 +107,7 @@ class Merged:
     def reduction(self, image: int, features: torch.Tensor) -> Reduction:
         """The reduction of one image, from the features ``[M, d]`` that the encoder returned for it."""
         owner = self.owners[self.layers - 1][image][1:] - 1  # the summary token is no feature
-        member = torch.nn.functional.one_hot(owner, len(features)).T.float()
-        sizes = member.sum(-1)
-        return Reduction(features, None, member / sizes[:, None], sizes.long(), len(owner))
+        return Reduction(features, None, *means_of(owner, len(features)), len(owner))
 
 
 @dataclass
@@ -158,9 +156,7 @@ class ToMe:
         if count == len(features):
             ones = torch.ones(count, dtype=torch.long, device=features.device)
             return Reduction(features, torch.arange(count, device=features.device), None, ones, count)
-        member = torch.nn.functional.one_hot(owner, count).T.float()
-        sizes = member.sum(-1)
-        return combination(features, member / sizes[:, None], sizes.long())
+        return combination(features, *means_of(owner, count))
 
     @contextlib.contextmanager
     def inside(self, model: PreTrainedModel) -> Iterator[Merged]:
@@ -169,10 +165,7 @@ class ToMe:
         Raises:
             UnsupportedModelError: features that come from several layers, which then differ in length.
         """
-        from .capture import reading
-
-        tower = model.base_model.vision_tower
-        layers = next(module.layers for module in tower.modules() if hasattr(module, "layers"))
+        layers = encoder_layers(model)
         taken = model.config.vision_feature_layer
         if not isinstance(taken, int):
             raise UnsupportedModelError("ToMe needs features of one encoder layer; this model joins several.")

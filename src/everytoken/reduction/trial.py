@@ -20,7 +20,7 @@ from ..training.datasets.scenes import IDS, IMAGE, SceneMaker, pixel_values
 from ..training.vision import held_out
 from .baselines import RandomTokens
 from .families import family_of
-from .inputs import ReducedInputs
+from .inputs import ReducedInputs, placeholders
 from .measure import cache_bytes, prefill_flops
 from .pictures import image_of, reduction_html
 from .seam import reduce_tokens
@@ -75,12 +75,12 @@ def trial(request: TrialRequest) -> TrialResult:
         if "segments" in item.factory.declares.needs:
             result.notes.append(f"{item.name}: these prompts hold one image, so that it has no demonstrations to rank.")
         reducer = item.factory(**fitted(item.factory, item.settings, model, result))
-        shares = [run.arm(item.name, reducer)]
+        share = run.arm(item.name, reducer)
         if len(request.trials) == 1 and reducer.declares.positions == "packed" and not family_of(model).axes:
             run.arm(f"{item.name}, original positions", reducer, positions="original", shown=False)
-        if shares[0] < 1:
+        if share < 1:
             name = RANDOM if len(request.trials) == 1 else f"{RANDOM} for {item.name}"
-            run.arm(name, RandomTokens(shares[0]), shown=False)
+            run.arm(name, RandomTokens(share), shown=False)
     return result
 
 
@@ -157,7 +157,7 @@ class _Run:
             if reducer is None:
                 output = self.model.generate(**work.inputs, **arguments)
                 seconds += time.perf_counter() - began
-                here = self.visual(work)
+                here = int(placeholders(self.model, work.inputs).sum())
                 before, after = before + here, after + here
             else:
                 with reduce_tokens(self.model, reducer, positions, generator) as run:
@@ -187,12 +187,6 @@ class _Run:
         if shown and batch is not None and batch.reductions:
             self.show(name, batch)
         return after / before
-
-    def visual(self, work: _Work) -> int:
-        """How many placeholders the prompts have."""
-        config = self.model.config
-        tokens = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
-        return sum(int((work.inputs["input_ids"] == token).sum()) for token in tokens if token is not None)
 
     def show(self, name: str, batch: ReducedInputs) -> None:
         """The first image's trace and pictures."""

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from ..core.errors import BadInputError, UnsupportedModelError
+from ..core.files import write_text_whole
 from ..core.rng import seed_everything
 from ..core.vision import load_processor, load_vlm
 from ..training.base import TrainingContext
 from ..training.datasets.image_questions import ImageQuestions, read_image_questions
 from ..training.datasets.scenes import WORDS, SceneMaker, question_batch
-from ..training.vision import ANSWERED, ask_all
+from ..training.vision import ANSWERED, ask_all, held_out, right_answers
 from .base import Reducer
 from .inputs import reduce_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+Forward = Callable[[dict[str, torch.Tensor]], torch.Tensor]
+"""``inputs -> logits [B, V]`` behind the question."""
 
 
 @dataclass(frozen=True)
@@ -112,15 +120,31 @@ def start(context: TrainingContext, settings: VisionSettings) -> tuple[PreTraine
     return model, SceneQuestions(model.config.image_seq_length, maker, settings.seed), None
 
 
+def share_right(model: PreTrainedModel, forward: Forward | None = None, count: int = 256) -> float:
+    """Share of right answers to held-out questions about scenes.
+
+    Args:
+        forward: as for ``training.vision.right_answers``.
+    """
+    scenes, asked = held_out(count, 1, scene_maker(model))
+    return sum(right_answers(model, scenes, asked, forward)) / count  # type: ignore[arg-type]
+
+
+def keep_record(
+    folder: Path, method: str, figures: dict[str, float], settings: VisionSettings, curves: dict[str, Any]
+) -> None:
+    """Writes ``training.json``: what was trained how, and how good it is."""
+    record = {"method": method, "figures": figures, "settings": dataclasses.asdict(settings), "curves": curves}  # type: ignore[call-overload]
+    write_text_whole(folder / "training.json", json.dumps(record, indent=1) + "\n")
+
+
 def on_device(batch: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """A batch where the model is."""
     return {name: value.to(model.device) for name, value in batch.items()}
 
 
-def reduced_forward(
-    model: PreTrainedModel, reducer: Reducer, positions: str | None = None
-) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
-    """``inputs -> logits [B, V]`` behind the question, with a reducer at the language model's input."""
+def reduced_forward(model: PreTrainedModel, reducer: Reducer, positions: str | None = None) -> Forward:
+    """A forward with a reducer at the language model's input."""
 
     def forward(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         arguments = reduce_inputs(model, reducer, inputs, positions).arguments

@@ -49,14 +49,15 @@ class Group:
 
     def likelihood(self, logits: torch.Tensor) -> float:
         """Mean over the right answers of the mean log-probability of their tokens."""
-        logps = logits.log_softmax(-1).gather(-1, self.ids[..., None])[..., 0]
-        means = (logps * self.mask).sum(1) / self.mask.sum(1)
-        return float(means[self.correct].mean())
+        from ..core.logprobs import logps_from_logits, masked_mean
+
+        return float(masked_mean(logps_from_logits(logits, self.ids), self.mask)[self.correct].mean())
 
     def entropies(self, logits: torch.Tensor) -> torch.Tensor:
         """``[8, T]``."""
-        logps = logits.log_softmax(-1)
-        return -(logps.exp() * logps).sum(-1)
+        from ..core.logprobs import entropy_from_logits
+
+        return entropy_from_logits(logits)
 
     def stepped(self, weights: torch.Tensor, size: float) -> torch.Tensor:
         """Logits after a step of the output matrix along ``sum of weight x error x hidden state``."""

@@ -268,6 +268,14 @@ def held_out(count: int, seed: int = 0, maker: SceneMaker | None = None) -> tupl
     return scenes, [asked[0] for asked in ask_all(scenes, seed, "held out")]
 
 
+def by_kind(right: Sequence[float], questions: Sequence[Question]) -> dict[str, float]:
+    """Share of right answers of every kind of question that was asked."""
+    found: dict[str, list[float]] = {}
+    for value, asked in zip(right, questions, strict=True):
+        found.setdefault(asked.kind, []).append(value)
+    return {kind: sum(values) / len(values) for kind, values in sorted(found.items())}
+
+
 @torch.no_grad()
 def right_answers(
     model: LlavaForConditionalGeneration,

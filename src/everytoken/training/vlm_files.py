@@ -9,7 +9,7 @@ from ..core.quiet import quiet_transformers
 from .datasets.scenes import DEVIATION, IMAGE, MEAN, scene_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import LlavaProcessor, PreTrainedModel, ProcessorMixin
 
 
 def scene_processor(size: int = 64, patch: int = 8) -> LlavaProcessor:
@@ -38,14 +38,15 @@ def scene_processor(size: int = 64, patch: int = 8) -> LlavaProcessor:
     )
 
 
-def save_vlm(model: LlavaForConditionalGeneration, folder: Path) -> None:
+def save_vlm(model: PreTrainedModel, folder: Path, processor: ProcessorMixin | None = None) -> None:
     """Model and processor into one folder.
 
     Args:
-        model: of ``training.vision``.
+        model: of ``training.vision``, or any with its processor.
         folder: made where it is missing.
+        processor: None makes that of scenes.
     """
     vision = model.config.vision_config
     with quiet_transformers():
         model.save_pretrained(folder)
-    scene_processor(vision.image_size, vision.patch_size).save_pretrained(folder)
+    (processor or scene_processor(vision.image_size, vision.patch_size)).save_pretrained(folder)

@@ -11,6 +11,12 @@ from ...core.errors import BadInputError
 QUERY_POOLS = ("bilinear", "mean")
 
 
+def check_query_pool(name: str) -> None:
+    """Raises BadInputError for an unknown way of making coarse points."""
+    if name not in QUERY_POOLS:
+        raise BadInputError(f"There is no query_pool {name!r}.", f"Known: {', '.join(QUERY_POOLS)}.")
+
+
 class TokenPackerConfig(PreTrainedConfig):
     """The shape of a TokenPacker projector.
 
@@ -57,8 +63,7 @@ class TokenPackerConfig(PreTrainedConfig):
             )
         if self.width % self.num_heads:
             raise BadInputError(f"{self.num_heads} heads do not divide a width of {self.width}.")
-        if query_pool not in QUERY_POOLS:
-            raise BadInputError(f"There is no query_pool {query_pool!r}.", f"Known: {', '.join(QUERY_POOLS)}.")
+        check_query_pool(query_pool)
         super().__init__(**kwargs)
 
     @property

@@ -25,7 +25,7 @@ from ...core.quiet import quiet_transformers
 from ...core.weights import safetensors_file, weights_for
 from ..base import Declaration, Reduction, ReductionContext, check_features
 from ..changed_weights import read_changed, save_changed, swapped
-from .configuration_tokenpacker import QUERY_POOLS, TokenPackerConfig
+from .configuration_tokenpacker import TokenPackerConfig, check_query_pool
 from .modeling_tokenpacker import TokenPackerProjector
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ class TokenPacker:
     def __post_init__(self) -> None:
         if self.scale < 1:
             raise BadInputError(f"A token stands for one feature a side at least; got {self.scale}.")
-        if self.query_pool not in QUERY_POOLS:
-            raise BadInputError(f"There is no query_pool {self.query_pool!r}.", f"Known: {', '.join(QUERY_POOLS)}.")
+        check_query_pool(self.query_pool)
 
     def folder(self, model: PreTrainedModel) -> Path:
         """Where the trained projector for a model lies.

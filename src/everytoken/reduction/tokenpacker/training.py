@@ -11,7 +11,6 @@ Without ``--data`` the shipped tiny model learns from scenes. For a model of bil
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +20,14 @@ import torch
 from torch import nn
 
 from ...core.errors import BadInputError
-from ...core.files import write_text_whole
 from ...core.progress import Report, silent
 from ...training.base import Training, TrainingContext, TrainingResult
 from ...training.datasets.image_questions import ImageQuestions
 from ...training.datasets.scenes import patch_labels, pixel_values
 from ...training.stepwise import Stage, fit
-from ...training.vision import held_out, image_features, naming_loss, right_answers
-from ..vision_training import Questions, SceneQuestions, VisionSettings, on_device, scene_maker, start
-from .configuration_tokenpacker import QUERY_POOLS
+from ...training.vision import image_features, naming_loss
+from ..vision_training import Questions, SceneQuestions, VisionSettings, keep_record, on_device, share_right, start
+from .configuration_tokenpacker import check_query_pool
 from .packing import new_projector, packed, packed_processor, save_packer
 
 if TYPE_CHECKING:
@@ -64,8 +62,7 @@ class TokenPackerTraining(VisionSettings):
         super().__post_init__()
         if self.scale < 1 or min(self.align_steps, self.steps) < 0:
             raise BadInputError("scale is 1 or more, and steps are 0 or more.")
-        if self.query_pool not in QUERY_POOLS:
-            raise BadInputError(f"There is no query_pool {self.query_pool!r}.", f"Known: {', '.join(QUERY_POOLS)}.")
+        check_query_pool(self.query_pool)
 
 
 def run(config: TokenPackerTraining, context: TrainingContext) -> TrainingResult:
@@ -83,14 +80,11 @@ def run(config: TokenPackerTraining, context: TrainingContext) -> TrainingResult
     with packed(model, projector):
         trained, curves = train_projector(model, projector, questions, config, context.out, context.report)
         if context.data is None:
-            scenes, asked = held_out(256, 1, scene_maker(model))
-            right = right_answers(model, scenes, asked)  # type: ignore[arg-type]
-            figures["right answers"] = sum(right) / len(right)
+            figures["right answers"] = share_right(model)
     figures["tokens an image"] = float(projector.config.num_tokens)
     folder = context.out / "packer"
     save_packer(projector, folder, trained)
-    record = {"method": "tokenpacker", "figures": figures, "settings": dataclasses.asdict(config), "curves": curves}
-    write_text_whole(folder / "training.json", json.dumps(record, indent=1) + "\n")
+    keep_record(folder, "tokenpacker", figures, config, curves)
     note = f"Use it: with packed(model, TokenPacker({config.scale}, weights={str(folder)!r})): ..."
     return TrainingResult(figures, [folder], [note])
 
