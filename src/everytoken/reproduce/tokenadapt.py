@@ -117,7 +117,9 @@ def run(context: Context) -> Arms:
                 curve = []
                 for _ in range(1 if context.quick else 3):
                     steps, length = (2, 32) if context.quick else (8, 128)
-                    tune(fresh, tokenizer, training[:100_000] if context.quick else training, steps, length, context.seed)
+                    tune(
+                        fresh, tokenizer, training[:100_000] if context.quick else training, steps, length, context.seed
+                    )
                     curve.append(2.0 ** bits_a_byte(fresh, tokenizer, held_out))
                 context.artifacts[f"{name}: perplexity a byte while tuning"] = curve
                 arms[name][f"{target}, tuned: perplexity a byte"] = curve[-1]
