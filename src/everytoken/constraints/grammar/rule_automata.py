@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .automata import ArrayAutomaton, Automaton, Builder, build, trim
+from .automata import Automaton, Builder, arrays, build, trim
 from .expressions import (
     EMPTY,
     Alt,
@@ -203,7 +203,7 @@ def _in_blocks(inner: Expression, low: int, high: int | None, rules: Rules) -> E
 
 
 def _called(automaton: Automaton) -> set[str]:
-    return set() if isinstance(automaton, ArrayAutomaton) else {name for calls in automaton.calls for name, _ in calls}
+    return arrays(automaton).called()
 
 
 def _productive_only(automata: dict[str, Automaton], root: str) -> dict[str, Automaton]:
@@ -282,23 +282,24 @@ def _by_left_corners(automata: dict[str, Automaton], members: list[str], root: s
     finals = set()
     for name in members:
         automaton = automata[name]
-        base[name] = len(builder.edges)
+        base[name] = builder.state(len(automaton))
         for state in range(len(automaton)):
-            builder.state()
-            builder.edges[-1] = [(low, high, base[name] + to) for low, high, to in automaton.edges[state]]
-            builder.calls[-1] = [(called, base[name] + to) for called, to in automaton.calls[state]]
+            here = [base[name] + state, *([0] if state == 0 else [])]  # what begins a rule begins all of them
+            for source in here:
+                for low, high, to in automaton.edges[state]:
+                    builder.edge(source, low, high, base[name] + to)
+            for called, to in automaton.calls[state]:
+                builder.call(base[name] + state, called, base[name] + to)
             if automaton.finals[state] and name == root:
                 finals.add(base[name] + state)
     for name in members:
-        automaton = automata[name]
-        builder.edges[0] += builder.edges[base[name]]
-        for called, to in automaton.calls[0]:
+        for called, to in automata[name].calls[0]:
             if called not in members:
-                builder.calls[0].append((called, base[name] + to))
+                builder.call(0, called, base[name] + to)
                 continue
             for state, final in enumerate(automata[called].finals):
                 if final:
-                    builder.empties[base[called] + state].append(base[name] + to)
+                    builder.empty(base[called] + state, base[name] + to)
     return trim(builder.determinise(-1, finals=finals))
 
 
@@ -311,8 +312,8 @@ def _nullable(automata: dict[str, Automaton]) -> set[str]:
         for name, automaton in automata.items():
             if name in nullable:
                 continue
-            if isinstance(automaton, ArrayAutomaton):
-                found = bool(automaton.ends[0])
+            if automaton.regular:
+                found = automaton.finals[0]
             else:
                 seen, pending = {0}, [0]
                 while pending:
