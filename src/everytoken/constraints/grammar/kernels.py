@@ -509,3 +509,109 @@ def joined(
         new_call[:calls],
         ends,
     )
+
+
+@kernel
+def sorted_edges(ptr: Ints, low: Ints, high: Ints, to: Ints) -> tuple[Ints, Ints, Ints]:
+    """``(low, high, to)`` with the edges of each state sorted by their bytes."""
+    order = np.arange(low.shape[0])
+    for state in range(ptr.shape[0] - 1):
+        begin, end = ptr[state], ptr[state + 1]
+        for edge in range(begin + 1, end):
+            if low[edge] < low[edge - 1]:
+                order[begin:end] = begin + np.argsort(low[begin:end], kind="mergesort")
+                break
+    return low[order], high[order], to[order]
+
+
+@kernel
+def product(
+    ptr: Ints,
+    low: Ints,
+    high: Ints,
+    to: Ints,
+    final: Bools,
+    ptr2: Ints,
+    low2: Ints,
+    high2: Ints,
+    to2: Ints,
+    final2: Bools,
+    both: bool,
+    only_first: bool,
+    only_second: bool,
+    most: int,
+) -> tuple[bool, Ints, Ints, Ints, Ints, Bools]:
+    """Two deterministic automata side by side; where one of them has no way on, the other may go on alone.
+
+    Args:
+        both, only_first, only_second: whether a text is accepted that both, or one of them, accept.
+        most: with more states it gives up.
+
+    Returns:
+        Whether it was finished, ``ptr, low, high, to``, and final states.
+    """
+    low, high, to = sorted_edges(ptr, low, high, to)
+    low2, high2, to2 = sorted_edges(ptr2, low2, high2, to2)
+    width = ptr2.shape[0]  # a state of the second, or none
+    table, keys, count = np.full(1024, -1, np.int64), np.empty(1024, np.int64), 1
+    keys[0] = 1  # state 0 of the first, state 0 of the second
+    table[np.int64((np.uint64(1) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33)) & 1023] = 0
+    out_from, out_low = np.empty(1024, np.int64), np.empty(1024, np.int64)
+    out_high, out_to, edges = np.empty(1024, np.int64), np.empty(1024, np.int64), 0
+    here, finished = 0, True
+    while here < count:
+        one, other = keys[here] // width, keys[here] % width - 1
+        if one == ptr.shape[0] - 1:
+            one = -1
+        mine, mine_end = (ptr[one], ptr[one + 1]) if one >= 0 else (0, 0)
+        theirs, theirs_end = (ptr2[other], ptr2[other + 1]) if other >= 0 else (0, 0)
+        start = 0
+        while mine < mine_end or theirs < theirs_end:  # both are sorted and disjoint: from cut to cut
+            least, most_a = (low[mine], high[mine]) if mine < mine_end else (512, 512)
+            less, most_b = (low2[theirs], high2[theirs]) if theirs < theirs_end else (512, 512)
+            start = max(start, min(least, less))
+            end = min(most_a if least <= start else least - 1, most_b if less <= start else less - 1)
+            onto = to[mine] if least <= start else -1
+            onto2 = to2[theirs] if less <= start else -1
+            if (onto >= 0 or only_second) and (onto2 >= 0 or only_first):
+                key = (onto if onto >= 0 else ptr.shape[0] - 1) * width + onto2 + 1
+                slot = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33))
+                slot &= table.shape[0] - 1
+                while table[slot] >= 0 and keys[table[slot]] != key:
+                    slot = (slot + 1) & (table.shape[0] - 1)
+                number = table[slot]
+                if number < 0:
+                    number = count
+                    table[slot] = number
+                    keys = grown(keys, count + 1)
+                    keys[number] = key
+                    count += 1
+                    if 2 * count > table.shape[0]:
+                        table = np.full(4 * table.shape[0], -1, np.int64)
+                        for known in range(count):
+                            slot = np.int64((np.uint64(keys[known]) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33))
+                            slot &= table.shape[0] - 1
+                            while table[slot] >= 0:
+                                slot = (slot + 1) & (table.shape[0] - 1)
+                            table[slot] = known
+                out_from, out_low = grown(out_from, edges + 1), grown(out_low, edges + 1)
+                out_high, out_to = grown(out_high, edges + 1), grown(out_to, edges + 1)
+                out_from[edges], out_low[edges], out_high[edges], out_to[edges] = here, start, end, number
+                edges += 1
+            start = end + 1
+            if mine < mine_end and most_a < start:
+                mine += 1
+            if theirs < theirs_end and most_b < start:
+                theirs += 1
+        if count > most:
+            finished = False
+            break
+        here += 1
+    new_ptr, order = pointers(out_from[:edges], count)
+    ends = np.zeros(count, np.bool_)
+    for number in range(count):
+        one, other = keys[number] // width, keys[number] % width - 1
+        a = one < ptr.shape[0] - 1 and final[one]
+        b = other >= 0 and final2[other]
+        ends[number] = (a and b and both) or (a and not b and only_first) or (b and not a and only_second)
+    return finished, new_ptr, out_low[:edges][order], out_high[:edges][order], out_to[:edges][order], ends
