@@ -186,7 +186,7 @@ def arrays(automaton: Automaton) -> ArrayAutomaton:
     return ArrayAutomaton(parts, list(numbers))
 
 
-def run_starts(counts: Sequence[int]) -> NDArray[np.int64]:
+def run_starts(counts: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
     """Where each of some runs starts, and where the last one ends."""
     pointer = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=pointer[1:])
@@ -228,8 +228,10 @@ class Builder:
         targets.append(target)
 
     def call(self, source: int, name: str, target: int) -> None:
-        for values, value in zip(self.calls, (source, name, target), strict=True):
-            values.append(value)  # type: ignore[arg-type]
+        sources, names, targets = self.calls
+        sources.append(source)
+        names.append(name)
+        targets.append(target)
 
     def empty(self, source: int, target: int) -> None:
         self.empties[0].append(source)
