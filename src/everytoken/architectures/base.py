@@ -45,7 +45,7 @@ FEATURES: dict[str, str] = {
     "sft": "train with TRL's SFTTrainer",
     "compile": "compile into one graph",
 }
-"""What the battery asks of a network; what it lacks is declared with the reason."""
+"""What the battery asks of a network."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Network:
             raise BadInputError(f"{self.model.__name__} declares no trace column.")
         for name, why in self.lacks.items():
             if name not in FEATURES or not why:
-                    raise BadInputError(f"{self.model.__name__} lacks {name!r}: {why or 'no reason given'}.", hint)
+                said = f"{self.model.__name__} lacks {name!r}: {why or 'no reason given'}."
+                raise BadInputError(said, f"Features: {', '.join(FEATURES)}; each with a reason.")
 
 
 @dataclass
@@ -179,7 +180,7 @@ class Architecture:
 
 
 def is_architecture(factory: object) -> bool:
-    """Whether something is the class of a method of this contract."""
+    """Whether something is a method's class."""
     return isinstance(factory, type) and issubclass(factory, Architecture) and hasattr(factory, "declares")
 
 
