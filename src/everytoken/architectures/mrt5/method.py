@@ -187,7 +187,7 @@ class MrT5Training(Recipe):
         }
 
     def pictures(self, model: PreTrainedModel, curves: Curves, windows: torch.Tensor) -> dict[str, str]:
-        shares = {
+        shares: dict[str, list[list[tuple[float, float]]]] = {
             "deleted share": [curves.get("deleted share", [])],
             "target": [[(1, self.target), (self.steps, self.target)]],
         }
