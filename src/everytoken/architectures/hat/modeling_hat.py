@@ -93,8 +93,8 @@ class HATCache(DynamicCache):
 class HATForCausalLM(OwnWeights, PreTrainedModel, GenerationMixin):
     """A language model without a vocabulary: symbols are bytes and the ends of words.
 
-    Its tokenizer is ``HATTokenizer``. With ``past_key_values`` a forward takes the whole row and gives the logits of its
-    last position alone: the backbone reads new words only, and the decoder the word that is being written.
+    Its tokenizer is ``HATTokenizer``. With ``past_key_values`` a forward takes the whole row and gives the logits of
+    its last position alone: the backbone reads new words only, and the decoder the word that is being written.
     """
 
     config_class = HATConfig
@@ -255,7 +255,7 @@ class HATForCausalLM(OwnWeights, PreTrainedModel, GenerationMixin):
         return self._capped(self.lm_head(hidden), length)[:, None]
 
     def _encode_words(self, ids: torch.Tensor, layout: WordLayout, ends: torch.Tensor) -> torch.Tensor:
-        """The encoder's states ``[B, M, d]`` of the words that end at ``ends`` ``[B, M]``, each word a row of its own."""
+        """The encoder's states ``[B, M, d]`` of words that end at ``ends`` ``[B, M]``, each word a row of its own."""
         before = (ends - 1).clamp_min(0)
         lengths = torch.where(ends > 0, layout.offset.gather(1, before), 0)  # bytes; 0 of an empty word
         steps = torch.arange(int(lengths.max()) + 1, device=ids.device)
