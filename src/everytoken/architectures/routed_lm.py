@@ -40,7 +40,15 @@ def real_tokens(attention_mask: torch.Tensor | None, width: int) -> torch.Tensor
     return attention_mask[:, -width:].bool()
 
 
-class RoutedModel(MixtralModel):
+class RoutedPreTrainedModel(MixtralPreTrainedModel):
+    """What transformers reads from a model's own source, which here stands in Mixtral's."""
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+
+class RoutedModel(RoutedPreTrainedModel, MixtralModel):
     """``MixtralModel`` with layers of another kind, which ``make_layer`` builds."""
 
     def __init__(self, config: Any):
@@ -62,7 +70,7 @@ class RoutedModel(MixtralModel):
         """Builds what the layers share."""
 
 
-class RoutedForCausalLM(MixtralForCausalLM):
+class RoutedForCausalLM(RoutedPreTrainedModel, MixtralForCausalLM):
     """See the module. A subclass names its backbone in ``backbone`` and may extend ``router_loss``."""
 
     backbone: type[RoutedModel]

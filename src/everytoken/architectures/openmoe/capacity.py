@@ -9,9 +9,7 @@ from __future__ import annotations
 import torch
 
 
-def expert_capacity(
-    tokens: torch.Tensor, experts: int, top_k: int, factor: float, minimum: int = 4
-) -> torch.Tensor:
+def expert_capacity(tokens: torch.Tensor, experts: int, top_k: int, factor: float, minimum: int = 4) -> torch.Tensor:
     """``C = floor(k * factor * tokens / E)``, plus 1 where that is odd, at least ``minimum``.
 
     Args:

@@ -25,13 +25,13 @@ from transformers.models.mixtral.modeling_mixtral import (
     MixtralAttention,
     MixtralDecoderLayer,
     MixtralExperts,
-    MixtralPreTrainedModel,
     MixtralRMSNorm,
     MixtralTopKRouter,
 )
 from transformers.utils.output_capturing import OutputRecorder
 
-from ..routed_lm import RoutedForCausalLM, RoutedModel, real_tokens
+from ..base import register
+from ..routed_lm import RoutedForCausalLM, RoutedModel, RoutedPreTrainedModel, real_tokens
 from ..routing import router_z_loss
 from .capacity import expert_capacity, serve
 from .configuration_openmoe import OpenMoeConfig
@@ -126,7 +126,7 @@ class OpenMoeDecoderLayer(MixtralDecoderLayer):
         return hidden_states + added
 
 
-class OpenMoePreTrainedModel(MixtralPreTrainedModel):
+class OpenMoePreTrainedModel(RoutedPreTrainedModel):
     """Initialisation, and what of a forward can be recorded."""
 
     config: OpenMoeConfig
@@ -191,3 +191,7 @@ class OpenMoeForCausalLM(OpenMoePreTrainedModel, RoutedForCausalLM):
                 stacklevel=2,
             )
         return super().generate(*args, **kwargs)
+
+
+register(OpenMoeConfig, OpenMoeForCausalLM, "AutoModelForCausalLM")
+register(OpenMoeConfig, OpenMoeModel, "AutoModel")
