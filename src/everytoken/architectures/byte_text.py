@@ -97,7 +97,7 @@ class ByteRecipe(Recipe):
 
     layers: int = 4
     width: int = 128
-    intermediate: int = 256
+    intermediate: int = 192
     heads: int = 4
 
     def __post_init__(self) -> None:

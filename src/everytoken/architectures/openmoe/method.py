@@ -39,7 +39,7 @@ class OpenMoeRecipe(ByteRecipe):
     chosen: int = 2
     moe_every: int = 2
     capacity: float = 1.25
-    capacity_eval: float = 2.0
+    capacity_eval: float = 1.25
     fill_order: str = "token"
     summary: ClassVar[str] = "a mixture of experts with a capacity limit, from scratch on the bytes of a text"
 
