@@ -20,8 +20,6 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.mistral.modeling_mistral import MistralMLP
 from transformers.models.mixtral.modeling_mixtral import (
@@ -34,6 +32,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..base import register
+from ..decoder import begin
 from ..routed_lm import RoutedForCausalLM, RoutedModel, RoutedPreTrainedModel
 from ..routing import balance_loss, top_experts
 from .configuration_rmoe import RMoeConfig
@@ -203,40 +202,15 @@ class RMoeModel(RMoePreTrainedModel, RoutedModel):
             input_ids: ``[B, S]``; or ``inputs_embeds`` ``[B, S, d]``, not both.
 
         Raises:
-            ValueError: neither or both were given.
+            BadInputError: neither or both were given.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either input_ids or inputs_embeds.")
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + past)[None]
-        make_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
-        mask = make_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
-        rotary = self.rotary_emb(hidden, position_ids=position_ids)
+        begun = begin(self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache)
+        hidden = begun.hidden
         state = None
         for layer in self.layers:
             # by place: what a reentrant checkpoint shall give gradients to
-            hidden, state = layer(
-                hidden,
-                state,
-                router_cell=self.router_cell,
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                position_embeddings=rotary,
-                **kwargs,
-            )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+            hidden, state = layer(hidden, state, router_cell=self.router_cell, **begun.arguments, **kwargs)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=begun.past_key_values)
 
 
 class RMoeForCausalLM(RMoePreTrainedModel, RoutedForCausalLM):
