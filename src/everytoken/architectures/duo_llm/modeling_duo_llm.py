@@ -94,7 +94,7 @@ class DuoRouter(nn.Module):
         return logits, torch.ones_like(logits[:, :1]), indices
 
     def noisy(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits with Gumbel noise in straight-through training, where a choice is a draw; as they are elsewhere."""
+        """The logits, with Gumbel noise in straight-through training, where a choice is a draw."""
         if self.training and self.config.router_training == "straight_through":
             return logits - torch.empty_like(logits).exponential_().log()
         return logits

@@ -197,7 +197,7 @@ def oracle_routes(
 
 
 def within(routes: torch.Tensor, budget: int, mode: str = "at_most") -> torch.Tensor:
-    """``[...]`` booleans, which routes ``[..., L]`` keep the budget; the others of "exactly" are small blocks or skips."""
+    """``[...]`` booleans, which routes ``[..., L]`` keep the budget of large blocks."""
     spent = (routes == BIG).sum(-1)
     return spent == budget if mode == "exactly" else spent <= budget
 
