@@ -42,6 +42,7 @@ class DuoLlmRecipe(ByteRecipe):
         cost_weight: weight of the squared distance to it.
     """
 
+    steps: int = 400
     intermediate: int = 512
     small: int = 64
     skip: float = 0.0

@@ -34,6 +34,7 @@ class RMoeRecipe(ByteRecipe):
         balance: weight of the balance loss.
     """
 
+    steps: int = 400
     intermediate: int = 96
     experts: int = 8
     chosen: int = 2
