@@ -42,9 +42,9 @@ class DuoLlmRecipe(ByteRecipe):
         cost_weight: weight of the squared distance to it.
     """
 
-    steps: int = 400
-    intermediate: int = 512
-    small: int = 64
+    steps: int = 300
+    intermediate: int = 384
+    small: int = 48
     skip: float = 0.0
     router_share: float = 0.25
     target: float = 0.5

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..base import Architecture, Network, Observation
 from ..byte_text import VOCABULARY, ByteRecipe, as_ids, byte_tokenizer, text_ids
-from ..routing import record_routing
+from ..routing import RouterRecord, record_routing
 from ..routing_analysis import RoutingAnalysis
 from ..routing_traces import EXPERT_COLUMNS, byte_name, expert_table, expert_trace, routing_figures
 from .configuration_rmoe import RMoeConfig
@@ -158,7 +158,7 @@ class RMoe(Architecture):
         return Observation(traces, figures, written)
 
     @staticmethod
-    def _changed(model: PreTrainedModel, ids: torch.Tensor, records: list) -> float:
+    def _changed(model: PreTrainedModel, ids: torch.Tensor, records: list[RouterRecord]) -> float:
         """The share of first choices behind the first router that the routers would not make with an empty state."""
         cell, others = model.model.router_cell, []
         gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
