@@ -298,7 +298,7 @@ def test_greed_can_miss_the_best_pair():
 
 
 def test_the_oracle_gains_in_an_untrained_network_and_the_controls_say_why():
-    """The best of many routes beats all large blocks where nothing was learned; chosen for a wrong target it does not."""
+    """The best of many routes beats all large blocks where nothing was learned; that for a wrong target does not."""
     model, ids = tiny(allow_skip=False), torch.cat([IDS[0], IDS[1]])
     routes = all_routes(4)
     losses = route_losses(model, ids, routes)
