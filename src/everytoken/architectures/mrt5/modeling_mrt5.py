@@ -226,7 +226,10 @@ class MrT5ForConditionalGeneration(MrT5PreTrainedModel, T5ForConditionalGenerati
                 scores_excess=excess,
                 **kwargs,
             )
-        gate = kept = None
+        gate: Any = None
+        kept: Any = None
+        real: Any = None
+        left: Any = None
         if isinstance(encoder_outputs, MrT5EncoderOutput):
             gate, kept, real = encoder_outputs.delete_gate, encoder_outputs.kept_positions, encoder_outputs.text_mask
             # generate hands on the mask of the full text: the encoder's own says what is left of it
