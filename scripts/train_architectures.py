@@ -5,6 +5,7 @@
 
 Every method trains by its own recipe, with that recipe's defaults; ``--set key=value`` changes them. The text is
 English prose that ships with Python (``everytoken.training.datasets.plain_text``). Weights are kept in float16.
+Networks with routers ship as ``openmoe-text``, ``rmoe-text`` and ``duo-llm-text``.
 """
 
 from __future__ import annotations
