@@ -330,7 +330,7 @@ def test_the_observation_shows_routes_and_difficulty():
     gained = [a - b for a, b in zip(columns["nats"][:-1], columns["difficulty"][:-1], strict=True)]
     assert seen.figures["nats, oracle of 2"] == pytest.approx(sum(gained) / len(gained), abs=1e-5)
     assert seen.text and "knows the next token" in seen.notes[0]
-    assert DuoLlm(budget=0).observe(model, None, "a").traces[0].columns["oracle"] == [None]
+    assert DuoLlm(budget=0).observe(model, None, "ab").traces[0].columns["oracle"] == ["ssss", None]
 
 
 def test_the_recipe_trains_paths_first_and_then_routers_alone():
@@ -410,6 +410,8 @@ def test_bad_oracles():
     for settings, message in (({"route": "best"}, "route"), ({"budget": -1}, "budget"), ({"tries": 0}, "tries")):
         with pytest.raises(BadInputError, match=message):
             DuoLlm(**settings)
+    with pytest.raises(BadInputError, match="reads 2 to 64"):
+        DuoLlm().observe(tiny(vocab_size=259), None, "a")
     with pytest.raises(BadInputError, match="at most the 4 layers"):
         DuoLlm(budget=5).observe(tiny(vocab_size=259), None, "ab")
     for settings, message in (({"router_share": 1.0}, "router_share"), ({"small": 999}, "small blocks")):

@@ -319,5 +319,5 @@ def test_bad_settings():
             OpenMoeRecipe(**settings)
     with pytest.raises(BadInputError, match="from scratch"):
         OpenMoeRecipe().begin("somewhere")
-    with pytest.raises(BadInputError, match="reads 1 to 64"):
+    with pytest.raises(BadInputError, match="reads 2 to 64"):
         OpenMoe().observe(tiny(vocab_size=259), None, "x" * 65)

@@ -161,7 +161,5 @@ class OpenMoe(Architecture):
             expert_trace(record, tokens, tokenizer, f"router {number + 1} of {len(records)}")
             for number, record in enumerate(records)
         ]
-        figures = routing_figures(records)
-        if ids.shape[1] > 1:
-            figures["nats per token"] = float(loss)
+        figures = routing_figures(records) | {self.headline: float(loss)}
         return Observation(traces, figures, written, notes=notes)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from ..training import Curves
 
+CHANGED = "% of choices that the history changes"
+
 
 @dataclass(frozen=True)
 class RMoeRecipe(ByteRecipe):
@@ -97,7 +99,7 @@ class RMoe(Architecture):
     forget: bool = False
     declares: ClassVar[Network] = Network(RMoeConfig, RMoeForCausalLM, (*EXPERT_COLUMNS, "state change"))
     weights: ClassVar[str] = "rmoe-text"
-    headline: ClassVar[str] = "% of choices that the history changes"
+    headline: ClassVar[str] = "nats per token"
     example: ClassVar[str] = "The value of the expression is the object that the name is bound to."
     recipe: ClassVar[type | None] = RMoeRecipe
 
@@ -150,11 +152,9 @@ class RMoe(Architecture):
             trace.add("state change", [None] * len(trace) if change is None else change.norm(dim=-1))
             traces.append(trace)
             before = state
-        figures = routing_figures(records)
+        figures = routing_figures(records) | {self.headline: float(loss)}
         if not self.forget and before is not None:
-            figures[self.headline] = 100 * self._changed(model, ids, records)
-        if ids.shape[1] > 1:
-            figures["nats per token"] = float(loss)
+            figures[CHANGED] = 100 * self._changed(model, ids, records)
         return Observation(traces, figures, written)
 
     @staticmethod
