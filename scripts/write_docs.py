@@ -243,6 +243,7 @@ def main() -> None:
     (DOCS / "assets" / "tokenselect.md").write_text(selection_table(), encoding="utf-8")
     (DOCS / "assets" / "reducers.md").write_text(reducers_table(), encoding="utf-8")
     (DOCS / "assets" / "bench-reduction.md").write_text(bench_table("reduction"), encoding="utf-8")
+    (DOCS / "assets" / "bench-routing.md").write_text(bench_table("routing"), encoding="utf-8")
     (DOCS / "assets" / "bench-attention.md").write_text(bench_table("attention"), encoding="utf-8")
     (DOCS / "assets" / "bench-preference.md").write_text(bench_table("preference"), encoding="utf-8")
     (DOCS / "assets" / "bench-generation.md").write_text(bench_table("generation"), encoding="utf-8")

@@ -232,3 +232,34 @@ def test_ulorl():
     heavy = claims["passes for 1000 trained tokens, heavy tail", "4 segments", "whole responses"]
     equal = claims["passes for 1000 trained tokens, equal lengths", "4 segments", "whole responses"]
     assert heavy["value"] < 0.8 < equal["value"]
+
+
+@pytest.mark.reproduction("openmoe")
+def test_openmoe():
+    result, claims = quick("openmoe")
+    explained = "share of the choice explained"
+    assert claims[explained, "token id", "position"]["value"] > 0
+    assert claims["late minus early drop rate, prose", "OpenMoE", ""]["value"] > 0
+    assert distinct(result, "OpenMoE", "code in the warm-up", "random order")
+    steps = [step for step, *_ in result["artifacts"]["0"]["agreement by step"]]
+    assert steps == sorted(set(steps)) or steps[:-1] == sorted(set(steps))
+
+
+@pytest.mark.reproduction("rmoe")
+def test_rmoe():
+    result, claims = quick("rmoe")
+    sizes = [result["artifacts"]["0"][name]["parameters"] for name in ("RMoE", "linear routers")]
+    assert sizes[0] <= sizes[1] < 1.1 * sizes[0]
+    assert distinct(result, "RMoE", "linear routers", "RMoE, gradient cut")
+    assert len(result["runs"][0]["RMoE"]["bits per byte"]) == 8
+    assert claims["nats between neighbouring routers", "RMoE", "linear routers"]["method_value"] > 0
+
+
+@pytest.mark.reproduction("duo-llm")
+def test_duo_llm():
+    result, _ = quick("duo-llm")
+    runs = {name: mean(values["nats of the next byte"]) for name, values in result["runs"][0].items()}
+    assert runs["oracle of 1"] < runs["all small"]
+    assert runs["oracle of 1"] < runs["oracle of 1 for a wrong byte"]
+    curve = result["artifacts"]["0"]["oracle's loss by budget"]["at_most"]
+    assert curve == sorted(curve, reverse=True)
