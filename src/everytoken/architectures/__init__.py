@@ -1,0 +1,1 @@
+"""How tokens mix and route: networks as transformers models, one folder each."""
