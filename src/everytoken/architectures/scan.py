@@ -5,7 +5,7 @@ For every row of a batch, channel e and state j::
     h_t = exp(delta_t A) h_(t-1) + delta_t B_t u_t          y_t = <C_t, h_t> + D u_t
 
 There are two ways to compute it. ``"compiled"`` runs on a processor, in one pass forward and one backward, and keeps
-one state for every 16 tokens only. ``"associative"`` runs anywhere and can be differentiated any number of times: the
+one state for every few tokens only. ``"associative"`` runs anywhere and can be differentiated any number of times: the
 pairs ``(exp(delta A), delta B u)`` combine by ``(a1, b1) o (a2, b2) = (a1 a2, a2 b1 + b2)``, so that log2 L rounds do.
 
 ``fast_scan`` puts it into transformers' own Mamba models.
@@ -180,8 +180,10 @@ _scan.register_autograd(_gradients, setup_context=_keep_inputs)
 
 
 def _room(u: torch.Tensor, start: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from .scan_kernels import CHUNK
+
     rows, length, _ = u.shape
-    chunks = -(-length // 16) if keep else 0
+    chunks = -(-length // CHUNK) if keep else 0
     return torch.empty_like(u), torch.empty_like(start), start.new_empty(rows, chunks, *start.shape[1:])
 
 
