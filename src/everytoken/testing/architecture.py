@@ -77,7 +77,10 @@ class ArchitectureConformance:
         if not model.config.is_encoder_decoder:
             fill["labels"] = -100
         pad = torch.nn.functional.pad
-        return {k: pad(v, sides, value=fill[k]) if k in fill else v for k, v in inputs.items()}
+        found = {k: pad(v, sides, value=fill[k]) if k in fill else v for k, v in inputs.items()}
+        if left and "labels" in fill and "labels" in found:
+            found["labels"][:, count] = -100  # nothing predicts a row's first token, and padding shall not either
+        return found
 
     def gradients(self, model: PreTrainedModel, inputs: Inputs) -> tuple[float, dict[str, torch.Tensor | None]]:
         """Loss and gradients of a step in training mode."""
