@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -221,28 +221,42 @@ def scan_like_transformers(
     return (output, state) if return_last_state else output
 
 
+def with_fast_scan(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of one of transformers' mixers, with ``selective_scan`` where it calls transformers' scan.
+
+    It is the same code with another global name: nothing of transformers changes for other models.
+
+    Raises:
+        UnsupportedModelError: the function calls no such scan.
+    """
+    inner: Any = getattr(forward, "__wrapped__", forward)
+    if not set(NAMES) & set(getattr(inner, "__code__", _nothing.__code__).co_names):
+        raise UnsupportedModelError(f"{getattr(forward, '__qualname__', forward)} does not scan as Mamba does.")
+    ours = inner.__globals__ | dict.fromkeys(NAMES, scan_like_transformers)
+    again = types.FunctionType(inner.__code__, ours, inner.__name__, inner.__defaults__, inner.__closure__)
+    again.__kwdefaults__ = inner.__kwdefaults__
+    return again
+
+
+def _nothing() -> None:
+    """A function that calls none."""
+
+
 @contextlib.contextmanager
 def fast_scan(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the block, the mixers of a transformers model (Mamba, FalconMamba, Jamba) scan by ``selective_scan``.
 
-    Only this model changes, and only its instances' ``forward``: the same code, with another scan.
+    Only this model's instances change. Do not save or move the model inside the block.
 
     Raises:
         UnsupportedModelError: no layer of the model calls transformers' scan.
     """
     changed: list[nn.Module] = []
     for module in model.modules():
-        function = getattr(type(module).forward, "__wrapped__", type(module).forward)
-        known = getattr(function, "__globals__", {})
-        if not set(NAMES) & set(function.__code__.co_names if hasattr(function, "__code__") else ()):
-            continue
-        ours = known | dict.fromkeys(NAMES, scan_like_transformers)
-        again = types.FunctionType(
-            function.__code__, ours, function.__name__, function.__defaults__, function.__closure__
-        )
-        again.__kwdefaults__ = function.__kwdefaults__
-        changed.append(module)
-        module.forward = types.MethodType(again, module)  # type: ignore[method-assign]
+        with contextlib.suppress(UnsupportedModelError):
+            forward = with_fast_scan(type(module).forward)
+            module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+            changed.append(module)
     if not changed:
         raise UnsupportedModelError(f"{type(model).__name__} has no layer that scans as transformers' Mamba does.")
     try:

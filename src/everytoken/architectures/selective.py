@@ -85,11 +85,23 @@ class SelectiveSSM(nn.Module):
         """
         restore = None
         if self.reorder is not None:
-            moved = self.reorder(x, self._split(x)[0])
+            moved = self.reorder(x, self._split(x)[0] - self.dt_proj.bias)
             x, restore = moved.hidden, moved.restore
+        y = self.scan_each(x, scans, directions, permute_parameters, double_bias).sum(1)
+        return y if restore is None else restore(y)
+
+    def scan_each(
+        self,
+        x: torch.Tensor,
+        scans: Scans,
+        directions: torch.Tensor | None = None,
+        permute_parameters: bool = True,
+        double_bias: bool = False,
+    ) -> torch.Tensor:
+        """What every scan gives to every token: ``[B, K, L, E]``; arguments as for ``forward``."""
         steps, b, c = self._split(x)
-        bias = self.dt_proj.bias.float()
-        delta = F.softplus(steps.float() + (2 * bias if double_bias else bias))
+        steps = steps.float()
+        delta = F.softplus(steps + self.dt_proj.bias.float() if double_bias else steps)
         count = len(scans.orders)
         if permute_parameters:
             u, delta, b, c = (item[:, scans.orders] for item in (x, delta, b, c))  # [B, K, L, ...]
@@ -105,10 +117,9 @@ class SelectiveSSM(nn.Module):
             self.D.float(),
         ).unflatten(0, (-1, count))
         rows = torch.arange(count, device=x.device)[:, None]
-        y = y[:, rows, scans.inverses].sum(1)
-        return y if restore is None else restore(y)
+        return y[:, rows, scans.inverses]
 
     def _split(self, x: torch.Tensor) -> Any:
-        """Steps before bias and softplus ``[B, L, E]``, B and C ``[B, L, n]``."""
+        """Steps before the softplus ``[B, L, E]``, B and C ``[B, L, n]``."""
         steps, b, c = self.x_proj(x).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], -1)
-        return F.linear(steps, self.dt_proj.weight), b, c
+        return self.dt_proj(steps), b, c

@@ -94,7 +94,7 @@ def analyze_dynamics(model: PreTrainedModel) -> list[LayerDynamics]:
     for name, mixer in mixers_of(model):
         weight, rank, n = mixer.x_proj.weight, int(mixer.time_step_rank), int(mixer.ssm_state_size)
         values = symmetric_eigenvalues(weight[rank : rank + n], weight[rank + n : rank + 2 * n])
-        small = 1e-9 * float(values.abs().max())
+        small = 1e-6 * float(values.abs().max())  # float32 weights round
         up, down = int((values > small).sum()), int((values < -small).sum())
         regime = "divergent" if up else "convergent"
         found.append(LayerDynamics(name, values, regime, up / max(1, up + down)))
