@@ -20,11 +20,12 @@ from ...core.settings import read_text
 
 
 def example_text() -> str:
-    """English prose of about 600 kB that every Python brings: the topics of its help."""
+    """English prose of about 400 kB that every Python brings: the topics of its help."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
     text = re.sub(r"[*`^~=\-_|+#]{3,}", " ", text)  # rules and tables
+    text = re.sub(r"(?<=\S)\n *(?=\S)", " ", text)  # a paragraph is a line
     return re.sub(r"[ \t]+", " ", text)
 
 
