@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -224,7 +225,8 @@ def scan_like_transformers(
 def with_fast_scan(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The forward of one of transformers' mixers, with ``selective_scan`` where it calls transformers' scan.
 
-    It is the same code with another global name: nothing of transformers changes for other models.
+    It is the same code with another global name: nothing of transformers changes for other models. Where mamba-ssm is
+    installed, its kernels stay in use on other devices than a processor.
 
     Raises:
         UnsupportedModelError: the function calls no such scan.
@@ -232,10 +234,24 @@ def with_fast_scan(forward: Callable[..., Any]) -> Callable[..., Any]:
     inner: Any = getattr(forward, "__wrapped__", forward)
     if not set(NAMES) & set(getattr(inner, "__code__", _nothing.__code__).co_names):
         raise UnsupportedModelError(f"{getattr(forward, '__qualname__', forward)} does not scan as Mamba does.")
-    ours = inner.__globals__ | dict.fromkeys(NAMES, scan_like_transformers)
+    known = inner.__globals__
+    kernels = find_spec("mamba_ssm") is not None
+    ours = known | {name: _on_processors(known[name]) if kernels else scan_like_transformers for name in NAMES}
+    if not kernels and "mamba_inner_fn" in known:  # it would say that a slow scan is in use, which is not so any more
+        ours["mamba_inner_fn"] = lambda *_arguments, **_others: None
     again = types.FunctionType(inner.__code__, ours, inner.__name__, inner.__defaults__, inner.__closure__)
     again.__kwdefaults__ = inner.__kwdefaults__
     return again
+
+
+def _on_processors(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """Our scan for tensors on a processor, the one given elsewhere."""
+
+    def scan(hidden_states: torch.Tensor, *arguments: Any, **others: Any) -> Any:
+        chosen = scan_like_transformers if hidden_states.device.type == "cpu" else theirs
+        return chosen(hidden_states, *arguments, **others)
+
+    return scan
 
 
 def _nothing() -> None:

@@ -147,7 +147,7 @@ class MambaDynamics(Architecture):
         trace = TokenTrace(ids[0].tolist(), title=f"growth: {text}", station="architectures").with_text(tokenizer)
         trace.add("growth", steps.sum(0))
         trace.add("importance", importance)
-        trace.add("rank", importance.argsort(stable=True).argsort())
+        trace.add("rank", importance.argsort(dim=-1, stable=True).argsort(dim=-1))
         trace.add("fastest layer", steps.argmax(0))
         layers = analyze_dynamics(model)
         figures = {

@@ -41,7 +41,7 @@ class Reordered:
     @property
     def ranks(self) -> torch.Tensor:
         """``[B, L]``: the place of every token by importance, 0 the least; ties go by place."""
-        return self.scores.argsort(-1, stable=True).argsort(-1)
+        return self.scores.argsort(dim=-1, stable=True).argsort(dim=-1)
 
 
 def soft_sort(scores: torch.Tensor, tau: float = 1.0, power: float = 1.0, hard: bool = False) -> torch.Tensor:
@@ -57,7 +57,7 @@ def soft_sort(scores: torch.Tensor, tau: float = 1.0, power: float = 1.0, hard: 
     """
     if tau <= 0 or power <= 0:
         raise BadInputError(f"tau and power are positive; got {tau} and {power}.")
-    order = scores.argsort(-1, descending=True, stable=True)
+    order = scores.argsort(dim=-1, descending=True, stable=True)
     apart = (scores.gather(-1, order).unsqueeze(-1) - scores.unsqueeze(-2)).abs()
     soft = torch.softmax(-(apart if power == 1 else apart**power) / tau, -1)
     if not hard:
