@@ -1,10 +1,10 @@
 """Trains the small networks of the station ``architectures`` anew, and puts them where they ship.
 
-    python scripts/train_architectures.py mrt5 --out work/mrt5            # minutes on one thread; goes on where it was cut
-    python scripts/train_architectures.py mrt5 --out work/mrt5 --ship     # copies the network into the package
+    python scripts/train_architectures.py mrt5 --out work/mrt5           # minutes on a thread; goes on where it was cut
+    python scripts/train_architectures.py mrt5 --out work/mrt5 --ship    # copies the network into the package
 
-Every method trains by its own recipe with the settings that are its defaults; ``--set key=value`` changes them. The text
-is English prose that ships with Python (``everytoken.training.datasets.plain_text``). Weights are kept in float16.
+Every method trains by its own recipe, with that recipe's defaults; ``--set key=value`` changes them. The text is
+English prose that ships with Python (``everytoken.training.datasets.plain_text``). Weights are kept in float16.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from everytoken.architectures.base import Architecture, Network, Observation, is_architecture, register
+from everytoken.architectures.base import Architecture, Network, Observation, OwnWeights, is_architecture, register
 from everytoken.catalog import load_catalog
 from everytoken.core.errors import BadInputError
 from everytoken.core.trace import TokenTrace
@@ -30,7 +30,7 @@ class OutsideConfig(LlamaConfig):
     model_type = "outside_llama"
 
 
-class OutsideForCausalLM(LlamaForCausalLM):
+class OutsideForCausalLM(OwnWeights, LlamaForCausalLM):
     config_class = OutsideConfig
 
 

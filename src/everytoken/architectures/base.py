@@ -1,7 +1,7 @@
 """The contract of this station: what every network says about itself, and what it shows of its decisions.
 
-A method is a dataclass that inherits ``Architecture`` and is named by its card. It declares its classes, the columns of
-its trace and what it cannot do (``Network``), and shows what it decides on a text (``observe``)::
+A method is a dataclass that inherits ``Architecture`` and is named by its card. It declares its classes, trace columns
+and what it cannot do (``Network``), and shows what it decides on a text (``observe``)::
 
     @dataclass
     class MyMethod(Architecture):
@@ -45,7 +45,7 @@ FEATURES: dict[str, str] = {
     "sft": "train with TRL's SFTTrainer",
     "compile": "compile into one graph",
 }
-"""What the battery asks of a network; what it lacks is declared with the reason."""
+"""What the battery asks of a network."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Network:
             raise BadInputError(f"{self.model.__name__} declares no trace column.")
         for name, why in self.lacks.items():
             if name not in FEATURES or not why:
-                hint = f"Features: {', '.join(FEATURES)}; each with a reason."
-                raise BadInputError(f"{self.model.__name__} lacks {name!r}: {why or 'no reason given'}.", hint)
+                said = f"{self.model.__name__} lacks {name!r}: {why or 'no reason given'}."
+                raise BadInputError(said, f"Features: {', '.join(FEATURES)}; each with a reason.")
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Observation:
 
 @dataclass
 class Architecture:
-    """A method of this station; see the module. Fields of a subclass are its settings at inference.
+    """A method of this station; fields of a subclass are its settings at inference.
 
     Attributes:
         declares: see ``Network``.
@@ -121,11 +121,10 @@ class Architecture:
         if "declares" in vars(cls):
             cls.trace_columns = cls.declares.columns
 
-    # -- what a method implements --------------------------------------------------------------------------------------
     @classmethod
     def tiny(cls) -> PreTrainedModel:
-        """A random network of a few thousand weights, in evaluation mode; tests run on it."""
-        raise NotImplementedError(f"{cls.__name__} has no tiny network.")
+        """A random network of a few thousand weights; tests run on it."""
+        raise NotImplementedError(cls.__name__)
 
     @classmethod
     def tiny_tokenizer(cls) -> PreTrainedTokenizerBase | None:
@@ -135,19 +134,15 @@ class Architecture:
     def observe(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, text: str, new_tokens: int = 0
     ) -> Observation:
-        """What the network decides on a text, with these settings.
+        """What the network of a folder decides on a text, with these settings.
 
         Args:
-            model: of the declared class.
-            tokenizer: that of the folder; None where the folder has none.
-            text: the user's, not empty.
-            new_tokens: how many tokens to write behind it; networks that write none take no notice.
+            new_tokens: how many to write behind the text; networks that write none take no notice.
         """
         raise NotImplementedError(f"{type(self).__name__} shows nothing.")
 
-    # -- what a method may change --------------------------------------------------------------------------------------
     def arms(self) -> dict[str, Architecture]:
-        """What ``try`` runs besides the method itself, by name: the baseline first. None by default."""
+        """What ``try`` runs besides the method itself, by name: the baseline first."""
         return {}
 
     @classmethod
@@ -158,7 +153,6 @@ class Architecture:
         ids = torch.randint(3, config.vocab_size, (batch, length), generator=generator)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
-    # -- loading -------------------------------------------------------------------------------------------------------
     @classmethod
     def folder(cls, model: str | None = None) -> Path:
         """Where a network lies: the user's folder, or the shipped weights.
@@ -180,15 +174,24 @@ class Architecture:
     @classmethod
     def load(cls, model: str | None = None, dtype: str = "float32") -> PreTrainedModel:
         """The network of a folder, in evaluation mode; raises as ``folder`` does."""
-        path = cls.folder(model)
         with quiet_transformers():
-            loaded = cls.declares.model.from_pretrained(path, dtype=dtype, use_safetensors=True)
-        return loaded.eval()
+            network = cls.declares.model
+            return network.from_pretrained(cls.folder(model), dtype=dtype, use_safetensors=True).eval()
 
 
 def is_architecture(factory: object) -> bool:
-    """Whether something is the class of a method with a network of this contract."""
+    """Whether something is a method's class."""
     return isinstance(factory, type) and issubclass(factory, Architecture) and hasattr(factory, "declares")
+
+
+class OwnWeights:
+    """Inherited, first, by networks and their parts that are models: transformers then asks ``_init_weights`` for every
+    module. For classes of other packages it skips modules without weights of their own (T5's blocks, for one).
+    """
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return False
 
 
 def register(config: type[PreTrainedConfig], model: type[PreTrainedModel], *autos: str) -> None:

@@ -77,10 +77,10 @@ class ArchitectureConformance:
         if not model.config.is_encoder_decoder:
             fill["labels"] = -100
         pad = torch.nn.functional.pad
-        found = {k: pad(v, sides, value=fill[k]) if k in fill else v for k, v in inputs.items()}
-        if left and "labels" in fill and "labels" in found:
-            found["labels"][:, count] = -100  # nothing predicts a row's first token, and padding shall not either
-        return found
+        padded = {k: pad(v, sides, value=fill[k]) if k in fill else v for k, v in inputs.items()}
+        if left and "labels" in fill and "labels" in padded:
+            padded["labels"][:, count] = -100  # the last padding position would predict it
+        return padded
 
     def gradients(self, model: PreTrainedModel, inputs: Inputs) -> tuple[float, dict[str, torch.Tensor | None]]:
         """Loss and gradients of a step in training mode."""
@@ -97,6 +97,9 @@ class ArchitectureConformance:
         declared, model = method.declares, self.network(method)
         assert type(model) is declared.model and declared.model.config_class is declared.config
         assert method.trace_columns == declared.columns
+        parts = [type(part) for part in model.modules() if isinstance(part, PreTrainedModel)]
+        custom = [part.__name__ for part in parts if part.is_custom_code()]
+        assert not custom, f"{custom}: inherit everytoken.architectures.base.OwnWeights"
         assert sum(weight.numel() for weight in model.parameters()) < 500_000
 
     def test_auto_classes_load_what_it_saves(self, method: type[Architecture], tmp_path: Path) -> None:

@@ -39,8 +39,8 @@ class MrT5Config(T5Config):
         super().__post_init__(**kwargs)
         if not 0 <= self.delete_gate_layer < self.num_layers:
             raise BadInputError(
-                f"The gate stands before one of the encoder's {self.num_layers} blocks, 0 to {self.num_layers - 1}; got "
-                f"delete_gate_layer={self.delete_gate_layer}."
+                f"The gate stands before one of the encoder's {self.num_layers} blocks, 0 to {self.num_layers - 1}; "
+                f"got delete_gate_layer={self.delete_gate_layer}."
             )
         if self.delete_gate_scale >= 0:
             raise BadInputError(f"delete_gate_scale is below 0; got {self.delete_gate_scale}.")

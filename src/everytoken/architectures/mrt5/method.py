@@ -282,7 +282,7 @@ class MrT5(Architecture):
     def observe(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, text: str, new_tokens: int = 0
     ) -> Observation:
-        """The gate of every byte of the text; and, over some ways to take spans out of it, how well they are restored."""
+        """The gate of every byte of the text, and how well spans that are taken out of it are restored."""
         if tokenizer is None:
             raise BadInputError("This folder has no tokenizer.", "Save ByT5's beside the network.")
         data = text.encode()

@@ -27,7 +27,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ...core.errors import BadInputError, UnsupportedModelError
-from ..base import register
+from ..base import OwnWeights, register
 from .configuration_mrt5 import MrT5Config
 from .deletion import SUFFIX, DeleteGate, compacted
 
@@ -58,7 +58,7 @@ class MrT5Output(Seq2SeqLMOutput):
     kept_positions: torch.Tensor | None = None
 
 
-class MrT5PreTrainedModel(T5PreTrainedModel):
+class MrT5PreTrainedModel(OwnWeights, T5PreTrainedModel):
     """T5 whose attention may attend to nothing, whichever of eager and sdpa is asked for."""
 
     config_class = MrT5Config
