@@ -97,7 +97,7 @@ class ByteRecipe(Recipe):
 
     layers: int = 4
     width: int = 128
-    intermediate: int = 256
+    intermediate: int = 192
     heads: int = 4
 
     def __post_init__(self) -> None:
@@ -106,6 +106,11 @@ class ByteRecipe(Recipe):
             raise BadInputError("layers, width, intermediate and heads are 1 or more.")
         if self.width % (2 * self.heads):
             raise BadInputError(f"A width of {self.width} does not give {self.heads} heads an even size each.")
+        if self.width % 4 or self.intermediate % 4:
+            raise BadInputError(
+                f"width and intermediate are multiples of 4; got {self.width} and {self.intermediate}.",
+                "torch's product of grouped matrices takes rows of 16 bytes.",
+            )
 
     def shape(self) -> dict[str, int | None]:
         """The settings that the configurations of all networks of bytes share."""
@@ -137,8 +142,12 @@ class ByteRecipe(Recipe):
         balance = getattr(output, "aux_loss", None)
         return output.loss, {} if balance is None else {"balance loss": float(balance.detach())}
 
+    def bits(self, model: PreTrainedModel, windows: torch.Tensor) -> list[float]:
+        """Bits per byte of every held-out window."""
+        return bits_per_byte(model, windows)
+
     def measure(self, model: PreTrainedModel, windows: torch.Tensor) -> dict[str, float]:
-        bits = bits_per_byte(model, windows)
+        bits = self.bits(model, windows)
         return {"bits per byte": sum(bits) / len(bits)}
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:

@@ -131,6 +131,20 @@ def as_record(layer: str, output: object, kind: str = "the router") -> RouterRec
     )
 
 
+def top_experts(probabilities: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest probabilities and their experts, best first; the lower expert of equal ones, which ``topk`` does not
+    promise.
+
+    Args:
+        probabilities: ``[..., E]``.
+
+    Returns:
+        Values and ids, both ``[..., top_k]``.
+    """
+    ranked = probabilities.sort(dim=-1, descending=True, stable=True)
+    return ranked.values[..., :top_k], ranked.indices[..., :top_k]
+
+
 # -- balance -----------------------------------------------------------------------------------------------------------
 def flat_mask(mask: torch.Tensor | None, rows: int) -> torch.Tensor | None:
     """A padding mask ``[B, S]`` as ``[rows]`` booleans; None stays None.

@@ -33,14 +33,16 @@ class OpenMoeRecipe(ByteRecipe):
         capacity: the factor in training; 0 for no limit.
         capacity_eval: the factor in evaluation; 0 for no limit.
         fill_order: who is served first, ``token`` or ``random``.
+        routing_group: what shares the capacity, the ``batch`` or each ``sequence``.
     """
 
     experts: int = 8
     chosen: int = 2
     moe_every: int = 2
     capacity: float = 1.25
-    capacity_eval: float = 2.0
+    capacity_eval: float = 1.25
     fill_order: str = "token"
+    routing_group: str = "batch"
     summary: ClassVar[str] = "a mixture of experts with a capacity limit, from scratch on the bytes of a text"
 
     def __post_init__(self) -> None:
@@ -57,6 +59,7 @@ class OpenMoeRecipe(ByteRecipe):
             capacity_factor_train=self.capacity or None,
             capacity_factor_eval=self.capacity_eval or None,
             fill_order=self.fill_order,
+            routing_group=self.routing_group,
         )
 
     def begin(self, model: str | None) -> PreTrainedModel:

@@ -32,7 +32,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from ..base import register
 from ..routed_lm import RoutedForCausalLM, RoutedModel, RoutedPreTrainedModel, real_tokens
-from ..routing import router_z_loss
+from ..routing import router_z_loss, top_experts
 from .capacity import expert_capacity, serve
 from .configuration_openmoe import OpenMoeConfig
 
@@ -63,9 +63,7 @@ class OpenMoeRouter(MixtralTopKRouter):
         config = self.config
         with torch.autocast(hidden_states.device.type, enabled=False):
             logits = F.linear(hidden_states.float(), self.weight.float())
-            # a stable sort breaks ties in favour of the lower expert, which topk does not promise
-            ranked = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        chosen, indices = ranked.values[..., : self.top_k], ranked.indices[..., : self.top_k]
+            chosen, indices = top_experts(logits.softmax(-1), self.top_k)
         if config.renormalise:
             chosen = chosen / chosen.sum(-1, keepdim=True)
         factor = config.capacity_factor_train if self.training else config.capacity_factor_eval
