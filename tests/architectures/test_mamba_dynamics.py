@@ -18,7 +18,12 @@ from everytoken.architectures.mamba_dynamics.analysis import (
     symmetric_eigenvalues,
 )
 from everytoken.architectures.mamba_dynamics.configuration_mamba_dynamics import MambaDynamicsConfig
-from everytoken.architectures.mamba_dynamics.method import MambaDynamics, MambaDynamicsRecipe, phase_picture, token_sizes
+from everytoken.architectures.mamba_dynamics.method import (
+    MambaDynamics,
+    MambaDynamicsRecipe,
+    phase_picture,
+    token_sizes,
+)
 from everytoken.architectures.mamba_dynamics.modeling_mamba_dynamics import MambaDynamicsForCausalLM
 from everytoken.architectures.mamba_dynamics.reorder import TokenReorder, reorder_layers, soft_sort
 from everytoken.architectures.mamba_dynamics.theory import (
@@ -235,7 +240,9 @@ def network(dynamics="positive", seed=0):
 
 def test_a_free_network_is_transformers_mamba():
     model, ids = network("free"), torch.randint(3, 259, (2, 19))
-    plain = MambaForCausalLM(MambaConfig(**{k: v for k, v in model.config.to_dict().items() if k != "model_type"})).eval()
+    plain = MambaForCausalLM(
+        MambaConfig(**{k: v for k, v in model.config.to_dict().items() if k != "model_type"})
+    ).eval()
     plain.load_state_dict(model.state_dict())
     assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-5)
 
@@ -289,7 +296,9 @@ SCORES = torch.tensor([0.2, 1.5, -0.3, 0.9])
 def test_the_soft_matrix_by_hand():
     matrix = soft_sort(SCORES)
     assert torch.allclose(matrix[0], torch.tensor([0.137, 0.503, 0.083, 0.276]), atol=6e-4)
-    assert torch.allclose(matrix.sum(-1), torch.ones(4)) and not torch.allclose(matrix.sum(-2), torch.ones(4), atol=0.01)
+    assert torch.allclose(matrix.sum(-1), torch.ones(4)) and not torch.allclose(
+        matrix.sum(-2), torch.ones(4), atol=0.01
+    )
     hard = soft_sort(SCORES, hard=True)
     assert hard.argmax(-1).tolist() == [1, 3, 0, 2]
     assert torch.allclose(soft_sort(SCORES, tau=0.01), hard, atol=1e-4)

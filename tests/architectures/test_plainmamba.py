@@ -74,7 +74,12 @@ def test_a_layer_is_the_loop_in_value_and_gradient(permute, double, kind):
 
 def test_the_released_order_of_parameters_agrees_only_where_it_must():
     module = ssm()
-    for height, width, chosen, same in ((1, 6, (0,), True), (6, 1, (2,), True), (3, 4, (0,), False), (1, 6, (1,), False)):
+    for height, width, chosen, same in (
+        (1, 6, (0,), True),
+        (6, 1, (2,), True),
+        (3, 4, (0,), False),
+        (1, 6, (1,), False),
+    ):
         x, scans = torch.randn(1, height * width, 6, dtype=torch.float64), scans_of(height, width, chosen=chosen)
         assert torch.allclose(module(x, scans), module(x, scans, permute_parameters=False)) == same
     with torch.no_grad():  # steps, B and C that are the same for all tokens
@@ -148,7 +153,7 @@ def test_weights_begin_as_the_paper_says():
     assert torch.allclose(part.A_log.exp(), torch.arange(1.0, 5.0).expand(32, -1))
     assert torch.equal(part.D, torch.ones(32))
     steps = F.softplus(part.dt_proj.bias)
-    assert 1e-4 <= steps.min() and steps.max() <= 0.1001 and steps.std() > 0.01
+    assert steps.min() >= 1e-4 and steps.max() <= 0.1001 and steps.std() > 0.01
     assert model.layers[0].mixer.direction.abs().max() < 0.1 and not model.layers[0].mixer.in_proj.bias.any()
 
 
@@ -212,9 +217,9 @@ def test_it_is_the_encoder_of_the_tiny_vision_language_model(tmp_path):
     batch = question_batch(scenes, ask_all(scenes, 0, count=2), 16)
     output = model(**batch)
     output.loss.backward()
-    assert all(
-        weight.grad is not None for name, weight in model.model.vision_tower.named_parameters()
-    ), "no gradient reaches the encoder"
+    assert all(weight.grad is not None for name, weight in model.model.vision_tower.named_parameters()), (
+        "no gradient reaches the encoder"
+    )
     model.eval()
     features = image_features(model, batch["pixel_values"])
     assert features.shape == (2, 16, 16)

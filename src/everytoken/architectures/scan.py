@@ -53,7 +53,7 @@ def selective_scan(
         backend: of ``BACKENDS``; ``"auto"`` is the compiled way on a processor and the associative one elsewhere.
 
     Returns:
-        ``y [R, L, E]`` in the type of ``u``, or ``(y, state)``. It is computed in float32, or in float64 where ``u`` is.
+        ``y [R, L, E]`` in the type of ``u``, or ``(y, state)``, computed in float32, or in float64 where ``u`` is.
 
     Raises:
         BadInputError: shapes that do not belong together, no token, a positive A (compiled way only), or an unknown
@@ -120,6 +120,7 @@ def _check_shapes(
         raise BadInputError(f"A scan reads u [R, L, E] and A [E, n], none empty; got {[*u.shape]} and {[*A.shape]}.")
     rows, length, channels = u.shape
     n = A.shape[1]
+    wanted: dict[str, tuple[torch.Tensor | None, tuple[int, ...]]]
     wanted = {"delta": (delta, (rows, length, channels)), "A": (A, (channels, n)), "B": (B, (rows, length, n))}
     wanted |= {"C": (C, (rows, length, n)), "D": (D, (channels,)), "initial_state": (start, (rows, channels, n))}
     for name, (tensor, shape) in wanted.items():
@@ -214,8 +215,8 @@ def scan_like_transformers(
     step = dt if delta_bias is None else dt + delta_bias.to(dt.dtype)[..., None]
     if delta_softplus:
         step = nn.functional.softplus(step)
-    inputs = (item.transpose(1, 2) for item in (hidden_states, step))
-    output, state = selective_scan(*inputs, A, B.transpose(1, 2), C.transpose(1, 2), D, return_state=True)
+    u, step, b, c = (item.transpose(1, 2) for item in (hidden_states, step, B, C))
+    output, state = selective_scan(u, step, A, b, c, D, return_state=True)
     output = output.transpose(1, 2)
     if z is not None:
         output = output * nn.functional.silu(z)

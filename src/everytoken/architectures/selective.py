@@ -110,12 +110,8 @@ class SelectiveSSM(nn.Module):
             delta, b, c = (item.unsqueeze(1).expand(-1, count, -1, -1) for item in (delta, b, c))
         if directions is not None and scans.moves is not None:
             b = b.float() + directions.float()[scans.moves]
-        y = selective_scan(
-            *(item.flatten(0, 1) for item in (u, delta)),
-            -torch.exp(self.A_log.float()),
-            *(item.flatten(0, 1) for item in (b, c)),
-            self.D.float(),
-        ).unflatten(0, (-1, count))
+        u, delta, b, c = (item.flatten(0, 1) for item in (u, delta, b, c))
+        y = selective_scan(u, delta, -torch.exp(self.A_log.float()), b, c, self.D.float()).unflatten(0, (-1, count))
         rows = torch.arange(count, device=x.device)[:, None]
         return y[:, rows, scans.inverses]
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ class LayerDynamics:
     positive: float
 
 
-def mixers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def mixers_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The selective mixers of a model with their names (Mamba, FalconMamba, Jamba, PlainMamba ...).
 
     Raises:

@@ -6,7 +6,8 @@ of SoftSort, so that K learns::
 
     M_ij = softmax_j(-|s_(i) - s_j|^p / tau)          s_(1) >= s_(2) >= ... the sorted negated scores
 
-and ``M x`` is scanned. At tau 1 that is a blur more than a permutation; ``hard`` permutes and learns like the soft form.
+and ``M x`` is scanned. At tau 1 that is a blur more than a permutation; ``hard`` permutes, and learns as the soft form
+does.
 
 Reordering lets a token see later ones. It is for networks that read all tokens at once, not for causal ones.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -120,15 +122,15 @@ def reorder_layers(
             f"{type(model).__name__} reads from left to right: an order by importance would show it the future.",
             "Reorder a network that reads all tokens at once, for example PlainMamba.",
         )
-    places = [item for item in model.modules() if hasattr(item, "reorder") and hasattr(item, "A_log")]
+    places: list[Any] = [item for item in model.modules() if hasattr(item, "reorder") and hasattr(item, "A_log")]
     if not places:
         raise UnsupportedModelError(f"{type(model).__name__} has no scan that takes an order.")
     if not layers or min(layers) < 0 or max(layers) >= len(places):
         raise BadInputError(f"The model has layers 0 to {len(places) - 1}; got {layers}.")
     made = []
     for number in layers:
-        weight = places[number].A_log  # type: ignore[union-attr]
+        weight = places[number].A_log
         item = TokenReorder(weight.shape[0], tau=tau, hard=hard, restore=restore).to(weight.device)
-        places[number].reorder = item  # type: ignore[assignment]
+        places[number].reorder = item
         made.append(item)
     return made

@@ -170,15 +170,16 @@ def simulate(
     if not np.isfinite(x).all() or (x == 0).any() or (np.abs(x) >= limit).any():
         raise BadInputError(f"Tokens are not zero and smaller than the limit of {limit:g}.")
     count = len(x)
-    mu, s, a = (np.broadcast_to(np.asarray(item, float), (count,)).copy() for item in (mu, s, a))
-    if time <= 0 or limit <= 0 or (a <= 0).any():
+    rate, bend, fade = (np.broadcast_to(np.asarray(item, float), (count,)) for item in (mu, s, a))
+    if time <= 0 or limit <= 0 or (fade <= 0).any():
         raise BadInputError("time, limit and a are positive.")
     sign, y, end = np.sign(x), np.log(np.abs(x)), float(np.log1p(time))
 
     def slope(at: Array, y: Array, rows: Any) -> Array:
         size = np.exp(np.minimum(y, np.log(limit) + 1))  # a stage may look far beyond the limit
-        h = growth(sign[rows] * size, s[rows], a[rows])
-        return (np.exp(at) * mu[rows])[:, None] * h
+        h = growth(sign[rows] * size, bend[rows], fade[rows])
+        moved: Array = (np.exp(at) * rate[rows])[:, None] * h
+        return moved
 
     at, step = np.zeros(count), np.full(count, 1e-3)
     stopped, passed = np.zeros(count, bool), np.full(count, -1)

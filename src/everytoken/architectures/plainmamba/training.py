@@ -49,8 +49,8 @@ class PlainMambaTraining:
         BadInputError: a value out of range.
     """
 
-    steps: int = 400
-    batch: int = 32
+    steps: int = 300
+    batch: int = 24
     lr: float = 2e-3
     size: int = 32
     patch: int = 4
@@ -100,7 +100,8 @@ def run(config: PlainMambaTraining, context: TrainingContext) -> TrainingResult:
     """
     if context.model is not None:
         raise BadInputError("PlainMamba begins from scratch here.", "Leave --model out.")
-    classes, draw = SHAPES, shapes_of(config)
+    classes: tuple[str, ...] = SHAPES
+    draw = shapes_of(config)
     if context.data is not None:
         classes, draw = folder_of(config, Path(context.data))
     seed_everything(config.seed)
@@ -119,7 +120,7 @@ def run(config: PlainMambaTraining, context: TrainingContext) -> TrainingResult:
     record = {"method": "plainmamba", "figures": figures, "settings": settings, "curves": {"loss": curve}}
     write_text_whole(context.out / "training.json", json.dumps(record, indent=1) + "\n")
     side = config.size // config.patch
-    paths = scan_picture(model.base_model.scans((side, side)), (side, side), model.config.scans)
+    paths = scan_picture(model.base_model.scans((side, side)), (side, side), list(model.config.scans))
     with torch.no_grad():
         shown = [] if context.data is not None else PlainMamba().observe(model, None, PlainMamba.example).traces
     report = training_report(
