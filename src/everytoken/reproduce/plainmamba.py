@@ -97,7 +97,7 @@ def classify(context: Context, name: str, make: Any, steps: int) -> dict[str, Va
 
 
 def timed(make: Any, quick: bool) -> dict[str, Values]:
-    """How many times longer a forward takes with four times the tokens; the curve of all sizes is kept by the caller."""
+    """How many times longer a forward takes with four times the tokens, at the largest two sizes."""
     import torch
 
     seconds = []

@@ -170,7 +170,10 @@ def simulate(
     if not np.isfinite(x).all() or (x == 0).any() or (np.abs(x) >= limit).any():
         raise BadInputError(f"Tokens are not zero and smaller than the limit of {limit:g}.")
     count = len(x)
-    rate, bend, fade = (np.broadcast_to(np.asarray(item, float), (count,)) for item in (mu, s, a))
+    def of_each(item: float | Array) -> Array:
+        return np.broadcast_to(np.asarray(item, float), (count,))
+
+    rate, bend, fade = of_each(mu), of_each(s), of_each(a)
     if time <= 0 or limit <= 0 or (fade <= 0).any():
         raise BadInputError("time, limit and a are positive.")
     sign, y, end = np.sign(x), np.log(np.abs(x)), float(np.log1p(time))
@@ -197,8 +200,8 @@ def simulate(
         beyond = moved.max(1) > np.log(limit)
         last = good & beyond
         if last.any():  # the moment of passing, on the cubic through both ends of the step
-            part, token = _passing(here[last], moved[last], slopes[0][last], slopes[-1][last], size[last], limit)
-            at[rows[last]], passed[rows[last]] = now[last] + part * size[last], token
+            share, token = _passing(here[last], moved[last], slopes[0][last], slopes[-1][last], size[last], limit)
+            at[rows[last]], passed[rows[last]] = now[last] + share * size[last], token
             y[rows[last]] = np.minimum(moved[last], np.log(limit))
         go = good & ~beyond
         at[rows[go]], y[rows[go]] = now[go] + size[go], moved[go]
