@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ...core.charts import inline_image, lines_svg
 from ...core.errors import BadInputError
+from ...core.quiet import quiet_transformers
 from ...core.trace import TokenTrace
 from ..base import Architecture, Network, Observation
 from ..byte_text import VOCABULARY, as_ids, bits_per_byte, byte_tokenizer
@@ -142,7 +143,12 @@ class MambaDynamics(Architecture):
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
         if not 0 < ids.shape[1] <= LONGEST:
             raise BadInputError(f"The text has {ids.shape[1]:,} tokens; a trial shows 1 to {LONGEST:,}.")
-        sizes, importance, loss = token_sizes(model, ids, self.layer)
+        with quiet_transformers():  # it says that kernels are missing whose work is done here
+            sizes, importance, loss = token_sizes(model, ids, self.layer)
+            written = ""
+            if new_tokens:
+                new = model.generate(ids, max_new_tokens=new_tokens, do_sample=False)[0, ids.shape[1] :]
+                written = tokenizer.decode(new, skip_special_tokens=True)
         steps = (sizes[1:] / sizes[:-1]).log()  # [layers, L]
         trace = TokenTrace(ids[0].tolist(), title=f"growth: {text}", station="architectures").with_text(tokenizer)
         trace.add("growth", steps.sum(0))
@@ -157,10 +163,6 @@ class MambaDynamics(Architecture):
         }
         if loss is not None:
             figures["bits per byte"] = loss / math.log(2)
-        written = ""
-        if new_tokens:
-            new = model.generate(ids, max_new_tokens=new_tokens, do_sample=False)[0, ids.shape[1] :]
-            written = tokenizer.decode(new, skip_special_tokens=True)
         words = ", ".join(f"{number} {item.regime}" for number, item in enumerate(layers))
         notes = [
             f"By the signs of their eigenvalues, tokens in layers are: {words}.",
