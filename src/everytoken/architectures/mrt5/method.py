@@ -69,6 +69,28 @@ def corrupted(
     return torch.cat([kept, end], 1), torch.cat([labels, end], 1)
 
 
+VOWELS = frozenset(b"aeiouAEIOU")
+
+
+def without_vowels(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vowel removal, a diagnostic task: the text, and the text without its vowels.
+
+    Args:
+        windows: ``[B, L]`` bytes 0 to 255.
+
+    Returns:
+        ``input_ids [B, L + 1]``, and ``labels [B, M + 1]``, M the longest row's rest; shorter ones end with -100.
+    """
+    end = torch.full((len(windows), 1), END)
+    lost = torch.isin(windows, torch.tensor(sorted(VOWELS)))
+    rest = (~lost).sum(1)
+    order = lost.to(torch.int8).argsort(dim=1, stable=True)[:, : int(rest.max())]
+    labels = torch.cat([windows.gather(1, order) + OFFSET, end], 1)
+    places = torch.arange(labels.shape[1])
+    labels = torch.where(places < rest[:, None], labels, torch.where(places == rest[:, None], END, -100))
+    return torch.cat([windows + OFFSET, end], 1), labels
+
+
 def _parts(total: int, count: int, generator: np.random.Generator) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """``total`` as ``count`` numbers of 1 or more, all ways equally likely."""
     cuts = np.sort(generator.choice(total - 1, count - 1, replace=False)) + 1
@@ -77,9 +99,11 @@ def _parts(total: int, count: int, generator: np.random.Generator) -> np.ndarray
 
 @dataclass(frozen=True)
 class MrT5Training(Recipe):
-    """Settings of ``everytoken train mrt5``: span corruption, with a controller of the deleted share.
+    """Settings of ``everytoken train mrt5``, with a controller of the deleted share.
 
     Args:
+        task: ``"spans"`` restores spans that are taken out of the text, ``"vowels"`` writes the text without its vowels
+            (a diagnostic: a third of the bytes is not needed).
         target: the deleted share of bytes that the controller aims at.
         k_p, k_i: how strongly the controller answers the error and its sum.
         delete_from: the step from which the controller works; before it the network learns without pressure.
@@ -97,9 +121,10 @@ class MrT5Training(Recipe):
     batch: int = 12
     length: int = 128
     lr: float = 3e-3
+    task: str = "spans"
     target: float = 0.5
     k_p: float = 0.5
-    k_i: float = 1e-3
+    k_i: float = 1e-5
     delete_from: int = 300
     width: int = 96
     ff_width: int = 192
@@ -119,6 +144,8 @@ class MrT5Training(Recipe):
             raise BadInputError(
                 "rate lies between 0 and 1, span is 1 or more, delete_from 0 or more, length 4 or more."
             )
+        if self.task not in ("spans", "vowels"):
+            raise BadInputError(f"task is spans or vowels; got {self.task!r}.")
         DeletionController(self.target, self.k_p, self.k_i)
         self.config()
 
@@ -167,27 +194,33 @@ class MrT5Training(Recipe):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return ByT5Tokenizer()
 
+    def examples(self, windows: torch.Tensor, generator: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and labels of the task."""
+        return without_vowels(windows) if self.task == "vowels" else corrupted(windows, generator, self.rate, self.span)
+
     def loss(self, learner: nn.Module, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        ids, labels = corrupted(windows, numpy_generator(self.seed, "spans", step), self.rate, self.span)
+        ids, labels = self.examples(windows, numpy_generator(self.seed, "spans", step))
         assert isinstance(learner, Controlled)
         return learner.step(step, ids, labels)
 
     def measure(self, model: PreTrainedModel, windows: torch.Tensor) -> dict[str, float]:
-        """Bits per byte of span corruption and the deleted share, with hard deletion and with none."""
-        ids, labels = corrupted(windows, numpy_generator(0, "held"), self.rate, self.span)
+        """Bits per byte and right bytes of the task with hard deletion, bits per byte with none, the deleted share."""
+        ids, labels = self.examples(windows, numpy_generator(0, "held"))
         nothing = torch.zeros(ids.shape)
         with torch.no_grad():
             hard = model(ids, labels=labels)
             share = float(model.deletion_share)
             whole = model(ids, labels=labels, delete_gate=nothing)
+        told, right = labels >= 0, hard.logits.argmax(-1) == labels
         return {
-            "bits per byte": float(hard.loss) / np.log(2),
-            "bits per byte, nothing deleted": float(whole.loss) / np.log(2),
+            "bits per byte": float(hard.loss) / float(np.log(2)),
+            "bits per byte, nothing deleted": float(whole.loss) / float(np.log(2)),
+            "right bytes": float(right[told].float().mean()),
             "deleted share": share,
         }
 
     def pictures(self, model: PreTrainedModel, curves: Curves, windows: torch.Tensor) -> dict[str, str]:
-        shares = {
+        shares: dict[str, list[list[tuple[float, float]]]] = {
             "deleted share": [curves.get("deleted share", [])],
             "target": [[(1, self.target), (self.steps, self.target)]],
         }

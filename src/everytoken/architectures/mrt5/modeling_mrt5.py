@@ -180,8 +180,10 @@ class MrT5ForConditionalGeneration(MrT5PreTrainedModel, T5ForConditionalGenerati
 
     def __init__(self, config: MrT5Config):
         super().__init__(config)
-        encoder, decoder = copy.deepcopy(self.encoder.config), copy.deepcopy(self.decoder.config)
-        self.encoder, self.decoder = MrT5Encoder(encoder), MrT5Decoder(decoder)
+        plain: Any = self
+        encoder, decoder = copy.deepcopy(plain.encoder.config), copy.deepcopy(plain.decoder.config)
+        self.encoder: MrT5Encoder = MrT5Encoder(encoder)
+        self.decoder: MrT5Decoder = MrT5Decoder(decoder)
         self.deletion_weight = config.deletion_weight
         self.deletion_share: torch.Tensor | None = None
         self.post_init()
@@ -226,7 +228,10 @@ class MrT5ForConditionalGeneration(MrT5PreTrainedModel, T5ForConditionalGenerati
                 scores_excess=excess,
                 **kwargs,
             )
-        gate = kept = None
+        gate: Any = None
+        kept: Any = None
+        real: Any = None
+        left: Any = None
         if isinstance(encoder_outputs, MrT5EncoderOutput):
             gate, kept, real = encoder_outputs.delete_gate, encoder_outputs.kept_positions, encoder_outputs.text_mask
             # generate hands on the mask of the full text: the encoder's own says what is left of it
