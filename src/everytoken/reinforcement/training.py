@@ -222,4 +222,3 @@ def _dataset(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> 
         return messages_of(row["question"]) if tokenizer.chat_template else f"{row['question']}\n"
 
     return dataset_of([row | {"prompt": prompt(row)} for row in rows])
-

@@ -167,6 +167,7 @@ REPRODUCTION = Reproduction(
         ),
     ],
     extra=("train", "trl"),
+    scales=("quick", "cpu", "gpu"),
 )
 
 

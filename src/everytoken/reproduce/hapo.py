@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 TASK, GOAL = Sorting(given=8, written=4), 0.3
 SIZES: dict[Scale, Size] = {
-    "quick": Size(hidden=48, layers=2, warmup=300, updates=12, batch=64, test=64, rates=(2e-3,)),
-    "cpu": Size(hidden=48, layers=2, warmup=600, updates=120, batch=64, test=256, rates=(1e-3, 3e-3)),
+    "quick": Size(hidden=48, layers=2, warmup=300, updates=12, batch=64, test=64, rates=(1e-3,)),
+    "cpu": Size(hidden=48, layers=2, warmup=600, updates=80, batch=64, test=128, rates=(4e-4, 1e-3)),
     "gpu": Size(
         hidden=256, layers=6, warmup=1500, updates=400, batch=1024, test=2048, rates=(3e-4, 1e-3), warmup_batch=256
     ),
@@ -39,7 +39,7 @@ ARMS: dict[str, dict[str, Any]] = {
 ACCURACY, ENTROPY, KINDS = "accuracy of samples", "entropy of a response, nats", "different right answers of eight"
 WHY = (
     "The paper trains models of 3B to 14B weights on mathematics for long; here a model of 0.07M weights picks digits, "
-    "with 120 updates."
+    "with 80 updates."
 )
 
 
@@ -108,9 +108,7 @@ def run(context: Context) -> Arms:
         more = method.arguments() | {"num_iterations": 2}
         arguments = grpo_arguments(size, context.seed, lr, TASK.length, **more)
         label = f"{arm}, learning rate {lr}"
-        policy, logs = train_by_rollouts(
-            context, label, start, codes, method.recipe(), TASK.reward, data, arguments
-        )
+        policy, logs = train_by_rollouts(context, label, start, codes, method.recipe(), TASK.reward, data, arguments)
         kept = {
             "tuning": mean(TASK.answered(policy, codes, [text for text in tuning for _ in range(4)], sample=True)),
             "rewards": ends(logs["reward"]),
@@ -152,4 +150,5 @@ REPRODUCTION = Reproduction(
         ),
     ],
     extra=("train", "trl"),
+    scales=("quick", "cpu", "gpu"),
 )

@@ -205,4 +205,5 @@ REPRODUCTION = Reproduction(
         ),
     ],
     extra=("train", "trl"),
+    scales=("quick", "cpu", "gpu"),
 )

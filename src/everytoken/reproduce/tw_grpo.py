@@ -1,7 +1,6 @@
 """TW-GRPO's claims: with partial credit fewer groups teach nothing, and weights find the positions that decide.
 
-A small model reads a table of six things (``A:red;B:blue;...``) and is asked which of them are red: one to four are. It
-answers behind a preamble that never changes, ``<think>look</think><answer>A,C</answer>``. It learns that until a
+A small model is asked which of six things, A to F, have a colour (``r?rbggrb=``): one to four have. It answers behind a preamble that never changes, ``<think>look</think><answer>A,C</answer>``. It learns that until a
 quarter of its samples name exactly the right things. On the same rollouts of this start two things are measured:
 
 - the share of groups of eight whose rewards are all equal, with the reward for exact sets and with the partial one;
@@ -28,8 +27,8 @@ from .beds.small_models import character_tokenizer
 if TYPE_CHECKING:
     from .files import Scale
 
-COLOURS, LETTERS, MOST, GOAL = ("red", "blue", "green"), "ABCDEF", 4, 0.25
-WORDS = ("<think>", "look", "</think>", "<answer>", "</answer>", *COLOURS)
+COLOURS, LETTERS, MOST, GOAL = "rbg", "ABCDEF", 4, 0.25
+WORDS = ("<think>", "look", "</think>", "<answer>", "</answer>")
 HEAD, TAIL, LENGTH = "<think>look</think><answer>", "</answer>\n", 16
 HEAD_TOKENS = 4
 SIZES: dict[Scale, Size] = {
@@ -43,19 +42,18 @@ EXACT, PARTIAL, METHOD = "exact sets", "partial credit", "TW-GRPO"
 EQUAL, TRAINED = "groups with equal rewards", "groups with equal rewards in training"
 SETS, WEIGHT, ACTIVE = "exact sets in samples", "mean weight of a position", ", min_active 8"
 WHY = (
-    "The paper trains Qwen2.5-VL-7B on videos for 500 steps; here a text model of 0.07M weights reads tables of six "
+    "The paper trains Qwen2.5-VL-7B on videos for 500 steps; here a text model of 0.07M weights reads colours of six "
     "things, with 80 updates."
 )
 
 
 def question(draw: random.Random) -> tuple[str, str]:
-    """A table with a question, and its right options."""
+    """A question, and its right options."""
     while True:
         things, asked = [draw.choice(COLOURS) for _ in LETTERS], draw.choice(COLOURS)
         right = [letter for letter, thing in zip(LETTERS, things, strict=True) if thing == asked]
         if 1 <= len(right) <= MOST:
-            table = ";".join(f"{letter}:{thing}" for letter, thing in zip(LETTERS, things, strict=True))
-            return f"{table};{asked}?", ",".join(right)
+            return f"{asked}?{''.join(things)}=", ",".join(right)
 
 
 def example(draw: random.Random) -> tuple[str, str]:
@@ -72,7 +70,7 @@ def questions(seed: int, name: str, count: int) -> list[dict[str, str]]:
 
 def tokenizer() -> Any:
     """One token a tag, a word or a letter."""
-    return character_tokenizer(f"{LETTERS}:;,?", words=WORDS)
+    return character_tokenizer(f"{LETTERS}{COLOURS},?=", words=WORDS)
 
 
 def exact_sets(context: Context, model: Any, codes: Any, rows: list[dict[str, str]]) -> list[float]:
@@ -150,9 +148,7 @@ def run(context: Context) -> Arms:
 
     size, codes = sized(context, SIZES), tokenizer()
     probe = questions(0, "probe", 128)
-    start = warmed_up(
-        context, size, codes, example, lambda model: mean(exact_sets(context, model, codes, probe)), GOAL
-    )
+    start = warmed_up(context, size, codes, example, lambda model: mean(exact_sets(context, model, codes, probe)), GOAL)
     data = questions(context.seed, "rollouts", 2048)
     test, tuning = (questions(context.seed, name, size.test) for name in ("test", "tuning"))
     arms: Arms = context.part("the start's rollouts", lambda: of_the_start(context, start, codes))
@@ -218,4 +214,5 @@ REPRODUCTION = Reproduction(
         Claim(SETS, EXACT, "start", "(positive control: GRPO learns here)", kind="difference", why="Of the bed."),
     ],
     extra=("train", "trl"),
+    scales=("quick", "cpu", "gpu"),
 )

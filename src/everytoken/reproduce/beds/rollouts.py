@@ -87,9 +87,7 @@ def warmed_up(
         model = start_model(size, tokenizer).to(device())
         draw = random.Random(derive_seed(context.seed, "warm-up"))
         batches = answer_batches(draw, example, tokenizer, size.warmup_batch)
-        steps = fit(
-            model, batches, size.warmup, lr, context.report, "warm-up", lambda: share(model) >= goal, every
-        )
+        steps = fit(model, batches, size.warmup, lr, context.report, "warm-up", lambda: share(model) >= goal, every)
         return model.eval(), steps
 
     model, steps = context.model_part("start", train)

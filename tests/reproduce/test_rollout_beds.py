@@ -1,0 +1,212 @@
+"""What the experiments that train by rollouts stand on: their questions, answers, measurements and sizes."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import random
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from everytoken.catalog import load_catalog
+from everytoken.reinforcement.budgets import thinking_and_rest
+from everytoken.reinforcement.curriculum_grpo import format_parts
+from everytoken.reinforcement.rmt import matches
+from everytoken.reinforcement.tw_grpo import hard_multichoice_reward, think_answer_format_reward
+from everytoken.reproduce import curriculum_grpo, hapo, rmt, tw_grpo
+from everytoken.reproduce.base import Context
+from everytoken.reproduce.beds.rollouts import GROUP, grpo_arguments, start_model
+from everytoken.reproduce.beds.small_models import character_tokenizer, small_model
+from everytoken.reproduce.beds.sorting import Sorting, tokenizer
+
+
+def test_a_tokenizer_of_characters_and_words():
+    codes = character_tokenizer("ab<", words=("<think>", "<thin"))
+    ids = codes("a<think>b<thin<")["input_ids"]
+    assert codes.convert_ids_to_tokens(ids) == ["a", "<think>", "b", "<thin", "<"]
+    assert codes.decode(ids) == "a<think>b<thin<"
+
+
+@pytest.mark.parametrize(("given", "written"), [(6, 6), (4, 2)])
+def test_right_answers_of_sorting_by_all_choices(given, written):
+    task, draw = Sorting(given, written), random.Random(1)
+    for _ in range(20):
+        prompt, answer = task.example(draw)
+        digits = prompt.removesuffix("=")
+        right = {"".join(sorted(choice)) for choice in itertools.combinations(digits, written)}
+        assert answer.strip() in right and len(digits) == given
+        others = {answer.strip()[::-1], answer.strip()[1:], answer.strip() + "9", "", "x" * written}
+        assert task.graded([prompt] * len(right), sorted(right)) == [1.0] * len(right)
+        assert task.graded([prompt] * len(others - right), sorted(others - right)) == [0.0] * len(others - right)
+    assert task.questions(3, "a", 5) == task.questions(3, "a", 5) != task.questions(3, "b", 5)
+
+
+def test_surprise_of_a_response_is_its_negative_log_probability():
+    codes = tokenizer()
+    torch.manual_seed(0)
+    model = small_model(len(codes), hidden=16, layers=1, end=codes.eos_token_id).eval()
+    prompts, texts = ["01234567="] * 3, ["0123", "45", "012345"]  # the last one was cut: it has no end token
+    found = hapo.surprises(model, codes, prompts, texts)
+    for prompt, text, value in zip(prompts, texts, found, strict=True):
+        before, ids = codes(prompt)["input_ids"], codes(text)["input_ids"]
+        ids = ids + [codes.eos_token_id] * (len(ids) < hapo.TASK.length)
+        total = 0.0
+        for token in ids:
+            with torch.no_grad():
+                total -= torch.log_softmax(model(torch.tensor([before])).logits[0, -1], -1)[token].item()
+            before = [*before, token]
+        assert value == pytest.approx(total, abs=1e-4)
+
+
+def test_worked_answers_of_sums_are_right_and_have_a_length():
+    draw, lengths = random.Random(0), set()
+    codes = character_tokenizer("0123456789:=", words=curriculum_grpo.TAGS)
+    for _ in range(60):
+        prompt, answer = curriculum_grpo.example(draw)
+        assert curriculum_grpo.correct(prompt, answer) and format_parts(answer) == (True, True)
+        digits, sums = list(map(int, prompt.partition(":")[0])), re.findall(r"<think>(\d+)</think>", answer)[0]
+        stride = len(digits) // len(sums)
+        assert [sum(digits[: stride * (at + 1)]) % 5 for at in range(len(sums))] == list(map(int, sums))
+        lengths.add(len(codes(answer.strip())["input_ids"]))
+    assert lengths == {8, 9, 11, 17} and curriculum_grpo.SHORT in lengths and curriculum_grpo.LONG in lengths
+    prompt = "101010101010:9="  # six
+    assert [curriculum_grpo.correct(prompt, f"<answer>{text}</answer>") for text in ("1", "6", "")] == [
+        True,
+        False,
+        False,
+    ]
+    assert not curriculum_grpo.correct(prompt, "<answer>1</answer><answer>1</answer>")
+
+
+def test_budgets_of_the_arms():
+    method = curriculum_grpo.method_of("curriculum", 160)
+    budgets = [method.budget()(step, 160) for step in (0, 39, 40, 80, 120, 159)]
+    assert budgets == [17, 17, 13, 11, 9, 9]
+    fixed = curriculum_grpo.method_of("final budget from the start", 160).budget()
+    assert {fixed(step, 160) for step in range(160)} == {9}
+    linear = curriculum_grpo.method_of("linear curriculum", 160).budget()
+    assert (linear(0, 160), linear(159, 160)) == (17, 9)
+    free = curriculum_grpo.method_of("no length reward", 160)
+    assert [piece.kind for piece in free.recipe().pieces] == ["prompt", "group_advantage", "reward"]
+
+
+def test_thoughts_about_texts_lead_to_their_tokens():
+    draw = random.Random(0)
+    for _ in range(40):
+        text = rmt.text_of(draw)
+        digits = list(map(int, text[:12]))
+        assert text[12:] == "=" + "".join(str(sum(digits[:end]) % 5) for end in (2, 6, 12)) + "ab"
+        for position in range(12, len(text)):
+            thought = rmt.thought_of(text, position, draw)
+            dots, sums = len(thought) - len(thought.lstrip(".")), thought.lstrip(".")
+            assert 1 <= len(thought) <= rmt.LONG and "." not in sums and dots == thought.count(".")
+            if sums:
+                assert sums[-1] == text[position]
+                stride = rmt.ENDS[position - 13] // len(sums)
+                assert [sum(digits[: stride * (at + 1)]) % 5 for at in range(len(sums))] == list(map(int, sums))
+            said = f"<think>{thought}</think>{text[position]}"
+            assert matches(said, text[position]) and thinking_and_rest(said) == (thought, text[position])
+
+
+def test_targets_are_what_the_digits_tell():
+    codes = character_tokenizer("0123456789=ab[].", words=rmt.TAGS)
+    torch.manual_seed(0)
+    model = small_model(len(codes), hidden=16, layers=1, end=codes.eos_token_id).eval()
+    texts = rmt.texts_of(0, "corpus", 8)
+    rows = rmt.targets(rmt.method_of("RMT"), texts, model, codes, 0)
+    assert len(rows) == 8 * 6 and {row["difficulty"] for row in rows} == {0, 1, 2}
+    for row in rows:
+        text = texts[row["text"]]
+        assert row["prompt"] == text[: row["position"]] and row["target_text"] == text[row["position"]]
+    hard = [row["entropy"] for row in rows if row["difficulty"] == 2]
+    assert min(hard) > max(row["entropy"] for row in rows if row["difficulty"] == 0)
+    loss = rmt.plain_loss(model, codes, texts)
+    ids = torch.tensor(codes(texts[3])["input_ids"])[None]
+    with torch.no_grad():
+        logps = torch.log_softmax(model(ids).logits[0], -1)
+    assert loss[3] == pytest.approx(-sum(logps[at - 1, ids[0, at]].item() for at in range(12, 18)) / 6, abs=1e-4)
+
+
+def test_questions_about_colours():
+    counts = set()
+    for seed in range(60):
+        asked, right = tw_grpo.question(random.Random(seed))
+        colour, things = asked.removesuffix("=").split("?")
+        letters = [letter for letter, thing in zip("ABCDEF", things, strict=True) if thing == colour]
+        assert right == ",".join(letters) and len(things) == 6
+        counts.add(len(letters))
+        answer = tw_grpo.example(random.Random(seed))[1]
+        assert hard_multichoice_reward([answer], [right]) == think_answer_format_reward([answer]) == [1.0]
+    assert counts == {1, 2, 3, 4}
+
+
+def test_positions_of_the_answer_weigh_more_where_only_they_are_disputed():
+    """A policy that is sure of the preamble, and torn between two answers, each of them the reader's own."""
+    codes = tw_grpo.tokenizer()
+    texts = [f"{tw_grpo.HEAD}{answer}</answer>" for answer in ("A,D", "B,C") for _ in range(GROUP // 2)]
+    ids = [[*codes(text)["input_ids"], codes.eos_token_id] for text in texts]
+
+    class Torn(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids):
+            logits = torch.zeros(*input_ids.shape, len(codes))
+            for row, tokens in enumerate(ids):  # the prompt is one token
+                for place, token in enumerate(tokens):
+                    logits[row, place, token] = 4.0
+            return type("Output", (), {"logits": logits})
+
+    preamble, own = tw_grpo.weights(Torn(), codes, [{"prompt": "?"}], texts)
+    assert preamble == [1.0]
+    assert own == pytest.approx([(1.7 + 1.0 + 1.7) / 3])  # the comma is beyond dispute
+    assert tw_grpo.weights(Torn(), codes, [{"prompt": "?"}], ["no format"] * GROUP) == ([], [])
+
+
+STATION = sorted(
+    card.slug
+    for card in load_catalog().values()
+    if card.station == "reinforcement" and card.reproduction.startswith("everytoken.reproduce.")
+)
+
+
+@pytest.mark.parametrize("slug", STATION)
+def test_every_experiment_has_a_version_for_a_gpu_that_can_be_built(slug, tmp_path):
+    from trl import GRPOConfig
+
+    experiment = load_catalog()[slug].load_reproduction()
+    assert experiment.scales == ("quick", "cpu", "gpu")
+    module = importlib.import_module(load_catalog()[slug].reproduction.partition(":")[0])
+    for size in getattr(module, "SIZES", {}).values():
+        assert size.batch % GROUP == 0 and size.hidden % 4 == 0
+        with torch.device("meta"):
+            model = start_model(size, tokenizer())
+        assert model.config.num_hidden_layers == size.layers
+        arguments = grpo_arguments(size, 0, size.rates[0], 16, loss_type="dapo")
+        assert GRPOConfig(str(tmp_path), bf16=False, use_cpu=True, **arguments).generation_batch_size == size.batch
+    if sizes := getattr(module, "SIZES", None):
+        work = {scale: size.hidden**2 * size.layers * size.updates * size.batch for scale, size in sizes.items()}
+        assert work["quick"] < work["cpu"] < work["gpu"]
+
+
+def test_sizes_follow_the_scale():
+    from everytoken.reproduce.beds.rollouts import sized
+
+    assert [sized(Context(0, scale), hapo.SIZES) for scale in ("quick", "cpu", "gpu")] == list(hapo.SIZES.values())
+
+
+def test_a_clock_that_decodes_counts_as_one_that_does_not():
+    from everytoken.reproduce.ulorl import GROUP, Clock
+
+    torch.manual_seed(0)
+    model = small_model(16, hidden=16, layers=1, end=0).eval()
+    clocks = [Clock("heavy tail", 3, decoder) for decoder in (None, model)]
+    texts = [[number // GROUP] for number in range(GROUP)]
+    found = [clock.write(texts, 8) for clock in clocks]
+    assert found[0] == found[1] and clocks[0].passes == clocks[1].passes == 8
+    assert clocks[0].seconds == 0 < clocks[1].seconds
