@@ -6,6 +6,7 @@ import importlib
 import itertools
 import random
 import re
+import statistics
 
 import pytest
 import torch
@@ -62,34 +63,32 @@ def test_surprise_of_a_response_is_its_negative_log_probability():
         assert value == pytest.approx(total, abs=1e-4)
 
 
-def test_worked_answers_of_sums_are_right_and_have_a_length():
+def test_worked_answers_of_medians_are_right_and_have_a_length():
     draw, lengths = random.Random(0), set()
     codes = character_tokenizer("0123456789:=", words=curriculum_grpo.TAGS)
-    for _ in range(60):
+    for _ in range(80):
         prompt, answer = curriculum_grpo.example(draw)
         assert curriculum_grpo.correct(prompt, answer) and format_parts(answer) == (True, True)
-        digits, sums = list(map(int, prompt.partition(":")[0])), re.findall(r"<think>(\d+)</think>", answer)[0]
-        stride = len(digits) // len(sums)
-        assert [sum(digits[: stride * (at + 1)]) % 5 for at in range(len(sums))] == list(map(int, sums))
+        digits = list(map(int, prompt.partition(":")[0]))
+        found = re.findall(r"<think>(\d+)</think><answer>(\d)</answer>", answer)[0]
+        assert int(found[1]) == statistics.median(digits)
+        assert found[0] == "".join(map(str, sorted(digits)))[8 - len(found[0]) : 8]
         lengths.add(len(codes(answer.strip())["input_ids"]))
-    assert lengths == {8, 9, 11, 17} and curriculum_grpo.SHORT in lengths and curriculum_grpo.LONG in lengths
-    prompt = "101010101010:9="  # six
-    assert [curriculum_grpo.correct(prompt, f"<answer>{text}</answer>") for text in ("1", "6", "")] == [
-        True,
-        False,
-        False,
-    ]
+    assert lengths == set(range(6, 14)) and {curriculum_grpo.SHORT, curriculum_grpo.LONG} == {7, 13}
+    prompt = "101010101010111:9="
+    found = [curriculum_grpo.correct(prompt, f"<answer>{text}</answer>") for text in ("1", "0", "")]
+    assert found == [True, False, False]
     assert not curriculum_grpo.correct(prompt, "<answer>1</answer><answer>1</answer>")
 
 
 def test_budgets_of_the_arms():
     method = curriculum_grpo.method_of("curriculum", 160)
     budgets = [method.budget()(step, 160) for step in (0, 39, 40, 80, 120, 159)]
-    assert budgets == [17, 17, 13, 11, 9, 9]
+    assert budgets == [13, 13, 10, 8, 7, 7]
     fixed = curriculum_grpo.method_of("final budget from the start", 160).budget()
-    assert {fixed(step, 160) for step in range(160)} == {9}
+    assert {fixed(step, 160) for step in range(160)} == {7}
     linear = curriculum_grpo.method_of("linear curriculum", 160).budget()
-    assert (linear(0, 160), linear(159, 160)) == (17, 9)
+    assert (linear(0, 160), linear(159, 160)) == (13, 7)
     free = curriculum_grpo.method_of("no length reward", 160)
     assert [piece.kind for piece in free.recipe().pieces] == ["prompt", "group_advantage", "reward"]
 
@@ -98,16 +97,16 @@ def test_thoughts_about_texts_lead_to_their_tokens():
     draw = random.Random(0)
     for _ in range(40):
         text = rmt.text_of(draw)
-        digits = list(map(int, text[:12]))
-        assert text[12:] == "=" + "".join(str(sum(digits[:end]) % 5) for end in (2, 6, 12)) + "ab"
-        for position in range(12, len(text)):
+        digits = sorted(text[:9])
+        assert text[9:] == f"={digits[0]}{digits[4]}{digits[8]}ab"
+        for position in range(9, len(text)):
             thought = rmt.thought_of(text, position, draw)
-            dots, sums = len(thought) - len(thought.lstrip(".")), thought.lstrip(".")
-            assert 1 <= len(thought) <= rmt.LONG and "." not in sums and dots == thought.count(".")
-            if sums:
-                assert sums[-1] == text[position]
-                stride = rmt.ENDS[position - 13] // len(sums)
-                assert [sum(digits[: stride * (at + 1)]) % 5 for at in range(len(sums))] == list(map(int, sums))
+            ordered = thought.lstrip(".")
+            assert 1 <= len(thought) <= rmt.LONG
+            if position == 11:
+                assert ordered[-1] == text[position] and ordered == "".join(digits[5 - len(ordered) : 5])
+            else:
+                assert not ordered
             said = f"<think>{thought}</think>{text[position]}"
             assert matches(said, text[position]) and thinking_and_rest(said) == (thought, text[position])
 
@@ -128,16 +127,15 @@ def test_targets_are_what_the_digits_tell():
     ids = torch.tensor(codes(texts[3])["input_ids"])[None]
     with torch.no_grad():
         logps = torch.log_softmax(model(ids).logits[0], -1)
-    assert loss[3] == pytest.approx(-sum(logps[at - 1, ids[0, at]].item() for at in range(12, 18)) / 6, abs=1e-4)
+    assert loss[3] == pytest.approx(-sum(logps[at - 1, ids[0, at]].item() for at in range(9, 15)) / 6, abs=1e-4)
 
 
-def test_questions_about_colours():
+def test_questions_about_capitals():
     counts = set()
     for seed in range(60):
         asked, right = tw_grpo.question(random.Random(seed))
-        colour, things = asked.removesuffix("=").split("?")
-        letters = [letter for letter, thing in zip("ABCDEF", things, strict=True) if thing == colour]
-        assert right == ",".join(letters) and len(things) == 6
+        letters = sorted(letter for letter in asked if letter.isupper())
+        assert right == ",".join(letters) and sorted(asked.upper()) == ["=", *"ABCDEF"]
         counts.add(len(letters))
         answer = tw_grpo.example(random.Random(seed))[1]
         assert hard_multichoice_reward([answer], [right]) == think_answer_format_reward([answer]) == [1.0]

@@ -1,10 +1,10 @@
 """Curriculum GRPO's claim: a budget that shrinks keeps accuracy that a tight budget from the start loses.
 
-A question gives twelve digits below five, and the answer is their sum modulo five. A response thinks first, in sums so
-far: after every digit, or after every second, third or fourth. The fewer it writes, the more it has to add at once. A
-small model learns all four ways until 35% of its samples are right, and goes on by rollouts for their correctness,
-format and length. All arms are asked with the final budget in the end. They make equal rollouts, and each takes the
-better of two learning rates, chosen by its whole reward at the final budget on questions of their own.
+A question gives fifteen digits, and the answer is their median. A response thinks first: it writes the digits in order
+up to the median, and may leave out as many of the smallest as it likes. The fewer it writes, the harder is the first of
+them. A small model learns all lengths until 35% of its samples are right, and goes on by rollouts for their
+correctness, format and length. All arms are asked with the final budget in the end. They make equal rollouts, and each
+takes the better of two learning rates, chosen by its whole reward at the final budget on questions of their own.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from ..reinforcement.curriculum_grpo import CurriculumGRPO
     from .files import Scale
 
-DIGITS, BASE, STRIDES, GOAL = 12, 5, (1, 2, 3, 4), 0.35
+DIGITS, GOAL = 15, 0.35
+RANK = DIGITS // 2 + 1
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-LONG, SHORT, PROMPT = DIGITS + 5, DIGITS // 3 + 5, "{prompt}{budget}="
-"""Tokens of a response that thinks after every digit, and of one that thinks after every third."""
+LONG, SHORT, PROMPT = RANK + 5, 2 + 5, "{prompt}{budget}="
+"""Tokens of a response that writes all digits up to the median, and of one that writes two."""
 SIZES: dict[Scale, Size] = {
-    "quick": Size(hidden=48, layers=2, warmup=300, updates=8, batch=64, test=128, rates=(2e-3,)),
-    "cpu": Size(hidden=48, layers=2, warmup=800, updates=160, batch=64, test=1024, rates=(1e-3, 3e-3)),
+    "quick": Size(hidden=48, layers=2, warmup=300, updates=8, batch=64, test=128, rates=(1e-3,)),
+    "cpu": Size(hidden=48, layers=2, warmup=800, updates=160, batch=64, test=1024, rates=(3e-4, 1e-3)),
     "gpu": Size(
         hidden=256, layers=6, warmup=2000, updates=600, batch=512, test=8192, rates=(3e-4, 1e-3), warmup_batch=256
     ),
@@ -61,22 +62,20 @@ def method_of(arm: str, updates: int) -> CurriculumGRPO:
 
 
 def question(draw: random.Random) -> str:
-    return "".join(str(draw.randrange(BASE)) for _ in range(DIGITS)) + ":"
+    return "".join(str(draw.randrange(10)) for _ in range(DIGITS)) + ":"
 
 
 def example(draw: random.Random) -> tuple[str, str]:
     """A question with any budget in it, and one of its worked answers."""
-    asked, stride = question(draw), draw.choice(STRIDES)
-    sums = [sum(map(int, asked[:at])) % BASE for at in range(stride, DIGITS + 1, stride)]
-    thought = "".join(map(str, sums))
-    budget = draw.randint(SHORT - 1, LONG)
-    return PROMPT.format(prompt=asked, budget=budget), f"<think>{thought}</think><answer>{sums[-1]}</answer>\n"
+    asked = question(draw)
+    thought = "".join(sorted(asked[:DIGITS])[draw.randrange(RANK) : RANK])
+    prompt = PROMPT.format(prompt=asked, budget=draw.randint(SHORT, LONG))
+    return prompt, f"<think>{thought}</think><answer>{thought[-1]}</answer>\n"
 
 
 def correct(prompt: str, text: str) -> bool:
     """Whether a response has one answer, the right one."""
-    total = sum(map(int, prompt.partition(":")[0])) % BASE
-    return re.findall(r"<answer>(.*?)</answer>", text) == [str(total)]
+    return re.findall(r"<answer>(.*?)</answer>", text) == [sorted(prompt[:DIGITS])[RANK - 1]]
 
 
 def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
@@ -140,7 +139,7 @@ def run(context: Context) -> Arms:
 
 REPRODUCTION = Reproduction(
     name="curriculum-grpo",
-    summary="sums by responses whose length has a budget: fixed, shrinking, linear or none; accuracy against length",
+    summary="medians by responses whose length has a budget: fixed, shrinking, linear or none; accuracy against length",
     run=run,
     claims=[
         Claim(ACCURACY, CURRICULUM, FIXED, "86.20 against 82.71", kind="difference", why=WHY),

@@ -37,6 +37,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "D alone: clip": OFF | dict(clip_alpha=1.0),
 }
 ACCURACY, ENTROPY, KINDS = "accuracy of samples", "entropy of a response, nats", "different right answers of eight"
+ALIKE, SMOOTH = "entropy of a token at equal reward, nats", 8
 WHY = (
     "The paper trains models of 3B to 14B weights on mathematics for long; here a model of 0.07M weights picks digits, "
     "with 80 updates."
@@ -89,6 +90,18 @@ def surprises(model: Any, codes: Any, prompts: list[str], texts: list[str]) -> l
     return found
 
 
+def smoothed(rewards: list[float], entropies: list[float]) -> list[list[float]]:
+    """Reward and entropy in training, means of ``SMOOTH`` batches of rollouts one behind the other."""
+    size = min(SMOOTH, len(rewards))
+    spans = [slice(first, first + size) for first in range(len(rewards) - size + 1)]
+    return [[round(mean(rewards[span]), 4), round(mean(entropies[span]), 4)] for span in spans]
+
+
+def entropy_at(curve: list[list[float]], reward: float) -> float:
+    """The entropy where a curve first reaches a reward."""
+    return next((entropy for value, entropy in curve if value >= reward), curve[-1][1])
+
+
 def run(context: Context) -> Arms:
     from ..reinforcement.hapo import HAPO
 
@@ -112,15 +125,20 @@ def run(context: Context) -> Arms:
         kept = {
             "tuning": mean(TASK.answered(policy, codes, [text for text in tuning for _ in range(4)], sample=True)),
             "rewards": ends(logs["reward"]),
-            "entropies": [round(value, 3) for value in logs["entropy"]],
+            "curve": smoothed(logs["reward"], logs["entropy"][::2]),  # the first of two updates with a batch
         }
         return kept | measured(context, policy, codes, test)
 
+    curves = {}
     for arm in ARMS:
         found = best_rate(context, arm, size.rates, lambda lr, arm=arm: trained(arm, lr))
         context.artifacts[f"{arm}: mean reward of the first and the last quarter"] = found["rewards"]
-        context.artifacts[f"{arm}: entropy of a token by update"] = found["entropies"]
+        context.artifacts[f"{arm}: reward and entropy of a token in training"] = curves[arm] = found["curve"]
         arms[arm] = {name: found[name] for name in (ACCURACY, ENTROPY, KINDS)}
+    shared = min(max(reward for reward, _ in curve) for curve in curves.values())
+    context.artifacts["reward that all arms reach"] = shared
+    for arm, curve in curves.items():
+        arms[arm][ALIKE] = entropy_at(curve, shared)
     return arms
 
 
@@ -131,6 +149,7 @@ REPRODUCTION = Reproduction(
     run=run,
     claims=[
         Claim(ENTROPY, "HAPO", "DAPO", "higher through training", kind="difference", why=WHY),
+        Claim(ALIKE, "HAPO", "DAPO", "(not printed)", kind="difference", why=WHY),
         Claim(ACCURACY, "HAPO", "DAPO", "50.04 against 46.97", kind="difference", why=WHY),
         Claim(KINDS, "HAPO", "DAPO", "(not measured in the paper)", kind="difference", why=WHY),
         *[

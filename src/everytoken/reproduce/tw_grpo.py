@@ -1,7 +1,8 @@
 """TW-GRPO's claims: with partial credit fewer groups teach nothing, and weights find the positions that decide.
 
-A small model is asked which of six things, A to F, have a colour (``r?rbggrb=``): one to four have. It answers behind a preamble that never changes, ``<think>look</think><answer>A,C</answer>``. It learns that until a
-quarter of its samples name exactly the right things. On the same rollouts of this start two things are measured:
+A small model is asked which of six letters, in any order, are capitals (``bAdFCe=``): one to four are. It answers
+behind a preamble that never changes, ``<think>look</think><answer>A,C,F</answer>``. It learns that until a quarter of
+its samples name exactly the right ones. On the same rollouts of this start two things are measured:
 
 - the share of groups of eight whose rewards are all equal, with the reward for exact sets and with the partial one;
 - the mean weight of the answer's own tokens and that of the preamble's: as the authors' code has it, and with weights
@@ -27,13 +28,13 @@ from .beds.small_models import character_tokenizer
 if TYPE_CHECKING:
     from .files import Scale
 
-COLOURS, LETTERS, MOST, GOAL = "rbg", "ABCDEF", 4, 0.25
+LETTERS, MOST, GOAL = "ABCDEF", 4, 0.25
 WORDS = ("<think>", "look", "</think>", "<answer>", "</answer>")
 HEAD, TAIL, LENGTH = "<think>look</think><answer>", "</answer>\n", 16
 HEAD_TOKENS = 4
 SIZES: dict[Scale, Size] = {
-    "quick": Size(hidden=48, layers=2, warmup=400, updates=6, batch=64, test=128, rates=(2e-3,)),
-    "cpu": Size(hidden=48, layers=2, warmup=800, updates=80, batch=64, test=1024, rates=(1e-3, 3e-3)),
+    "quick": Size(hidden=48, layers=2, warmup=400, updates=6, batch=64, test=128, rates=(1e-3,)),
+    "cpu": Size(hidden=48, layers=2, warmup=800, updates=60, batch=64, test=1024, rates=(3e-4, 1e-3)),
     "gpu": Size(
         hidden=256, layers=6, warmup=2000, updates=400, batch=512, test=8192, rates=(3e-4, 1e-3), warmup_batch=256
     ),
@@ -42,18 +43,16 @@ EXACT, PARTIAL, METHOD = "exact sets", "partial credit", "TW-GRPO"
 EQUAL, TRAINED = "groups with equal rewards", "groups with equal rewards in training"
 SETS, WEIGHT, ACTIVE = "exact sets in samples", "mean weight of a position", ", min_active 8"
 WHY = (
-    "The paper trains Qwen2.5-VL-7B on videos for 500 steps; here a text model of 0.07M weights reads colours of six "
-    "things, with 80 updates."
+    "The paper trains Qwen2.5-VL-7B on videos for 500 steps; here a text model of 0.07M weights finds capitals, with "
+    "60 updates."
 )
 
 
 def question(draw: random.Random) -> tuple[str, str]:
     """A question, and its right options."""
-    while True:
-        things, asked = [draw.choice(COLOURS) for _ in LETTERS], draw.choice(COLOURS)
-        right = [letter for letter, thing in zip(LETTERS, things, strict=True) if thing == asked]
-        if 1 <= len(right) <= MOST:
-            return f"{asked}?{''.join(things)}=", ",".join(right)
+    right = sorted(draw.sample(LETTERS, draw.randint(1, MOST)))
+    shown = [letter if letter in right else letter.lower() for letter in draw.sample(LETTERS, len(LETTERS))]
+    return f"{''.join(shown)}=", ",".join(right)
 
 
 def example(draw: random.Random) -> tuple[str, str]:
@@ -70,7 +69,7 @@ def questions(seed: int, name: str, count: int) -> list[dict[str, str]]:
 
 def tokenizer() -> Any:
     """One token a tag, a word or a letter."""
-    return character_tokenizer(f"{LETTERS}{COLOURS},?=", words=WORDS)
+    return character_tokenizer(f"{LETTERS}{LETTERS.lower()},=?", words=WORDS)
 
 
 def exact_sets(context: Context, model: Any, codes: Any, rows: list[dict[str, str]]) -> list[float]:
@@ -148,7 +147,9 @@ def run(context: Context) -> Arms:
 
     size, codes = sized(context, SIZES), tokenizer()
     probe = questions(0, "probe", 128)
-    start = warmed_up(context, size, codes, example, lambda model: mean(exact_sets(context, model, codes, probe)), GOAL)
+    start = warmed_up(
+        context, size, codes, example, lambda model: mean(exact_sets(context, model, codes, probe)), GOAL, every=10
+    )
     data = questions(context.seed, "rollouts", 2048)
     test, tuning = (questions(context.seed, name, size.test) for name in ("test", "tuning"))
     arms: Arms = context.part("the start's rollouts", lambda: of_the_start(context, start, codes))
@@ -177,7 +178,7 @@ def run(context: Context) -> Arms:
 
 REPRODUCTION = Reproduction(
     name="tw-grpo",
-    summary="rewards for exact sets and for parts of them, and weights of positions: on the same rollouts and in training",
+    summary="rewards for exact sets and for parts, and weights of positions: on the same rollouts and in training",
     run=run,
     claims=[
         Claim(

@@ -1,8 +1,7 @@
 """A test bed of a second's training: a small model reads digits and writes some of them in order, one token a digit.
 
-All of them is sorting, with one right answer; four of eight leaves the choice of them open, with many. Whether an answer
-is right can be checked, and some of its tokens are harder than others: the first is nearly known, a later one depends
-on all before.
+All of them is sorting, with one right answer; some of them leaves the choice open, with many right answers. Whether an
+answer is right can be checked, and some of its tokens are harder than others.
 """
 
 from __future__ import annotations
