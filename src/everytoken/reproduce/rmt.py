@@ -28,7 +28,7 @@ RANK = DIGITS // 2 + 1
 LONG, SHORT, PROMPT, TAGS = 12, 3, "{prompt}[{budget}]", ("<think>", "</think>")
 SIZES: dict[Scale, Size] = {
     "quick": Size(hidden=48, layers=2, warmup=300, updates=6, batch=64, test=64, rates=(1e-3,)),
-    "cpu": Size(hidden=48, layers=2, warmup=800, updates=100, batch=64, test=512, rates=(3e-4, 1e-3)),
+    "cpu": Size(hidden=48, layers=2, warmup=800, updates=80, batch=64, test=512, rates=(3e-4, 1e-3)),
     "gpu": Size(
         hidden=256, layers=6, warmup=2000, updates=400, batch=512, test=4096, rates=(3e-4, 1e-3), warmup_batch=256
     ),
@@ -43,7 +43,7 @@ ARMS: dict[str, dict[str, Any]] = {
 MATCH, LENGTH, DIRECT = "right predictions", "tokens of a thought", "loss of plain prediction, nats a token"
 WHY = (
     "The paper trains models of 14B weights on mathematics with budgets of 800 to 160 tokens; here a model of 0.07M "
-    f"weights, 100 updates, from {LONG} to {SHORT}."
+    f"weights, 80 updates, from {LONG} to {SHORT}."
 )
 
 
@@ -74,7 +74,7 @@ def example(draw: random.Random) -> tuple[str, str]:
     """A text as it is, or a thought about one of its tokens with any budget in the prompt."""
     text = text_of(draw)
     if draw.random() < 0.3:
-        return text[:DIGITS], text[DIGITS:] + "\n"
+        return text[:1], text[1:] + "\n"
     position = draw.randrange(DIGITS, len(text))
     prompt = PROMPT.format(prompt=text[:position], budget=draw.randint(SHORT, LONG))
     return prompt, f"<think>{thought_of(text, position, draw)}</think>{text[position]}\n"
@@ -135,7 +135,7 @@ def run(context: Context) -> Arms:
     def share(model: Any) -> float:
         return mean(predicted(context, model, codes, probe, (LONG + SHORT) // 2)[MATCH])
 
-    start = warmed_up(context, size, codes, example, share, GOAL)
+    start = warmed_up(context, size, codes, example, share, 0.4 if context.quick else GOAL)
     corpus = texts_of(context.seed, "corpus", 256)
     rows = targets(method_of("RMT"), corpus, start, codes, context.seed)
     test, tuning = (texts_of(context.seed, name, size.test) for name in ("test", "tuning"))

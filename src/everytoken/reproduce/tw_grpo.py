@@ -1,7 +1,7 @@
 """TW-GRPO's claims: with partial credit fewer groups teach nothing, and weights find the positions that decide.
 
 A small model is asked which of six letters, in any order, are capitals (``bAdFCe=``): one to four are. It answers
-behind a preamble that never changes, ``<think>look</think><answer>A,C,F</answer>``. It learns that until a quarter of
+behind a preamble that never changes, ``<think>look</think><answer>A,C,F</answer>``. It learns that until a tenth of
 its samples name exactly the right ones. On the same rollouts of this start two things are measured:
 
 - the share of groups of eight whose rewards are all equal, with the reward for exact sets and with the partial one;
@@ -28,7 +28,7 @@ from .beds.small_models import character_tokenizer
 if TYPE_CHECKING:
     from .files import Scale
 
-LETTERS, MOST, GOAL = "ABCDEF", 4, 0.25
+LETTERS, MOST, GOAL = "ABCDEF", 4, 0.1
 WORDS = ("<think>", "look", "</think>", "<answer>", "</answer>")
 HEAD, TAIL, LENGTH = "<think>look</think><answer>", "</answer>\n", 16
 HEAD_TOKENS = 4
