@@ -240,10 +240,11 @@ def bench_table(name: str) -> str:
     if not path.is_file():
         return ""
     result = json.loads(path.read_text())
-    heads = list(result["rows"][0])
+    heads = list(dict.fromkeys(head for row in result["rows"] for head in row))
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for row in result["rows"]:
-        cells = [f"{row[head]:.3g}" if isinstance(row[head], float) else str(row[head]) for head in heads]
+        values = [row.get(head, "") for head in heads]
+        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", result["note"], ""])
 

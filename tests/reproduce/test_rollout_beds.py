@@ -6,7 +6,6 @@ import importlib
 import itertools
 import random
 import re
-import statistics
 
 import pytest
 import torch
@@ -63,32 +62,33 @@ def test_surprise_of_a_response_is_its_negative_log_probability():
         assert value == pytest.approx(total, abs=1e-4)
 
 
-def test_worked_answers_of_medians_are_right_and_have_a_length():
+def test_worked_answers_of_letters_are_right_and_have_a_length():
     draw, lengths = random.Random(0), set()
-    codes = character_tokenizer("0123456789:=", words=curriculum_grpo.TAGS)
+    codes = character_tokenizer(f"0123456789:={curriculum_grpo.LETTERS}", words=curriculum_grpo.TAGS)
     for _ in range(80):
         prompt, answer = curriculum_grpo.example(draw)
         assert curriculum_grpo.correct(prompt, answer) and format_parts(answer) == (True, True)
-        digits = list(map(int, prompt.partition(":")[0]))
-        found = re.findall(r"<think>(\d+)</think><answer>(\d)</answer>", answer)[0]
-        assert int(found[1]) == statistics.median(digits)
-        assert found[0] == "".join(map(str, sorted(digits)))[8 - len(found[0]) : 8]
+        ordered = sorted(prompt.partition(":")[0])
+        thought, said = re.findall(r"<think>(\w+)</think><answer>(\w)</answer>", answer)[0]
+        places = [ordered.index(letter) for letter in thought]
+        assert len(ordered) == 12 and said == ordered[6] and places[-1] == 6
+        assert len({b - a for a, b in itertools.pairwise(places)}) <= 1 and (len(places) == 1 or places[0] == 0)
         lengths.add(len(codes(answer.strip())["input_ids"]))
-    assert lengths == set(range(6, 14)) and {curriculum_grpo.SHORT, curriculum_grpo.LONG} == {7, 13}
-    prompt = "101010101010111:9="
-    found = [curriculum_grpo.correct(prompt, f"<answer>{text}</answer>") for text in ("1", "0", "")]
+    assert lengths == {6, 7, 8, 9, 12} and {curriculum_grpo.SHORT, curriculum_grpo.LONG} == {7, 12}
+    prompt = "lkjihgfedcba:9="
+    found = [curriculum_grpo.correct(prompt, f"<answer>{text}</answer>") for text in ("g", "f", "")]
     assert found == [True, False, False]
-    assert not curriculum_grpo.correct(prompt, "<answer>1</answer><answer>1</answer>")
+    assert not curriculum_grpo.correct(prompt, "<answer>g</answer><answer>g</answer>")
 
 
 def test_budgets_of_the_arms():
     method = curriculum_grpo.method_of("curriculum", 160)
     budgets = [method.budget()(step, 160) for step in (0, 39, 40, 80, 120, 159)]
-    assert budgets == [13, 13, 10, 8, 7, 7]
+    assert budgets == [12, 12, 10, 8, 7, 7]
     fixed = curriculum_grpo.method_of("final budget from the start", 160).budget()
     assert {fixed(step, 160) for step in range(160)} == {7}
     linear = curriculum_grpo.method_of("linear curriculum", 160).budget()
-    assert (linear(0, 160), linear(159, 160)) == (13, 7)
+    assert (linear(0, 160), linear(159, 160)) == (12, 7)
     free = curriculum_grpo.method_of("no length reward", 160)
     assert [piece.kind for piece in free.recipe().pieces] == ["prompt", "group_advantage", "reward"]
 

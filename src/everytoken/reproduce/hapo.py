@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TASK, GOAL = Sorting(given=8, written=4), 0.3
 SIZES: dict[Scale, Size] = {
-    "quick": Size(hidden=48, layers=2, warmup=300, updates=12, batch=64, test=64, rates=(1e-3,)),
+    "quick": Size(hidden=48, layers=2, warmup=300, updates=8, batch=64, test=48, rates=(1e-3,)),
     "cpu": Size(hidden=48, layers=2, warmup=600, updates=80, batch=64, test=128, rates=(4e-4, 1e-3)),
     "gpu": Size(
         hidden=256, layers=6, warmup=1500, updates=400, batch=1024, test=2048, rates=(3e-4, 1e-3), warmup_batch=256
