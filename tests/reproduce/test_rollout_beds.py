@@ -131,15 +131,16 @@ def test_targets_are_what_the_digits_tell():
 
 
 def test_questions_about_capitals():
-    counts = set()
+    counts, own = set(), []
     for seed in range(60):
         asked, right = tw_grpo.question(random.Random(seed))
         letters = sorted(letter for letter in asked if letter.isupper())
         assert right == ",".join(letters) and sorted(asked.upper()) == ["=", *"ABCDEF"]
         counts.add(len(letters))
         answer = tw_grpo.example(random.Random(seed))[1]
-        assert hard_multichoice_reward([answer], [right]) == think_answer_format_reward([answer]) == [1.0]
-    assert counts == {1, 2, 3, 4}
+        own += hard_multichoice_reward([answer], [right])
+        assert think_answer_format_reward([answer]) == [1.0]
+    assert counts == {1, 2, 3, 4} and 0.1 < sum(own) / len(own) < 0.45  # a fifth, and some by chance
 
 
 def test_positions_of_the_answer_weigh_more_where_only_they_are_disputed():

@@ -1,8 +1,9 @@
 """TW-GRPO's claims: with partial credit fewer groups teach nothing, and weights find the positions that decide.
 
 A small model is asked which of six letters, in any order, are capitals (``bAdFCe=``): one to four are. It answers
-behind a preamble that never changes, ``<think>look</think><answer>A,C,F</answer>``. It learns that until a tenth of
-its samples name exactly the right ones. On the same rollouts of this start two things are measured:
+behind a preamble that never changes, ``<think>look</think><answer>A,C,F</answer>``. It learns from answers of that form
+of which four in five name letters by chance, until a tenth of its samples name exactly the right ones: it keeps the
+form, and is far from sure of the letters. On the same rollouts of this start two things are measured:
 
 - the share of groups of eight whose rewards are all equal, with the reward for exact sets and with the partial one;
 - the mean weight of the answer's own tokens and that of the preamble's: as the authors' code has it, and with weights
@@ -28,13 +29,13 @@ from .beds.small_models import character_tokenizer
 if TYPE_CHECKING:
     from .files import Scale
 
-LETTERS, MOST, GOAL = "ABCDEF", 4, 0.1
+LETTERS, MOST, CHANCE, GOAL = "ABCDEF", 4, 0.8, 0.1
 WORDS = ("<think>", "look", "</think>", "<answer>", "</answer>")
 HEAD, TAIL, LENGTH = "<think>look</think><answer>", "</answer>\n", 16
 HEAD_TOKENS = 4
 SIZES: dict[Scale, Size] = {
-    "quick": Size(hidden=48, layers=2, warmup=400, updates=6, batch=64, test=128, rates=(1e-3,)),
-    "cpu": Size(hidden=48, layers=2, warmup=800, updates=60, batch=64, test=1024, rates=(3e-4, 1e-3)),
+    "quick": Size(hidden=48, layers=1, warmup=300, updates=6, batch=64, test=128, rates=(1e-3,)),
+    "cpu": Size(hidden=48, layers=1, warmup=600, updates=60, batch=64, test=1024, rates=(3e-4, 1e-3)),
     "gpu": Size(
         hidden=256, layers=6, warmup=2000, updates=400, batch=512, test=8192, rates=(3e-4, 1e-3), warmup_batch=256
     ),
@@ -43,7 +44,7 @@ EXACT, PARTIAL, METHOD = "exact sets", "partial credit", "TW-GRPO"
 EQUAL, TRAINED = "groups with equal rewards", "groups with equal rewards in training"
 SETS, WEIGHT, ACTIVE = "exact sets in samples", "mean weight of a position", ", min_active 8"
 WHY = (
-    "The paper trains Qwen2.5-VL-7B on videos for 500 steps; here a text model of 0.07M weights finds capitals, with "
+    "The paper trains Qwen2.5-VL-7B on videos for 500 steps; here a text model of 0.03M weights finds capitals, with "
     "60 updates."
 )
 
@@ -56,8 +57,10 @@ def question(draw: random.Random) -> tuple[str, str]:
 
 
 def example(draw: random.Random) -> tuple[str, str]:
-    """A question with its answer."""
+    """A question with its answer, or with that of another one."""
     asked, right = question(draw)
+    if draw.random() < CHANCE:
+        right = question(draw)[1]
     return asked, f"{HEAD}{right}{TAIL}"
 
 
@@ -147,9 +150,11 @@ def run(context: Context) -> Arms:
 
     size, codes = sized(context, SIZES), tokenizer()
     probe = questions(0, "probe", 128)
-    start = warmed_up(
-        context, size, codes, example, lambda model: mean(exact_sets(context, model, codes, probe)), GOAL, every=10
-    )
+
+    def share(model: Any) -> float:
+        return mean(exact_sets(context, model, codes, probe))
+
+    start = warmed_up(context, size, codes, example, share, GOAL, lr=5e-3, every=10)
     data = questions(context.seed, "rollouts", 2048)
     test, tuning = (questions(context.seed, name, size.test) for name in ("test", "tuning"))
     arms: Arms = context.part("the start's rollouts", lambda: of_the_start(context, start, codes))
