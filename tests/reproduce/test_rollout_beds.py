@@ -18,7 +18,6 @@ from everytoken.reinforcement.curriculum_grpo import format_parts
 from everytoken.reinforcement.rmt import matches
 from everytoken.reinforcement.tw_grpo import hard_multichoice_reward, think_answer_format_reward
 from everytoken.reproduce import curriculum_grpo, hapo, rmt, tw_grpo
-from everytoken.reproduce.base import Context
 from everytoken.reproduce.beds.rollouts import GROUP, grpo_arguments, start_model
 from everytoken.reproduce.beds.small_models import character_tokenizer, small_model
 from everytoken.reproduce.beds.sorting import Sorting, tokenizer
@@ -191,12 +190,6 @@ def test_every_experiment_has_a_version_for_a_gpu_that_can_be_built(slug, tmp_pa
     if sizes := getattr(module, "SIZES", None):
         work = {scale: size.hidden**2 * size.layers * size.updates * size.batch for scale, size in sizes.items()}
         assert work["quick"] < work["cpu"] < work["gpu"]
-
-
-def test_sizes_follow_the_scale():
-    from everytoken.reproduce.beds.rollouts import sized
-
-    assert [sized(Context(0, scale), hapo.SIZES) for scale in ("quick", "cpu", "gpu")] == list(hapo.SIZES.values())
 
 
 def test_a_clock_that_decodes_counts_as_one_that_does_not():

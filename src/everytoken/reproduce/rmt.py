@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.results import mean
 from ..core.rng import derive_seed
 from .base import Arms, Claim, Context, Reproduction
-from .beds.rollouts import Size, answers, best_rate, ends, grpo_arguments, sized, train_by_rollouts, warmed_up
+from .beds.rollouts import Size, answers, best_rate, ends, grpo_arguments, train_by_rollouts, warmed_up
 from .beds.small_models import character_tokenizer
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ SIZES: dict[Scale, Size] = {
     "quick": Size(hidden=48, layers=1, warmup=300, updates=6, batch=64, test=64, rates=(1e-3,)),
     "cpu": Size(hidden=48, layers=1, warmup=600, updates=50, batch=64, test=512, rates=(3e-4, 1e-3)),
     "gpu": Size(
-        hidden=256, layers=6, warmup=2000, updates=400, batch=512, test=4096, rates=(3e-4, 1e-3), warmup_batch=256
+        hidden=256, layers=6, warmup=2000, updates=120, batch=512, test=4096, rates=(3e-4, 1e-3), warmup_batch=256
     ),
 }
 EVEN = "0.3333333 0.3333333 0.3333334"
@@ -41,8 +41,8 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 MATCH, LENGTH, DIRECT = "right predictions", "tokens of a thought", "loss of plain prediction, nats a token"
 WHY = (
-    "The paper trains models of 14B weights on mathematics with budgets of 800 to 160 tokens; here a model of 0.03M "
-    f"weights, 50 updates, from {LONG} to {SHORT}."
+    "The paper trains models of 14B weights on mathematics with budgets of 800 to 160 tokens; here (scale cpu) a "
+    f"model of 0.03M weights, 50 updates, from {LONG} to {SHORT}."
 )
 
 
@@ -127,7 +127,7 @@ def plain_loss(model: Any, codes: Any, texts: list[str]) -> list[float]:
 
 
 def run(context: Context) -> Arms:
-    size = sized(context, SIZES)
+    size = SIZES[context.scale]
     codes = character_tokenizer("0123456789=ab[].", words=TAGS)
     probe = texts_of(0, "probe", 128)
 

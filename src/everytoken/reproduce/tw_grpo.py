@@ -2,8 +2,8 @@
 
 A small model is asked which of six letters, in any order, are capitals (``bAdFCe=``): one to four are. It answers
 behind a preamble that never changes, ``<think>look</think><answer>A,C,F</answer>``. It learns from answers of that form
-of which four in five name letters by chance, until a tenth of its samples name exactly the right ones: it keeps the
-form, and is far from sure of the letters. On the same rollouts of this start two things are measured:
+of which four in five name letters by chance, for 600 steps or until a tenth of its samples name exactly the right ones:
+it keeps the form, and is far from sure of the letters. On the same rollouts of this start two things are measured:
 
 - the share of groups of eight whose rewards are all equal, with the reward for exact sets and with the partial one;
 - the mean weight of the answer's own tokens and that of the preamble's: as the authors' code has it, and with weights
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.results import mean
 from ..core.rng import derive_seed
 from .base import Arms, Claim, Context, Reproduction
-from .beds.rollouts import GROUP, Size, answers, best_rate, ends, grpo_arguments, sized, train_by_rollouts, warmed_up
+from .beds.rollouts import GROUP, Size, answers, best_rate, ends, grpo_arguments, train_by_rollouts, warmed_up
 from .beds.small_models import character_tokenizer
 
 if TYPE_CHECKING:
@@ -37,15 +37,15 @@ SIZES: dict[Scale, Size] = {
     "quick": Size(hidden=48, layers=1, warmup=300, updates=6, batch=64, test=128, rates=(1e-3,)),
     "cpu": Size(hidden=48, layers=1, warmup=600, updates=60, batch=64, test=1024, rates=(3e-4, 1e-3)),
     "gpu": Size(
-        hidden=256, layers=6, warmup=2000, updates=400, batch=512, test=8192, rates=(3e-4, 1e-3), warmup_batch=256
+        hidden=256, layers=6, warmup=2000, updates=150, batch=512, test=8192, rates=(3e-4, 1e-3), warmup_batch=256
     ),
 }
 EXACT, PARTIAL, METHOD = "exact sets", "partial credit", "TW-GRPO"
 EQUAL, TRAINED = "groups with equal rewards", "groups with equal rewards in training"
 SETS, WEIGHT, ACTIVE = "exact sets in samples", "mean weight of a position", ", min_active 8"
 WHY = (
-    "The paper trains Qwen2.5-VL-7B on videos for 500 steps; here a text model of 0.03M weights finds capitals, with "
-    "60 updates."
+    "The paper trains Qwen2.5-VL-7B on videos for 500 steps; here (scale cpu) a text model of 0.03M weights finds "
+    "capitals, with 60 updates."
 )
 
 
@@ -148,7 +148,7 @@ def run(context: Context) -> Arms:
         think_answer_format_reward,
     )
 
-    size, codes = sized(context, SIZES), tokenizer()
+    size, codes = SIZES[context.scale], tokenizer()
     probe = questions(0, "probe", 128)
 
     def share(model: Any) -> float:

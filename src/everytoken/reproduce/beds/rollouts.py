@@ -6,14 +6,13 @@ import copy
 import random
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...core.results import mean
 from ...core.rng import derive_seed, seed_everything
 from ..base import Context
-from ..files import Scale
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -214,7 +213,3 @@ def ends(values: Sequence[float]) -> list[float]:
     """Means of the first and the last quarter."""
     quarter = max(1, len(values) // 4)
     return [round(mean(values[:quarter]), 4), round(mean(values[-quarter:]), 4)]
-
-
-def sized(context: Context, sizes: Mapping[Scale, Size]) -> Size:
-    return sizes[context.scale]
