@@ -202,3 +202,35 @@ def test_a_clock_that_decodes_counts_as_one_that_does_not():
     found = [clock.write(texts, 8) for clock in clocks]
     assert found[0] == found[1] and clocks[0].passes == clocks[1].passes == 8
     assert clocks[0].seconds == 0 < clocks[1].seconds
+
+
+def test_arms_begin_with_the_same_rollouts_and_leave_the_start_as_it_is():
+    from everytoken.reinforcement.base import Recipe
+    from everytoken.reinforcement.d3s import D3S
+    from everytoken.reproduce.base import Context
+    from everytoken.reproduce.beds.rollouts import Size, ends, train_by_rollouts
+
+    task, codes, size = Sorting(3, 3), tokenizer(), Size(16, 1, 0, 2, 16, 0, ())
+    torch.manual_seed(0)
+    start = start_model(size, codes).eval()
+    before = {name: value.clone() for name, value in start.state_dict().items()}
+    data = [{"prompt": text} for text in task.questions(0, "rollouts", 8)]
+    drawn = random.Random(0)
+
+    def reward(completions, **_):
+        return [drawn.random() for _ in completions]
+
+    logs = {}
+    for arm, recipe in (("GRPO", Recipe()), ("D3S", D3S().recipe())):
+        drawn.seed(0)
+        arguments = grpo_arguments(size, 0, 1e-2, 4, loss_type="dapo")
+        model, logs[arm] = train_by_rollouts(Context(0), arm, start, codes, recipe, reward, data, arguments)
+        assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
+    assert all(torch.equal(value, before[name]) for name, value in start.state_dict().items())
+    assert all(len(values) == 2 for values in (*logs["GRPO"].values(), *logs["D3S"].values()))
+    for name in ("reward", "equal", "tokens"):
+        assert logs["GRPO"][name][0] == logs["D3S"][name][0]
+    assert logs["GRPO"]["trained"] == logs["GRPO"]["tokens"] and logs["GRPO"]["equal"] == [0.0, 0.0]
+    # a quarter of the rollouts, and a tenth of their tokens, rounded up
+    assert logs["D3S"]["trained"][0] == 2 and logs["D3S"]["useful"] == [1.0, 1.0]
+    assert ends([0.0, 1.0, 2.0, 3.0]) == [0.0, 3.0]
