@@ -131,7 +131,7 @@ def run(context: Context) -> Arms:
         return {"tuning": told, "rewards": ends(logs["reward"]), "curve": curve} | both(policy)
 
     for arm in (FREE, FIXED, CURRICULUM, LINEAR):
-        found = best_rate(context, arm, size.rates, lambda lr, arm=arm: trained(arm, lr))
+        found = best_rate(context, arm, size.rates, trained)
         context.artifacts[f"{arm}: mean reward of the first and the last quarter"] = found["rewards"]
         context.artifacts[f"{arm}: tokens of a rollout by update"] = found["curve"]
         arms[arm] = {name: found[name] for name in (ACCURACY, SAMPLED, LENGTH)}

@@ -131,7 +131,7 @@ def run(context: Context) -> Arms:
 
     curves = {}
     for arm in ARMS:
-        found = best_rate(context, arm, size.rates, lambda lr, arm=arm: trained(arm, lr))
+        found = best_rate(context, arm, size.rates, trained)
         context.artifacts[f"{arm}: mean reward of the first and the last quarter"] = found["rewards"]
         context.artifacts[f"{arm}: reward and entropy of a token in training"] = curves[arm] = found["curve"]
         arms[arm] = {name: found[name] for name in (ACCURACY, ENTROPY, KINDS)}

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...core.results import mean
@@ -200,10 +201,10 @@ def answers(
 
 
 def best_rate(
-    context: Context, arm: str, rates: Sequence[float], trained: Callable[[float], dict[str, Any]]
+    context: Context, arm: str, rates: Sequence[float], trained: Callable[[str, float], dict[str, Any]]
 ) -> dict[str, Any]:
-    """What an arm measured with the learning rate that is best on tuning questions (``trained(lr)["tuning"]``)."""
-    found = {lr: context.part(f"{arm} {lr}", lambda lr=lr: trained(lr)) for lr in rates}  # type: ignore[misc]
+    """What an arm measured with the learning rate that is best on tuning questions (``trained(arm, lr)["tuning"]``)."""
+    found = {lr: context.part(f"{arm} {lr}", partial(trained, arm, lr)) for lr in rates}
     best = max(rates, key=lambda lr: float(found[lr]["tuning"]))
     context.artifacts[f"{arm}: learning rate"] = best
     return found[best]
