@@ -61,6 +61,16 @@ def test_surprise_of_a_response_is_its_negative_log_probability():
         assert value == pytest.approx(total, abs=1e-4)
 
 
+def test_entropy_where_a_curve_first_reaches_a_reward():
+    rewards, entropies = [0.1 * number for number in range(10)], [2.0 - 0.1 * number for number in range(10)]
+    curve = hapo.smoothed(rewards, entropies)
+    assert [*curve[0], *curve[1], *curve[2]] == pytest.approx([0.35, 1.65, 0.45, 1.55, 0.55, 1.45])
+    assert [hapo.entropy_at(curve, reward) for reward in (0.0, 0.36, 0.5, 9.0)] == pytest.approx(
+        [1.65, 1.55, 1.45, 1.45]
+    )
+    assert hapo.smoothed([0.5], [1.0]) == [[0.5, 1.0]]
+
+
 def test_worked_answers_of_letters_are_right_and_have_a_length():
     draw, lengths = random.Random(0), set()
     codes = character_tokenizer(f"0123456789:={curriculum_grpo.LETTERS}", words=curriculum_grpo.TAGS)
