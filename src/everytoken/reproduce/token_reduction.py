@@ -44,7 +44,7 @@ def run(context: Context) -> Arms:
     from ..core.vision import load_vlm
     from ..reduction.beyond import beyond_efficiency
 
-    count = 64 if context.quick else 500
+    count = 64 if context.quick else 250
     model = load_vlm(dtype="float32", device="cpu")
 
     def arm(name: str, reducer: Reducer | None) -> dict[str, Values]:
