@@ -218,7 +218,9 @@ def answered(
 
 
 def kept_table(result: Result) -> str:
-    """Right answers of every arm by tokens kept, and what a prompt costs at 16 tokens, as a Markdown table."""
+    """Percent of right answers of every arm by tokens kept with 95% intervals, and what was left and what a prompt costs
+    at 16 tokens, as a Markdown table.
+    """
     from ..core.results import Claim as Level
     from ..core.results import measure
 
@@ -237,9 +239,11 @@ def kept_table(result: Result) -> str:
             low, high = found["interval"] or (found["value"], found["value"])
             cells.append(f"{100 * found['value']:.1f} ({100 * low:.0f} to {100 * high:.0f})")
         spent = costs[ALL] if arm == ALL else costs.get(f"{arm}, 16 tokens")
-        cells += (
-            ["", ""] if spent is None else [f"{spent['millions of operations']:.1f}", f"{spent['cache bytes']:,.0f}"]
-        )
+        if spent is None:
+            cells += ["", "", ""]
+        else:
+            cells += [f"{spent['visual tokens at the end']:.1f}", f"{spent['millions of operations']:.1f}"]
+            cells.append(f"{spent['cache bytes']:,.0f}")
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
