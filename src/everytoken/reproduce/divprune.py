@@ -218,7 +218,7 @@ def answered(
 
 
 def kept_table(result: Result) -> str:
-    """Percent of right answers of every arm by tokens kept, with intervals, and a prompt's cost, as a Markdown table."""
+    """Percent of right answers of every arm by tokens kept, with intervals, and a prompt's cost, as Markdown."""
     from ..core.results import Claim as Level
     from ..core.results import measure
 
