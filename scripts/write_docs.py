@@ -19,6 +19,8 @@ from everytoken.core.results import formatted, formatted_interval
 from everytoken.reproduce.base import baseline_text
 from everytoken.reproduce.beds.frontier import frontier_svg
 from everytoken.reproduce.curriculum_grpo import pareto_svg
+from everytoken.reproduce.divprune import curve_svg as kept_curve
+from everytoken.reproduce.divprune import kept_table
 from everytoken.reproduce.dynamic_tokenization import curve_svg as dynamic_curve
 from everytoken.reproduce.files import load_result, load_results, up_to_date
 from everytoken.reproduce.r2r import curve_svg as r2r_curve
@@ -278,11 +280,15 @@ def main() -> None:
     if all(path.is_file() for path in frontier):
         picture = frontier_svg([load_result(path) for path in frontier])
         (DOCS / "assets" / "frontier.svg").write_text(picture, encoding="utf-8")
+    kept = ROOT / "results" / "divprune.json"
+    if kept.is_file():
+        (DOCS / "assets" / "reducers-accuracy.md").write_text(kept_table(load_result(kept)), encoding="utf-8")
     curves = {
         "dynamic-tokenization": dynamic_curve,
         "r2r": r2r_curve,
         "rto": rto_curve,
         "curriculum-grpo": pareto_svg,
+        "divprune": kept_curve,
     }
     for name, draw in curves.items():
         path = ROOT / "results" / f"{name}.json"
