@@ -34,7 +34,7 @@ WORDS = ("<think>", "look", "</think>", "<answer>", "</answer>")
 HEAD, TAIL, LENGTH = "<think>look</think><answer>", "</answer>\n", 16
 HEAD_TOKENS = 4
 SIZES: dict[Scale, Size] = {
-    "quick": Size(hidden=48, layers=1, warmup=300, updates=6, batch=64, test=128, rates=(1e-3,)),
+    "quick": Size(hidden=48, layers=1, warmup=200, updates=6, batch=64, test=128, rates=(1e-3,)),
     "cpu": Size(hidden=48, layers=1, warmup=600, updates=60, batch=64, test=1024, rates=(3e-4, 1e-3)),
     "gpu": Size(
         hidden=256, layers=6, warmup=2000, updates=150, batch=512, test=8192, rates=(3e-4, 1e-3), warmup_batch=256
@@ -154,7 +154,7 @@ def run(context: Context) -> Arms:
     def share(model: Any) -> float:
         return mean(exact_sets(context, model, codes, probe))
 
-    start = warmed_up(context, size, codes, example, share, GOAL, lr=5e-3, every=10)
+    start = warmed_up(context, size, codes, example, share, GOAL, lr=5e-3, every=20)
     data = questions(context.seed, "rollouts", 2048)
     test, tuning = (questions(context.seed, name, size.test) for name in ("test", "tuning"))
     arms: Arms = context.part("the start's rollouts", lambda: of_the_start(context, start, codes))
