@@ -35,8 +35,9 @@ demo: $(VENV)/.base ## install, then the main job, offline, on the embedded mode
 	@echo "  $(BIN)/everytoken compare dyspec dyspec:threshold=none dyspec:budget=4 --plot dyspec.svg"
 
 # Tests come in two tiers. `make test` is what every commit must pass: tiny models, within one process. `make test-full` adds what
-# is slow: the embedded model, real processes, and the quick experiments of the methods that changed since the commit SINCE.
-# `make test-all` is both, with every experiment and what is exhaustive (all model families, the long pages of the docs).
+# is slow: the embedded model, real processes, and of what takes longest that which changed since the commit SINCE (methods' quick
+# experiments, long pages of the docs), or a part in turn. `make test-all` is both, whole, with what is exhaustive (all model
+# families).
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=30
 SINCE ?=
 

@@ -35,37 +35,44 @@ def pytest_addoption(parser):
         "--reproductions",
         choices=("all", "changed"),
         default="all",
-        help="quick experiments: all of those collected, or those that the change since --since calls for",
+        help="quick experiments and long pages: all of them, or those that the change since --since calls for",
     )
-    group.addoption("--since", default="", help="a commit; empty or unknown: a rotation of eight experiments")
+    group.addoption("--since", default="", help="a commit; empty or unknown: those whose turn it is")
 
 
-def called_for(config):
-    """Names of the methods whose quick experiments run."""
-    from .selection import changed_since, commits, select
+def called_for(config, pages=()):
+    """Names of the methods whose quick experiments run, and those of the long pages that run."""
+    from .selection import changed_since, commits, long_pages, select
 
     since = config.getoption("--since")
-    return select(changed_since(since) if since else None, commits())
+    changed, turn = changed_since(since) if since else None, commits()
+    return select(changed, turn), long_pages(changed, turn, pages)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by the marks
 def pytest_collection_modifyitems(config, items):
-    """Tests of the embedded model belong to the full tier; experiments that a change does not call for are left out."""
+    """Tests of the embedded model belong to the full tier; what a change does not call for is left out: experiments and
+    long pages.
+    """
     for item in items:
         if "embedded" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
-    marked = {item: item.get_closest_marker("reproduction") for item in items}
+    marked = {
+        kind: {item: mark.args[0] for item in items if (mark := item.get_closest_marker(kind)) is not None}
+        for kind in ("reproduction", "long_page")
+    }
     if config.getoption("--reproductions") == "all" or not any(marked.values()):
         return
-    chosen = called_for(config)
-    dropped = [item for item, mark in marked.items() if mark is not None and mark.args[0] not in chosen]
+    chosen = set().union(*called_for(config, set(marked["long_page"].values())))
+    dropped = [item for named in marked.values() for item, name in named.items() if name not in chosen]
     items[:] = [item for item in items if item not in dropped]
     config.hook.pytest_deselected(items=dropped)
 
 
 def pytest_terminal_summary(terminalreporter, config):
     if config.getoption("--reproductions") == "changed" and not hasattr(config, "workerinput"):
-        terminalreporter.write_line(f"quick experiments called for: {', '.join(sorted(called_for(config))) or 'none'}")
+        names, _ = called_for(config)
+        terminalreporter.write_line(f"quick experiments called for: {', '.join(sorted(names)) or 'none'}")
 
 
 @pytest.fixture(scope="session")

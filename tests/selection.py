@@ -1,5 +1,5 @@
 """Which quick reproductions a change calls for: those of the methods that it touches, or a rotation of eight where it
-touches a floor.
+touches a floor. And which long pages of the docs: those that it touches, and the next in turn.
 
 Files are found from the cards and the import graph, so a new method is covered by its card alone.
 """
@@ -81,3 +81,16 @@ def select(changed, turn, names=None):
         first = turn * ROTATION % len(names)
         chosen.update((names + names)[first : first + min(ROTATION, len(names))])
     return chosen
+
+
+def long_pages(changed, turn, names):
+    """The long pages that run: those that changed, and one that did not, so that each has its turn.
+
+    Args:
+        changed: files that changed; None where that is not known.
+        turn: any number; the next one continues the rotation where this one ends.
+        names: all long pages, as paths.
+    """
+    touched = set(names) & set(changed or ())
+    others = sorted(set(names) - touched)
+    return touched | ({others[turn % len(others)]} if others else set())

@@ -80,8 +80,8 @@ LONG = {
     "docs/reinforcement.md": "two trainings of the embedded model on its own rollouts, and a third in Python",
     "docs/tokenizers.md": "the texts of the embedded model's whole vocabulary are embedded once",
 }
-"""Pages of more than a minute and a half, and why: they run in ``make test-all``. Every other page is in the full tier,
-also one that is written tomorrow."""
+"""Pages of more than a minute and a half, and why: in the full tier run those that changed and one more in turn
+(``make test-all`` runs them all). Every other page is in the full tier, also one that is written tomorrow."""
 
 
 def test_long_pages_are_pages():
@@ -91,7 +91,7 @@ def test_long_pages_are_pages():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.exhaustive if name in LONG else ()) for name in run_page.pages()],
+    [pytest.param(name, marks=pytest.mark.long_page(name) if name in LONG else ()) for name in run_page.pages()],
 )
 def test_a_page_runs_as_printed(name):
     """Every Python and console block, in order, with the files that it names, in a process of its own."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .selection import ROTATION, changed_since, commits, files_of, reproducible, select
+from .selection import ROTATION, changed_since, commits, files_of, long_pages, reproducible, select
 
 
 def test_a_room_calls_for_its_own_method_only():
@@ -32,3 +32,10 @@ def test_files_are_those_of_the_tree():
     assert changed_since("HEAD") is not None
     assert changed_since("no-such-revision") is None
     assert commits() > 0
+
+
+def test_a_long_page_runs_when_it_changed_and_in_turn():
+    names = ["README.md", "docs/a.md", "docs/b.md"]
+    assert long_pages(["docs/b.md", "src/everytoken/core/logprobs.py"], 0, names) == {"docs/b.md", "README.md"}
+    assert [long_pages(None, turn, names) for turn in range(3)] == [{name} for name in names]
+    assert long_pages(names, 1, names) == set(names)

@@ -48,7 +48,8 @@ def test_there_is_no_circle():
 
 
 def test_grammars_do_not_know_the_engine_and_the_engine_no_method():
-    for name, others in graph().items():
+    for name, found in graph().items():
+        others = found - {"everytoken.constraints.jit"}  # how kernels are compiled, for both
         if ".grammar" in name:
             assert all(".constraints.grammar" in other for other in others), (name, others)
         if ".engine" in name:

@@ -7,7 +7,7 @@ import importlib
 import pytest
 
 from everytoken.catalog.cards import load_catalog
-from everytoken.core.errors import BadInputError
+from everytoken.core.errors import BadInputError, UnsupportedModelError
 from everytoken.core.settings import parse_settings
 from everytoken.decoding.trial import Trial, TrialRequest
 from everytoken.tokenization.base import ByteMethod, ByteModel, Retokenizer, Transplanter
@@ -70,6 +70,20 @@ def test_trials_run(factory, settings, data, arms, folder):
     assert all(result.headline in row for row in result.rows.values())
     assert len(result.traces) == 1 and result.column in result.traces[0].columns
     assert any(note.startswith("it:") for note in result.notes)
+
+
+def test_a_model_of_bytes_refuses_an_architecture_before_weights_are_read(tmp_path):
+    from transformers import CLIPConfig, MambaConfig
+
+    tokenizer = byte_level()
+    tokenizer.save_pretrained(tmp_path)
+    for config, error in (
+        (MambaConfig(vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1), UnsupportedModelError),
+        (CLIPConfig(), BadInputError),
+    ):
+        config.save_pretrained(tmp_path)  # and no weights
+        with pytest.raises(error, match=r"MambaForCausalLM|no causal model of the kind 'clip'"):
+            trial(TrialRequest([Trial("bytes", ExactBytes, {})], str(tmp_path), "hel"))
 
 
 def test_methods_of_two_kinds_are_refused(folder):

@@ -135,6 +135,28 @@ def load_config(model: str | os.PathLike[str] | None = None, trust_remote_code: 
         raise hub_error(name, error) from error
 
 
+def model_shell(model: str | os.PathLike[str] | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal model of a configuration without weights, on the meta device: what a method checks before they are
+    read.
+
+    Raises:
+        BadInputError: an unknown path, or a configuration that no causal model of transformers has.
+        EverytokenError: the hub cannot be reached, or has no such model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(model, trust_remote_code)
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            shell: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise BadInputError(
+            f"transformers has no causal model of the kind {config.model_type!r}.", "Use a causal language model."
+        ) from error
+    return shell.eval()
+
+
 def load_model(
     model: str | os.PathLike[str] | None = None,
     dtype: str | torch.dtype = "auto",

@@ -166,6 +166,10 @@ class ByteModel(Protocol):
 class ByteMethod(Protocol):
     """Turns a model of tokens into a model of bytes. Built as ``factory(**settings)``."""
 
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raises UnsupportedModelError for an architecture that it cannot read; the weights may be missing."""
+        ...
+
     def on(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] | None = None
     ) -> ByteModel:

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from ..core.errors import BadInputError, UnsupportedModelError
 from ..core.trace import TokenTrace
 from ..decoding.inputs import check_trees
-from ..decoding.row_cache import RowCache, check_cached
+from ..decoding.row_cache import RowCache, check_cached, new_cache, takes_trees
 from .base import start_token
 from .byte_view import ByteView, split_character
 
@@ -82,16 +82,7 @@ class ByteLM:
         tolerance: float = 1e-6,
         unit: str = "token",
     ):
-        check_trees("ByteLM", model)
-        check_cached("ByteLM", model)
-        row = RowCache(model)
-        if not row.trees:
-            kinds = ", ".join(sorted({type(layer).__name__ for layer in row.cache.layers}))
-            raise UnsupportedModelError(
-                f"ByteLM reads the nodes of its tree in one forward, and {type(model).__name__} cannot"
-                + (f" (its cache has {kinds})." if kinds else "."),
-                "Use a model with attention in every layer.",
-            )
+        self.check_model(model)
         self.model, self.tokenizer, self.exact, self.tolerance = model, tokenizer, exact, tolerance
         self.unit = unit
         self.view = ByteView.of(tokenizer)
@@ -107,6 +98,20 @@ class ByteLM:
         self._longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         self.forwards = 0
         self._reset()
+
+    @staticmethod
+    def check_model(model: PreTrainedModel) -> None:
+        """Raises UnsupportedModelError as the constructor does; the weights may be missing (on the meta device)."""
+        check_trees("ByteLM", model)
+        check_cached("ByteLM", model)
+        cache = new_cache(model)
+        if not takes_trees(model, cache):
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers}))
+            raise UnsupportedModelError(
+                f"ByteLM reads the nodes of its tree in one forward, and {type(model).__name__} cannot"
+                + (f" (its cache has {kinds})." if kinds else "."),
+                "Use a model with attention in every layer.",
+            )
 
     # -- the tree of left parts, on a cache ----------------------------------------------------------------------------
     def _reset(self) -> None:

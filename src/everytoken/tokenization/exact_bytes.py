@@ -57,6 +57,10 @@ class ExactBytes:
         if not 0 <= self.tolerance < 1:
             raise BadInputError(f"tolerance is a share of the mass, 0 to 1; got {self.tolerance}.")
 
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raises UnsupportedModelError for an architecture that ``ByteLM`` cannot read; the weights may be missing."""
+        ByteLM.check_model(model)
+
     def on(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] | None = None
     ) -> ByteLM:

@@ -9,8 +9,8 @@ import pytest
 
 import everytoken.constraints.engine.compiler as module
 from everytoken.constraints.engine.compiler import GrammarCompiler, warm_kernels
-from everytoken.constraints.engine.jit import kernels_kept
 from everytoken.constraints.grammar import GrammarError
+from everytoken.constraints.jit import kernels_kept
 from everytoken.core.errors import BadInputError
 
 from ..common import BYTES, PERSON

@@ -12,11 +12,12 @@ from everytoken.constraints.grammar import automata
 from everytoken.constraints.grammar.automata import (
     Automaton,
     Builder,
+    arrays,
     build,
-    disjoint,
     is_deterministic,
     minimise,
     trie,
+    trim,
 )
 from everytoken.constraints.grammar.expressions import (
     LAST_CHAR,
@@ -25,6 +26,7 @@ from everytoken.constraints.grammar.expressions import (
     Chars,
     GrammarError,
     Graph,
+    Ref,
     Repeat,
     alt,
     expression_size,
@@ -61,23 +63,119 @@ def test_range_arithmetic(first, second):
     assert members(intersect_ranges(first, second)) == members(first) & members(second)
 
 
-@given(st.lists(st.tuples(st.integers(0, 255), st.integers(0, 255), st.integers(0, 3)), max_size=40))
-def test_disjoint_ranges_keep_every_target(edges):
-    edges = [(min(a, b), max(a, b), to) for a, b, to in edges]
-    pieces = disjoint(edges)
-    for byte in range(256):
-        want = tuple(sorted({to for low, high, to in edges if low <= byte <= high}))
-        got = [targets for low, high, targets in pieces if low <= byte <= high]
-        assert got == ([want] if want else [])
+NAMES = ["x", "y"]
+MACHINES = st.integers(1, 6).flatmap(
+    lambda size: st.tuples(
+        st.just(size),
+        st.lists(st.tuples(*[st.integers(0, size - 1)] * 2, *[st.integers(97, 100)] * 2), max_size=12),
+        st.lists(st.tuples(st.integers(0, size - 1), st.sampled_from(NAMES), st.integers(0, size - 1)), max_size=4),
+        st.lists(st.tuples(*[st.integers(0, size - 1)] * 2), max_size=5),
+        st.sets(st.integers(0, size - 1)),
+    )
+)
+SYMBOLS = [97, 98, 99, 100, *NAMES]
 
 
-def test_many_overlapping_edges_take_the_sweep():
-    edges = [(low, low + 20, low % 5) for low in range(0, 200, 2)] + [(250, 255, 9)]
-    pieces = disjoint(edges)
-    for byte in range(256):
-        found = [set(targets) for low, high, targets in pieces if low <= byte <= high]
-        want = {to for low, high, to in edges if low <= byte <= high}
-        assert found == ([want] if want else [])
+def made(size, edges, calls, empties, _finals):
+    builder = Builder()
+    builder.state(size - 1)
+    for source, to, one, other in edges:
+        builder.edge(source, min(one, other), max(one, other), to)
+    for call in calls:
+        builder.call(*call)
+    for move in empties:
+        builder.empty(*move)
+    return builder
+
+
+def language(starts, step, final, longest=4):
+    """All texts of symbols up to a length; ``step(states, symbol)`` leads on."""
+    found, waiting = set(), [((), starts)]
+    for text_, states in waiting:
+        if final(states):
+            found.add(text_)
+        if len(text_) < longest and states:
+            waiting += [((*text_, symbol), step(states, symbol)) for symbol in SYMBOLS]
+    return found
+
+
+def language_of(automaton):
+    def step(states, symbol):
+        return {
+            to
+            for state in states
+            for *label, to in (automaton.calls if isinstance(symbol, str) else automaton.edges)[state]
+            if (label == [symbol] if isinstance(symbol, str) else label[0] <= symbol <= label[1])
+        }
+
+    return language({0}, step, lambda states: any(automaton.finals[state] for state in states))
+
+
+def language_of_moves(size, edges, calls, empties, finals):
+    """By the definition, with sets."""
+
+    def closed(states):
+        while True:
+            more = states | {to for source, to in empties if source in states}
+            if more == states:
+                return states
+            states = more
+
+    def step(states, symbol):
+        read = {to for source, to, a, b in edges if source in states and symbol in range(min(a, b), max(a, b) + 1)}
+        return closed(read | {to for source, name, to in calls if source in states and name == symbol})
+
+    return language(closed({0}), step, lambda states: bool(states & finals))
+
+
+@given(MACHINES)
+@settings(max_examples=200)
+def test_determinising_trimming_and_minimising_keep_the_language(machine):
+    want = language_of_moves(*machine)
+    subsets = made(*machine).determinise(-1, finals=machine[-1])
+    assert is_deterministic(subsets) and language_of(subsets) == want
+    for calls in subsets.calls:
+        assert len({name for name, _ in calls}) == len(calls)
+    small = minimise(trim(subsets))
+    assert language_of(small) == want
+    states = range(len(small))
+    # no two states of the minimal automaton go on alike, and every one is needed
+    rows = {(frozenset(language_from(small, state)), small.finals[state]) for state in states}
+    assert len(rows) == len(small)
+    assert language_of(trim(small)) == want and len(trim(small)) == len(small)
+
+
+def language_from(automaton, state):
+    """What a deterministic automaton accepts from a state on, up to its number of states."""
+    found, waiting = set(), [((), state)]
+    for text_, here in waiting:
+        if automaton.finals[here]:
+            found.add(text_)
+        if len(text_) < 5:
+            waiting += [((*text_, name), to) for name, to in automaton.calls[here]]
+            waiting += [((*text_, byte), to) for a, b, to in automaton.edges[here] for byte in range(a, b + 1)]
+    return found
+
+
+@given(MACHINES)
+def test_lists_and_arrays_say_the_same(machine):
+    automaton = made(*machine).determinise(-1, finals=machine[-1])
+    lists = Automaton(automaton.edges, automaton.calls, automaton.finals)
+    again = arrays(lists)
+    assert (again.edges, again.calls, again.finals) == (lists.edges, lists.calls, lists.finals)
+    assert (lists.separable, lists.opens, lists.regular) == (again.separable, again.opens, again.regular)
+    assert again.called() == {name for calls in lists.calls for name, _ in calls}
+
+
+def test_edges_that_lead_alike_are_one():
+    automaton = build(alt(*(text(letter) for letter in "abcdefgh")))
+    assert automaton.edges == [[(97, 104, 1)], []]
+
+
+def test_unproductive_calls_go():
+    automaton = build(alt(seq(Ref("good"), text("a")), seq(Ref("bad"), text("b"))))
+    kept = trim(automaton, {"good"}.__contains__)
+    assert kept.calls[0] == [("good", kept.calls[0][0][1])] and len(kept) == len(automaton) - 1
 
 
 @given(st.characters(exclude_categories=["Cs"]), st.integers(0, LAST_CHAR), st.integers(0, LAST_CHAR))

@@ -28,9 +28,9 @@ class HATConfig(PreTrainedConfig):
     model_type = "hat"
     sub_configs = {"encoder_config": LlamaConfig, "backbone_config": LlamaConfig, "decoder_config": LlamaConfig}
 
-    encoder_config: dict[str, Any] | PreTrainedConfig | None = None
-    backbone_config: dict[str, Any] | PreTrainedConfig | None = None
-    decoder_config: dict[str, Any] | PreTrainedConfig | None = None
+    encoder_config: Any = None
+    backbone_config: Any = None
+    decoder_config: Any = None
     max_word_bytes: int = 100
     vocab_size: int = SYMBOLS
     pad_token_id: int | None = PADDING
@@ -65,9 +65,9 @@ class HATConfig(PreTrainedConfig):
     @property
     def hidden_size(self) -> int:
         """The backbone's width."""
-        return int(self.backbone_config.hidden_size)  # type: ignore[union-attr]
+        return int(self.backbone_config.hidden_size)
 
     @property
     def num_hidden_layers(self) -> int:
         """The backbone's layers."""
-        return int(self.backbone_config.num_hidden_layers)  # type: ignore[union-attr]
+        return int(self.backbone_config.num_hidden_layers)

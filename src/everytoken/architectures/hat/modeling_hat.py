@@ -110,7 +110,8 @@ class HATForCausalLM(OwnWeights, PreTrainedModel, GenerationMixin):
         self.backbone = LlamaModel(config.backbone_config)
         self.backbone.embed_tokens = None  # it reads vectors of words alone
         widths = [part.hidden_size for part in (config.encoder_config, config.backbone_config, config.decoder_config)]
-        self.word_in, self.word_out = nn.Linear(widths[0], widths[1], bias=False), nn.Linear(*widths[1:], bias=False)
+        self.word_in = nn.Linear(widths[0], widths[1], bias=False)
+        self.word_out = nn.Linear(widths[1], widths[2], bias=False)
         self.lm_head = nn.Linear(widths[2], SYMBOLS, bias=False)
         self.post_init()
 

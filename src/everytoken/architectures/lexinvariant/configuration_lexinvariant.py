@@ -33,7 +33,7 @@ class LexinvariantConfig(PreTrainedConfig):
     model_type = "lexinvariant"
     sub_configs = {"decoder_config": AutoConfig}
 
-    decoder_config: dict[str, Any] | PreTrainedConfig | None = None
+    decoder_config: Any = None
     vocab_size: int = 27
     random_share: float = 1.0
     random_kind: str = "sequences"
@@ -72,9 +72,9 @@ class LexinvariantConfig(PreTrainedConfig):
     @property
     def hidden_size(self) -> int:
         """The decoder's width."""
-        return int(self.decoder_config.hidden_size)  # type: ignore[union-attr]
+        return int(self.decoder_config.hidden_size)
 
     @property
     def num_hidden_layers(self) -> int:
         """The decoder's layers."""
-        return int(self.decoder_config.num_hidden_layers)  # type: ignore[union-attr]
+        return int(self.decoder_config.num_hidden_layers)

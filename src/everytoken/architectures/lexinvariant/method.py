@@ -48,7 +48,7 @@ def letter_rows(windows: torch.Tensor, length: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class LexinvariantTraining(Recipe):
-    """Settings of ``everytoken train lexinvariant``: the next letter of 27, and a probe that says which letter is which.
+    """Settings of ``everytoken train lexinvariant``: the next letter of 27, and a probe that says which is which.
 
     Args:
         width, layers: of the decoder.
@@ -59,8 +59,8 @@ class LexinvariantTraining(Recipe):
         BadInputError: a value out of range.
     """
 
-    steps: int = 800
-    batch: int = 8
+    steps: int = 600
+    batch: int = 4
     length: int = 256
     lr: float = 2e-3
     width: int = 128
@@ -141,7 +141,7 @@ class LexinvariantTraining(Recipe):
 
 @torch.no_grad()
 def by_position(model: PreTrainedModel, ids: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means over rows: nats of every letter from the second on ``[L - 1]``, and the share that the probe knows ``[L]``."""
+    """Means over rows: nats of every letter from the second on ``[L - 1]``, and the share that are known ``[L]``."""
     seeds = torch.arange(len(ids)) + 1000 * seed
     output = model(ids, table_seeds=seeds)
     nats = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
@@ -179,8 +179,8 @@ class Lexinvariant(Architecture):
     weights: ClassVar[str] = "lexinvariant-prose"
     example: ClassVar[str] = (
         "the value of the expression is the object that is returned by the function and the name of the class is used "
-        "for the instance of the type if the argument is not a string then the method is called with the same arguments "
-        "and the result is the value of the attribute"
+        "for the instance of the type if the argument is not a string then the method is called with the same "
+        "arguments and the result is the value of the attribute"
     )
     headline: ClassVar[str] = "bits per letter"
     recipe: ClassVar[type | None] = LexinvariantTraining

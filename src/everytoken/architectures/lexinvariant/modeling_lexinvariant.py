@@ -64,7 +64,7 @@ class LexinvariantForCausalLM(OwnWeights, PreTrainedModel, GenerationMixin):
         if module is getattr(self, "learned", None) and module is not None:
             init.normal_(module.weight, std=self.config.hidden_size**-0.5)  # as those that are drawn
         if module is self:
-            init.ones_(module.scale)
+            init.constant_(module.scale, 0.3)  # nearly uniform at first: rows of length 1 would be sure at random
 
     def get_input_embeddings(self) -> nn.Module:
         return self.symbols

@@ -204,7 +204,7 @@ class MrT5Training(Recipe):
         return learner.step(step, ids, labels)
 
     def measure(self, model: PreTrainedModel, windows: torch.Tensor) -> dict[str, float]:
-        """Bits per byte of the task and right bytes with hard deletion, bits per byte with none, and the deleted share."""
+        """Bits per byte and right bytes of the task with hard deletion, bits per byte with none, the deleted share."""
         ids, labels = self.examples(windows, numpy_generator(0, "held"))
         nothing = torch.zeros(ids.shape)
         with torch.no_grad():

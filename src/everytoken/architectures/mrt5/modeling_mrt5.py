@@ -180,8 +180,10 @@ class MrT5ForConditionalGeneration(MrT5PreTrainedModel, T5ForConditionalGenerati
 
     def __init__(self, config: MrT5Config):
         super().__init__(config)
-        encoder, decoder = copy.deepcopy(self.encoder.config), copy.deepcopy(self.decoder.config)
-        self.encoder, self.decoder = MrT5Encoder(encoder), MrT5Decoder(decoder)
+        plain: Any = self
+        encoder, decoder = copy.deepcopy(plain.encoder.config), copy.deepcopy(plain.decoder.config)
+        self.encoder: MrT5Encoder = MrT5Encoder(encoder)
+        self.decoder: MrT5Decoder = MrT5Decoder(decoder)
         self.deletion_weight = config.deletion_weight
         self.deletion_share: torch.Tensor | None = None
         self.post_init()

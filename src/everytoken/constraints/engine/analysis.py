@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .jit import kernel
+from ..jit import kernel
 from .layout import AMBIGUOUS, CROWDED, load_context
 from .run import POPS, close, step
 from .tables import Bools, Int32s, Int64s, PackedTables, PackedTrie, Settled, Tables, Trie, UInt8s, UInt32s, UInt64s

@@ -13,8 +13,8 @@ from typing import Unpack
 from ...core.errors import BadInputError
 from ..grammar import Grammar, StructuralTag
 from ..grammar.json_schema import Schema, SchemaSettings
+from ..jit import kernels_kept
 from .compiled import CompiledGrammar
-from .jit import kernels_kept
 from .pushdown import Pushdown
 from .vocabulary import TokenizerInfo
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .jit import inlined, kernel
+from ..jit import inlined, kernel
 from .tables import BOTTOM, Int32s, Int64s, UInt8s
 
 UNKNOWN, BELOW = -2, -3

@@ -10,20 +10,18 @@ from functools import cached_property
 import numpy as np
 
 from ...core.errors import BadInputError
-from ..grammar.automata import ArrayAutomaton, Automaton
+from ..grammar.automata import arrays, run_starts
 from ..grammar.grammar import Grammar
 from ..grammar.rule_automata import rule_automata
-from .tables import BOTTOM, TABLE_TYPES, Int64s, Tables
+from .tables import BOTTOM, TABLE_TYPES, Int32s, Tables
 
 
-def _edges(automaton: Automaton, base: int) -> tuple[Int64s, Int64s]:
-    """``(counts, edges)``: how many edges each state has, and ``[E, 3]`` ``(low, high, target)``."""
-    if isinstance(automaton, ArrayAutomaton):
-        return np.diff(automaton.ptr), np.stack([automaton.low, automaton.high, automaton.to + base], 1)
-    counts = np.array([len(edges) for edges in automaton.edges], np.int64)
-    table = np.array([edge for edges in automaton.edges for edge in edges], np.int64).reshape(-1, 3)
-    table[:, 2] += base
-    return counts, table
+def _following(called: Int32s, after: Int32s, rules: int) -> tuple[Int32s, Int32s]:
+    """``(ptr, nodes)``: where each rule's calls go on, each place once, in the order of the calls."""
+    _, once = np.unique(called.astype(np.int64) << 32 | after, return_index=True)
+    once.sort()
+    once = once[np.argsort(called[once], kind="stable")]
+    return run_starts(np.bincount(called[once], minlength=rules)).astype(np.int32), after[once]
 
 
 @dataclass
@@ -48,37 +46,21 @@ class Pushdown:
         """Compiles; see ``rule_automata`` for what it raises."""
         from .analysis import steady_runs
 
-        automata = rule_automata(grammar)
-        starts, total = {}, 0
-        for name, automaton in automata.items():
-            starts[name] = total
-            total += len(automaton)
-        names = list(automata)
-        tables_of = [_edges(automaton, starts[name]) for name, automaton in automata.items()]
-        edge_ptr = np.concatenate([[0], np.cumsum(np.concatenate([counts for counts, _ in tables_of]))]).astype(
-            np.int32
-        )
-        table = np.concatenate([edges for _, edges in tables_of])
-        call_ptr = np.zeros(total + 1, np.int32)
-        final, node_rule = np.zeros(total, np.uint8), np.zeros(total, np.int32)
-        calls: list[tuple[int, int]] = []
-        following: dict[str, dict[int, None]] = {name: {} for name in names}
-        for number, (name, automaton) in enumerate(automata.items()):
-            base = starts[name]
-            node_rule[base : base + len(automaton)] = number
-            if isinstance(automaton, ArrayAutomaton):
-                final[base : base + len(automaton)] = automaton.ends
-                call_ptr[base + 1 : base + len(automaton) + 1] = len(calls)
-                continue
-            final[base : base + len(automaton)] = automaton.finals
-            for state, called_here in enumerate(automaton.calls):
-                for called, to in called_here:
-                    bare = automaton.finals[to] and not automaton.edges[to] and not automaton.calls[to]
-                    calls.append((starts[called], -1 if bare else base + to))
-                    following[called][base + to] = None
-                call_ptr[base + state + 1] = len(calls)
-        links = np.array(calls, np.int32).reshape(-1, 2)
-        lows, highs, targets = table[:, 0].astype(np.uint8), table[:, 1].astype(np.uint8), table[:, 2].astype(np.int32)
+        automata = {name: arrays(automaton) for name, automaton in rule_automata(grammar).items()}
+        names, parts = list(automata), list(automata.values())
+        first = np.cumsum([0, *map(len, parts)])
+        total, starts = int(first[-1]), dict(zip(names, first.tolist(), strict=False))
+        edge_ptr = run_starts(np.concatenate([np.diff(automaton.ptr) for automaton in parts])).astype(np.int32)
+        call_ptr = run_starts(np.concatenate([np.diff(automaton.call_ptr) for automaton in parts])).astype(np.int32)
+        lows = np.concatenate([automaton.low for automaton in parts]).astype(np.uint8)
+        highs = np.concatenate([automaton.high for automaton in parts]).astype(np.uint8)
+        targets = np.concatenate([a.to + base for a, base in zip(parts, first, strict=False)]).astype(np.int32)
+        final = np.concatenate([automaton.ends for automaton in parts]).astype(np.uint8)
+        node_rule = np.repeat(np.arange(len(parts), dtype=np.int32), [*map(len, parts)])
+        call_start = np.array([starts[a.names[rule]] for a in parts for rule in a.call_id.tolist()], np.int32)
+        after = np.concatenate([a.call_to + base for a, base in zip(parts, first, strict=False)]).astype(np.int32)
+        follow_ptr, follow_to = _following(node_rule[call_start], after, len(parts))
+        bare = (final[after] != 0) & (edge_ptr[after + 1] == edge_ptr[after]) & (call_ptr[after + 1] == call_ptr[after])
         plain, wide, run = np.zeros((total, 4), np.uint64), np.zeros(total, np.bool_), np.zeros(total, np.int32)
         steady_runs(edge_ptr, lows, highs, targets, plain, wide, run)
         tables = Tables(
@@ -87,12 +69,12 @@ class Pushdown:
             edge_hi=highs,
             edge_to=targets,
             call_ptr=call_ptr,
-            call_start=np.ascontiguousarray(links[:, 0]),
-            call_to=np.ascontiguousarray(links[:, 1]),
+            call_start=call_start,
+            call_to=np.where(bare, np.int32(-1), after),
             final=final,
             node_rule=node_rule,
-            follow_ptr=np.cumsum([0, *(len(following[name]) for name in names)]).astype(np.int32),
-            follow_to=np.array([node for name in names for node in following[name]], np.int32),
+            follow_ptr=follow_ptr,
+            follow_to=follow_to,
             plain=plain,
             wide=wide,
             run=run,

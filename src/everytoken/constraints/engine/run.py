@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .jit import inlined, kernel
+from ..jit import inlined, kernel
 from .layout import BELOW, CROWDED, OVERFLOW, frame_slot, put
 from .tables import BOTTOM, Int32s, Int64s, PackedTables, Tables, UInt8s
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .jit import inlined, kernel
+from ..jit import inlined, kernel
 from .tables import Bools, Int32s, Int64s, PackedTrie, Trie, UInt8s, UInt64s
 
 

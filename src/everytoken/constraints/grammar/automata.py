@@ -8,10 +8,10 @@ automaton is made deterministic, so only the choice between reading a byte and c
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,12 +30,17 @@ from .expressions import (
     Seq,
     utf8_sequences,
 )
+from .kernels import SYMBOLS, Parts, calls_twice, joined, overlaps, pointers, subsets, trimmed
 
 Edge = tuple[int, int, int]
-MAX_TABLE, MAX_ROUNDS = 4_000_000, 400_000_000
-"""Of the table, and of the work, with which an automaton is made minimal."""
+MAX_WORK = 400_000_000
+"""Edges looked at while an automaton is made minimal."""
 MAX_STATES = 2_000_000
 """More states than this in one automaton are refused."""
+_RANDOM = np.random.default_rng(0)
+BYTE_WEIGHTS = np.cumsum(_RANDOM.integers(1, 1 << 63, SYMBOLS + 1, np.uint64))
+CALL_WEIGHTS = _RANDOM.integers(1, 1 << 63, 4096, np.uint64)
+"""Of symbols, in the hashes by which states are compared."""
 
 
 @dataclass
@@ -105,26 +110,24 @@ class Automaton:
 
 
 class ArrayAutomaton(Automaton):
-    """A regular automaton as arrays, for very many states; its lists are made only where somebody asks for them.
+    """An automaton as arrays; its lists are made only where somebody asks for them.
 
     Args:
-        ptr: ``[N + 1]``, where each state's edges start.
-        low, high, to: ``[E]``, the edges.
-        ends: ``[N]``, final states.
+        parts: see ``kernels``: where each state's edges start, the edges, where its calls start, the calls, and which
+            states are final.
+        names: the rules that calls number.
     """
 
-    def __init__(
-        self,
-        ptr: NDArray[np.int64],
-        low: NDArray[np.int64],
-        high: NDArray[np.int64],
-        to: NDArray[np.int64],
-        ends: NDArray[np.bool_],
-    ):
-        self.ptr, self.low, self.high, self.to, self.ends = ptr, low, high, to, ends
+    def __init__(self, parts: Parts, names: Sequence[str] = ()):
+        self.ptr, self.low, self.high, self.to, self.call_ptr, self.call_id, self.call_to, self.ends = parts
+        self.names = names
 
     def __len__(self) -> int:
         return len(self.ends)
+
+    @property
+    def parts(self) -> Parts:
+        return self.ptr, self.low, self.high, self.to, self.call_ptr, self.call_id, self.call_to, self.ends
 
     @cached_property
     def edges(self) -> list[list[Edge]]:  # type: ignore[override]
@@ -133,7 +136,9 @@ class ArrayAutomaton(Automaton):
 
     @cached_property
     def calls(self) -> list[list[tuple[str, int]]]:  # type: ignore[override]
-        return [[] for _ in range(len(self))]
+        names = self.names
+        flat = [(names[rule], to) for rule, to in zip(self.call_id.tolist(), self.call_to.tolist(), strict=True)]
+        return [flat[begin:end] for begin, end in itertools.pairwise(self.call_ptr.tolist())]
 
     @cached_property
     def finals(self) -> list[bool]:  # type: ignore[override]
@@ -141,41 +146,111 @@ class ArrayAutomaton(Automaton):
 
     @property
     def regular(self) -> bool:
-        return True
+        return len(self.call_to) == 0
 
     @property
     def opens(self) -> bool:
-        return bool(self.ends[0]) or bool(self.ptr[1] > 0)
+        return bool(self.ends[0]) or bool(self.ptr[1] > 0) or bool(self.call_ptr[1] > 0)
+
+    @cached_property
+    def separable(self) -> bool:  # type: ignore[override]
+        ends = np.flatnonzero(self.ends)
+        if len(ends) != 1 or ends[0] == 0:
+            return False
+        end = int(ends[0])
+        leaves = self.ptr[end + 1] > self.ptr[end] or self.call_ptr[end + 1] > self.call_ptr[end]
+        return not leaves and bool(self.to.all()) and bool(self.call_to.all())
+
+    def called(self) -> set[str]:
+        return {self.names[rule] for rule in np.unique(self.call_id).tolist()}
+
+
+def arrays(automaton: Automaton) -> ArrayAutomaton:
+    """The same automaton as arrays."""
+    if isinstance(automaton, ArrayAutomaton):
+        return automaton
+    numbers: dict[str, int] = {}
+    calls = [
+        (numbers.setdefault(name, len(numbers)), to) for called in automaton.calls if called for name, to in called
+    ]
+    edges = (
+        np.array([value for edges in automaton.edges for edge in edges for value in edge], np.int64).reshape(-1, 3).T
+    )
+    linked = np.array(calls, np.int64).reshape(-1, 2).T
+    low, high, to = np.ascontiguousarray(edges)
+    call_id, call_to = np.ascontiguousarray(linked)
+    parts = (
+        run_starts([len(edges) for edges in automaton.edges]), low, high, to,
+        run_starts([len(called) for called in automaton.calls]), call_id, call_to, np.array(automaton.finals, np.bool_),
+    )  # fmt: skip
+    return ArrayAutomaton(parts, list(numbers))
+
+
+def run_starts(counts: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each of some runs starts, and where the last one ends."""
+    pointer = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=pointer[1:])
+    return pointer
 
 
 class Builder:
-    """Thompson's construction, with calls; ``inline`` says which references are replaced by what they name."""
+    """Thompson's construction, with calls; ``inline`` says which references are replaced by what they name.
+
+    Attributes:
+        size: how many states there are.
+        edges: ``(sources, lows, highs, targets)``, a list each.
+        calls: ``(sources, names, targets)``.
+        empties: ``(sources, targets)`` of moves that read nothing.
+    """
 
     def __init__(self, inline: Callable[[str], Any | None] = lambda _name: None):
         self.inline = inline
-        self.edges: list[list[Edge]] = [[]]
-        self.calls: list[list[tuple[str, int]]] = [[]]
-        self.empties: list[list[int]] = [[]]
+        self.size = 1
+        self.edges: tuple[list[int], list[int], list[int], list[int]] = ([], [], [], [])
+        self.calls: tuple[list[int], list[str], list[int]] = ([], [], [])
+        self.empties: tuple[list[int], list[int]] = ([], [])
 
-    def state(self) -> int:
-        self.edges.append([])
-        self.calls.append([])
-        self.empties.append([])
-        if len(self.edges) > MAX_STATES:
+    def state(self, count: int = 1) -> int:
+        """Makes states; returns the first one's number."""
+        self.size += count
+        if self.size > MAX_STATES:
             raise GrammarError(
                 f"The grammar needs more than {MAX_STATES:,} automaton states.",
                 "Lower repetition bounds or list fewer values.",
             )
-        return len(self.edges) - 1
+        return self.size - count
+
+    def edge(self, source: int, low: int, high: int, target: int) -> None:
+        sources, lows, highs, targets = self.edges
+        sources.append(source)
+        lows.append(low)
+        highs.append(high)
+        targets.append(target)
+
+    def call(self, source: int, name: str, target: int) -> None:
+        sources, names, targets = self.calls
+        sources.append(source)
+        names.append(name)
+        targets.append(target)
+
+    def empty(self, source: int, target: int) -> None:
+        self.empties[0].append(source)
+        self.empties[1].append(target)
 
     def add(self, item: Any, source: int) -> int:
         """Builds ``item`` from ``source`` on and returns the state where it ends."""
         kind = type(item)
         if kind is Bytes:
-            for byte in item.data:
-                following = self.state()
-                self.edges[source].append((byte, byte, following))
-                source = following
+            size = len(item.data)
+            if size:
+                first = self.state(size)
+                sources, lows, highs, targets = self.edges
+                sources.append(source)
+                sources += range(first, first + size - 1)
+                lows += item.data
+                highs += item.data
+                targets += range(first, first + size)
+                source = first + size - 1
             return source
         if kind is Seq:
             for part in item.parts:
@@ -186,14 +261,14 @@ class Builder:
             if inlined is not None:
                 return self.add(inlined, source)
             end = self.state()
-            self.calls[source].append((item.name, end))
+            self.call(source, item.name, end)
             return end
         if kind is Alt:
             if literals := _literals(item):
                 return self._automaton(trie(literals), source)
             end = self.state()
             for part in item.parts:
-                self.empties[self.add(part, source)].append(end)
+                self.empty(self.add(part, source), end)
             return end
         if kind is Chars:
             end = self.state()
@@ -201,13 +276,14 @@ class Builder:
                 place = source
                 for low, high in sequence[:-1]:
                     following = self.state()
-                    self.edges[place].append((low, high, following))
+                    self.edge(place, low, high, following)
                     place = following
-                self.edges[place].append((*sequence[-1], end))
+                self.edge(place, *sequence[-1], end)
             return end
         if kind is ByteSet:
             end = self.state()
-            self.edges[source] += [(low, high, end) for low, high in item.ranges]
+            for low, high in item.ranges:
+                self.edge(source, low, high, end)
             return end
         if kind is Repeat:
             return self._repeat(item, source)
@@ -228,123 +304,108 @@ class Builder:
             source = self.add(item.item, source)
         if item.high is None:
             loop = self.state()
-            self.empties[source].append(loop)
-            self.empties[self.add(item.item, loop)].append(loop)
+            self.empty(source, loop)
+            self.empty(self.add(item.item, loop), loop)
             end = self.state()  # the loop itself must not gain edges of what follows: it may be re-entered
-            self.empties[loop].append(end)
+            self.empty(loop, end)
             return end
         end = self.state()
         for _ in range(item.high - item.low):
-            self.empties[source].append(end)
+            self.empty(source, end)
             fresh = self.state()  # so that leaving early does not open the next copy's own loops
-            self.empties[source].append(fresh)
+            self.empty(source, fresh)
             source = self.add(item.item, fresh)
-        self.empties[source].append(end)
+        self.empty(source, end)
         return end
 
     def _graph(self, item: Graph, source: int) -> int:
-        states = [self.state() for _ in range(item.size)]
-        self.empties[source].append(states[0])
+        first = self.state(item.size)
+        self.empty(source, first)
         end = self.state()
         for start, label, target in item.edges:
             fresh = self.state()
-            self.empties[states[start]].append(fresh)
-            self.empties[self.add(label, fresh)].append(states[target])
+            self.empty(first + start, fresh)
+            self.empty(self.add(label, fresh), first + target)
         for final in item.finals:
-            self.empties[states[final]].append(end)
+            self.empty(first + final, end)
         return end
 
     def _automaton(self, item: Automaton, source: int) -> int:
-        if item.separable:  # its end has no way on: it can be the next part's start, and its start the last part's end
-            states = [source if state == 0 else self.state() for state in range(len(item))]
-            end = next(place for place, final in zip(states, item.finals, strict=True) if final)
-            for place, edges, calls in zip(states, item.edges, item.calls, strict=True):
-                self.edges[place] += [(low, high, states[to]) for low, high, to in edges]
-                self.calls[place] += [(name, states[to]) for name, to in calls]
-            return end
-        states = [self.state() for _ in range(len(item))]
-        self.empties[source].append(states[0])
-        end = self.state()
-        for index, edges in enumerate(item.edges):
-            self.edges[states[index]] = [(low, high, states[to]) for low, high, to in edges]
-            self.calls[states[index]] = [(name, states[to]) for name, to in item.calls[index]]
-            if item.finals[index]:
-                self.empties[states[index]].append(end)
+        """A copy of an automaton, with all of its states in a row."""
+        known = arrays(item)
+        edge_from = np.repeat(np.arange(len(known)), np.diff(known.ptr))
+        call_from = np.repeat(np.arange(len(known)), np.diff(known.call_ptr))
+        finals = np.flatnonzero(known.ends).tolist()
+        if known.separable:  # its end has no way on: it can be the next part's start, and its start the last part's end
+            base = self.state(len(known) - 1) - 1
+            end = base + finals[0]
+        else:
+            base = self.state(len(known))
+            self.empty(source, base)
+            end = self.state()
+            for final in finals:
+                self.empty(base + final, end)
+        starts = source if known.separable else base
+        for mine, theirs in (
+            (self.edges[0], np.where(edge_from == 0, starts, edge_from + base)),
+            (self.edges[1], known.low),
+            (self.edges[2], known.high),
+            (self.edges[3], known.to + base),
+        ):
+            mine += theirs.tolist()
+        if len(call_from):
+            names, targets = known.names, self.calls[2]
+            self.calls[0].extend(np.where(call_from == 0, starts, call_from + base).tolist())
+            self.calls[1].extend(names[rule] for rule in known.call_id.tolist())
+            targets += (known.call_to + base).tolist()
         return end
 
     # -- to a deterministic automaton ---------------------------------------------------------------------------------
+    def moves(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """``(ptr, to)`` of the moves that read nothing."""
+        ptr, order = pointers(np.array(self.empties[0], np.int64), self.size)
+        return ptr, np.array(self.empties[1], np.int64)[order]
+
     def closure(self, states: Iterable[int]) -> frozenset[int]:
+        """What is reached without reading."""
+        ptr, to = self.moves()
         seen = set(states)
         pending = list(seen)
         while pending:
-            for to in self.empties[pending.pop()]:
-                if to not in seen:
-                    seen.add(to)
-                    pending.append(to)
+            state = pending.pop()
+            for target in to[ptr[state] : ptr[state + 1]].tolist():
+                if target not in seen:
+                    seen.add(target)
+                    pending.append(target)
         return frozenset(seen)
 
     def determinise(self, final: int, starts: Iterable[int] = (0,), finals: set[int] | None = None) -> Automaton:
         """Subset construction. Where it would explode, the result keeps several edges for a byte instead."""
-        accepting = {final} if finals is None else finals
-        closures: dict[int, frozenset[int]] = {}
+        accepting = np.zeros(self.size, np.bool_)
+        accepting[[final] if finals is None else sorted(finals)] = True
+        numbers: dict[str, int] = {}
+        rules = [numbers.setdefault(name, len(numbers)) for name in self.calls[1]]
+        ptr, order = pointers(np.array(self.edges[0], np.int64), self.size)
+        low, high, to = (np.array(values, np.int64)[order] for values in self.edges[1:])
+        call_ptr, order = pointers(np.array(self.calls[0], np.int64), self.size)
+        call_id, call_to = np.array(rules, np.int64)[order], np.array(self.calls[2], np.int64)[order]
+        limit = 8 * self.size + 4000
+        finished, *parts = subsets(
+            ptr, low, high, to, call_ptr, call_id, call_to, *self.moves(), accepting,
+            np.array(sorted(starts), np.int64), limit, limit + 400_000,
+        )  # fmt: skip
+        if finished:
+            return ArrayAutomaton(cast("Parts", tuple(parts)), list(numbers))
+        flat = ArrayAutomaton((ptr, low, high, to, call_ptr, call_id, call_to, accepting), list(numbers))
+        return self._without_empties(flat, starts)
 
-        def reached(targets: Iterable[int]) -> frozenset[int]:
-            union: set[int] = set()
-            for target in targets:
-                if target not in closures:
-                    # only states that read, call or accept tell subsets apart
-                    closures[target] = frozenset(
-                        s for s in self.closure([target]) if self.edges[s] or self.calls[s] or s in accepting
-                    )
-                union |= closures[target]
-            return frozenset(union)
-
-        output = Automaton()
-        numbers: dict[frozenset[int], int] = {}
-        pending: list[frozenset[int]] = []
-        limit = 8 * len(self.edges) + 4000
-
-        def number(subset: frozenset[int]) -> int:
-            found = numbers.get(subset)
-            if found is None:
-                found = numbers[subset] = output.state(not accepting.isdisjoint(subset))
-                pending.append(subset)
-            return found
-
-        numbered: dict[tuple[int, ...], int] = {}
-
-        def numbered_once(targets: tuple[int, ...]) -> int:
-            found = numbered.get(targets)
-            if found is None:
-                found = numbered[targets] = number(reached(targets))
-            return found
-
-        work = 0
-        number(reached(starts))
-        while pending:
-            subset = pending.pop()
-            here = numbers[subset]
-            edges = [edge for member in subset for edge in self.edges[member]]
-            work += len(edges) + 1
-            if len(edges) == 1:
-                low, high, to = edges[0]
-                output.edges[here] = [(low, high, numbered_once((to,)))]
-            elif edges:
-                output.edges[here] = [(low, high, numbered_once(targets)) for low, high, targets in disjoint(edges)]
-            called: dict[str, set[int]] = {}
-            for member in subset:
-                for name, to in self.calls[member]:
-                    called.setdefault(name, set()).add(to)
-            output.calls[here] = [(name, number(reached(targets))) for name, targets in called.items()]
-            if len(output) > limit or work > limit + 400_000:
-                return self._without_empties(accepting, starts)
-        return output
-
-    def _without_empties(self, accepting: set[int], starts: Iterable[int]) -> Automaton:
+    def _without_empties(self, flat: ArrayAutomaton, starts: Iterable[int]) -> Automaton:
         """The same language, nondeterministic but without empty moves; never larger than the input."""
         output = Automaton()
         numbers: dict[int, int] = {}
         pending: list[int] = []
+        ptr, to = self.moves()
+        empties = [to[begin:end].tolist() for begin, end in itertools.pairwise(ptr.tolist())]
 
         def number(state: int) -> int:
             if state not in numbers:
@@ -352,62 +413,22 @@ class Builder:
                 pending.append(state)
             return numbers[state]
 
-        joint = self.state()
-        self.empties[joint] = list(starts)
+        joint = -1  # before all starts
         number(joint)
         while pending:
             state = pending.pop()
             here = numbers[state]
-            closed = self.closure([state])
-            output.finals[here] = not accepting.isdisjoint(closed)
-            output.edges[here] = list(dict.fromkeys((a, b, number(to)) for s in closed for a, b, to in self.edges[s]))
-            output.calls[here] = list(dict.fromkeys((name, number(to)) for s in closed for name, to in self.calls[s]))
+            closed = set(starts) if state == joint else {state}
+            waiting = list(closed)
+            while waiting:
+                for target in empties[waiting.pop()]:
+                    if target not in closed:
+                        closed.add(target)
+                        waiting.append(target)
+            output.finals[here] = any(flat.finals[s] for s in closed)
+            output.edges[here] = list(dict.fromkeys((a, b, number(to)) for s in closed for a, b, to in flat.edges[s]))
+            output.calls[here] = list(dict.fromkeys((name, number(to)) for s in closed for name, to in flat.calls[s]))
         return output
-
-
-def disjoint(edges: list[Edge]) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Overlapping ranges as disjoint ones with the set of their targets; neighbours with equal targets are joined."""
-    result: list[tuple[int, int, tuple[int, ...]]] = []
-    ordered = sorted(edges)
-    last = -1
-    for low, high, _ in ordered:
-        if low <= last:
-            break
-        last = high
-    else:  # disjoint already, as most are
-        for low, high, to in ordered:
-            if result and result[-1][1] + 1 == low and result[-1][2][0] == to:
-                result[-1] = (result[-1][0], high, (to,))
-            else:
-                result.append((low, high, (to,)))
-        return result
-    cuts = sorted({low for low, _, _ in edges} | {high + 1 for _, high, _ in edges})
-    if len(cuts) > 64:  # sweep; the plain loop below is faster for few edges
-        opening: dict[int, list[int]] = {}
-        closing: dict[int, list[int]] = {}
-        for low, high, to in edges:
-            opening.setdefault(low, []).append(to)
-            closing.setdefault(high + 1, []).append(to)
-    active: dict[int, int] = {}
-    for place, low in enumerate(cuts[:-1]):
-        high = cuts[place + 1] - 1
-        if len(cuts) > 64:
-            for to in closing.get(low, ()):
-                active[to] -= 1
-                if not active[to]:
-                    del active[to]
-            for to in opening.get(low, ()):
-                active[to] = active.get(to, 0) + 1
-            targets = tuple(sorted(active))
-        else:
-            targets = tuple(sorted({to for a, b, to in edges if a <= low <= b}))
-        if not targets:
-            continue
-        if result and result[-1][1] + 1 == low and result[-1][2] == targets:
-            result[-1] = (result[-1][0], high, targets)
-        else:
-            result.append((low, high, targets))
-    return result
 
 
 def build(item: Any, inline: Callable[[str], Any | None] = lambda _name: None) -> Automaton:
@@ -419,30 +440,33 @@ def build(item: Any, inline: Callable[[str], Any | None] = lambda _name: None) -
     if type(item) is Repeat and item.high is not None and item.high >= 4 and not isinstance(item.item, Automaton):
         unit = minimise(build(item.item, inline))
         if unit.separable and is_deterministic(unit):
-            return _chain(unit, item.low, item.high)
+            return _chain(arrays(unit), item.low, item.high)
     builder = Builder(inline)
     return trim(builder.determinise(builder.add(item, 0)))
 
 
-def _chain(unit: Automaton, low: int, high: int) -> Automaton:
+def _chain(unit: ArrayAutomaton, low: int, high: int) -> Automaton:
     """Copies of an automaton one after the other, each one's end the next one's start; deterministic if the copies
     are."""
     inner = len(unit) - 1  # the end of a copy is the start of the next
-    end = unit.finals.index(True)
-    local = [state if state <= end else state - 1 for state in range(len(unit))]
+    end = int(np.flatnonzero(unit.ends)[0])
+    local = np.arange(len(unit)) - (np.arange(len(unit)) > end)
     local[end] = inner
-    order = [state for state in range(len(unit)) if state != end]
-    pattern = [[(a, b, local[to]) for a, b, to in unit.edges[state]] for state in order]
-    calls = [[(name, local[to]) for name, to in unit.calls[state]] for state in order]
     size = inner * high + 1
     if size > MAX_STATES:
         raise GrammarError(f"A repetition needs more than {MAX_STATES:,} states.", "Lower its upper bound.")
-    edges = [[(a, b, to + base) for a, b, to in here] for base in range(0, size - 1, inner) for here in pattern]
-    called = [[(name, to + base) for name, to in here] for base in range(0, size - 1, inner) for here in calls]
-    finals = [False] * size
-    for count in range(low, high + 1):
-        finals[count * inner] = True
-    return Automaton([*edges, []], [*called, []], finals)
+    bases = np.arange(high)[:, None] * inner
+
+    def pointer(widths: NDArray[np.int64]) -> NDArray[np.int64]:
+        return run_starts([*np.tile(np.delete(widths, end), high).tolist(), 0])
+
+    finals = np.zeros(size, np.bool_)
+    finals[low * inner :: inner] = True
+    parts = (
+        pointer(np.diff(unit.ptr)), np.tile(unit.low, high), np.tile(unit.high, high), (local[unit.to] + bases).ravel(),
+        pointer(np.diff(unit.call_ptr)), np.tile(unit.call_id, high), (local[unit.call_to] + bases).ravel(), finals,
+    )  # fmt: skip
+    return ArrayAutomaton(parts, unit.names)
 
 
 def _literals(item: Any) -> list[bytes] | None:
@@ -494,128 +518,43 @@ def trie(words: Iterable[bytes]) -> Automaton:
 def trim(automaton: Automaton, productive: Callable[[str], bool] = lambda _name: True) -> Automaton:
     """Drops states that cannot be reached, or from which nothing can be accepted; calls of unproductive rules go
     too."""
-    size = len(automaton)
-    back: list[list[int]] = [[] for _ in range(size)]
-    for state in range(size):
-        for _, _, to in automaton.edges[state]:
-            back[to].append(state)
-        for name, to in automaton.calls[state]:
-            if productive(name):
-                back[to].append(state)
-    useful = [False] * size
-    pending = [state for state in range(size) if automaton.finals[state]]
-    for state in pending:
-        useful[state] = True
-    while pending:
-        for state in back[pending.pop()]:
-            if not useful[state]:
-                useful[state] = True
-                pending.append(state)
-    output = Automaton()
-    numbers = {0: output.state()}
-    order = [0]
-    for state in order:
-        here = numbers[state]
-        output.finals[here] = automaton.finals[state]
-
-        def number(to: int) -> int:
-            if to not in numbers:
-                numbers[to] = output.state()
-                order.append(to)
-            return numbers[to]
-
-        output.edges[here] = [(a, b, number(to)) for a, b, to in automaton.edges[state] if useful[to]]
-        output.calls[here] = [
-            (name, number(to)) for name, to in automaton.calls[state] if useful[to] and productive(name)
-        ]
-    return output
+    known = arrays(automaton)
+    kept = np.array([productive(name) for name in known.names], np.bool_)
+    return ArrayAutomaton(trimmed(*known.parts, kept), known.names)
 
 
 # -- deterministic automata --------------------------------------------------------------------------------------------
 def is_deterministic(automaton: Automaton) -> bool:
-    for edges in automaton.edges:
-        ordered = sorted(edges)
-        if any(later[0] <= earlier[1] for earlier, later in itertools.pairwise(ordered)):
-            return False
-    return True
+    known = arrays(automaton)
+    return not overlaps(known.ptr, known.low, known.high)
 
 
 def minimise(automaton: Automaton) -> Automaton:
-    """Joins equivalent states of a deterministic automaton (unchanged where that would take too long).
-
-    Moore's refinement over classes of symbols; a round compares 64-bit hashes of all states' rows at once.
-    """
-    size = len(automaton)
-    if size <= 1 or "_minimal" in automaton.__dict__ or not is_deterministic(automaton):
+    """Joins equivalent states of a deterministic automaton (unchanged where that would take too long)."""
+    if len(automaton) <= 1 or "_minimal" in automaton.__dict__ or not is_deterministic(automaton):
         return automaton
-    cuts = sorted({x for edges in automaton.edges for low, high, _ in edges for x in (low, high + 1)})
-    place = {cut: number for number, cut in enumerate(cuts)}
-    names = {name: n + len(cuts) for n, name in enumerate(sorted({x for c in automaton.calls for x, _ in c}))}
-    if any(len({name for name, _ in calls}) < len(calls) for calls in automaton.calls):
+    known = arrays(automaton)
+    if calls_twice(known.call_ptr, known.call_id):
         return automaton
-    width = len(cuts) + len(names)
-    if size * width > MAX_TABLE:
+    rounds = max(MAX_WORK // (len(known.to) + len(known.call_to) + len(known)), 64)
+    finished, *parts = joined(
+        *known.parts, BYTE_WEIGHTS, CALL_WEIGHTS.take(range(len(known.names)), mode="wrap"), rounds
+    )
+    if not finished:
         return automaton
-    table = np.full((size, width), size, np.int64)  # one state more stands for no way on
-    for state, edges in enumerate(automaton.edges):
-        for low, high, to in edges:
-            table[state, place[low] : place[high + 1]] = to
-        for name, to in automaton.calls[state]:
-            table[state, names[name]] = to
-    random = np.random.default_rng(0)
-    weights = random.integers(1, 1 << 63, width, np.uint64) | np.uint64(1)
-    groups = np.array([*(int(final) for final in automaton.finals), 2], np.int64)
-    count = len(np.unique(groups))
-    labels = random.integers(1, 1 << 63, size + 1, np.uint64)
-    for _ in range(max(MAX_ROUNDS // (size * width), 64)):
-        named = labels[groups]
-        mixed = (named[table] * weights).sum(1, dtype=np.uint64)
-        mixed ^= mixed >> np.uint64(31)
-        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + named[:-1]
-        distinct, fresh = np.unique(mixed, return_inverse=True)
-        groups = np.append(fresh.reshape(-1), len(distinct))
-        if len(distinct) + 1 == count:
-            break
-        count = len(distinct) + 1
-    else:
-        return automaton
-    numbers = np.full(count, -1, np.int64)  # groups in the order of their first states: state 0 stays first
-    leaders: list[int] = []
-    for state, group in enumerate(groups[:-1].tolist()):
-        if numbers[group] < 0:
-            numbers[group] = len(leaders)
-            leaders.append(state)
-    onto = numbers[groups].tolist()
-    output = Automaton()
-    for state in leaders:
-        output.state(automaton.finals[state])
-        merged: list[Edge] = []
-        for low, high, to in sorted(automaton.edges[state]):
-            if merged and merged[-1][1] + 1 == low and merged[-1][2] == onto[to]:
-                merged[-1] = (merged[-1][0], high, onto[to])
-            else:
-                merged.append((low, high, onto[to]))
-        output.edges[-1] = merged
-        output.calls[-1] = [(name, onto[to]) for name, to in automaton.calls[state]]
+    output = ArrayAutomaton(cast("Parts", tuple(parts)), known.names)
     output.__dict__["_minimal"] = True  # automata are not changed once they are made
     return output
 
 
 def strip_marks(builder: Builder, end: int) -> Automaton:
     """The texts ``t`` for which ``START t END`` is matched: how anchors become plain languages."""
-
-    def after(states: Iterable[int], mark: int) -> set[int]:
-        closed = builder.closure(states)
-        return {to for state in closed for low, high, to in builder.edges[state] if low <= mark <= high}
-
-    starts = after([0], TEXT_START)
-    finals = {
-        state
-        for state, edges in enumerate(builder.edges)
-        if any(low <= TEXT_END <= high and end in builder.closure([to]) for low, high, to in edges)
-    }
-    for state, edges in enumerate(builder.edges):
-        builder.edges[state] = [(low, min(high, 255), to) for low, high, to in edges if low < 256]
+    edges = list(zip(*builder.edges, strict=True))
+    begun = builder.closure([0])
+    starts = builder.closure(to for source, low, high, to in edges if source in begun and low <= TEXT_START <= high)
+    finals = {source for source, low, high, to in edges if low <= TEXT_END <= high and end in builder.closure([to])}
+    kept = [(source, low, min(high, 255), to) for source, low, high, to in edges if low < 256]
+    builder.edges = tuple(map(list, zip(*kept, strict=True))) if kept else ([], [], [], [])  # type: ignore[assignment]
     if not starts:
         return Automaton([[]], [[]], [False])
     return trim(builder.determinise(-1, starts, finals))

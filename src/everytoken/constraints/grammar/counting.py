@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .automata import ArrayAutomaton, Automaton, build, minimise, trim
+from .automata import ArrayAutomaton, Automaton, build, minimise, run_starts, trim
 from .expressions import GrammarError
 from .json_text import CANONICAL
 
@@ -75,9 +75,9 @@ def counted(pattern: Automaton, low: int, high: int | None) -> Automaton:
     onto = np.where(whole[edge], following[edge_level], edge_level)
     counts = np.bincount(numbers[edge_level, source[edge]], minlength=int(keep[: top + 1].sum()))
     finals = (final[None, :] & (np.arange(top + 1) >= low)[:, None])[keep[: top + 1]]
-    return ArrayAutomaton(
-        np.concatenate([[0], np.cumsum(counts)]), lows[edge], highs[edge], numbers[onto, target[edge]], finals
-    )
+    none = np.zeros(0, np.int64)
+    edges = (run_starts(counts), lows[edge], highs[edge], numbers[onto, target[edge]])
+    return ArrayAutomaton((*edges, np.zeros(len(finals) + 1, np.int64), none, none, finals))
 
 
 def _completable(here: Flags, beyond: Flags | None, source: Numbers, target: Numbers, whole: Flags) -> Flags:

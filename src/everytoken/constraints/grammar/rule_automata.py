@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from .automata import ArrayAutomaton, Automaton, Builder, build, trim
+import operator
+from collections import Counter
+
+from .automata import Automaton, Builder, arrays, build, trim
 from .expressions import (
     EMPTY,
     Alt,
@@ -21,6 +24,8 @@ from .grammar import Grammar
 
 INLINE_ONCE, INLINE_ALWAYS = 2_000, 16
 """Rules up to these sizes are built into the rules that mention them: those mentioned once, and all."""
+NESTED = {Seq, Alt, Graph, Repeat}
+"""Expressions that hold others."""
 UNROLL, BLOCK, BUILT_IN = 100_000, 128, 20_000
 """A bounded repetition is unrolled up to so many states; beyond, it becomes calls of rules for ``BLOCK`` items. The
 items are built into these rules if that makes no more states than ``BUILT_IN``."""
@@ -35,20 +40,20 @@ def rule_automata(grammar: Grammar) -> dict[str, Automaton]:
     rules = dict(grammar.rules)
     unrolled = {name: _bound_repeats(body, rules) for name, body in list(rules.items())}
     rules |= unrolled
-    counts: dict[str, int] = {}
-    for body in rules.values():
-        for name in references(body):
-            counts[name] = counts.get(name, 0) + 1
-    recursive = _recursive(rules)
+    mentioned = {name: references(body) for name, body in rules.items()}
+    counts = Counter(name for names in mentioned.values() for name in names)
+    mentions = {name: set(names) for name, names in mentioned.items()}
+    order = _bottom_up(mentions)
+    recursive = _recursive(mentions, order)
     sizes: dict[str, int] = {}
-    for name in _bottom_up(rules):
+    for name in order:
         sizes[name] = expression_size(rules[name], sizes, INLINE_ONCE + 1)
     inlined = {
         name
         for name in rules
         if name not in recursive
         and name != grammar.root
-        and (sizes[name] <= INLINE_ALWAYS or (counts.get(name, 0) == 1 and sizes[name] <= INLINE_ONCE))
+        and (sizes[name] <= INLINE_ALWAYS or (counts[name] == 1 and sizes[name] <= INLINE_ONCE))
     }
 
     def inline(name: str) -> Expression | None:
@@ -65,11 +70,11 @@ def rule_automata(grammar: Grammar) -> dict[str, Automaton]:
     return _productive_only(automata, grammar.root)
 
 
-def _bottom_up(rules: Rules) -> list[str]:
+def _bottom_up(mentions: dict[str, set[str]]) -> list[str]:
     """Rule names, those mentioned before those that mention them (cycles cut anywhere)."""
     order: list[str] = []
     state: dict[str, int] = {}
-    for start in rules:
+    for start in mentions:
         stack = [(start, False)]
         while stack:
             name, done = stack.pop()
@@ -78,7 +83,7 @@ def _bottom_up(rules: Rules) -> list[str]:
             elif name not in state:
                 state[name] = 1
                 stack.append((name, True))
-                stack += [(other, False) for other in set(references(rules[name])) if other not in state]
+                stack += [(other, False) for other in mentions[name] if other not in state]
     return order
 
 
@@ -124,12 +129,11 @@ def _cycles(mentions: dict[str, set[str]]) -> list[set[str]]:
     return found
 
 
-def _recursive(rules: Rules) -> set[str]:
+def _recursive(mentions: dict[str, set[str]], order: list[str]) -> set[str]:
     """Rules on a cycle, and rules nested so deep that building them in would exhaust Python's stack."""
-    mentions = {name: set(references(body)) for name, body in rules.items()}
     found = {name for members in _cycles(mentions) for name in members}
     height: dict[str, int] = {}
-    for name in _bottom_up(rules):
+    for name in order:
         height[name] = 1 + max((height.get(other, 0) for other in mentions[name] if other not in found), default=0)
         if height[name] > 12:  # cut the chain here
             found.add(name)
@@ -137,8 +141,10 @@ def _recursive(rules: Rules) -> set[str]:
 
 
 def _bound_repeats(item: Expression, rules: Rules) -> Expression:
+    """The same with every repetition that is too long to be unrolled as calls of further ``rules``."""
     if isinstance(item, (Seq, Alt)):
-        return type(item)(tuple(_bound_repeats(part, rules) for part in item.parts))
+        parts = tuple([_bound_repeats(part, rules) if type(part) in NESTED else part for part in item.parts])
+        return item if all(map(operator.is_, parts, item.parts)) else type(item)(parts)
     if isinstance(item, Graph):
         return Graph(item.size, tuple((a, _bound_repeats(label, rules), b) for a, label, b in item.edges), item.finals)
     if not isinstance(item, Repeat):
@@ -203,7 +209,7 @@ def _in_blocks(inner: Expression, low: int, high: int | None, rules: Rules) -> E
 
 
 def _called(automaton: Automaton) -> set[str]:
-    return set() if isinstance(automaton, ArrayAutomaton) else {name for calls in automaton.calls for name, _ in calls}
+    return arrays(automaton).called()
 
 
 def _productive_only(automata: dict[str, Automaton], root: str) -> dict[str, Automaton]:
@@ -282,23 +288,24 @@ def _by_left_corners(automata: dict[str, Automaton], members: list[str], root: s
     finals = set()
     for name in members:
         automaton = automata[name]
-        base[name] = len(builder.edges)
+        base[name] = builder.state(len(automaton))
         for state in range(len(automaton)):
-            builder.state()
-            builder.edges[-1] = [(low, high, base[name] + to) for low, high, to in automaton.edges[state]]
-            builder.calls[-1] = [(called, base[name] + to) for called, to in automaton.calls[state]]
+            here = [base[name] + state, *([0] if state == 0 else [])]  # what begins a rule begins all of them
+            for source in here:
+                for low, high, to in automaton.edges[state]:
+                    builder.edge(source, low, high, base[name] + to)
+            for called, to in automaton.calls[state]:
+                builder.call(base[name] + state, called, base[name] + to)
             if automaton.finals[state] and name == root:
                 finals.add(base[name] + state)
     for name in members:
-        automaton = automata[name]
-        builder.edges[0] += builder.edges[base[name]]
-        for called, to in automaton.calls[0]:
+        for called, to in automata[name].calls[0]:
             if called not in members:
-                builder.calls[0].append((called, base[name] + to))
+                builder.call(0, called, base[name] + to)
                 continue
             for state, final in enumerate(automata[called].finals):
                 if final:
-                    builder.empties[base[called] + state].append(base[name] + to)
+                    builder.empty(base[called] + state, base[name] + to)
     return trim(builder.determinise(-1, finals=finals))
 
 
@@ -311,8 +318,8 @@ def _nullable(automata: dict[str, Automaton]) -> set[str]:
         for name, automaton in automata.items():
             if name in nullable:
                 continue
-            if isinstance(automaton, ArrayAutomaton):
-                found = bool(automaton.ends[0])
+            if automaton.regular:
+                found = automaton.finals[0]
             else:
                 seen, pending = {0}, [0]
                 while pending:

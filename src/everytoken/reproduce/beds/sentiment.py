@@ -63,7 +63,7 @@ class Sizes(NamedTuple):
 
 def sizes(context: Context) -> Sizes:
     """The sizes of a run."""
-    return Sizes(12, 8, 96, 72, 6) if context.quick else Sizes(120, 16, 1280, 720, 20)
+    return Sizes(12, 4, 48, 72, 6) if context.quick else Sizes(120, 16, 1280, 720, 20)
 
 
 @dataclass
@@ -97,9 +97,9 @@ class SmallWriter:
     def pairs(self, model: PreTrainedModel, count: int, margin: float = 0.3) -> list[Pair]:
         """``count`` tokenized preference rows from the model's own continuations, ranked by VADER."""
         rows: list[Pair] = []
-        pool = openings("train")
+        pool, at_once = openings("train"), min(256, 2 * count)
         while len(rows) < count:
-            prompts = [pool[index] for index in torch.randint(len(pool), (256,)).tolist()]
+            prompts = [pool[index] for index in torch.randint(len(pool), (at_once,)).tolist()]
             sides = [self.sample(model, prompts) for _ in range(2)]
             scores = [positivity([p + t for p, t in zip(prompts, self.decode(side), strict=True)]) for side in sides]
             for index, prompt in enumerate(prompts):

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from ...core.loading import load_model, load_tokenizer
+from ...core.loading import load_model, load_tokenizer, model_shell
 from ...decoding.trial import TrialRequest, TrialResult
 from ..base import ByteModel, start_token
 from ..byte_view import ByteView
@@ -25,6 +25,9 @@ def trial(request: TrialRequest) -> TrialResult:
     methods = {item.name: item.factory(**item.settings) for item in request.trials}
     tokenizer = load_tokenizer(request.model)
     ByteView.of(tokenizer)  # a tokenizer that changes texts is refused before weights are read
+    shell = model_shell(request.model)
+    for method in methods.values():
+        method.check_model(shell)  # an architecture that it cannot read too
     request.report("loading the model", 0, 0)
     model = load_model(request.model, dtype=request.options.get("dtype", "auto"), packed=True)
     size = int(request.options.get("max_new_tokens", 24))

@@ -19,13 +19,15 @@ from typing import Literal, TypeVar, cast
 from numba import njit
 
 Function = TypeVar("Function", bound=Callable[..., object])
-SOURCES = ("analysis", "jit", "layout", "run", "tables", "trie")
+SOURCES = (
+    "jit", "engine/analysis", "engine/layout", "engine/run", "engine/tables", "engine/trie", "grammar/kernels",
+)  # fmt: skip
 
 
 def _stamp() -> str:
     digest = hashlib.sha256()
     for name in SOURCES:
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import everytoken.constraints.engine.jit as jit
+import everytoken.constraints.jit as jit
 
 FOLDER = Path(jit.__file__).parent
 CALLER = """from .callee import number
