@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -75,7 +75,7 @@ def routers_of(model: PreTrainedModel) -> dict[str, nn.Module]:
             kind = spec.target_class if isinstance(spec, OutputRecorder) else spec
             if isinstance(kind, type) and kind not in kinds:
                 kinds.append(kind)
-    found = {}
+    found: dict[str, Any] = {}
     for name, part in model.named_modules():
         if isinstance(part, tuple(kinds)):
             found[name] = part

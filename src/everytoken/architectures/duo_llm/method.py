@@ -220,4 +220,4 @@ class DuoLlm(Architecture):
         if new_tokens:
             new = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, route=self.route)[0, ids.shape[1] :]
             written = tokenizer.decode(new, skip_special_tokens=True)
-        return Observation([trace.with_text(tokenizer)], figures, written, notes=[note])
+        return Observation([trace.with_text(tokenizer)], figures, written, notes=[note] if self.route is None else [])
