@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -67,15 +67,18 @@ def routers_of(model: PreTrainedModel) -> dict[str, nn.Module]:
     from transformers.utils.output_capturing import OutputRecorder
 
     kinds: list[type] = []
-    for part in model.modules():
-        if not isinstance(part, PreTrainedModel):
+    for model_part in model.modules():
+        if not isinstance(model_part, PreTrainedModel):
             continue
-        specs = (getattr(part, "_can_record_outputs", None) or {}).get("router_logits", [])
+        specs = (getattr(model_part, "_can_record_outputs", None) or {}).get("router_logits", [])
         for spec in specs if isinstance(specs, list) else [specs]:
             kind = spec.target_class if isinstance(spec, OutputRecorder) else spec
             if isinstance(kind, type) and kind not in kinds:
                 kinds.append(kind)
-    found: dict[str, nn.Module] = {n: part for n, part in model.named_modules() if isinstance(part, tuple(kinds))}
+    found: dict[str, Any] = {}
+    for name, part in model.named_modules():
+        if isinstance(part, tuple(kinds)):
+            found[name] = part
     if not found:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no routers that transformers records.",

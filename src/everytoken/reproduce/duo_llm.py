@@ -65,7 +65,7 @@ def run(context: Context) -> Arms:
         routes = all_routes(recipe.layers)
         spent = (routes == 2).sum(-1)
         found: dict[str, list[float]] = {}
-        tables = []
+        tables: list[torch.Tensor] = []
         for row in as_ids(text.held(count, recipe.length)):
             context.report("every route of held-out windows", len(tables), count)
             targets = row[1:]

@@ -121,7 +121,7 @@ def run(context: Context) -> Arms:
             found[POSITION] = {metric: mean([item.share for item in by_position])}
             agreement = early_learning([*seen, own], minimum=4)
             metric = "token ids with their final expert"
-            found[START], found[FIFTH] = ({metric: item.favourite} for item in agreement[:2])
+            found[START], found[FIFTH] = {metric: agreement[0].favourite}, {metric: agreement[1].favourite}
             context.artifacts["agreement by step"] = [
                 [step, item.favourite, item.overlap]
                 for step, item in zip([*places, base.steps], agreement, strict=True)

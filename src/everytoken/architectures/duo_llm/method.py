@@ -145,7 +145,7 @@ class DuoLlm(Architecture):
     declares: ClassVar[Network] = Network(
         DuoLlmConfig, DuoLlmForCausalLM, ("large blocks", "route", "cost", "nats", "oracle", "difficulty")
     )
-    weights: ClassVar[str] = "duo-llm-text"
+    weights: ClassVar[str] = "duo-llm-prose"
     headline: ClassVar[str] = "nats per token"
     example: ClassVar[str] = "The value of the expression is the object that the name is bound to."
     recipe: ClassVar[type | None] = DuoLlmRecipe
@@ -220,4 +220,4 @@ class DuoLlm(Architecture):
         if new_tokens:
             new = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, route=self.route)[0, ids.shape[1] :]
             written = tokenizer.decode(new, skip_special_tokens=True)
-        return Observation([trace.with_text(tokenizer)], figures, written, notes=[note])
+        return Observation([trace.with_text(tokenizer)], figures, written, notes=[note] if self.route is None else [])
