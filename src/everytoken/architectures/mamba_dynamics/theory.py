@@ -170,6 +170,7 @@ def simulate(
     if not np.isfinite(x).all() or (x == 0).any() or (np.abs(x) >= limit).any():
         raise BadInputError(f"Tokens are not zero and smaller than the limit of {limit:g}.")
     count = len(x)
+
     def of_each(item: float | Array) -> Array:
         return np.broadcast_to(np.asarray(item, float), (count,))
 
