@@ -298,7 +298,7 @@ def test_greed_can_miss_the_best_pair():
 
 
 def test_the_oracle_gains_in_an_untrained_network_and_the_controls_say_why():
-    """The best of many routes beats all large blocks where nothing was learned; chosen for a wrong target it does not."""
+    """The best of many routes beats all large blocks where nothing was learned; that for a wrong target does not."""
     model, ids = tiny(allow_skip=False), torch.cat([IDS[0], IDS[1]])
     routes = all_routes(4)
     losses = route_losses(model, ids, routes)
@@ -330,7 +330,7 @@ def test_the_observation_shows_routes_and_difficulty():
     gained = [a - b for a, b in zip(columns["nats"][:-1], columns["difficulty"][:-1], strict=True)]
     assert seen.figures["nats, oracle of 2"] == pytest.approx(sum(gained) / len(gained), abs=1e-5)
     assert seen.text and "knows the next token" in seen.notes[0]
-    assert DuoLlm(budget=0).observe(model, None, "a").traces[0].columns["oracle"] == [None]
+    assert DuoLlm(budget=0).observe(model, None, "ab").traces[0].columns["oracle"] == ["ssss", None]
 
 
 def test_the_recipe_trains_paths_first_and_then_routers_alone():
@@ -410,6 +410,8 @@ def test_bad_oracles():
     for settings, message in (({"route": "best"}, "route"), ({"budget": -1}, "budget"), ({"tries": 0}, "tries")):
         with pytest.raises(BadInputError, match=message):
             DuoLlm(**settings)
+    with pytest.raises(BadInputError, match="reads 2 to 64"):
+        DuoLlm().observe(tiny(vocab_size=259), None, "a")
     with pytest.raises(BadInputError, match="at most the 4 layers"):
         DuoLlm(budget=5).observe(tiny(vocab_size=259), None, "ab")
     for settings, message in (({"router_share": 1.0}, "router_share"), ({"small": 999}, "small blocks")):

@@ -10,7 +10,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from everytoken.architectures.rmoe.configuration_rmoe import RMoeConfig
-from everytoken.architectures.rmoe.method import RMoe, RMoeRecipe
+from everytoken.architectures.rmoe.method import CHANGED, RMoe, RMoeRecipe
 from everytoken.architectures.rmoe.modeling_rmoe import RecurrentRouter, RMoeForCausalLM
 from everytoken.architectures.routing import balance_loss, record_routing
 from everytoken.core.errors import BadInputError
@@ -274,7 +274,7 @@ def test_the_observation_shows_what_history_changes():
     model = tiny(vocab_size=259)
     seen = RMoe().observe(model, None, "some words", new_tokens=2)
     alone = RMoe(forget=True).observe(model, None, "some words")
-    assert seen.figures[RMoe.headline] > 0 and RMoe.headline not in alone.figures
+    assert seen.figures[CHANGED] > 0 and CHANGED not in alone.figures
     assert seen.text
     assert seen.traces[0].columns["choices"] == alone.traces[0].columns["choices"]
     assert seen.traces[1].columns["state change"] != alone.traces[1].columns["state change"]

@@ -56,14 +56,15 @@ def text_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, 
         tokenizer: None takes bytes.
 
     Raises:
-        BadInputError: the text has no tokens, or more than the network has positions for.
+        BadInputError: the text has fewer than two tokens, so that none predicts another, or more than the network has
+            positions for.
     """
     tokenizer = tokenizer or byte_tokenizer()
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     longest = model.config.max_position_embeddings
-    if not 0 < ids.shape[1] <= longest:
+    if not 2 <= ids.shape[1] <= longest:
         raise BadInputError(
-            f"The text has {ids.shape[1]:,} tokens; this network reads 1 to {longest:,}.", "Give a shorter text."
+            f"The text has {ids.shape[1]:,} tokens; this network reads 2 to {longest:,}.", "Give another text."
         )
     return ids.to(model.device)
 

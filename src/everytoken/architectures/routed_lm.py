@@ -22,6 +22,7 @@ from transformers.models.mixtral.modeling_mixtral import (
 )
 from transformers.utils.generic import can_return_tuple
 
+from .base import OwnWeights
 from .routing import balance_loss
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def real_tokens(attention_mask: torch.Tensor | None, width: int) -> torch.Tensor
     return attention_mask[:, -width:].bool()
 
 
-class RoutedPreTrainedModel(MixtralPreTrainedModel):
+class RoutedPreTrainedModel(OwnWeights, MixtralPreTrainedModel):
     """What transformers reads from a model's own source, which here stands in Mixtral's."""
 
     @classmethod

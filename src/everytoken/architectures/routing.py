@@ -75,7 +75,7 @@ def routers_of(model: PreTrainedModel) -> dict[str, nn.Module]:
             kind = spec.target_class if isinstance(spec, OutputRecorder) else spec
             if isinstance(kind, type) and kind not in kinds:
                 kinds.append(kind)
-    found = {name: part for name, part in model.named_modules() if isinstance(part, tuple(kinds))}
+    found: dict[str, nn.Module] = {n: part for n, part in model.named_modules() if isinstance(part, tuple(kinds))}
     if not found:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no routers that transformers records.",
@@ -206,7 +206,8 @@ def balance_loss(
     counted = flat_mask(mask, len(logits[0]))
     sums = [expert_shares(layer, top_k, counted) for layer in logits]
     if pooled:
-        sums = [(sum(s[0] for s in sums), sum(s[1] for s in sums), sum(s[2] for s in sums))]  # type: ignore[misc]
+        chosen, probabilities, totals = (torch.stack(list(part)).sum(0) for part in zip(*sums, strict=True))
+        sums = [(chosen, probabilities, totals)]
     losses = [experts * (chosen * mean).sum() / total.clamp(min=1) ** 2 for chosen, mean, total in sums]
     return torch.stack(losses).mean()
 

@@ -203,10 +203,19 @@ class RoutingAnalysis:
 
     def _empty(self, record: RouterRecord) -> LayerCounts:
         experts, domains = record.num_experts, max(len(self.domains), 1)
-        pairs = [PairCounts(experts) for _ in range(4)]
-        by_bin = [np.zeros(self.bins, np.int64) for _ in range(2)]
-        by_domain = [np.zeros(domains, np.int64) for _ in range(2)]
-        return LayerCounts(record.layer, *pairs, *by_bin, *by_domain, np.zeros(experts), np.zeros(experts))
+        return LayerCounts(
+            record.layer,
+            first=PairCounts(experts),
+            chosen=PairCounts(experts),
+            position=PairCounts(experts),
+            domain=PairCounts(experts),
+            asked=np.zeros(self.bins, np.int64),
+            dropped=np.zeros(self.bins, np.int64),
+            domain_asked=np.zeros(domains, np.int64),
+            domain_dropped=np.zeros(domains, np.int64),
+            picked=np.zeros(experts),
+            probability=np.zeros(experts),
+        )
 
     def _count(
         self,

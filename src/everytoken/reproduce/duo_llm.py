@@ -20,7 +20,7 @@ METRIC = "nats of the next byte"
 ONE, HALF, BIG, SMALL = "oracle of 1", "oracle of half", "all large", "all small"
 ROUTER, DRAWN, BEST = "routers", "random routes", "best of random routes"
 WRONG, DROPPED = "oracle of 1 for a wrong byte", "best of dropped passes"
-WHY = "a network of 4 layers and 1.3M weights on bytes"
+WHY = "a network of 4 layers and 1.0M weights on bytes"
 PLAY = 0.1
 """How far a random route's cost may lie from the routers', in large blocks a layer."""
 

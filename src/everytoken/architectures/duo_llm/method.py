@@ -42,9 +42,9 @@ class DuoLlmRecipe(ByteRecipe):
         cost_weight: weight of the squared distance to it.
     """
 
-    steps: int = 400
-    intermediate: int = 512
-    small: int = 64
+    steps: int = 300
+    intermediate: int = 384
+    small: int = 48
     skip: float = 0.0
     router_share: float = 0.25
     target: float = 0.5
@@ -196,32 +196,28 @@ class DuoLlm(Architecture):
         routes, tokens = output.routes[0], ids[0].tolist()
         losses = F.cross_entropy(output.logits[0, :-1].float(), ids[0, 1:], reduction="none").tolist()
         table = output.routes.new_tensor(model.config.costs, dtype=torch.float32)
-        best: list[str | None] = [None] * len(tokens)
-        difficulty: list[float | None] = [None] * len(tokens)
-        figures = {"mean cost of a layer": float(output.cost)}
-        notes = []
-        if losses:
-            search = "exhaustive" if layers <= EXHAUSTIVE else "random"
-            found = oracle_routes(
-                model, ids, self.budget, search=search, context_policy=output.routes, tries=self.tries
-            )
-            best[:-1] = ["".join(LETTERS[c] for c in row) for row in found.routes.tolist()]
-            difficulty[:-1] = found.difficulty.tolist()
-            figures["nats per token"] = sum(losses) / len(losses)
-            figures[f"nats, oracle of {self.budget}"] = float(found.losses.mean())
-            notes.append(
-                "The oracle knows the next token, so part of its gain is selection; difficulty is what "
-                f"{self.budget} large block{'s' * (self.budget != 1)} gain over small ones ({search} search)."
-            )
+        search = "exhaustive" if layers <= EXHAUSTIVE else "random"
+        found = oracle_routes(model, ids, self.budget, search=search, context_policy=output.routes, tries=self.tries)
+        best = ["".join(LETTERS[c] for c in row) for row in found.routes.tolist()]
+        figures = {
+            "mean cost of a layer": float(output.cost),
+            self.headline: sum(losses) / len(losses),
+            f"nats, oracle of {self.budget}": float(found.losses.mean()),
+        }
+        blocks = f"{self.budget} large block{'s' * (self.budget != 1)}"
+        note = (
+            "The oracle knows the next token, so part of its gain is selection. A token's difficulty is what up to "
+            f"{blocks} gain over small ones ({search} search)."
+        )
         trace = TokenTrace(tokens, title="routes", station="architectures")
         trace.add("large blocks", (routes == BIG).sum(-1))
         trace.add("route", ["".join(LETTERS[c] for c in row) for row in routes.tolist()])
         trace.add("cost", table[routes].mean(-1))
         trace.add("nats", [*losses, None])  # of the next token, as the oracle's
-        trace.add("oracle", best)
-        trace.add("difficulty", difficulty)
+        trace.add("oracle", [*best, None])
+        trace.add("difficulty", [*found.difficulty.tolist(), None])
         written = ""
         if new_tokens:
             new = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, route=self.route)[0, ids.shape[1] :]
             written = tokenizer.decode(new, skip_special_tokens=True)
-        return Observation([trace.with_text(tokenizer)], figures, written, notes=notes)
+        return Observation([trace.with_text(tokenizer)], figures, written, notes=[note])

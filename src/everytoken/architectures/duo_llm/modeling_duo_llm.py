@@ -35,7 +35,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ...core.errors import BadInputError
-from ..base import register
+from ..base import OwnWeights, register
 from ..decoder import begin
 from ..routed_lm import real_tokens
 from .configuration_duo_llm import BIG, POLICIES, SKIP, SMALL, DuoLlmConfig
@@ -176,7 +176,7 @@ class DuoDecoderLayer(LlamaDecoderLayer):
         return F.one_hot(chosen, 3) - probabilities.detach() + probabilities
 
 
-class DuoLlmPreTrainedModel(LlamaPreTrainedModel):
+class DuoLlmPreTrainedModel(OwnWeights, LlamaPreTrainedModel):
     """Initialisation, and what of a forward can be recorded."""
 
     config: DuoLlmConfig

@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicCache
 from ...core.errors import BadInputError, UnknownNameError
 from ...core.progress import Report, silent
 from .configuration_duo_llm import BIG, SKIP, SMALL
+from .modeling_duo_llm import DuoFeedForward
 
 if TYPE_CHECKING:
     from .modeling_duo_llm import DuoLlmForCausalLM, Route
@@ -258,9 +259,9 @@ def dropout_control(
     if tries < 1 or not 0 <= rate < 1:
         raise BadInputError(f"The control has at least one try and a rate from 0 to below 1; got {tries} and {rate}.")
     ids, _ = _checked(model, ids, None)
+    blocks = [part for part in model.modules() if isinstance(part, DuoFeedForward)]
     handles = [
-        layer.mlp.register_forward_hook(lambda _, args, output: F.dropout(output, rate, training=True))
-        for layer in model.model.layers
+        block.register_forward_hook(lambda _, args, output: F.dropout(output, rate, training=True)) for block in blocks
     ]
     try:
         best = None

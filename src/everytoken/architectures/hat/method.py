@@ -79,9 +79,9 @@ class HATTraining(Recipe):
         BadInputError: a value out of range.
     """
 
-    steps: int = 900
-    batch: int = 8
-    length: int = 192
+    steps: int = 800
+    batch: int = 4
+    length: int = 128
     lr: float = 3e-3
     byte_width: int = 96
     byte_layers: int = 1

@@ -59,8 +59,8 @@ class LexinvariantTraining(Recipe):
         BadInputError: a value out of range.
     """
 
-    steps: int = 800
-    batch: int = 8
+    steps: int = 600
+    batch: int = 4
     length: int = 256
     lr: float = 2e-3
     width: int = 128

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -97,7 +98,7 @@ class OpenMoe(Architecture):
     fill_order: str | None = None
     declares: ClassVar[Network] = Network(OpenMoeConfig, OpenMoeForCausalLM, EXPERT_COLUMNS)
     weights: ClassVar[str] = "openmoe-text"
-    headline: ClassVar[str] = "% of choices dropped"
+    headline: ClassVar[str] = "nats per token"
     example: ClassVar[str] = "The value of the expression is the object that the name is bound to."
     recipe: ClassVar[type | None] = OpenMoeRecipe
 
@@ -147,10 +148,12 @@ class OpenMoe(Architecture):
             config.fill_order = self.fill_order or config.fill_order
             with record_routing(model) as records:
                 loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            written = ""
+            written, notes = "", []
             if new_tokens:
-                new = model.generate(ids, max_new_tokens=new_tokens, do_sample=False)[0, ids.shape[1] :]
-                written = tokenizer.decode(new, skip_special_tokens=True)
+                with warnings.catch_warnings(record=True) as said:
+                    warnings.simplefilter("always")
+                    new = model.generate(ids, max_new_tokens=new_tokens, do_sample=False)[0, ids.shape[1] :]
+                written, notes = tokenizer.decode(new, skip_special_tokens=True), [str(item.message) for item in said]
         finally:
             config.capacity_factor_eval, config.fill_order = own
         tokens = ids[0].tolist()
@@ -158,7 +161,5 @@ class OpenMoe(Architecture):
             expert_trace(record, tokens, tokenizer, f"router {number + 1} of {len(records)}")
             for number, record in enumerate(records)
         ]
-        figures = routing_figures(records)
-        if ids.shape[1] > 1:
-            figures["nats per token"] = float(loss)
-        return Observation(traces, figures, written)
+        figures = routing_figures(records) | {self.headline: float(loss)}
+        return Observation(traces, figures, written, notes=notes)

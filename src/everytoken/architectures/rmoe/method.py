@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..base import Architecture, Network, Observation
 from ..byte_text import VOCABULARY, ByteRecipe, as_ids, byte_tokenizer, text_ids
-from ..routing import record_routing
+from ..routing import RouterRecord, record_routing
 from ..routing_analysis import RoutingAnalysis
 from ..routing_traces import EXPERT_COLUMNS, byte_name, expert_table, expert_trace, routing_figures
 from .configuration_rmoe import RMoeConfig
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..training import Curves
+
+CHANGED = "% of choices that the history changes"
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class RMoe(Architecture):
     forget: bool = False
     declares: ClassVar[Network] = Network(RMoeConfig, RMoeForCausalLM, (*EXPERT_COLUMNS, "state change"))
     weights: ClassVar[str] = "rmoe-text"
-    headline: ClassVar[str] = "% of choices that the history changes"
+    headline: ClassVar[str] = "nats per token"
     example: ClassVar[str] = "The value of the expression is the object that the name is bound to."
     recipe: ClassVar[type | None] = RMoeRecipe
 
@@ -150,15 +152,13 @@ class RMoe(Architecture):
             trace.add("state change", [None] * len(trace) if change is None else change.norm(dim=-1))
             traces.append(trace)
             before = state
-        figures = routing_figures(records)
+        figures = routing_figures(records) | {self.headline: float(loss)}
         if not self.forget and before is not None:
-            figures[self.headline] = 100 * self._changed(model, ids, records)
-        if ids.shape[1] > 1:
-            figures["nats per token"] = float(loss)
+            figures[CHANGED] = 100 * self._changed(model, ids, records)
         return Observation(traces, figures, written)
 
     @staticmethod
-    def _changed(model: PreTrainedModel, ids: torch.Tensor, records: list) -> float:
+    def _changed(model: PreTrainedModel, ids: torch.Tensor, records: list[RouterRecord]) -> float:
         """The share of first choices behind the first router that the routers would not make with an empty state."""
         cell, others = model.model.router_cell, []
         gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]

@@ -38,7 +38,7 @@ from ..routing import balance_loss, top_experts
 from .configuration_rmoe import RMoeConfig
 
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
-CELLS: dict[str, type[nn.RNNCellBase]] = {"gru": nn.GRUCell, "rnn": nn.RNNCell}
+CELLS: dict[str, type[nn.GRUCell] | type[nn.RNNCell]] = {"gru": nn.GRUCell, "rnn": nn.RNNCell}
 
 
 class RecurrentRouter(nn.Module):

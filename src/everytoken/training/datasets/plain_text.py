@@ -10,13 +10,16 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ...core.errors import BadInputError
 from ...core.rng import numpy_generator
 from ...core.settings import read_text
+
+if TYPE_CHECKING:
+    import torch
 
 
 def example_text() -> str:
@@ -83,10 +86,14 @@ class TextWindows:
 
     def batch(self, count: int, length: int, *names: object) -> torch.Tensor:
         """Windows ``[count, length]`` of bytes 0 to 255 from the part that learns, for one named part of a run."""
+        import torch
+
         starts = numpy_generator(self.seed, *names).integers(0, self.learned - length, count)
         return torch.from_numpy(self._bytes[starts[:, None] + np.arange(length)].astype(np.int64))
 
     def held(self, count: int, length: int) -> torch.Tensor:
         """The same windows ``[count, length]`` every time, evenly over the held-out part."""
+        import torch
+
         starts = np.linspace(self.learned, len(self._bytes) - length, count).astype(int)
         return torch.from_numpy(self._bytes[starts[:, None] + np.arange(length)].astype(np.int64))
