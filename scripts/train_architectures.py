@@ -1,13 +1,14 @@
 """Trains the small networks of the station ``architectures`` anew, and puts them where they ship.
 
+Those that scan are ``mamba-dynamics-text`` and ``plainmamba-shapes``.
+
     python scripts/train_architectures.py mrt5 --out work/mrt5           # minutes on a thread; goes on where it was cut
     python scripts/train_architectures.py mrt5 --out work/mrt5 --ship    # copies the network into the package
 
 Every method trains by its own recipe with its defaults; ``--set key=value`` changes them, and ``training.json``
 beside the weights says what they were. The text is English prose that ships with Python
 (``everytoken.training.datasets.plain_text``). Weights are kept in float16. What ships: ``mrt5-prose`` (task=vowels),
-``hat-prose``, ``lexinvariant-prose``, ``openmoe-text``, ``rmoe-text``, ``duo-llm-text``, ``mamba-dynamics-text`` and
-``plainmamba-shapes``.
+``hat-prose``, ``lexinvariant-prose``, ``openmoe-prose``, ``rmoe-prose``, ``duo-llm-prose``.
 """
 
 from __future__ import annotations

@@ -141,6 +141,9 @@ def test_generation_by_every_policy_with_a_cache_as_without():
             model.generate(IDS, route=route, use_cache=use, max_new_tokens=4, do_sample=False) for use in (True, False)
         )
         assert torch.equal(cached, fresh)
+    with record_routing(model) as records:
+        model.generate(IDS, route="small", max_new_tokens=2, do_sample=False)
+    assert {int(choice) for record in records for choice in record.indices} == {SMALL}
 
 
 # -- routers -----------------------------------------------------------------------------------------------------------

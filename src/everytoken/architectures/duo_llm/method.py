@@ -145,7 +145,7 @@ class DuoLlm(Architecture):
     declares: ClassVar[Network] = Network(
         DuoLlmConfig, DuoLlmForCausalLM, ("large blocks", "route", "cost", "nats", "oracle", "difficulty")
     )
-    weights: ClassVar[str] = "duo-llm-text"
+    weights: ClassVar[str] = "duo-llm-prose"
     headline: ClassVar[str] = "nats per token"
     example: ClassVar[str] = "The value of the expression is the object that the name is bound to."
     recipe: ClassVar[type | None] = DuoLlmRecipe

@@ -97,7 +97,7 @@ class OpenMoe(Architecture):
     capacity: float | None = None
     fill_order: str | None = None
     declares: ClassVar[Network] = Network(OpenMoeConfig, OpenMoeForCausalLM, EXPERT_COLUMNS)
-    weights: ClassVar[str] = "openmoe-text"
+    weights: ClassVar[str] = "openmoe-prose"
     headline: ClassVar[str] = "nats per token"
     example: ClassVar[str] = "The value of the expression is the object that the name is bound to."
     recipe: ClassVar[type | None] = OpenMoeRecipe

@@ -98,7 +98,7 @@ class RMoe(Architecture):
 
     forget: bool = False
     declares: ClassVar[Network] = Network(RMoeConfig, RMoeForCausalLM, (*EXPERT_COLUMNS, "state change"))
-    weights: ClassVar[str] = "rmoe-text"
+    weights: ClassVar[str] = "rmoe-prose"
     headline: ClassVar[str] = "nats per token"
     example: ClassVar[str] = "The value of the expression is the object that the name is bound to."
     recipe: ClassVar[type | None] = RMoeRecipe
