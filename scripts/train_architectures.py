@@ -1,6 +1,6 @@
 """Trains the small networks of the station ``architectures`` anew, and puts them where they ship.
 
-Those that scan are ``mamba-dynamics-text`` and ``plainmamba-shapes``.
+Those that scan are ``mamba-dynamics-prose`` and ``plainmamba-shapes``.
 
     python scripts/train_architectures.py mrt5 --out work/mrt5           # minutes on a thread; goes on where it was cut
     python scripts/train_architectures.py mrt5 --out work/mrt5 --ship    # copies the network into the package
