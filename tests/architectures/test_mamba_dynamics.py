@@ -276,6 +276,7 @@ def test_sizes_of_tokens_are_those_of_the_hidden_states():
     assert token_sizes(model, ids[:, :1])[2] is None
 
 
+@pytest.mark.slow
 def test_a_recipe_trains_and_keeps_the_constraint():
     recipe = MambaDynamicsRecipe(layers=1, width=16, states=4, steps=8, batch=4, length=16, dynamics="negative")
     model = recipe.begin(None)

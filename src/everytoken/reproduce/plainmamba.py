@@ -32,7 +32,7 @@ ALL = "right answers"
 GROWTH = "time for 4 times the tokens"
 NAMED = "patches named right"
 PLAIN, CLIP = "PlainMamba encoder", "CLIP encoder"
-WHY = "networks of 0.1M weights, 64 tokens, handwritten digits of 8 x 8 pixels; the paper has 7 to 50M on ImageNet"
+WHY = "networks of 0.04M weights, 64 tokens, handwritten digits of 8 x 8 pixels; the paper has 7 to 50M on ImageNet"
 WHY_TIME = "a forward on a processor, from 1,024 to 4,096 tokens"
 SIZES = (16, 32, 64)
 """Sides of the grids whose forwards are timed."""

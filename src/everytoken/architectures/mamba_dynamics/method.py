@@ -114,7 +114,7 @@ class MambaDynamics(Architecture):
     declares: ClassVar[Network] = Network(
         MambaDynamicsConfig, MambaDynamicsForCausalLM, COLUMNS, lacks={"sdpa": "it has no attention"}
     )
-    weights: ClassVar[str] = "mamba-dynamics-text"
+    weights: ClassVar[str] = "mamba-dynamics-prose"
     headline: ClassVar[str] = "bits per byte"
     example: ClassVar[str] = "The value of the expression is the object that the name is bound to."
     recipe: ClassVar[type | None] = MambaDynamicsRecipe

@@ -15,7 +15,7 @@ from transformers import MambaForCausalLM
 from transformers import initialization as init
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
-from ..base import register
+from ..base import OwnWeights, register
 from ..scan import with_fast_scan
 from .analysis import constrained_rows
 from .configuration_mamba_dynamics import MambaDynamicsConfig
@@ -67,7 +67,7 @@ class MambaDynamicsMixer(MambaMixer):
     forward = with_fast_scan(MambaMixer.forward)
 
 
-class MambaDynamicsForCausalLM(MambaForCausalLM):
+class MambaDynamicsForCausalLM(OwnWeights, MambaForCausalLM):
     """A causal language model; used as ``MambaForCausalLM`` is.
 
     Raises:

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from ...core.errors import BadInputError
-from ..base import register
+from ..base import OwnWeights, register
 from ..grid import MOVES, Grid, scan_orders
 from ..selective import Scans, SelectiveSSM
 from .configuration_plainmamba import PlainMambaConfig
@@ -108,7 +108,7 @@ class PlainMambaLayer(GradientCheckpointingLayer):
         return hidden
 
 
-class PlainMambaPreTrainedModel(PreTrainedModel):
+class PlainMambaPreTrainedModel(OwnWeights, PreTrainedModel):
     """What both models share: how weights begin, and which of them stay in float32."""
 
     config_class = PlainMambaConfig
