@@ -59,7 +59,7 @@ class LexinvariantTraining(Recipe):
         BadInputError: a value out of range.
     """
 
-    steps: int = 600
+    steps: int = 300
     batch: int = 4
     length: int = 256
     lr: float = 2e-3
