@@ -13,7 +13,7 @@ WORKERS ?= 2
 # where this is set, every one of the tests' processes compiles the whole package anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-full test-all test-verl lint bench docs clean
+.PHONY: demo test test-full test-all test-verl test-lmms lint bench docs clean
 
 $(VENV)/.base: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -74,6 +74,21 @@ $(VERL)/.made: $(VENV)/.dev
 	$(VERL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1
 	touch $@
 
+# lmms-eval asks for far more than its registry and its requests import: only that is installed, in an environment of its own
+LMMS := $(VENV)-lmms
+test-lmms: $(LMMS)/.made ## the adapter inside lmms-eval itself
+	HF_HUB_OFFLINE=1 PYTHONPATH=src $(LMMS)/bin/python -m pytest -m "" -p no:cacheprovider tests/integrations/test_lmms_eval.py \
+	    tests/integrations/test_lmms_eval_itself.py
+
+$(LMMS)/.made: $(VENV)/.dev
+	$(BIN)/python -m venv $(LMMS)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(LMMS)/behind
+	mv $(LMMS)/behind "$$($(LMMS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/behind.pth"
+	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts loguru evaluate sacrebleu pytablewriter \
+	    tenacity python-dotenv
+	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lmms-eval==0.7.3
+	touch $@
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests scripts benchmarks examples
 	$(BIN)/ruff format --check src tests scripts benchmarks examples
@@ -89,4 +104,4 @@ docs: $(VENV)/.dev ## the site, warnings as errors
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) $(VENV)-verl site dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-verl $(VENV)-lmms site dist .pytest_cache .mypy_cache .ruff_cache

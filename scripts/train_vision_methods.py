@@ -1,5 +1,5 @@
 """Trains what the methods of the station ``reduction`` ship for the tiny model of scenes, with the code of
-``everytoken train``: ``scenes-vlm-m3`` and ``scenes-vlm-tokenpacker``.
+``everytoken train``: ``scenes-vlm-m3``, ``scenes-vlm-tokenpacker`` and ``scenes-vlm-token-reduction``.
 
     python scripts/train_vision_methods.py m3 --out work/m3                # goes on where it was cut
     python scripts/train_vision_methods.py tokenpacker --out work/packer --ship

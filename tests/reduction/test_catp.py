@@ -10,8 +10,9 @@ import torch
 
 from everytoken.core.errors import BadInputError
 from everytoken.reduction.arithmetic import cosines, whole_part
-from everytoken.reduction.base import DecoderView, ReductionContext
+from everytoken.reduction.base import ReductionContext
 from everytoken.reduction.catp import CATP, facility_location
+from everytoken.reduction.inside import DecoderView
 from everytoken.reduction.seam import reduce_tokens
 
 from .models import IMAGE, batch, images, tiny

@@ -232,3 +232,144 @@ def test_ulorl():
     heavy = claims["passes for 1000 trained tokens, heavy tail", "4 segments", "whole responses"]
     equal = claims["passes for 1000 trained tokens, equal lengths", "4 segments", "whole responses"]
     assert heavy["value"] < 0.8 < equal["value"]
+
+
+@pytest.mark.reproduction("openmoe")
+def test_openmoe():
+    result, claims = quick("openmoe")
+    explained = "share of the choice explained"
+    assert claims[explained, "token id", "position"]["value"] > 0
+    assert claims["late minus early drop rate, prose", "OpenMoE", ""]["value"] > 0
+    assert distinct(result, "OpenMoE", "code in the warm-up", "random order")
+    steps = [step for step, *_ in result["artifacts"]["0"]["agreement by step"]]
+    assert steps == sorted(set(steps)) or steps[:-1] == sorted(set(steps))
+
+
+@pytest.mark.reproduction("rmoe")
+def test_rmoe():
+    result, claims = quick("rmoe")
+    sizes = [result["artifacts"]["0"][name]["parameters"] for name in ("RMoE", "linear routers")]
+    assert sizes[0] <= sizes[1] < 1.1 * sizes[0]
+    assert distinct(result, "RMoE", "linear routers", "RMoE, gradient cut")
+    assert len(result["runs"][0]["RMoE"]["bits per byte"]) == 8
+    assert claims["nats between neighbouring routers", "RMoE", "linear routers"]["method_value"] > 0
+
+
+@pytest.mark.reproduction("duo-llm")
+def test_duo_llm():
+    result, _ = quick("duo-llm")
+    runs = {name: mean(values["nats of the next byte"]) for name, values in result["runs"][0].items()}
+    assert runs["oracle of 1"] < runs["all small"]
+    assert runs["oracle of 1"] < runs["oracle of 1 for a wrong byte"]
+    curve = result["artifacts"]["0"]["oracle's loss by budget"]["at_most"]
+    assert curve == sorted(curve, reverse=True)
+
+
+@pytest.mark.reproduction("d3s")
+def test_d3s():
+    """It trains on a part of what GRPO trains on, all of it with an advantage, and both learn from one start."""
+    pytest.importorskip("trl")
+    result, claims = quick("d3s")
+    assert claims["tokens back-propagated", "D3S", "GRPO"]["value"] < 0.25
+    assert claims["trained rollouts with an advantage", "D3S", "GRPO"]["value"] >= 0
+    assert distinct(result, "start", "GRPO", "D3S")
+    assert len(result["runs"][0]["D3S"]["accuracy"]) == 256
+
+
+@pytest.mark.reproduction("hapo")
+def test_hapo():
+    """All parts alone are there, and none of them trains what another trains."""
+    pytest.importorskip("trl")
+    from everytoken.reproduce.hapo import ARMS
+
+    result, claims = quick("hapo")
+    assert distinct(result, "start", *ARMS)
+    assert claims["entropy of a response, nats", "DAPO", "start"]["value"] < 0
+    assert set(ARMS) == {claim["method"] for claim in result["claims"]}
+
+
+@pytest.mark.reproduction("rmt")
+def test_rmt():
+    """Six updates are enough for the budget to show."""
+    pytest.importorskip("trl")
+    result, claims = quick("rmt")
+    assert distinct(result, "start", "RMT", "reinforcement alone", "without next-token loss")
+    assert claims["tokens of a thought", "RMT", "reinforcement alone"]["value"] < 1
+
+
+@pytest.mark.reproduction("curriculum-grpo")
+def test_curriculum_grpo():
+    pytest.importorskip("trl")
+    from everytoken.reproduce.curriculum_grpo import CURRICULUM, FIXED, FREE, LINEAR, pareto_svg
+
+    result, claims = quick("curriculum-grpo")
+    assert distinct(result, "start", FREE, FIXED, CURRICULUM, LINEAR)
+    assert claims["tokens of a response", CURRICULUM, FREE]["method_value"] > 5
+    assert all(f">{name}</text>" in pareto_svg(result) for name in ("start", FREE, FIXED, CURRICULUM, LINEAR))
+
+
+@pytest.mark.reproduction("tw-grpo")
+def test_tw_grpo():
+    pytest.importorskip("trl")
+    result, claims = quick("tw-grpo")
+    assert distinct(result, "exact sets", "partial credit", "TW-GRPO")
+    assert claims["groups with equal rewards", "partial credit", "exact sets"]["value"] < 0
+    assert claims["mean weight of a position", "answer", "preamble"]["method_value"] >= 1
+
+
+@pytest.mark.reproduction("divprune")
+def test_divprune():
+    from everytoken.reproduce.divprune import ALL, DIVERSE, FASTV, RANDOM, curve_svg, kept_table, ways
+
+    result, claims = quick("divprune")
+    arms, costs = result["runs"][0], result["artifacts"]["0"]["cost"]
+    assert set(arms) == {ALL, *ways()}
+    assert claims["cluttered scenes: right answers, 8 tokens", DIVERSE, RANDOM]["verdict"] == "holds"
+    assert costs[f"{DIVERSE}, 16 tokens"]["visual tokens at the end"] == 16
+    assert costs[f"{DIVERSE}, 16 tokens"]["cache bytes"] < costs[f"{FASTV}, 16 tokens"]["cache bytes"]
+    assert costs[f"{FASTV}, 16 tokens"]["cache bytes"] < costs[ALL]["cache bytes"]
+    rows = kept_table(result).splitlines()
+    assert len(rows) == 2 + len(arms) and len({row.count("|") for row in rows}) == 1
+    assert ">DivPrune</text>" in curve_svg(result)
+
+
+@pytest.mark.reproduction("catp")
+def test_catp():
+    from everytoken.reproduce.catp import ALL, CATP_ARM, DIVERSE
+
+    result, claims = quick("catp")
+    assert len(claims) == 6
+    seen = result["artifacts"]["0"]["image tokens attended, all layers"]
+    assert seen[ALL] == 3 * 5 * 64 and seen[f"{DIVERSE}, 50% removed"] == seen[ALL] / 2
+    assert seen[f"{CATP_ARM}, 90% removed"] < seen[f"{CATP_ARM}, 50% removed"] < seen[ALL]
+
+
+@pytest.mark.reproduction("token-reduction")
+def test_token_reduction():
+    from everytoken.reproduce.token_reduction import ALL, DIVERSE, POLICY, RANDOM, SPREAD
+
+    result, claims = quick("token-reduction")
+    arms, kept = result["runs"][0], result["artifacts"]["0"]
+    assert len(claims) == 7 and distinct(result, POLICY, RANDOM)
+    assert arms[ALL][SPREAD] > 0 and arms[DIVERSE][SPREAD] != arms[ALL][SPREAD]
+    assert 1 <= kept["cost"][POLICY]["visual tokens at the end"] < 40
+    rows = kept["share of kept tokens by row, from the top"]
+    assert all(sum(shares) == pytest.approx(1) for shares in rows.values())
+
+
+@pytest.mark.reproduction("m3")
+def test_m3():
+    from everytoken.reproduce.m3 import M3, PLAIN, own
+
+    result, claims = quick("m3")
+    assert {"right answers, 16 tokens", "right answers, 4 tokens"} <= {metric for metric, *_ in claims}
+    assert distinct(result, M3, PLAIN) and own(16) in result["runs"][0]
+    assert 1 <= result["artifacts"]["0"][f"oracle of {M3}"]["mean tokens"] <= 64
+
+
+@pytest.mark.reproduction("tokenpacker")
+def test_tokenpacker():
+    from everytoken.reproduce.tokenpacker import ALL, PACKER, POOL
+
+    result, claims = quick("tokenpacker")
+    assert len(claims) == 3 and distinct(result, PACKER, POOL, ALL)

@@ -103,3 +103,32 @@ def load_processor(
             return AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     except (OSError, ValueError) as error:
         raise hub_error(name, error) from error
+
+
+def with_image_token(processor: ProcessorMixin, prompt: str, images: int = 1) -> str:
+    """A prompt with the processor's image token in front, once an image; a prompt that has them stays as it is.
+
+    Raises:
+        BadInputError: a processor without an image token, or a prompt with another number of them.
+    """
+    token = getattr(processor, "image_token", None)
+    if token is None:
+        raise BadInputError(f"{type(processor).__name__} names no image token.")
+    found = prompt.count(token)
+    if found not in (0, images):
+        raise BadInputError(
+            f"The prompt has {found} image tokens for {images} images.", f"Write {token} once an image."
+        )
+    return prompt if found else " ".join([*[token] * images, prompt])
+
+
+def chat_prompt(processor: ProcessorMixin, prompt: str, images: int = 1) -> str:
+    """A user's turn with images, as the processor's chat template has it; without one the prompt behind image tokens.
+
+    Raises:
+        BadInputError: see ``with_image_token``.
+    """
+    if not getattr(processor, "chat_template", None):
+        return with_image_token(processor, prompt, images) if images else prompt
+    content = [*[{"type": "image"}] * images, {"type": "text", "text": prompt}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

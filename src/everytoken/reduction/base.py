@@ -7,7 +7,8 @@ A reducer is a dataclass of its settings with two things::
 
 It is a pure function of the features of one image (or of one crop, where the model reads an image in crops) and of what
 the context holds, so that a model's hook, a training loop and a serving engine can all call it. What runs it inside a
-transformers model is ``reduction.seam``.
+transformers model is ``reduction.seam``. Reducers that work inside the encoder or the decoder have more to them:
+``reduction.inside``.
 
 Rules for all reducers: text is never dropped, the order of the tokens stays, at least one token stays, indices are
 distinct, scores are computed in float32, ties go to the lowest index, and where nothing is to be removed the features
@@ -16,17 +17,13 @@ come back as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 
 from ..core.errors import BadInputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 WHERE = ("encoder", "projector", "model input", "decoder")
 """Where a reducer can work: inside the vision encoder, in place of the projector, on the projected features before the
@@ -155,70 +152,6 @@ class Reducer(Protocol):
 
     def reduce(self, features: torch.Tensor, context: ReductionContext) -> Reduction:
         """``features [N, d]`` -> what is left of them; raises BadInputError for what no reducer could work with."""
-        ...
-
-
-@dataclass
-class DecoderView:
-    """One prompt as a decoder layer hands it on, for the choice of what the next layers may see.
-
-    Attributes:
-        hidden: ``[L, d]`` hidden states of the tokens that are still there, without padding.
-        units: ``[L]``, the number of the image that a token belongs to, -1 for text.
-        segments: ``[L]``, the number of the part of the prompt (an image with its text), -1 for text before the first.
-        attention: layer -> ``[L]`` weights from the prompt's last token, averaged over heads.
-        totals: image -> how many tokens it had before any reduction.
-    """
-
-    hidden: torch.Tensor
-    units: torch.Tensor
-    segments: torch.Tensor
-    attention: dict[int, torch.Tensor]
-    totals: dict[int, int]
-
-
-@dataclass(frozen=True)
-class DecoderStage:
-    """A cut between two layers of the language model.
-
-    Attributes:
-        after: the layer (from 0) whose output is cut.
-        rows: the layers whose attention from the last token is needed, ``after`` the highest of them.
-        choose: a view -> ``[L]`` bool, True for what stays; text stays in any case.
-    """
-
-    after: int
-    rows: tuple[int, ...]
-    choose: Callable[[DecoderView], torch.Tensor]
-
-
-@runtime_checkable
-class DecoderReducer(Protocol):
-    """A reducer that (also) works inside the language model, at the prompt only."""
-
-    declares: ClassVar[Declaration]
-
-    def stages(self) -> Sequence[DecoderStage]:
-        """The cuts, in the order of their layers."""
-        ...
-
-
-class EncoderRun(Protocol):
-    """What a reducer inside the encoder did in one pass."""
-
-    def reduction(self, image: int, features: torch.Tensor) -> Reduction:
-        """The reduction of one image, from the features ``[M, d]`` that the encoder returned for it."""
-        ...
-
-
-@runtime_checkable
-class EncoderReducer(Protocol):
-    """A reducer that works inside the vision encoder, so that the features come out fewer."""
-
-    declares: ClassVar[Declaration]
-
-    def inside(self, model: PreTrainedModel) -> AbstractContextManager[EncoderRun]:
-        """Works in the model's encoder inside the block."""
         ...
 
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.errors import UnsupportedModelError
-from .base import DecoderReducer, DecoderStage, DecoderView
 from .capture import attention_row, reading
 from .inputs import ReducedInputs, compact
+from .inside import DecoderReducer, DecoderStage, DecoderView
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,7 +17,8 @@ import torch
 
 from ..core.errors import BadInputError
 from .arithmetic import top_indices, whole_part
-from .base import Declaration, DecoderStage, DecoderView, Reduction, ReductionContext, check_features, selection
+from .base import Declaration, Reduction, ReductionContext, check_features, selection
+from .inside import DecoderStage, DecoderView
 
 
 @dataclass

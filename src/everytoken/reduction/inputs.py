@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.errors import BadInputError, UnsupportedModelError
-from .base import POSITIONS, EncoderReducer, Reducer, Reduction, ReductionContext
+from .base import POSITIONS, Reducer, Reduction, ReductionContext
 from .capture import encoder_rows
 from .families import MODALITIES, Family, Unit, encoded, encoder_arguments, family_of, positions_of, square, take_back
+from .inside import EncoderReducer, ModelReducer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,7 +71,8 @@ def check_reducer(model: PreTrainedModel, reducer: Reducer, positions: str | Non
 
     Raises:
         UnsupportedModelError: a class that has not been tried, or an encoder that lacks what the reducer needs.
-        BadInputError: unknown positions, or packed ones where positions have axes.
+        BadInputError: unknown positions, or packed ones where positions have axes; a model that the reducer was not
+            trained for.
     """
     family, name, kind = family_of(model), type(reducer).__name__, type(model).__name__
     if "projector" in reducer.declares.where:
@@ -89,6 +91,8 @@ def check_reducer(model: PreTrainedModel, reducer: Reducer, positions: str | Non
     if {"cls", "keys"} & set(needs) and (not family.summary or encoder != family.summary):
         lacks = "a summary token (CLS)" if "cls" in needs else "one key a feature"
         raise UnsupportedModelError(f"{name} needs an encoder with {lacks}; {kind} has {encoder}.")
+    if isinstance(reducer, ModelReducer):
+        reducer.check_model(model)
     if positions is None:
         positions = "original" if family.axes else reducer.declares.positions
     return family, positions

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.errors import BadInputError
-from .base import DecoderReducer, Reducer
+from .base import Reducer
 from .decoder_cut import DecoderCut
 from .inputs import ReducedInputs, check_reducer, reduce_inputs
+from .inside import DecoderReducer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ import torch
 from ..core.errors import BadInputError, EverytokenError
 from ..core.settings import check_file
 from ..core.trace import TokenTrace
-from ..core.vision import load_processor, load_vlm, resolve_vlm
+from ..core.vision import chat_prompt, load_processor, load_vlm, resolve_vlm
 from ..decoding.trial import TrialRequest, TrialResult
 from ..training.datasets.scenes import IDS, IMAGE, SceneMaker, pixel_values
 from ..training.vision import held_out
@@ -119,12 +119,7 @@ def _photo(processor: ProcessorMixin, path: Path, prompt: str) -> _Work:
         image = Image.open(path).convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise BadInputError(f"{path} is no image that can be read: {error}.") from error
-    token = getattr(processor, "image_token", "<image>")
-    if getattr(processor, "chat_template", None):
-        said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-        text = processor.apply_chat_template(said, add_generation_prompt=True)
-    else:
-        text = prompt if token in prompt else f"{token} {prompt}"
+    text = chat_prompt(processor, prompt)
     return _Work(dict(processor(images=image, text=text, return_tensors="pt")))
 
 

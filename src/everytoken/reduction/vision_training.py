@@ -143,12 +143,22 @@ def on_device(batch: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[st
     return {name: value.to(model.device) for name, value in batch.items()}
 
 
-def reduced_forward(model: PreTrainedModel, reducer: Reducer, positions: str | None = None) -> Forward:
-    """A forward with a reducer at the language model's input."""
+def reduced_forward(
+    model: PreTrainedModel,
+    reducer: Reducer,
+    positions: str | None = None,
+    counted: Callable[[int], object] = lambda _tokens: None,
+) -> Forward:
+    """A forward with a reducer at the language model's input.
+
+    Args:
+        counted: gets the number of visual tokens that every batch kept.
+    """
 
     def forward(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        arguments = reduce_inputs(model, reducer, inputs, positions).arguments
-        logits: torch.Tensor = model(**arguments, logits_to_keep=1).logits[:, -1]
+        reduced = reduce_inputs(model, reducer, inputs, positions)
+        counted(reduced.tokens_after)
+        logits: torch.Tensor = model(**reduced.arguments, logits_to_keep=1).logits[:, -1]
         return logits
 
     return forward

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .base import Arms, Claim, Context, Reproduction
@@ -113,7 +114,7 @@ def run(context: Context) -> Arms:
             "bits per byte of English, after": bits(held),
         }
 
-    return {name: context.part(name, lambda name=name: arm(name)) for name in (HAT_ARM, BPE)}
+    return {name: context.part(name, partial(arm, name)) for name in (HAT_ARM, BPE)}
 
 
 REPRODUCTION = Reproduction(

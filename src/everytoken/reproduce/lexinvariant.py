@@ -8,6 +8,7 @@ table that is drawn for every sequence.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .base import Arms, Claim, Context, Reproduction
@@ -81,7 +82,7 @@ def run(context: Context) -> Arms:
             "letters looked up": looked_up(model, 64 if context.quick else 500, context.seed),
         }
 
-    found = {name: context.part(name, lambda name=name: arm(name)) for name in recipes}
+    found = {name: context.part(name, partial(arm, name)) for name in recipes}
     arms: Arms = {name: dict(values) for name, values in found.items()}
     for name, part in ((LATE, "last"), (EARLY, "first")):
         ours, theirs = found[LEXINVARIANT][part], found[ORDINARY][part]

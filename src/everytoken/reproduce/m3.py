@@ -10,9 +10,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from .base import Arms, Claim, Context, Reproduction
-from .beds.scenes import measured_at
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..core.results import Values
 
 SCALES = (64, 16, 4, 1)
@@ -23,6 +24,16 @@ WHY = "64 tokens of a model of 0.7M weights, and answers of one word about colou
 def own(scale: int) -> str:
     """The arm that is trained for one scale."""
     return f"trained for {scale} tokens"
+
+
+def measured_at(model: PreTrainedModel, tokens: int, count: int, seed: int) -> list[float]:
+    """1.0 for every question that is answered right with so many pooled tokens an image, else 0.0."""
+    from ..reduction.m3 import MatryoshkaPool
+    from ..reduction.vision_training import reduced_forward, scene_maker
+    from ..training.vision import held_out, right_answers
+
+    scenes, questions = held_out(count, seed, scene_maker(model))
+    return right_answers(model, scenes, questions, reduced_forward(model, MatryoshkaPool(tokens)))  # type: ignore[arg-type]
 
 
 def run(context: Context) -> Arms:

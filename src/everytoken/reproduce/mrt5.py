@@ -7,6 +7,7 @@ arms have one shape and learn for equally many steps; accuracy is measured with 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .base import Arms, Claim, Context, Reproduction
@@ -78,7 +79,7 @@ def run(context: Context) -> Arms:
         left = (output.kept_positions >= 0).sum(1) / ids.shape[1]
         return {"right bytes": right.tolist(), "deleted share": (1 - left).tolist()}
 
-    return {name: context.part(name, lambda name=name: arm(name)) for name in ARMS}
+    return {name: context.part(name, partial(arm, name)) for name in ARMS}
 
 
 REPRODUCTION = Reproduction(

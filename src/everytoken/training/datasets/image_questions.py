@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ...core.errors import BadInputError
 from ...core.rng import derive_seed
 from ...core.settings import read_text
+from ...core.vision import with_image_token
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +66,7 @@ class ImageQuestions:
 
     def __init__(self, processor: Any, rows: list[dict[str, Any]], seed: int = 0):
         self.processor, self.rows, self.seed = processor, rows, seed
-        self.image_token = getattr(processor, "image_token", None)
-        if self.image_token is None or processor.tokenizer.eos_token_id is None:
+        if getattr(processor, "image_token", None) is None or processor.tokenizer.eos_token_id is None:
             raise BadInputError(f"{type(processor).__name__} names no image token, or no end token.")
 
     def batch(self, size: int, *names: object) -> dict[str, torch.Tensor]:
@@ -86,7 +86,7 @@ class ImageQuestions:
 
         tokenizer, texts, pixels = self.processor.tokenizer, [], []
         for row in rows:
-            prompt = row["prompt"] if self.image_token in row["prompt"] else f"{self.image_token} {row['prompt']}"
+            prompt = with_image_token(self.processor, row["prompt"])
             with Image.open(row["image"]) as image:
                 made = self.processor(images=image.convert("RGB"), text=prompt, return_tensors="pt")
             answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
