@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from ..core.results import Values
+
 HAT_ARM, BPE = "HAT", "subwords"
 WHY = "networks of about 1M weights on 0.4 MB of prose, against 1B to 7B"
 
@@ -82,7 +84,7 @@ def run(context: Context) -> Arms:
     foreign = recipe.texts(german.held(4 if quick else 12, recipe.length))
     disturbed = [noisy(text, 0.1, numpy_generator(context.seed, "noise", n)) for n, text in enumerate(held)]
 
-    def arm(name: str) -> dict[str, list[float]]:
+    def arm(name: str) -> dict[str, Values]:
         seed_everything(derive_seed(context.seed, "weights"))
         loss: Callable[[Sequence[str]], torch.Tensor]
         bits: Callable[[Sequence[str]], list[float]]

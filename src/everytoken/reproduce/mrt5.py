@@ -15,6 +15,8 @@ from .base import Arms, Claim, Context, Reproduction
 if TYPE_CHECKING:
     import torch
 
+    from ..core.results import Values
+
 UNGATED, LEARNED, RANDOM, FIXED = "nothing deleted", "MrT5", "random deletion", "fixed deletion"
 ARMS = (UNGATED, LEARNED, RANDOM, FIXED)
 WHY = "windows of prose in place of random letters, and a network of 0.5M weights in place of 12M"
@@ -58,7 +60,7 @@ def run(context: Context) -> Arms:
     text = TextWindows.of(None, context.seed)
     ids, labels = without_vowels(text.held(32 if context.quick else 256, recipe.length))
 
-    def arm(name: str) -> dict[str, list[float]]:
+    def arm(name: str) -> dict[str, Values]:
         seed_everything(derive_seed(context.seed, "weights"))
         model = recipe.begin(None)
         learner = Controlled(model, DeletionController(recipe.target, recipe.k_p, recipe.k_i), recipe.delete_from)

@@ -79,7 +79,7 @@ class HATTraining(Recipe):
         BadInputError: a value out of range.
     """
 
-    steps: int = 800
+    steps: int = 300
     batch: int = 4
     length: int = 128
     lr: float = 3e-3

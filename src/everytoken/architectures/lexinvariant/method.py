@@ -59,12 +59,12 @@ class LexinvariantTraining(Recipe):
         BadInputError: a value out of range.
     """
 
-    steps: int = 600
-    batch: int = 4
-    length: int = 256
-    lr: float = 2e-3
-    width: int = 128
-    layers: int = 4
+    steps: int = 700
+    batch: int = 8
+    length: int = 160
+    lr: float = 4e-3
+    width: int = 96
+    layers: int = 2
     random_share: float = 1.0
     random_kind: str = "sequences"
     summary: ClassVar[str] = "a decoder that knows letters by their context alone, every text under names of its own"

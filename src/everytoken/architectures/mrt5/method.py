@@ -14,7 +14,7 @@ from transformers import ByT5Tokenizer
 from ...core.charts import inline_image, lines_svg
 from ...core.errors import BadInputError
 from ...core.quiet import quiet_transformers
-from ...core.rng import derive_seed, numpy_generator
+from ...core.rng import numpy_generator
 from ...core.trace import TokenTrace
 from ..base import Architecture, Network, Observation
 from ..training import Curves, Recipe
@@ -280,10 +280,7 @@ class MrT5(Architecture):
         },
     )
     weights: ClassVar[str] = "mrt5-prose"
-    example: ClassVar[str] = (
-        "An object is callable if it has the methods that a call needs. The value of the expression is then the result "
-        "of the function, and the arguments are evaluated before the call is made."
-    )
+    example: ClassVar[str] = "The old bridge stood in the rain."
     headline: ClassVar[str] = "encoder milliseconds"
     recipe: ClassVar[type | None] = MrT5Training
 
@@ -315,10 +312,9 @@ class MrT5(Architecture):
     def observe(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, text: str, new_tokens: int = 0
     ) -> Observation:
-        """The gate of every byte of the text, and how well spans that are taken out of it are restored."""
+        """The gate of every byte of the text, the encoder's time, and what the network writes from what is left."""
         if tokenizer is None:
             raise BadInputError("This folder has no tokenizer.", "Save ByT5's beside the network.")
-        data = text.encode()
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         arguments = self._arguments(model, ids)
         threshold = model.config.delete_threshold
@@ -327,7 +323,10 @@ class MrT5(Architecture):
             began = time.perf_counter()
             seen = model.encoder(ids, **arguments)
             milliseconds = 1e3 * (time.perf_counter() - began)
-            bits = self._restored(model, data)
+            written = ""
+            if new_tokens:
+                new = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, **arguments)
+                written = tokenizer.decode(new[0], skip_special_tokens=True)
         finally:
             model.config.delete_threshold = model.encoder.config.delete_threshold = threshold
         gate = seen.delete_gate[0]
@@ -340,22 +339,12 @@ class MrT5(Architecture):
         trace.add("gate", gate)
         trace.with_text(tokenizer)
         figures = {"encoder milliseconds": milliseconds, "deleted share": 1 - float(kept.float().mean())}
-        if bits is not None:
-            figures["bits per byte, span corruption"] = bits
-        return Observation([trace], figures)
+        return Observation([trace], figures, text=written)
 
     def _arguments(self, model: PreTrainedModel, ids: torch.Tensor) -> dict[str, object]:
         if self.delete == "none":
             return {"delete_gate": torch.zeros(ids.shape, device=ids.device), "hard_delete": False}
         return {"hard_delete": self.delete == "hard"}
-
-    def _restored(self, model: PreTrainedModel, data: bytes, ways: int = 8) -> float | None:
-        """Bits per byte of span corruption on the text; None where it is too short or the network has other ids."""
-        if len(data) < 16 or model.config.vocab_size < VOCABULARY:
-            return None
-        windows = torch.tensor([list(data[:1024])]).expand(ways, -1)
-        ids, labels = corrupted(windows, np.random.default_rng(derive_seed(0, "observed")))
-        return float(model(ids, labels=labels, **self._arguments(model, ids)).loss) / float(np.log(2))
 
 
 class _Letters(ByT5Tokenizer):
