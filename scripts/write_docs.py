@@ -18,6 +18,7 @@ from everytoken.core.charts import lines_svg
 from everytoken.core.results import formatted, formatted_interval
 from everytoken.reproduce.base import baseline_text
 from everytoken.reproduce.beds.frontier import frontier_svg
+from everytoken.reproduce.curriculum_grpo import pareto_svg
 from everytoken.reproduce.divprune import curve_svg as kept_curve
 from everytoken.reproduce.divprune import kept_table
 from everytoken.reproduce.dynamic_tokenization import curve_svg as dynamic_curve
@@ -28,6 +29,7 @@ from everytoken.reproduce.scoreboard import scoreboard
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+CONTROL = re.compile(r"\((bed|positive control)\b")
 
 
 def markdown(docstring: str) -> str:
@@ -214,16 +216,37 @@ def draft_curve() -> str:
     return lines_svg(lines, "minutes of training on 2 cores; stage 2 holds out other rows", label, markers=False)
 
 
+def measured_table(cards: list[Card]) -> str:
+    """Every claim that was measured of some methods, from the result files; of each first what its bed shows."""
+    lines = ["| command | metric | baseline | method | measured | 95% interval | paper | verdict |", "|" + " --- |" * 8]
+    for card in cards:
+        result = card.result()
+        if result is None:
+            continue
+        command = f"`everytoken reproduce {card.slug}`"
+        # the words of a control stand in brackets where a paper's figure would
+        claims = sorted(up_to_date(result)["claims"], key=lambda claim: not CONTROL.match(claim["paper"]))
+        for claim in claims:
+            lines.append(
+                f"| {command} | {claim['metric']} | {baseline_text(claim, ': ')} | "
+                f"{claim['method']}: {claim['method_value']:.4g} | {formatted(claim)} | "
+                f"{formatted_interval(claim) or claim['note']} | {claim['paper']} | {claim['verdict']} |"
+            )
+            command = ""
+    return "\n".join(lines) + "\n"
+
+
 def bench_table(name: str) -> str:
     """A benchmark's rows as Markdown."""
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
     if not path.is_file():
         return ""
     result = json.loads(path.read_text())
-    heads = list(result["rows"][0])
+    heads = list(dict.fromkeys(head for row in result["rows"] for head in row))
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for row in result["rows"]:
-        cells = [f"{row[head]:.3g}" if isinstance(row[head], float) else str(row[head]) for head in heads]
+        values = [row.get(head, "") for head in heads]
+        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", result["note"], ""])
 
@@ -245,9 +268,13 @@ def main() -> None:
     (DOCS / "assets" / "tokenselect.md").write_text(selection_table(), encoding="utf-8")
     (DOCS / "assets" / "reducers.md").write_text(reducers_table(), encoding="utf-8")
     (DOCS / "assets" / "bench-reduction.md").write_text(bench_table("reduction"), encoding="utf-8")
+    (DOCS / "assets" / "bench-routing.md").write_text(bench_table("routing"), encoding="utf-8")
     (DOCS / "assets" / "bench-attention.md").write_text(bench_table("attention"), encoding="utf-8")
     (DOCS / "assets" / "bench-preference.md").write_text(bench_table("preference"), encoding="utf-8")
     (DOCS / "assets" / "bench-generation.md").write_text(bench_table("generation"), encoding="utf-8")
+    (DOCS / "assets" / "bench-reinforcement.md").write_text(bench_table("reinforcement"), encoding="utf-8")
+    ours = [card for card in catalog.values() if card.station == "reinforcement"]
+    (DOCS / "assets" / "measured-reinforcement.md").write_text(measured_table(ours), encoding="utf-8")
     (DOCS / "assets" / "draft-curve.svg").write_text(draft_curve(), encoding="utf-8")
     frontier = [ROOT / "results" / f"{name}.json" for name in ("tdpo", "tgdpo", "t-reg")]
     if all(path.is_file() for path in frontier):
@@ -256,8 +283,14 @@ def main() -> None:
     kept = ROOT / "results" / "divprune.json"
     if kept.is_file():
         (DOCS / "assets" / "reducers-accuracy.md").write_text(kept_table(load_result(kept)), encoding="utf-8")
-    drawn = (("dynamic-tokenization", dynamic_curve), ("r2r", r2r_curve), ("rto", rto_curve), ("divprune", kept_curve))
-    for name, draw in drawn:
+    curves = {
+        "dynamic-tokenization": dynamic_curve,
+        "r2r": r2r_curve,
+        "rto": rto_curve,
+        "curriculum-grpo": pareto_svg,
+        "divprune": kept_curve,
+    }
+    for name, draw in curves.items():
         path = ROOT / "results" / f"{name}.json"
         if path.is_file():
             picture = draw(load_result(path))

@@ -61,5 +61,6 @@ def test_compiled_code_is_kept_and_never_stale(tmp_path):
 
 def test_every_module_with_kernels_counts():
     marked = re.compile(r"^@(kernel|inlined)$", re.MULTILINE)
-    users = {path.stem for path in FOLDER.glob("*.py") if marked.search(path.read_text(encoding="utf-8"))}
+    files = {str(path.relative_to(FOLDER).with_suffix("")): path for path in FOLDER.rglob("*.py")}
+    users = {name for name, path in files.items() if marked.search(path.read_text(encoding="utf-8"))}
     assert users < set(jit.SOURCES) and all((FOLDER / f"{name}.py").is_file() for name in jit.SOURCES)

@@ -136,12 +136,22 @@ def test_without_length_and_format_it_is_grpo_with_another_spread():
     assert CurriculumGRPO().arguments()["reward_weights"] == [0.6]
 
 
+def test_an_answer_is_written_behind_thinking_of_twice_the_budget():
+    """The budget counts the thinking alone there, so the limit of a completion must leave room for the answer."""
+
+    def limit(**settings):
+        return CurriculumGRPO(budget_start=8, budget_end=8, **settings).recipe().of("prompt")[0].max_new_tokens(0, 1)
+
+    assert limit() == 16
+    assert limit(length_count="thinking", answer_tokens=5) == 21
+
+
 def test_bad_settings():
     for changes, name in (
         ({"budget_shape": "cosine"}, "budget_shape"), ({"length_shape": "flat"}, "length_shape"),
         ({"length_count": "words"}, "length_count"), ({"weight_length": -1.0}, "weight_length"),
         ({"budget_end": 300}, "budget_end"), ({"budget_gamma": 0.0}, "gamma"),
-        ({"budget_prompt": "{prompt}"}, "budget"),
+        ({"budget_prompt": "{prompt}"}, "budget"), ({"answer_tokens": 0}, "answer_tokens"),
     ):  # fmt: skip
         with pytest.raises(BadInputError, match=name):
             CurriculumGRPO(**changes)

@@ -13,7 +13,7 @@ from everytoken.catalog import load_catalog
 from everytoken.core.errors import BadInputError, UnknownNameError
 from everytoken.core.progress import silent
 from everytoken.reinforcement.recipe_training import TRAINING, assembled
-from everytoken.reinforcement.training import TaskReward, is_method
+from everytoken.reinforcement.training import is_method
 from everytoken.testing.models import tiny_llama, tiny_tokenizer
 from everytoken.training.base import TrainingContext, read_config
 
@@ -152,15 +152,18 @@ def test_tasks_are_made_where_there_are_no_data(tmp_path):
     assert result.figures["reward, last quarter"] == 0.0  # letters are no sums
 
 
-def test_a_task_rewards_its_own_answer_only():
+def test_a_task_rewards_its_own_answer_only(tmp_path):
     pytest.importorskip("reasoning_gym")
+    from everytoken.reinforcement.training import _rows_and_reward
     from everytoken.training.datasets.arithmetic import make_task
 
-    task = make_task("chain_sum", 3, 0)
-    right = task[1]["answer"]
-    reward = TaskReward(task)
+    config = read_config(load_catalog()["tempo"].load_training(), None, ["items=3"])
+    rows, reward = _rows_and_reward(config, TrainingContext(None, None, tmp_path))
+    assert reward.__name__ == "correct"  # logs name it so
+    right = make_task("chain_sum", 3, config.seed)[1]["answer"]
     texts = [f"<answer>{right}</answer>", f"It is {right}.", "", "x" * 50, f"{right}1"]
-    assert reward(texts, [1] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
+    columns = {name: [value] * 5 for name, value in rows[1].items()}
+    assert reward(texts, **columns) == [1.0, 1.0, 0.0, 0.0, 0.0]
 
 
 def test_a_method_of_texts_rewards_by_itself(tmp_path):

@@ -234,6 +234,89 @@ def test_ulorl():
     assert heavy["value"] < 0.8 < equal["value"]
 
 
+@pytest.mark.reproduction("openmoe")
+def test_openmoe():
+    result, claims = quick("openmoe")
+    explained = "share of the choice explained"
+    assert claims[explained, "token id", "position"]["value"] > 0
+    assert claims["late minus early drop rate, prose", "OpenMoE", ""]["value"] > 0
+    assert distinct(result, "OpenMoE", "code in the warm-up", "random order")
+    steps = [step for step, *_ in result["artifacts"]["0"]["agreement by step"]]
+    assert steps == sorted(set(steps)) or steps[:-1] == sorted(set(steps))
+
+
+@pytest.mark.reproduction("rmoe")
+def test_rmoe():
+    result, claims = quick("rmoe")
+    sizes = [result["artifacts"]["0"][name]["parameters"] for name in ("RMoE", "linear routers")]
+    assert sizes[0] <= sizes[1] < 1.1 * sizes[0]
+    assert distinct(result, "RMoE", "linear routers", "RMoE, gradient cut")
+    assert len(result["runs"][0]["RMoE"]["bits per byte"]) == 8
+    assert claims["nats between neighbouring routers", "RMoE", "linear routers"]["method_value"] > 0
+
+
+@pytest.mark.reproduction("duo-llm")
+def test_duo_llm():
+    result, _ = quick("duo-llm")
+    runs = {name: mean(values["nats of the next byte"]) for name, values in result["runs"][0].items()}
+    assert runs["oracle of 1"] < runs["all small"]
+    assert runs["oracle of 1"] < runs["oracle of 1 for a wrong byte"]
+    curve = result["artifacts"]["0"]["oracle's loss by budget"]["at_most"]
+    assert curve == sorted(curve, reverse=True)
+
+
+@pytest.mark.reproduction("d3s")
+def test_d3s():
+    """It trains on a part of what GRPO trains on, all of it with an advantage, and both learn from one start."""
+    pytest.importorskip("trl")
+    result, claims = quick("d3s")
+    assert claims["tokens back-propagated", "D3S", "GRPO"]["value"] < 0.25
+    assert claims["trained rollouts with an advantage", "D3S", "GRPO"]["value"] >= 0
+    assert distinct(result, "start", "GRPO", "D3S")
+    assert len(result["runs"][0]["D3S"]["accuracy"]) == 256
+
+
+@pytest.mark.reproduction("hapo")
+def test_hapo():
+    """All parts alone are there, and none of them trains what another trains."""
+    pytest.importorskip("trl")
+    from everytoken.reproduce.hapo import ARMS
+
+    result, claims = quick("hapo")
+    assert distinct(result, "start", *ARMS)
+    assert claims["entropy of a response, nats", "DAPO", "start"]["value"] < 0
+    assert set(ARMS) == {claim["method"] for claim in result["claims"]}
+
+
+@pytest.mark.reproduction("rmt")
+def test_rmt():
+    """Six updates are enough for the budget to show."""
+    pytest.importorskip("trl")
+    result, claims = quick("rmt")
+    assert distinct(result, "start", "RMT", "reinforcement alone", "without next-token loss")
+    assert claims["tokens of a thought", "RMT", "reinforcement alone"]["value"] < 1
+
+
+@pytest.mark.reproduction("curriculum-grpo")
+def test_curriculum_grpo():
+    pytest.importorskip("trl")
+    from everytoken.reproduce.curriculum_grpo import CURRICULUM, FIXED, FREE, LINEAR, pareto_svg
+
+    result, claims = quick("curriculum-grpo")
+    assert distinct(result, "start", FREE, FIXED, CURRICULUM, LINEAR)
+    assert claims["tokens of a response", CURRICULUM, FREE]["method_value"] > 5
+    assert all(f">{name}</text>" in pareto_svg(result) for name in ("start", FREE, FIXED, CURRICULUM, LINEAR))
+
+
+@pytest.mark.reproduction("tw-grpo")
+def test_tw_grpo():
+    pytest.importorskip("trl")
+    result, claims = quick("tw-grpo")
+    assert distinct(result, "exact sets", "partial credit", "TW-GRPO")
+    assert claims["groups with equal rewards", "partial credit", "exact sets"]["value"] < 0
+    assert claims["mean weight of a position", "answer", "preamble"]["method_value"] >= 1
+
+
 @pytest.mark.reproduction("divprune")
 def test_divprune():
     from everytoken.reproduce.divprune import ALL, DIVERSE, FASTV, RANDOM, curve_svg, kept_table, ways

@@ -12,6 +12,8 @@ running the old machine code. Here every kernel's stamp covers the sources of al
 from __future__ import annotations
 
 import hashlib
+import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeVar, cast
@@ -19,9 +21,7 @@ from typing import Literal, TypeVar, cast
 from numba import njit
 
 Function = TypeVar("Function", bound=Callable[..., object])
-SOURCES = (
-    "jit", "engine/analysis", "engine/layout", "engine/run", "engine/tables", "engine/trie", "grammar/kernels",
-)  # fmt: skip
+SOURCES = ("jit", "engine/analysis", "engine/layout", "engine/run", "engine/tables", "engine/trie", "grammar/kernels")
 
 
 def _stamp() -> str:
@@ -35,11 +35,26 @@ STAMP = _stamp()
 
 
 _dispatchers: list[object] = []
+_announced = threading.Event()
+_log = logging.getLogger(__name__)
 
 
 def kernels_kept() -> bool:
     """Whether an earlier process (or this one) has compiled the kernels, so that their first use takes no time."""
     return all(_known(dispatcher) for dispatcher in _dispatchers)
+
+
+def announce() -> None:
+    """Before the first kernel of a process is called: says in the log that they are compiled, where they are missing on
+    disk.
+    """
+    if not _announced.is_set():
+        _announced.set()
+        if not kernels_kept():
+            _log.warning(
+                "Compiling the grammar engine's kernels: about half a minute, once on this machine (they are kept on "
+                "disk). warm_kernels(background=True) does it ahead."
+            )
 
 
 def _known(dispatcher: object) -> bool:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .converted import EMBEDDED, cache_dir, check_model_name, embedded_folder, gguf_folder
 from .errors import BadInputError, EverytokenError
@@ -21,6 +23,8 @@ from .weights import check_no_pickle
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 WEIGHTS = ("as they come", "packed", "bfloat16", "int4")
 """Ways of running a model's linear layers."""
@@ -75,6 +79,20 @@ def hub_error(name: str, error: Exception) -> EverytokenError:
     )
 
 
+def with_networks(read: Callable[[], T]) -> T:
+    """What ``read`` returns; where transformers does not know the type of a model, the networks of the catalogue are
+    registered and it is read once more.
+    """
+    try:
+        return read()
+    except (ValueError, KeyError) as error:
+        if "model_type" not in str(error) and "model type" not in str(error):
+            raise
+        # named as text: the catalogue stands above this floor, and is asked only for what transformers lacks
+        import_module("everytoken.catalog.networks").register_networks()
+        return read()
+
+
 def load_tokenizer(
     model: str | os.PathLike[str] | None = None, trust_remote_code: bool = False, **kwargs: Any
 ) -> PreTrainedTokenizerBase:
@@ -91,7 +109,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+        return with_networks(lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs))
     except (OSError, ValueError) as error:
         raise hub_error(name, error) from error
     except Exception as error:
@@ -112,7 +130,7 @@ def load_config(model: str | os.PathLike[str] | None = None, trust_remote_code: 
 
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            return with_networks(lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
     except (OSError, ValueError) as error:
         raise hub_error(name, error) from error
 
@@ -215,8 +233,10 @@ def read_pretrained(
         dtype = getattr(torch, dtype)
     try:
         with quiet_transformers():
-            loaded = getattr(transformers, kind).from_pretrained(
-                name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **kwargs
+            loaded = with_networks(
+                lambda: getattr(transformers, kind).from_pretrained(
+                    name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **kwargs
+                )
             )
     except (OSError, ValueError, SafetensorError) as error:
         if unknown is not None and "Unrecognized configuration class" in str(error):

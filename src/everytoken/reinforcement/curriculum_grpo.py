@@ -154,6 +154,8 @@ class CurriculumGRPO:
         budget_drops: of the linear budget.
         length_shape: ``"triangle"``, or ``"band"``, which rewards everything up to the budget.
         length_count: ``"completion"`` or ``"thinking"``.
+        answer_tokens: of a response beside its thinking, where ``length_count`` is ``"thinking"``: that budget does not
+            count them, and without them no response of twice the budget could end in an answer.
         weight_correct, weight_length, weight_format: of the three rewards; length and format 0 are left out.
         budget_prompt: what becomes of a prompt; ``{prompt}`` and ``{budget}`` are filled in.
 
@@ -169,6 +171,7 @@ class CurriculumGRPO:
     budget_drops: int = 3
     length_shape: str = "triangle"
     length_count: str = "completion"
+    answer_tokens: int = 64
     weight_correct: float = 0.6
     weight_length: float = 0.3
     weight_format: float = 0.1
@@ -185,6 +188,8 @@ class CurriculumGRPO:
             self.weight_correct + self.weight_length + self.weight_format
         ):
             raise BadInputError("weight_correct, weight_length and weight_format must not be negative.")
+        if self.answer_tokens < 1:
+            raise BadInputError(f"answer_tokens must be at least 1; got {self.answer_tokens}.")
         if self.budget_drops < 1 or not 1 <= self.budget_end <= self.budget_start:
             raise BadInputError("A budget falls: budget_drops at least 1, budget_end from 1 to budget_start.")
         if "{prompt}" not in self.budget_prompt or "{budget}" not in self.budget_prompt:
@@ -200,7 +205,8 @@ class CurriculumGRPO:
     def recipe(self) -> Recipe:
         """Prompt, rewards, advantage."""
         budget = self.budget()
-        pieces: list[Any] = [BudgetPrompt(budget, self.budget_prompt), StableAdvantage()]
+        extra = self.answer_tokens if self.length_count == "thinking" else 0
+        pieces: list[Any] = [BudgetPrompt(budget, self.budget_prompt, extra), StableAdvantage()]
         if self.weight_length:
             pieces.append(CurriculumLengthReward(budget, self.weight_length, self.length_shape, self.length_count))
         if self.weight_format:

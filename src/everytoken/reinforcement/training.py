@@ -17,11 +17,10 @@ from ..core.settings import load_function
 from ..core.trace import TokenTrace
 from ..training.base import Training, TrainingContext, TrainingResult
 from ..training.config import TrainConfig, derive_config
-from ..training.datasets.arithmetic import is_correct, make_task, messages_of
-from ..training.datasets.messages import completion_text
+from ..training.datasets.arithmetic import make_task, messages_of
 from ..training.datasets.pairs import dataset_of, read_rows
 from ..training.datasets.prompts import read_prompts
-from ..training.datasets.tasks import COLUMNS, task_reward
+from ..training.datasets.tasks import COLUMNS, TaskReward, task_reward
 from ..training.session import Prompt, TrainingSession
 from .base import Recipe
 
@@ -187,8 +186,9 @@ def _rows_and_reward(
         if config.reward is not None:
             raise BadInputError("A reward of your own needs data of your own.", "Give --data, or leave reward out.")
         task = make_task(config.task, config.items, config.seed)
-        rows = [{"question": task[index]["question"], "item": index} for index in range(config.items)]
-        return rows, TaskReward(task)
+        held = {"task": config.task, "seed": config.seed, "count": config.items}
+        rows = [{"question": task[index]["question"], "item": index} | held for index in range(config.items)]
+        return rows, TaskReward("correct")
     rows = read_rows(context.data)
     if config.reward is None and not all(name in rows[0] for name in COLUMNS):
         raise BadInputError(
@@ -222,16 +222,3 @@ def _dataset(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> 
         return messages_of(row["question"]) if tokenizer.chat_template else f"{row['question']}\n"
 
     return dataset_of([row | {"prompt": prompt(row)} for row in rows])
-
-
-class TaskReward:
-    """1 where the task's own scorer gives exactly 1 (its partial credit calls any text with the answer in it half
-    right), else 0; a scorer that raises gives 0.
-    """
-
-    def __init__(self, task: Any):
-        self.task, self.__name__ = task, "correct"
-
-    def __call__(self, completions: list[Any], item: list[int], **_: Any) -> list[float]:
-        texts = [completion_text(completion) for completion in completions]
-        return [float(is_correct(self.task, self.task[at], text)) for at, text in zip(item, texts, strict=True)]

@@ -162,6 +162,8 @@ class Context:
         """As ``part``, for a function that also returns a causal language model, whose weights are kept too."""
         from transformers import AutoModelForCausalLM
 
+        from ..core.quiet import quiet_transformers
+
         place = None if self.folder is None else self.folder / _file_name(name)
         made: list[PreTrainedModel] = []
 
@@ -169,7 +171,8 @@ class Context:
             model, value = function()
             made.append(model)
             if place is not None:
-                model.save_pretrained(place)
+                with quiet_transformers():
+                    model.save_pretrained(place)
             return value
 
         value = self.part(name, train)

@@ -13,7 +13,7 @@ from ..core.rng import seed_everything
 from ..training.datasets.sentiment import openings, positivity
 from .base import Arms, Claim, Context, Reproduction
 from .beds.frontier import Work, make_work, measure, train_arm
-from .files import Result
+from .files import Result, Scale
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,6 +25,8 @@ WHY = (
     "themselves, smoothed over six batches. Losses are means of a batch's tokens (loss_type bnpo)."
 )
 SMOOTH = 6
+BATCHES: dict[Scale, tuple[int, int]] = {"quick": (16, 4), "cpu": (64, 40), "gpu": (512, 150)}
+"""Rollouts of a batch, and batches."""
 
 
 def policy_arm(
@@ -50,7 +52,7 @@ def rollouts(
 
     estimator, scale = ARMS[name]
     seed_everything(context.seed)
-    size = 16 if context.quick else 64
+    size = BATCHES[context.scale][0]
     rewards: list[float] = []
 
     def score(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
@@ -120,7 +122,7 @@ def run(context: Context) -> Arms:
     from ..preference.dpo import DPOLoss
 
     work = make_work(context)
-    batches = 4 if context.quick else 40
+    batches = BATCHES[context.scale][1]
     dpo, dpo_curve = train_arm(context, work, "DPO", DPOLoss(beta=0.1))
     policies: dict[str, PreTrainedModel] = {}
     curves: dict[str, list[tuple[int, float]]] = {}
@@ -175,6 +177,7 @@ REPRODUCTION = Reproduction(
     ],
     extra=("train", "trl"),
     bed="sentiment",
+    scales=("quick", "cpu", "gpu"),
 )
 
 

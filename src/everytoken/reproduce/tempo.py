@@ -23,6 +23,8 @@ from .base import Arms, Claim, Context, Reproduction
 if TYPE_CHECKING:
     import torch
 
+    from .files import Scale
+
 CHOICES, LEVELS, GROUP = 3, 5, 8
 NODES = (CHOICES**LEVELS - 1) // (CHOICES - 1)
 ARMS = {"GRPO": 0.0, "TEMPO": 1.0}
@@ -30,6 +32,8 @@ ARMS = {"GRPO": 0.0, "TEMPO": 1.0}
 SHARED, APART = "correlation with the true token advantage", "the same, beginnings that never meet"
 UPDATES = "updates to six tenths of the best leaf"
 RATES = (0.5, 1.0, 2.0, 4.0)
+TREES: dict[Scale, tuple[int, int, int]] = {"quick": (8, 8, 80), "cpu": (48, 32, 200), "gpu": (512, 64, 400)}
+"""Trees, groups of each, and updates at most. Tables of three tokens gain nothing from a GPU: its version is larger."""
 WHY = (
     "The paper's figure is convergence of models of 1.7B and 4B weights on MATH (second-hand); here tables of three "
     "tokens and five levels, so that true advantages are known. Every arm has its own step size, chosen on other trees."
@@ -180,7 +184,7 @@ def updates(context: Context, name: str, arm: str, rate: float, count: int, limi
 
 
 def run(context: Context) -> Arms:
-    many, groups, limit = (8, 8, 80) if context.quick else (48, 32, 200)
+    many, groups, limit = TREES[context.scale]
     trees = Trees(many, derive_seed(context.seed, "trees"))
     shared, apart = (correlations(context, trees, groups, flag) for flag in (False, True))
     arms: Arms = {}
@@ -214,4 +218,5 @@ REPRODUCTION = Reproduction(
             why="Prefixes never meet here: all that TEMPO adds is that the first token counts twice.",
         ),
     ],
+    scales=("quick", "cpu", "gpu"),
 )

@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING
 from ..core.errors import BadInputError
 from ..core.rng import derive_seed
 from .base import Arms, Claim, Context, Reproduction
+from .beds.rollouts import device
 
 if TYPE_CHECKING:
     import torch
 
+    from .files import Scale
+
 ROLLOUTS, NEW, MOVE, SMALL, SHARE = 8, 16, 0.1, 0.01, 0.2
+QUESTIONS: dict[Scale, int] = {"quick": 3, "cpu": 8, "gpu": 400}
 STEPS = {"GRPO": None, "p = +0.2": 0.2, "p = 0": 0.0, "p = -0.2": -0.2}
 """arm -> p; None weighs all tokens alike."""
 CARRIED, OVERLAP = "share of |THR| in a fifth of the tokens", "overlap with the fifth of highest entropy"
@@ -78,7 +82,7 @@ def groups(context: Context, count: int) -> list[Group]:
     from ..core.scoring import base_model, output_head
     from ..training.datasets.arithmetic import is_correct, make_task, prompt_of
 
-    model, tokenizer = load_model(context.model), load_tokenizer(context.model)
+    model, tokenizer = load_model(context.model).to(device()), load_tokenizer(context.model)
     task = make_task("chain_sum", count, derive_seed(context.seed, "questions"))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     found = []
@@ -89,8 +93,8 @@ def groups(context: Context, count: int) -> list[Group]:
         torch.manual_seed(derive_seed(context.seed, "answers", number))
         with torch.no_grad():
             whole = model.generate(
-                torch.tensor([prompt] * ROLLOUTS),
-                attention_mask=torch.ones(ROLLOUTS, len(prompt), dtype=torch.long),
+                torch.tensor([prompt] * ROLLOUTS, device=model.device),
+                attention_mask=torch.ones(ROLLOUTS, len(prompt), dtype=torch.long, device=model.device),
                 max_new_tokens=NEW,
                 do_sample=True,
                 top_k=0,
@@ -102,7 +106,7 @@ def groups(context: Context, count: int) -> list[Group]:
         ended = (ids == tokenizer.eos_token_id).cumsum(1)
         mask = (ended == 0) | ((ended == 1) & (ids == tokenizer.eos_token_id))
         texts = tokenizer.batch_decode([row[own] for row, own in zip(ids, mask, strict=True)], skip_special_tokens=True)
-        correct = torch.tensor([is_correct(task, item, text) for text in texts])
+        correct = torch.tensor([is_correct(task, item, text) for text in texts], device=model.device)
         if not correct.any() or correct.all():
             continue
         with torch.no_grad():
@@ -154,7 +158,7 @@ def measured(group: Group) -> dict[str, dict[str, float]]:
 
 
 def run(context: Context) -> Arms:
-    found = [measured(group) for group in groups(context, 3 if context.quick else 8)]
+    found = [measured(group) for group in groups(context, QUESTIONS[context.scale])]
     kept = [figures for figures in found if figures]
     context.artifacts["questions with right and wrong answers"] = len(found)
     context.artifacts["of them, with a step of GRPO that helps to first order"] = len(kept)
@@ -199,4 +203,5 @@ REPRODUCTION = Reproduction(
         ),
     ],
     extra=("train", "reasoning_gym"),
+    scales=("quick", "cpu", "gpu"),
 )

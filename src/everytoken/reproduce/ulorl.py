@@ -5,19 +5,31 @@ when. What is counted are passes of the model one behind the other, which take a
 responses are written at once (decoding is bound by reading the weights); a segment that goes on with responses costs
 one pass more, which reads them again. Two mixtures of lengths: a heavy tail, nine in ten short and one at the limit,
 and equal lengths, where nothing can be gained.
+
+The GPU's version decodes as well: a model writes as many tokens for as many responses at once as are counted, and the
+result file's artifacts hold the seconds for 1000 trained tokens.
 """
 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.rng import derive_seed
 from .base import Arms, Claim, Context, Reproduction
+from .beds.rollouts import device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .files import Scale
 
 LIMIT, GROUP, PROMPTS = 256, 8, 16
 ARMS = {"whole responses": (1, 0.0), "2 segments": (2, 1.0), "4 segments": (4, 1.0), "8 segments": (8, 1.0)}
+STEPS: dict[Scale, int] = {"quick": 12, "cpu": 60, "gpu": 12}
+"""The GPU's are for three seeds in about ten minutes."""
 WHY = (
     "The paper's figure is wall-clock time of a 30B model with 64k outputs. Passes are counted here, for lengths that "
     "are drawn, with twice a batch's prompts under way."
@@ -35,10 +47,14 @@ def lengths_of(tail: str, number: int, seed: int) -> list[int]:
 
 
 class Clock:
-    """A writer of responses whose lengths are set; it counts passes."""
+    """A writer of responses whose lengths are set; it counts passes.
 
-    def __init__(self, tail: str, seed: int):
-        self.tail, self.seed, self.passes = tail, seed, 0
+    Args:
+        model: one that decodes as much, and takes ``seconds``; None for none.
+    """
+
+    def __init__(self, tail: str, seed: int, model: PreTrainedModel | None = None):
+        self.tail, self.seed, self.passes, self.model, self.seconds = tail, seed, 0, model, 0.0
 
     def writer(self, step: int) -> Any:
         from ..reinforcement.rollouts import Writer
@@ -73,27 +89,53 @@ class Clock:
                 new[-1] = -1
             found.append(new)
         self.passes += max(map(len, found)) + any(len(text) > 1 for text in texts)
+        if self.model is not None:
+            self.seconds += decoding(self.model, len(texts), max(map(len, texts)), max(map(len, found)))
         return found
+
+
+def decoding(model: PreTrainedModel, rows: int, prompt: int, new: int) -> float:
+    """Seconds in which a model reads ``rows`` texts of ``prompt`` tokens and writes ``new`` to each."""
+    import torch
+
+    ids = torch.ones(rows, prompt, dtype=torch.long, device=model.device)
+    began = time.perf_counter()
+    written = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        min_new_tokens=new,
+        max_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    written.tolist()  # waits for a GPU
+    return time.perf_counter() - began
 
 
 def run(context: Context) -> Arms:
     from ..reinforcement.ulorl import SegmentedRollouts
 
-    steps = 12 if context.quick else 60
+    steps, model = STEPS[context.scale], None
+    if context.scale == "gpu":
+        from ..core.loading import load_model
+
+        model = load_model(context.model).to(device())
     arms: Arms = {}
     for arm, (segments, ahead) in ARMS.items():
         values: dict[str, float | Sequence[float]] = {}
         for tail in ("heavy tail", "equal lengths"):
-            clock, piece = Clock(tail, context.seed), SegmentedRollouts(segments, ahead, seed=context.seed)
-            tokens = begun = 0
+            clock, piece = Clock(tail, context.seed, model), SegmentedRollouts(segments, ahead, seed=context.seed)
+            tokens, begun, taken = 0, 0, 0.0
             for step in range(steps):
                 context.report(f"{arm}, {tail}", step + 1, steps)
-                before = clock.passes
+                before, earlier = clock.passes, clock.seconds
                 rows = [{"number": step * PROMPTS + at // GROUP} for at in range(PROMPTS * GROUP)]
                 written = piece(rows, clock.writer(step))
                 if step >= steps // 4:  # the first steps fill what is under way
                     tokens += sum(map(len, written.completions))
-                    begun += clock.passes - before
+                    begun, taken = begun + clock.passes - before, taken + clock.seconds - earlier
+            if model is not None:
+                context.artifacts[f"{arm}: seconds for 1000 trained tokens, {tail}"] = 1000 * taken / tokens
             values[f"passes for 1000 trained tokens, {tail}"] = 1000 * begun / tokens
         arms[arm] = values
     return arms
@@ -130,4 +172,5 @@ REPRODUCTION = Reproduction(
         ),
     ],
     seeds=8,
+    scales=("quick", "cpu", "gpu"),
 )

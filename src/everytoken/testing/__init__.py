@@ -13,6 +13,7 @@ A battery is a class of pytest tests. Inherit it and say what is to be tested::
 - ``matcher.MatcherConformance``: matchers (``everytoken.decoding.matcher``);
 - ``preference_loss.CHECKS``: functions that each check one promise of a loss (``everytoken.preference.base``);
 - ``reducer.ReducerConformance``: reducers of visual tokens (``everytoken.reduction.base``);
+- ``architecture.ArchitectureConformance``: networks of methods (``everytoken.architectures.base``);
 - ``models``: tiny random models and a tokenizer to test with.
 
 pytest is needed where a battery is imported, not for ``everytoken`` itself.

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 import everytoken.constraints.engine.compiler as module
+from everytoken.constraints import jit
 from everytoken.constraints.engine.compiler import GrammarCompiler, warm_kernels
 from everytoken.constraints.grammar import GrammarError
 from everytoken.constraints.jit import kernels_kept
@@ -17,6 +18,7 @@ from ..common import BYTES, PERSON
 
 
 def test_the_compiler_caches_and_threads_share_one_compilation(info, monkeypatch):
+    warm_kernels()  # a grammar of its own is compiled for it
     compiler = GrammarCompiler(info, cache_limit=2)
     made = []
     original = module.GrammarCompiler._compile
@@ -48,10 +50,12 @@ def test_kernels_are_warmed_ahead_and_the_wait_is_said(monkeypatch, caplog):
     assert kernels_kept()
     compiler = GrammarCompiler(BYTES, cache_limit=0)
     monkeypatch.setattr(module, "_prepared", threading.Event())
+    monkeypatch.setattr(jit, "_announced", threading.Event())
     compiler.compile_regex("a")
     assert not caplog.records
     monkeypatch.setattr(module, "_prepared", threading.Event())
-    monkeypatch.setattr(module, "kernels_kept", lambda: False)
+    monkeypatch.setattr(jit, "_announced", threading.Event())
+    monkeypatch.setattr(jit, "kernels_kept", lambda: False)
     compiler.compile_regex("a")
     compiler.compile_regex("b")
     assert [record.message.startswith("Compiling the grammar engine's kernels") for record in caplog.records] == [True]

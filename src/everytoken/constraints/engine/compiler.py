@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import threading
 from collections import OrderedDict
@@ -13,12 +12,11 @@ from typing import Unpack
 from ...core.errors import BadInputError
 from ..grammar import Grammar, StructuralTag
 from ..grammar.json_schema import Schema, SchemaSettings
-from ..jit import kernels_kept
+from ..jit import announce, kernels_kept
 from .compiled import CompiledGrammar
 from .pushdown import Pushdown
 from .vocabulary import TokenizerInfo
 
-_log = logging.getLogger(__name__)
 _prepared = threading.Event()
 Key = tuple[str | tuple[tuple[str, str], ...], ...]
 """What a compilation depends on: the kind of source, the source, options."""
@@ -27,8 +25,8 @@ Key = tuple[str | tuple[tuple[str, str], ...], ...]
 def warm_kernels(background: bool = False) -> threading.Thread:
     """Compiles the engine's kernels, or loads those that an earlier process has compiled, before they are needed.
 
-    The first use on a machine takes about 20 seconds, which is said in the log; later processes load what was kept in
-    under a second.
+    The first use on a machine takes about half a minute, which is said in the log; later processes load in under a
+    second what was kept.
 
     Args:
         background: return at once, while a daemon thread goes on; ``join`` it to wait.
@@ -48,6 +46,9 @@ def _use_every_kernel() -> None:
 
     vocabulary = [bytes([byte]) for byte in range(256)] + [b'": ', b'"}', b"]}", None]
     compiler = GrammarCompiler(TokenizerInfo(vocabulary, [len(vocabulary) - 1]), cache_limit=0, warm_seconds=10.0)
+    # products of automata too: two patterns, a length, and names that others must not have
+    strings = {"type": "string", "minLength": 2, "allOf": [{"pattern": "^[ab]+$"}, {"pattern": "b"}]}
+    compiler.compile_json_schema({"type": "object", "properties": {"a": strings}})
     matcher = GrammarMatcher(compiler.compile_builtin_json_grammar())
     for token in b'{"a": [1, {"b": null}]}':
         matcher.allowed_tokens()
@@ -62,10 +63,7 @@ def _prepare_kernels() -> None:
     if not _prepared.is_set():
         _prepared.set()
         if not kernels_kept():
-            _log.warning(
-                "Compiling the grammar engine's kernels: about 20 seconds, once on this machine (they are kept on "
-                "disk). warm_kernels(background=True) does it ahead."
-            )
+            announce()
             _use_every_kernel()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Unpack
 
+from ..jit import announce
 from .ebnf import parse_ebnf
 from .expressions import Alt, Bytes, Expression, GrammarError, Graph, Ref, Repeat, Rules, Seq, alt, seq
 from .json_schema import Schema, SchemaSettings, schema_rules
@@ -41,6 +42,7 @@ class Grammar:
         Raises:
             GrammarError: with the position in the pattern.
         """
+        announce()
         return cls({"root": regex_automaton(pattern, search)})
 
     @classmethod
@@ -65,7 +67,7 @@ class Grammar:
             GrammarError: an invalid, unsatisfiable or (unless ``strict=False``) unsupported schema, with a JSON
             pointer.
         """
-
+        announce()
         return cls(schema_rules(schema, **options))
 
     @classmethod

@@ -34,6 +34,12 @@ def grown(array: Ints, needed: int) -> Ints:
 
 
 @kernel
+def order_of(values: Ints) -> Ints:
+    """The places of values in rising order, equal ones as they came (one function, as sorting is long to compile)."""
+    return np.argsort(values, kind="mergesort")
+
+
+@kernel
 def pointers(source: Ints, size: int) -> tuple[Ints, Ints]:
     """``(ptr, order)``: rows sorted by ``source``, those of one source in the order in which they came."""
     ptr = np.zeros(size + 1, np.int64)
@@ -160,7 +166,7 @@ def subsets(
                     for call in range(call_ptr[state], call_ptr[state + 1]):
                         ids[called], onto[called] = call_id[call], call_to[call]
                         called += 1
-                order = np.argsort(ids[:called], kind="mergesort")
+                order = order_of(ids[:called])
                 entries = group_ptr[groups]
                 targets = grown(targets, entries + called)
                 group_low, group_high = grown(group_low, groups + called), grown(group_high, groups + called)
@@ -205,7 +211,7 @@ def subsets(
                         union[members] = closed[place]
                         members += 1
             if members > 1:
-                union[:members].sort()
+                union[:members] = union[:members][order_of(union[:members])]
             mixed = np.uint64(members)
             for place in range(members):
                 mixed = (mixed ^ np.uint64(union[place])) * np.uint64(0x9E3779B97F4A7C15)
@@ -381,7 +387,7 @@ def overlaps(ptr: Ints, low: Ints, high: Ints) -> bool:
         begin, end = ptr[state], ptr[state + 1]
         if end - begin < 2:
             continue
-        order = np.argsort(low[begin:end])
+        order = order_of(low[begin:end])
         for place in range(1, end - begin):
             if low[begin + order[place]] <= high[begin + order[place - 1]]:
                 return True
@@ -394,9 +400,9 @@ def calls_twice(call_ptr: Ints, call_id: Ints) -> bool:
     for state in range(call_ptr.shape[0] - 1):
         begin, end = call_ptr[state], call_ptr[state + 1]
         if end - begin > 1:
-            ordered = np.sort(call_id[begin:end])
+            order = order_of(call_id[begin:end])
             for place in range(1, end - begin):
-                if ordered[place] == ordered[place - 1]:
+                if call_id[begin + order[place]] == call_id[begin + order[place - 1]]:
                     return True
     return False
 
@@ -482,7 +488,7 @@ def joined(
         for edge in range(begin + 1, begin + width):
             if low[edge] < low[edge - 1]:
                 ordered = False
-        order = np.arange(width) if ordered else np.argsort(low[begin : begin + width])
+        order = np.arange(width) if ordered else order_of(low[begin : begin + width])
         start = edges
         for place in range(width):
             edge = begin + order[place]
@@ -519,7 +525,7 @@ def sorted_edges(ptr: Ints, low: Ints, high: Ints, to: Ints) -> tuple[Ints, Ints
         begin, end = ptr[state], ptr[state + 1]
         for edge in range(begin + 1, end):
             if low[edge] < low[edge - 1]:
-                order[begin:end] = begin + np.argsort(low[begin:end], kind="mergesort")
+                order[begin:end] = begin + order_of(low[begin:end])
                 break
     return low[order], high[order], to[order]
 

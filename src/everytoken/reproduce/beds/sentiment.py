@@ -127,8 +127,11 @@ class SmallWriter:
                 PromptResponse(self.encode(p), r)
                 for p, r in zip(prompts[first : first + 64], rows[first : first + 64], strict=True)
             ]
-            ids, attention, mask = pad_rows(part, self.tokenizer.pad_token_id)
-            found = ImplicitReward(model, reference).statistics(ids, mask, attention, reverse_kl=True)["reverse_kl"]
+            padded = pad_rows(part, self.tokenizer.pad_token_id)
+            ids, attention, mask = (side.to(model.device) for side in padded)
+            found = ImplicitReward(model, reference.to(model.device)).statistics(ids, mask, attention, reverse_kl=True)[
+                "reverse_kl"
+            ]
             divergences += found.sum(-1).tolist()
         return rewards, divergences
 

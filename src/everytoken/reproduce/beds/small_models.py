@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=max(0.1, 2 / steps))
     model.train()
     for step in range(steps):
-        ids, labels = next(batches)
+        ids, labels = (part.to(model.device) for part in next(batches))
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -75,14 +76,22 @@ def fit(
     return steps
 
 
-def character_tokenizer(characters: str, end: str = "\n", pad: str = "_") -> PreTrainedTokenizerFast:
-    """A tokenizer of single characters; ``pad`` must be one that texts do not use."""
+def character_tokenizer(
+    characters: str, end: str = "\n", pad: str = "_", words: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of single characters; ``pad`` must be one that texts do not use.
+
+    Args:
+        words: strings of several characters that are one token each.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {item: index for index, item in enumerate(dict.fromkeys(end + pad + characters))}
+    vocabulary = {item: index for index, item in enumerate(dict.fromkeys([*end, *pad, *words, *characters]))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=pad))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    longest = sorted(words, key=len, reverse=True)
+    pattern = "|".join([*map(re.escape, longest), "[\\s\\S]"])
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=core,

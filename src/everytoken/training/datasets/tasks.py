@@ -98,22 +98,35 @@ def _items(task: str, count: int, seed: int) -> Any:
     return make_task(task, count, seed)
 
 
-def task_reward(
-    completions: Sequence[Any],
-    task: Sequence[str],
-    seed: Sequence[int],
-    count: Sequence[int],
-    item: Sequence[int],
-    **_: Any,
-) -> list[float]:
-    """1 where the task's own scorer gives exactly 1, else 0; scorers that raise give 0. TRL's form, for rows of
-    ``everytoken data tasks``.
+class TaskReward:
+    """1 where a task's own scorer gives exactly 1, else 0: its partial credit calls any text with the answer in it half
+    right. A scorer that raises gives 0. Called in TRL's form, for rows with ``COLUMNS``.
+
+    Args:
+        name: what it is called in logs.
     """
-    rewards = []
-    for completion, name, number, size, at in zip(completions, task, seed, count, item, strict=True):
-        items = _items(name, size, number)
-        rewards.append(float(is_correct(items, items[at], completion_text(completion))))
-    return rewards
+
+    def __init__(self, name: str):
+        self.__name__ = name
+
+    def __call__(
+        self,
+        completions: Sequence[Any],
+        task: Sequence[str],
+        seed: Sequence[int],
+        count: Sequence[int],
+        item: Sequence[int],
+        **_: Any,
+    ) -> list[float]:
+        rewards = []
+        for completion, name, number, size, at in zip(completions, task, seed, count, item, strict=True):
+            items = _items(name, size, number)
+            rewards.append(float(is_correct(items, items[at], completion_text(completion))))
+        return rewards
+
+
+task_reward = TaskReward("task_reward")
+"""For rows of ``everytoken data tasks``."""
 
 
 def math_reward(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:

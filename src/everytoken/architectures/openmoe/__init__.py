@@ -1,0 +1,1 @@
+"""OpenMoE: a mixture of experts with a capacity limit, as a transformers model."""

@@ -1,0 +1,1 @@
+"""RMoE: a mixture of experts whose routers know the earlier layers' choices, as a transformers model."""

@@ -1,0 +1,173 @@
+"""HAPO's claims: more entropy than DAPO at equal or better accuracy, with each of its parts alone beside it.
+
+A question gives eight digits, and any four of them in order are a right answer: one policy may be always right and
+still write seventy different answers. A small model learns that until three tenths of its samples are right. DAPO then
+makes it right, and lets its answers become alike, which HAPO is to prevent. Rollouts are equal for all arms; each batch
+is used for two updates, so that ratios move and bounds can act. Every arm takes the better of two learning rates,
+chosen by accuracy on questions of their own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..core.results import Values, mean
+from .base import Arms, Claim, Context, Reproduction
+from .beds.rollouts import GROUP, Size, answers, best_rate, ends, grpo_arguments, train_by_rollouts, warmed_up
+from .beds.sorting import Sorting, tokenizer
+
+if TYPE_CHECKING:
+    from .files import Scale
+
+TASK, GOAL = Sorting(given=8, written=4), 0.3
+SIZES: dict[Scale, Size] = {
+    "quick": Size(hidden=48, layers=2, warmup=300, updates=8, batch=64, test=48, rates=(1e-3,)),
+    "cpu": Size(hidden=48, layers=2, warmup=600, updates=80, batch=64, test=128, rates=(4e-4, 1e-3)),
+    "gpu": Size(
+        hidden=256, layers=6, warmup=1500, updates=160, batch=1024, test=2048, rates=(3e-4, 1e-3), warmup_batch=256
+    ),
+}
+OFF: dict[str, Any] = dict(temperature_tau=0.0, token_average=False, adv_beta=0.0, clip_alpha=0.0)
+ARMS: dict[str, dict[str, Any]] = {
+    "DAPO": OFF,
+    "HAPO": {},
+    "A alone: temperature": OFF | dict(temperature_tau=0.05),
+    "B alone: token average": OFF | dict(token_average=True),
+    "C alone: redistribution": OFF | dict(adv_beta=1.0),
+    "D alone: clip": OFF | dict(clip_alpha=1.0),
+}
+ACCURACY, ENTROPY, KINDS = "accuracy of samples", "entropy of a response, nats", "different right answers of eight"
+ALIKE, SMOOTH = "entropy of a token at equal reward, nats", 8
+WHY = (
+    "The paper trains models of 3B to 14B weights on mathematics for long; here (scale cpu) a model of 0.06M "
+    "weights picks digits, with 80 updates."
+)
+
+
+def measured(context: Context, model: Any, codes: Any, questions: list[str]) -> dict[str, Values]:
+    """Of eight samples a question: the share that is right, their entropy, and how many different ones are right.
+
+    The entropy is estimated by the mean of ``-log p`` of the samples' own tokens, summed over a response.
+    """
+    import torch
+
+    from ..core.rng import derive_seed
+
+    torch.manual_seed(derive_seed(context.seed, "measured"))
+    many = [text for text in questions for _ in range(GROUP)]
+    texts = answers(model, codes, many, TASK.length, sample=True)
+    right = TASK.graded(many, texts)
+    kinds = [
+        float(len({text for text, good in zip(texts[at : at + GROUP], right[at : at + GROUP], strict=True) if good}))
+        for at in range(0, len(many), GROUP)
+    ]
+    accuracy = [mean(right[at : at + GROUP]) for at in range(0, len(many), GROUP)]
+    surprise = surprises(model, codes, many, texts)
+    entropy = [mean(surprise[at : at + GROUP]) for at in range(0, len(many), GROUP)]
+    return {ACCURACY: accuracy, ENTROPY: entropy, KINDS: kinds}
+
+
+def surprises(model: Any, codes: Any, prompts: list[str], texts: list[str]) -> list[float]:
+    """``-log p`` of whole responses, the end token of those that ended included."""
+    import torch
+
+    from ..core.logprobs import logps_from_logits
+
+    found: list[float] = []
+    for first in range(0, len(prompts), 1024):
+        part = slice(first, first + 1024)
+        before = torch.tensor(codes(prompts[part])["input_ids"])
+        rows = [codes(text.rstrip("\n"))["input_ids"] for text in texts[part]]
+        rows = [[*row, codes.eos_token_id] if len(row) < TASK.length else row for row in rows]
+        width = max(map(len, rows))
+        behind = torch.tensor([row + [codes.pad_token_id] * (width - len(row)) for row in rows])
+        mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+        ids = torch.cat([before, behind], 1).to(model.device)
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[:, before.shape[1] - 1 : -1].float()
+        logps = logps_from_logits(logits, behind.to(model.device)) * mask.to(model.device)
+        found += (-logps.sum(1)).tolist()
+    return found
+
+
+def smoothed(rewards: list[float], entropies: list[float]) -> list[list[float]]:
+    """Reward and entropy in training, means of ``SMOOTH`` batches of rollouts one behind the other."""
+    size = min(SMOOTH, len(rewards))
+    spans = [slice(first, first + size) for first in range(len(rewards) - size + 1)]
+    return [[round(mean(rewards[span]), 4), round(mean(entropies[span]), 4)] for span in spans]
+
+
+def entropy_at(curve: list[list[float]], reward: float) -> float:
+    """The entropy where a curve first reaches a reward."""
+    return next((entropy for value, entropy in curve if value >= reward), curve[-1][1])
+
+
+def run(context: Context) -> Arms:
+    from ..reinforcement.hapo import HAPO
+
+    size, codes = SIZES[context.scale], tokenizer()
+    probe = TASK.questions(0, "probe", 128)
+
+    def share(model: Any) -> float:
+        return mean(TASK.answered(model, codes, probe, sample=True))
+
+    start = warmed_up(context, size, codes, TASK.example, share, GOAL)
+    data = [{"prompt": text} for text in TASK.questions(context.seed, "rollouts", 2048)]
+    test, tuning = (TASK.questions(context.seed, name, size.test) for name in ("test", "tuning"))
+    arms: Arms = {"start": context.part("start, measured", lambda: measured(context, start, codes, test))}
+
+    def trained(arm: str, lr: float) -> dict[str, Any]:
+        method = HAPO(**ARMS[arm])
+        more = method.arguments() | {"num_iterations": 2}
+        arguments = grpo_arguments(size, context.seed, lr, TASK.length, **more)
+        label = f"{arm}, learning rate {lr}"
+        policy, logs = train_by_rollouts(context, label, start, codes, method.recipe(), TASK.reward, data, arguments)
+        kept = {
+            "tuning": mean(TASK.answered(policy, codes, [text for text in tuning for _ in range(4)], sample=True)),
+            "rewards": ends(logs["reward"]),
+            "curve": smoothed(logs["reward"], logs["entropy"][::2]),  # the first of two updates with a batch
+        }
+        return kept | measured(context, policy, codes, test)
+
+    curves = {}
+    for arm in ARMS:
+        found = best_rate(context, arm, size.rates, trained)
+        context.artifacts[f"{arm}: mean reward of the first and the last quarter"] = found["rewards"]
+        context.artifacts[f"{arm}: reward and entropy of a token in training"] = curves[arm] = found["curve"]
+        arms[arm] = {name: found[name] for name in (ACCURACY, ENTROPY, KINDS)}
+    shared = min(max(reward for reward, _ in curve) for curve in curves.values())
+    context.artifacts["reward that all arms reach"] = shared
+    for arm, curve in curves.items():
+        arms[arm][ALIKE] = entropy_at(curve, shared)
+    return arms
+
+
+PARTS = [arm for arm in ARMS if "alone" in arm]
+REPRODUCTION = Reproduction(
+    name="hapo",
+    summary="DAPO, HAPO and its parts on questions with many right answers: accuracy, entropy and variety of answers",
+    run=run,
+    claims=[
+        Claim(ENTROPY, "HAPO", "DAPO", "higher through training", kind="difference", why=WHY),
+        Claim(ALIKE, "HAPO", "DAPO", "(not printed)", kind="difference", why=WHY),
+        Claim(ACCURACY, "HAPO", "DAPO", "50.04 against 46.97", kind="difference", why=WHY),
+        Claim(KINDS, "HAPO", "DAPO", "(not measured in the paper)", kind="difference", why=WHY),
+        *[
+            Claim(metric, arm, "DAPO", paper, kind="difference", why=WHY)
+            for arm, paper in zip(PARTS, ("48.85", "48.56", "48.28", "48.02"), strict=True)
+            for metric, paper in ((ENTROPY, "(not printed)"), (ACCURACY, f"{paper} against 46.97"))
+        ],
+        Claim(ACCURACY, "DAPO", "start", "(positive control: DAPO learns here)", kind="difference", why="Of the bed."),
+        Claim(
+            ENTROPY,
+            "DAPO",
+            "start",
+            "(bed: DAPO loses entropy here)",
+            kind="difference",
+            higher_is_better=False,
+            why="Of the bed.",
+        ),
+    ],
+    extra=("train", "trl"),
+    scales=("quick", "cpu", "gpu"),
+)
