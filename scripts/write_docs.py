@@ -281,7 +281,10 @@ def main() -> None:
         picture = frontier_svg([load_result(path) for path in frontier])
         (DOCS / "assets" / "frontier.svg").write_text(picture, encoding="utf-8")
     kept = ROOT / "results" / "divprune.json"
+    if not kept.is_file():
+        kept = ROOT / "results" / "one-seed" / "divprune.json"  # until three seeds have run
     if kept.is_file():
+        (DOCS / "assets" / "divprune-curve.svg").write_text(kept_curve(load_result(kept)), encoding="utf-8")
         (DOCS / "assets" / "reducers-accuracy.md").write_text(kept_table(load_result(kept)), encoding="utf-8")
     curves = {
         "dynamic-tokenization": dynamic_curve,

@@ -234,8 +234,9 @@ def kept_table(result: Result) -> str:
                 cells.append("")
                 continue
             found = measure(Level(name, arm, "", "", "value", threshold=0.5), result["runs"])
-            low, high = found["interval"] or (found["value"], found["value"])
-            cells.append(f"{100 * found['value']:.1f} ({100 * low:.0f} to {100 * high:.0f})")
+            assert found["value"] is not None
+            ends = [f"{100 * end:.0f}" for end in found["interval"] or () if end is not None]
+            cells.append(f"{100 * found['value']:.1f}" + (f" ({' to '.join(ends)})" if len(ends) == 2 else ""))
         spent = costs[ALL] if arm == ALL else costs.get(f"{arm}, 16 tokens")
         if spent is None:
             cells += ["", "", ""]

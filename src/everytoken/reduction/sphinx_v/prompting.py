@@ -53,13 +53,13 @@ def stage_weights(model: PreTrainedModel, encoder: VisualPromptEncoder, stage: s
     if stage not in STAGES:
         raise BadInputError(f"There is no stage {stage!r}.", f"Stages: {', '.join(STAGES)}.")
     base = model.base_model
+    parts: list[nn.Module]
     if stage == "alignment":
-        parts = [base.multi_modal_projector, model.get_input_embeddings(), base.language_model.norm]
-        own = [encoder]
+        parts = [base.multi_modal_projector, model.get_input_embeddings(), base.language_model.norm, encoder]
     else:
-        parts, own = [base.language_model], [encoder.project, encoder.norm, encoder.ends]
+        parts = [base.language_model, encoder.project, encoder.norm, encoder.ends]
     head = model.get_output_embeddings()
-    chosen = {id(weight) for part in (*parts, *own, head) for weight in part.parameters()}
+    chosen = {id(weight) for part in (*parts, head) for weight in part.parameters()}
     names = {**dict(model.named_parameters()), **{f"prompts.{k}": v for k, v in encoder.named_parameters()}}
     return {name: weight for name, weight in names.items() if id(weight) in chosen}
 
