@@ -118,7 +118,7 @@ def extras() -> dict[str, list[str]]:
     return found
 
 
-PACKAGES = {"PIL": "pillow"}
+PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
 """Libraries whose package has another name: import name -> package."""
 
 
