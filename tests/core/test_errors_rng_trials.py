@@ -76,7 +76,9 @@ def test_every_required_library_names_the_extra_that_brings_it():
     assert len(pairs) > 6
     for library, extra in pairs:
         names = {re.split(r"[^\w.-]", line)[0].replace("-", "_").lower() for line in stated[extra]}
-        assert PACKAGES.get(library, library).replace("-", "_").lower() in names, f"{library} is not in the extra {extra}"
+        assert PACKAGES.get(library, library).replace("-", "_").lower() in names, (
+            f"{library} is not in the extra {extra}"
+        )
 
 
 def test_unknown_names():
