@@ -178,6 +178,7 @@ class HAT(Architecture):
         columns=("word", "logp"),
         lacks={
             "inputs_embeds": "words are found from bytes, which embeddings do not show",
+            "sft": "TRL's SFTTrainer calls the backbone past the network; transformers' Trainer trains it",
             "compile": "how many words the backbone reads depends on the text",
         },
     )

@@ -173,6 +173,7 @@ class Lexinvariant(Architecture):
         columns=("read as", "first", "logp", "key entropy"),
         lacks={
             "inputs_embeds": "the table that embeds a text gives its logits too",
+            "sft": "TRL's SFTTrainer calls the backbone past the network; transformers' Trainer trains it",
             "compile": "a table is drawn by a generator of each row; with symbol_table given it compiles",
         },
     )
