@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from everytoken.constraints.grammar import Grammar, GrammarError
-from everytoken.constraints.grammar.automata import Automaton, Builder
+from everytoken.constraints.grammar.automata import Builder
+from everytoken.constraints.grammar.automaton import Automaton
 from everytoken.core.errors import BadInputError
 
 from .common import accepts, compile_

@@ -21,7 +21,8 @@ from typing import Literal, TypeVar, cast
 from numba import njit
 
 Function = TypeVar("Function", bound=Callable[..., object])
-SOURCES = ("jit", "engine/analysis", "engine/layout", "engine/run", "engine/tables", "engine/trie", "grammar/kernels")
+ENGINE = ("engine/analysis", "engine/layout", "engine/run", "engine/tables", "engine/trie")
+SOURCES = ("jit", *ENGINE, "grammar/kernels", "grammar/subset_construction")
 
 
 def _stamp() -> str:

@@ -9,16 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everytoken.constraints.grammar import automata
-from everytoken.constraints.grammar.automata import (
-    Automaton,
-    Builder,
-    arrays,
-    build,
-    is_deterministic,
-    minimise,
-    trie,
-    trim,
-)
+from everytoken.constraints.grammar.automata import Builder, build, is_deterministic, minimise, trie, trim
+from everytoken.constraints.grammar.automaton import Automaton, arrays
 from everytoken.constraints.grammar.expressions import (
     LAST_CHAR,
     Alt,
@@ -164,6 +156,10 @@ def test_lists_and_arrays_say_the_same(machine):
     again = arrays(lists)
     assert (again.edges, again.calls, again.finals) == (lists.edges, lists.calls, lists.finals)
     assert (lists.separable, lists.opens, lists.regular) == (again.separable, again.opens, again.regular)
+    ways_on = [[*edges, *calls] for edges, calls in zip(lists.edges, lists.calls, strict=True)]
+    ends = [state for state, final in enumerate(lists.finals) if final]
+    one_end = len(ends) == 1 and ends[0] != 0 and not ways_on[ends[0]]
+    assert again.separable == (one_end and all(to != 0 for ways in ways_on for *_, to in ways))
     assert again.called() == {name for calls in lists.calls for name, _ in calls}
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from ...core.errors import BadInputError
-from ..grammar.automata import arrays, run_starts
+from ..grammar.automaton import run_starts
 from ..grammar.grammar import Grammar
 from ..grammar.rule_automata import rule_automata
 from .tables import BOTTOM, TABLE_TYPES, Int32s, Tables
@@ -46,7 +46,7 @@ class Pushdown:
         """Compiles; see ``rule_automata`` for what it raises."""
         from .analysis import steady_runs
 
-        automata = {name: arrays(automaton) for name, automaton in rule_automata(grammar).items()}
+        automata = rule_automata(grammar)
         names, parts = list(automata), list(automata.values())
         first = np.cumsum([0, *map(len, parts)])
         total, starts = int(first[-1]), dict(zip(names, first.tolist(), strict=False))

@@ -1,21 +1,18 @@
 """Automata over bytes: from expressions to nondeterministic, to deterministic, to minimal.
 
-A rule's automaton has two kinds of edges: byte ranges, and calls of other rules. Calls are symbols like any other
-while an
-automaton is made deterministic, so only the choice between reading a byte and calling a rule stays open until run time.
+Calls of other rules are symbols like any other while an automaton is made deterministic, so only the choice between
+reading a byte and calling a rule stays open until run time.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .automaton import ArrayAutomaton, Automaton, arrays, run_starts
 from .expressions import (
     TEXT_END,
     TEXT_START,
@@ -30,167 +27,19 @@ from .expressions import (
     Seq,
     utf8_sequences,
 )
-from .kernels import SYMBOLS, Parts, calls_twice, joined, overlaps, pointers, subsets, trimmed
+from .kernels import SYMBOLS, Parts, calls_twice, joined, overlaps, pointers, trimmed
+from .subset_construction import subsets
 
-Edge = tuple[int, int, int]
 MAX_WORK = 400_000_000
 """Edges looked at while an automaton is made minimal."""
 MAX_STATES = 2_000_000
 """More states than this in one automaton are refused."""
+Moves = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""``(ptr, to)``: what each state leads to without reading."""
 _RANDOM = np.random.default_rng(0)
 BYTE_WEIGHTS = np.cumsum(_RANDOM.integers(1, 1 << 63, SYMBOLS + 1, np.uint64))
 CALL_WEIGHTS = _RANDOM.integers(1, 1 << 63, 4096, np.uint64)
 """Of symbols, in the hashes by which states are compared."""
-
-
-@dataclass
-class Automaton:
-    """States with byte edges ``(low, high, target)``, calls ``(rule, target)`` and final states; state 0 starts.
-
-    ``words`` says that it is a list of words: deterministic, and no state leads back to itself.
-    """
-
-    edges: list[list[Edge]] = field(default_factory=list)
-    calls: list[list[tuple[str, int]]] = field(default_factory=list)
-    finals: list[bool] = field(default_factory=list)
-    words: bool = False
-
-    def __len__(self) -> int:
-        return len(self.edges)
-
-    def state(self, final: bool = False) -> int:
-        self.edges.append([])
-        self.calls.append([])
-        self.finals.append(final)
-        return len(self.edges) - 1
-
-    @property
-    def regular(self) -> bool:
-        return not any(self.calls)
-
-    @property
-    def opens(self) -> bool:
-        """Whether a trimmed automaton accepts anything."""
-        return self.finals[0] or bool(self.edges[0]) or bool(self.calls[0])
-
-    @property
-    def separable(self) -> bool:
-        """Whether nothing leads back to the start, and the one final state (not the start) has no way on."""
-        known = self.__dict__.get("_separable")
-        if known is None:
-            ends = [state for state, final in enumerate(self.finals) if final]
-            known = len(ends) == 1 and ends[0] != 0 and not self.edges[ends[0]] and not self.calls[ends[0]]
-            known = known and not any(to == 0 for edges in self.edges for *_, to in edges)
-            known = known and not any(to == 0 for calls in self.calls for _, to in calls)
-            self.__dict__["_separable"] = known
-        return known
-
-    def matches(self, data: bytes) -> bool:
-        """Whether a regular automaton accepts ``data``."""
-        states = {0}
-        for byte in data:
-            states = {to for state in states for low, high, to in self.edges[state] if low <= byte <= high}
-            if not states:
-                return False
-        return any(self.finals[state] for state in states)
-
-    @property
-    def empty(self) -> bool:
-        """Whether a regular automaton accepts nothing."""
-        seen, pending = {0}, [0]
-        while pending:
-            state = pending.pop()
-            if self.finals[state]:
-                return False
-            for _, _, to in self.edges[state]:
-                if to not in seen:
-                    seen.add(to)
-                    pending.append(to)
-        return True
-
-
-class ArrayAutomaton(Automaton):
-    """An automaton as arrays; its lists are made only where somebody asks for them.
-
-    Args:
-        parts: see ``kernels``: where each state's edges start, the edges, where its calls start, the calls, and which
-            states are final.
-        names: the rules that calls number.
-    """
-
-    def __init__(self, parts: Parts, names: Sequence[str] = ()):
-        self.ptr, self.low, self.high, self.to, self.call_ptr, self.call_id, self.call_to, self.ends = parts
-        self.names = names
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    @property
-    def parts(self) -> Parts:
-        return self.ptr, self.low, self.high, self.to, self.call_ptr, self.call_id, self.call_to, self.ends
-
-    @cached_property
-    def edges(self) -> list[list[Edge]]:  # type: ignore[override]
-        flat = list(zip(self.low.tolist(), self.high.tolist(), self.to.tolist(), strict=True))
-        return [flat[begin:end] for begin, end in itertools.pairwise(self.ptr.tolist())]
-
-    @cached_property
-    def calls(self) -> list[list[tuple[str, int]]]:  # type: ignore[override]
-        names = self.names
-        flat = [(names[rule], to) for rule, to in zip(self.call_id.tolist(), self.call_to.tolist(), strict=True)]
-        return [flat[begin:end] for begin, end in itertools.pairwise(self.call_ptr.tolist())]
-
-    @cached_property
-    def finals(self) -> list[bool]:  # type: ignore[override]
-        return self.ends.tolist()
-
-    @property
-    def regular(self) -> bool:
-        return len(self.call_to) == 0
-
-    @property
-    def opens(self) -> bool:
-        return bool(self.ends[0]) or bool(self.ptr[1] > 0) or bool(self.call_ptr[1] > 0)
-
-    @cached_property
-    def separable(self) -> bool:  # type: ignore[override]
-        ends = np.flatnonzero(self.ends)
-        if len(ends) != 1 or ends[0] == 0:
-            return False
-        end = int(ends[0])
-        leaves = self.ptr[end + 1] > self.ptr[end] or self.call_ptr[end + 1] > self.call_ptr[end]
-        return not leaves and bool(self.to.all()) and bool(self.call_to.all())
-
-    def called(self) -> set[str]:
-        return {self.names[rule] for rule in np.unique(self.call_id).tolist()}
-
-
-def arrays(automaton: Automaton) -> ArrayAutomaton:
-    """The same automaton as arrays."""
-    if isinstance(automaton, ArrayAutomaton):
-        return automaton
-    numbers: dict[str, int] = {}
-    calls = [
-        (numbers.setdefault(name, len(numbers)), to) for called in automaton.calls if called for name, to in called
-    ]
-    edges = (
-        np.array([value for edges in automaton.edges for edge in edges for value in edge], np.int64).reshape(-1, 3).T
-    )
-    linked = np.array(calls, np.int64).reshape(-1, 2).T
-    low, high, to = np.ascontiguousarray(edges)
-    call_id, call_to = np.ascontiguousarray(linked)
-    parts = (
-        run_starts([len(edges) for edges in automaton.edges]), low, high, to,
-        run_starts([len(called) for called in automaton.calls]), call_id, call_to, np.array(automaton.finals, np.bool_),
-    )  # fmt: skip
-    return ArrayAutomaton(parts, list(numbers))
-
-
-def run_starts(counts: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where each of some runs starts, and where the last one ends."""
-    pointer = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=pointer[1:])
-    return pointer
 
 
 class Builder:
@@ -361,14 +210,14 @@ class Builder:
         return end
 
     # -- to a deterministic automaton ---------------------------------------------------------------------------------
-    def moves(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def moves(self) -> Moves:
         """``(ptr, to)`` of the moves that read nothing."""
         ptr, order = pointers(np.array(self.empties[0], np.int64), self.size)
         return ptr, np.array(self.empties[1], np.int64)[order]
 
-    def closure(self, states: Iterable[int]) -> frozenset[int]:
-        """What is reached without reading."""
-        ptr, to = self.moves()
+    def closure(self, states: Iterable[int], moves: Moves | None = None) -> set[int]:
+        """What is reached without reading; ``moves`` are this builder's, where they are known already."""
+        ptr, to = self.moves() if moves is None else moves
         seen = set(states)
         pending = list(seen)
         while pending:
@@ -377,7 +226,7 @@ class Builder:
                 if target not in seen:
                     seen.add(target)
                     pending.append(target)
-        return frozenset(seen)
+        return seen
 
     def determinise(self, final: int, starts: Iterable[int] = (0,), finals: set[int] | None = None) -> Automaton:
         """Subset construction. Where it would explode, the result keeps several edges for a byte instead."""
@@ -404,8 +253,7 @@ class Builder:
         output = Automaton()
         numbers: dict[int, int] = {}
         pending: list[int] = []
-        ptr, to = self.moves()
-        empties = [to[begin:end].tolist() for begin, end in itertools.pairwise(ptr.tolist())]
+        moves = self.moves()
 
         def number(state: int) -> int:
             if state not in numbers:
@@ -418,13 +266,7 @@ class Builder:
         while pending:
             state = pending.pop()
             here = numbers[state]
-            closed = set(starts) if state == joint else {state}
-            waiting = list(closed)
-            while waiting:
-                for target in empties[waiting.pop()]:
-                    if target not in closed:
-                        closed.add(target)
-                        waiting.append(target)
+            closed = self.closure(starts if state == joint else (state,), moves)
             output.finals[here] = any(flat.finals[s] for s in closed)
             output.edges[here] = list(dict.fromkeys((a, b, number(to)) for s in closed for a, b, to in flat.edges[s]))
             output.calls[here] = list(dict.fromkeys((name, number(to)) for s in closed for name, to in flat.calls[s]))
@@ -515,7 +357,7 @@ def trie(words: Iterable[bytes]) -> Automaton:
     return output
 
 
-def trim(automaton: Automaton, productive: Callable[[str], bool] = lambda _name: True) -> Automaton:
+def trim(automaton: Automaton, productive: Callable[[str], bool] = lambda _name: True) -> ArrayAutomaton:
     """Drops states that cannot be reached, or from which nothing can be accepted; calls of unproductive rules go
     too."""
     known = arrays(automaton)
@@ -549,10 +391,12 @@ def minimise(automaton: Automaton) -> Automaton:
 
 def strip_marks(builder: Builder, end: int) -> Automaton:
     """The texts ``t`` for which ``START t END`` is matched: how anchors become plain languages."""
-    edges = list(zip(*builder.edges, strict=True))
-    begun = builder.closure([0])
-    starts = builder.closure(to for source, low, high, to in edges if source in begun and low <= TEXT_START <= high)
-    finals = {source for source, low, high, to in edges if low <= TEXT_END <= high and end in builder.closure([to])}
+    edges, moves = list(zip(*builder.edges, strict=True)), builder.moves()
+    begun = builder.closure([0], moves)
+    starts = {to for source, low, high, to in edges if source in begun and low <= TEXT_START <= high}
+    finals = {
+        source for source, low, high, to in edges if low <= TEXT_END <= high and end in builder.closure([to], moves)
+    }
     kept = [(source, low, min(high, 255), to) for source, low, high, to in edges if low < 256]
     builder.edges = tuple(map(list, zip(*kept, strict=True))) if kept else ([], [], [], [])  # type: ignore[assignment]
     if not starts:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .automata import ArrayAutomaton, Automaton, build, minimise, run_starts, trim
+from .automata import build, minimise, trim
+from .automaton import ArrayAutomaton, Automaton, run_starts
 from .expressions import GrammarError
 from .json_text import CANONICAL
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from decimal import Decimal
 
-from .automata import Automaton, build, is_deterministic, minimise, trim
+from .automata import build, is_deterministic, minimise, trim
+from .automaton import Automaton
 from .expressions import (
     EMPTY,
     NOTHING,

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .automata import ArrayAutomaton, Automaton, arrays, is_deterministic, minimise, trim
+from .automata import is_deterministic, minimise, trim
+from .automaton import ArrayAutomaton, Automaton, arrays
 from .expressions import GrammarError
 from .kernels import product
 

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import NoReturn
 
-from .automata import Automaton, Builder, build, strip_marks
+from .automata import Builder, build, strip_marks
+from .automaton import Automaton
 from .expressions import (
     ANY_CHAR,
     EMPTY,

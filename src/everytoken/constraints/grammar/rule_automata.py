@@ -5,7 +5,8 @@ from __future__ import annotations
 import operator
 from collections import Counter
 
-from .automata import Automaton, Builder, arrays, build, trim
+from .automata import Builder, build, trim
+from .automaton import ArrayAutomaton, arrays
 from .expressions import (
     EMPTY,
     Alt,
@@ -31,7 +32,7 @@ UNROLL, BLOCK, BUILT_IN = 100_000, 128, 20_000
 items are built into these rules if that makes no more states than ``BUILT_IN``."""
 
 
-def rule_automata(grammar: Grammar) -> dict[str, Automaton]:
+def rule_automata(grammar: Grammar) -> dict[str, ArrayAutomaton]:
     """One automaton a rule, root first; small rules are built in, useless ones dropped.
 
     Raises:
@@ -59,14 +60,14 @@ def rule_automata(grammar: Grammar) -> dict[str, Automaton]:
     def inline(name: str) -> Expression | None:
         return rules[name] if name in inlined else None
 
-    automata: dict[str, Automaton] = {}
+    automata: dict[str, ArrayAutomaton] = {}
     pending = [grammar.root]
     while pending:
         name = pending.pop()
         if name in automata:
             continue
-        automata[name] = build(rules[name], inline)
-        pending += _called(automata[name])
+        automata[name] = arrays(build(rules[name], inline))
+        pending += automata[name].called()
     return _productive_only(automata, grammar.root)
 
 
@@ -208,13 +209,9 @@ def _in_blocks(inner: Expression, low: int, high: int | None, rules: Rules) -> E
     return seq(exactly(low), Repeat(unit, 0, None) if high is None else at_most(high - low))
 
 
-def _called(automaton: Automaton) -> set[str]:
-    return arrays(automaton).called()
-
-
-def _productive_only(automata: dict[str, Automaton], root: str) -> dict[str, Automaton]:
+def _productive_only(automata: dict[str, ArrayAutomaton], root: str) -> dict[str, ArrayAutomaton]:
     """Removes rules that can never be completed; every state left can reach an accepted text."""
-    called = {name: _called(automaton) for name, automaton in automata.items()}
+    called = {name: automaton.called() for name, automaton in automata.items()}
     productive: set[str] = set()
     changed = True
     while changed:
@@ -238,7 +235,7 @@ def _productive_only(automata: dict[str, Automaton], root: str) -> dict[str, Aut
     }
     reached, pending = {root}, [root]
     while pending:
-        for name in _called(kept[pending.pop()]):
+        for name in kept[pending.pop()].called():
             if name not in reached:
                 reached.add(name)
                 pending.append(name)
@@ -246,7 +243,7 @@ def _productive_only(automata: dict[str, Automaton], root: str) -> dict[str, Aut
     return _without_left_recursion(ordered)
 
 
-def _without_left_recursion(automata: dict[str, Automaton]) -> dict[str, Automaton]:
+def _without_left_recursion(automata: dict[str, ArrayAutomaton]) -> dict[str, ArrayAutomaton]:
     """Rewrites rules that call themselves, or each other, before reading anything.
 
     Raises:
@@ -277,7 +274,7 @@ def _without_left_recursion(automata: dict[str, Automaton]) -> dict[str, Automat
     return automata
 
 
-def _by_left_corners(automata: dict[str, Automaton], members: list[str], root: str) -> Automaton:
+def _by_left_corners(automata: dict[str, ArrayAutomaton], members: list[str], root: str) -> ArrayAutomaton:
     """One of some rules that start with each other, so that none does any more.
 
     It begins where any of them begins by reading (or calling another rule), and where one of them is finished it goes
@@ -309,7 +306,7 @@ def _by_left_corners(automata: dict[str, Automaton], members: list[str], root: s
     return trim(builder.determinise(-1, finals=finals))
 
 
-def _nullable(automata: dict[str, Automaton]) -> set[str]:
+def _nullable(automata: dict[str, ArrayAutomaton]) -> set[str]:
     """Rules that match the empty text."""
     nullable: set[str] = set()
     changed = True

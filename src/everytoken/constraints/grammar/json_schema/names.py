@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..automata import Automaton
+from ..automaton import Automaton
 from .rules import SchemaRules
 from .sets import Place, Schema, SchemaObject, at, kinds
 from .strings_and_numbers import canonical_text, listed, string_automaton

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from ..automata import Automaton
+from ..automaton import Automaton
 from ..expressions import EMPTY, NOTHING, Bytes, Expression, Graph, Ref, Seq, alt, seq
 from ..json_text import QUOTE, inner
 from .names import names_automaton

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..automata import Automaton
+from ..automaton import Automaton
 from ..expressions import GrammarError
 from ..json_text import inner
 from .negation import OPEN

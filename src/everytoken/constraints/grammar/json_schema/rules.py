@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
-from ..automata import Automaton
+from ..automaton import Automaton
 from ..counting import counted
 from ..expressions import EMPTY, NOTHING, Bytes, Expression, Ref, Rules, seq, text
 from ..json_text import Json, quoted

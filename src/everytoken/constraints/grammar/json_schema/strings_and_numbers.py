@@ -9,7 +9,8 @@ from decimal import Decimal, InvalidOperation
 from functools import lru_cache
 from typing import Literal
 
-from ..automata import Automaton, build, is_deterministic, minimise, trie
+from ..automata import build, is_deterministic, minimise, trie
+from ..automaton import Automaton
 from ..counting import counted
 from ..expressions import NOTHING, Expression, GrammarError, Ref, Repeat, seq, star
 from ..formats import FORMATS, REFUSED_FORMATS, SILENT_FORMATS
