@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -67,6 +67,21 @@ def text_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, 
             f"The text has {ids.shape[1]:,} tokens; this network reads 2 to {longest:,}.", "Give another text."
         )
     return ids.to(model.device)
+
+
+def written(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, new_tokens: int, **arguments: Any
+) -> str:
+    """What a network writes behind ``ids`` ``[1, S]``, the likeliest token each time; nothing for ``new_tokens=0``.
+
+    Args:
+        arguments: further ones of ``generate``.
+    """
+    if not new_tokens:
+        return ""
+    new = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, **arguments)[0, ids.shape[1] :]
+    text: str = tokenizer.decode(new, skip_special_tokens=True)
+    return text
 
 
 @torch.no_grad()

@@ -77,7 +77,6 @@ def run(context: Context) -> Arms:
 
     for arm in ("GRPO", "D3S"):
         found = best_rate(context, arm, size.rates, trained)
-        context.artifacts[f"{arm}: mean reward of the first and the last quarter"] = found["rewards"]
         arms[arm] = {name: found[name] for name in (ACCURACY, SAMPLED, TOKENS, SECONDS, USEFUL, GRADIENT)}
     return arms
 

@@ -132,7 +132,6 @@ def run(context: Context) -> Arms:
     curves = {}
     for arm in ARMS:
         found = best_rate(context, arm, size.rates, trained)
-        context.artifacts[f"{arm}: mean reward of the first and the last quarter"] = found["rewards"]
         context.artifacts[f"{arm}: reward and entropy of a token in training"] = curves[arm] = found["curve"]
         arms[arm] = {name: found[name] for name in (ACCURACY, ENTROPY, KINDS)}
     shared = min(max(reward for reward, _ in curve) for curve in curves.values())

@@ -160,7 +160,6 @@ def run(context: Context) -> Arms:
 
     for arm in ARMS:
         found = best_rate(context, arm, size.rates, trained)
-        context.artifacts[f"{arm}: mean reward of the first and the last quarter"] = found["rewards"]
         context.artifacts[f"{arm}: tokens of a rollout by update"] = found["curve"]
         arms[arm] = {name: found[name] for name in (MATCH, LENGTH, DIRECT)}
     return arms

@@ -176,7 +176,6 @@ def run(context: Context) -> Arms:
 
     for arm in (EXACT, PARTIAL, METHOD):
         found = best_rate(context, arm, size.rates, trained)
-        context.artifacts[f"{arm}: mean reward of the first and the last quarter"] = found["rewards"]
         arms[arm] = arms.get(arm, {}) | {name: found[name] for name in (TRAINED, SETS)}
     return arms
 

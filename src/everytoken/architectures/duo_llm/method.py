@@ -15,7 +15,7 @@ from ...core.errors import BadInputError
 from ...core.rng import derive_seed
 from ...core.trace import TokenTrace
 from ..base import Architecture, Network, Observation
-from ..byte_text import VOCABULARY, ByteRecipe, as_ids, bits_per_byte, byte_tokenizer, text_ids
+from ..byte_text import VOCABULARY, ByteRecipe, as_ids, bits_per_byte, byte_tokenizer, text_ids, written
 from .configuration_duo_llm import BIG, POLICIES, SKIP, SMALL, DuoLlmConfig
 from .modeling_duo_llm import DuoLlmForCausalLM
 from .oracle import all_routes, budget_curve, oracle_routes, route_losses
@@ -216,8 +216,5 @@ class DuoLlm(Architecture):
         trace.add("nats", [*losses, None])  # of the next token, as the oracle's
         trace.add("oracle", [*best, None])
         trace.add("difficulty", [*found.difficulty.tolist(), None])
-        written = ""
-        if new_tokens:
-            new = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, route=self.route)[0, ids.shape[1] :]
-            written = tokenizer.decode(new, skip_special_tokens=True)
-        return Observation([trace.with_text(tokenizer)], figures, written, notes=[note] if self.route is None else [])
+        behind = written(model, tokenizer, ids, new_tokens, route=self.route)
+        return Observation([trace.with_text(tokenizer)], figures, behind, notes=[note] if self.route is None else [])

@@ -15,7 +15,7 @@ from ...core.errors import BadInputError
 from ...core.quiet import quiet_transformers
 from ...core.trace import TokenTrace
 from ..base import Architecture, Network, Observation
-from ..byte_text import VOCABULARY, as_ids, bits_per_byte, byte_tokenizer
+from ..byte_text import VOCABULARY, as_ids, bits_per_byte, byte_tokenizer, written
 from ..training import Recipe
 from .analysis import analyze_dynamics
 from .configuration_mamba_dynamics import MambaDynamicsConfig
@@ -145,10 +145,7 @@ class MambaDynamics(Architecture):
             raise BadInputError(f"The text has {ids.shape[1]:,} tokens; a trial shows 1 to {LONGEST:,}.")
         with quiet_transformers():  # it says that kernels are missing whose work is done here
             sizes, importance, loss = token_sizes(model, ids, self.layer)
-            written = ""
-            if new_tokens:
-                new = model.generate(ids, max_new_tokens=new_tokens, do_sample=False)[0, ids.shape[1] :]
-                written = tokenizer.decode(new, skip_special_tokens=True)
+            behind = written(model, tokenizer, ids, new_tokens)
         steps = (sizes[1:] / sizes[:-1]).log()  # [layers, L]
         trace = TokenTrace(ids[0].tolist(), title=f"growth: {text}", station="architectures").with_text(tokenizer)
         trace.add("growth", steps.sum(0))
@@ -168,7 +165,7 @@ class MambaDynamics(Architecture):
             f"By the signs of their eigenvalues, tokens in layers are: {words}.",
             "growth is the logarithm of a token's size behind the last layer over its size before the first.",
         ]
-        return Observation([trace], figures, written, [growth_picture(model, ids)], notes)
+        return Observation([trace], figures, behind, [growth_picture(model, ids)], notes)
 
 
 @torch.no_grad()

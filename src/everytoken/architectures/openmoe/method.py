@@ -6,30 +6,26 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from transformers import PreTrainedModel
 
 from ...core.errors import BadInputError
 from ..base import Architecture, Network, Observation
-from ..byte_text import VOCABULARY, ByteRecipe, as_ids, byte_tokenizer, text_ids
+from ..byte_text import VOCABULARY, byte_tokenizer, text_ids, written
+from ..routed_recipe import RoutedRecipe
 from ..routing import record_routing
-from ..routing_analysis import RoutingAnalysis
-from ..routing_traces import EXPERT_COLUMNS, byte_name, expert_table, expert_trace, routing_figures
+from ..routing_traces import EXPERT_COLUMNS, expert_trace, routing_figures
 from .configuration_openmoe import OpenMoeConfig
 from .modeling_openmoe import OpenMoeForCausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..training import Curves
-
 
 @dataclass(frozen=True)
-class OpenMoeRecipe(ByteRecipe):
+class OpenMoeRecipe(RoutedRecipe):
     """OpenMoE on bytes of text.
 
     Args:
-        experts, chosen: how many there are in a layer, and how many a token takes.
         moe_every: every so-manieth layer has experts.
         capacity: the factor in training; 0 for no limit.
         capacity_eval: the factor in evaluation; 0 for no limit.
@@ -37,8 +33,6 @@ class OpenMoeRecipe(ByteRecipe):
         routing_group: what shares the capacity, the ``batch`` or each ``sequence``.
     """
 
-    experts: int = 8
-    chosen: int = 2
     moe_every: int = 2
     capacity: float = 1.25
     capacity_eval: float = 1.25
@@ -66,20 +60,6 @@ class OpenMoeRecipe(ByteRecipe):
     def begin(self, model: str | None) -> PreTrainedModel:
         self.from_scratch(model, "OpenMoE")
         return OpenMoeForCausalLM(self.config())
-
-    def measure(self, model: PreTrainedModel, windows: torch.Tensor) -> dict[str, float]:
-        return super().measure(model, windows) | self.analysis(model, windows).figures()
-
-    def analysis(self, model: PreTrainedModel, windows: torch.Tensor) -> RoutingAnalysis:
-        """What the routers do on held-out windows."""
-        return RoutingAnalysis.from_model(model, as_ids(windows).tolist(), max_length=windows.shape[1])
-
-    def pictures(self, model: PreTrainedModel, curves: Curves, windows: torch.Tensor) -> dict[str, str]:
-        analysis = self.analysis(model, windows)
-        return {
-            f"Experts of router {number + 1}": expert_table(analysis, byte_name, number)
-            for number in range(len(analysis.layers))
-        }
 
 
 @dataclass
@@ -148,12 +128,9 @@ class OpenMoe(Architecture):
             config.fill_order = self.fill_order or config.fill_order
             with record_routing(model) as records:
                 loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            written, notes = "", []
-            if new_tokens:
-                with warnings.catch_warnings(record=True) as said:
-                    warnings.simplefilter("always")
-                    new = model.generate(ids, max_new_tokens=new_tokens, do_sample=False)[0, ids.shape[1] :]
-                written, notes = tokenizer.decode(new, skip_special_tokens=True), [str(item.message) for item in said]
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                behind = written(model, tokenizer, ids, new_tokens)
         finally:
             config.capacity_factor_eval, config.fill_order = own
         tokens = ids[0].tolist()
@@ -162,4 +139,4 @@ class OpenMoe(Architecture):
             for number, record in enumerate(records)
         ]
         figures = routing_figures(records) | {self.headline: float(loss)}
-        return Observation(traces, figures, written, notes=notes)
+        return Observation(traces, figures, behind, notes=[str(item.message) for item in said])

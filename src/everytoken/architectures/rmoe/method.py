@@ -9,10 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ..base import Architecture, Network, Observation
-from ..byte_text import VOCABULARY, ByteRecipe, as_ids, byte_tokenizer, text_ids
+from ..byte_text import VOCABULARY, byte_tokenizer, text_ids, written
+from ..routed_recipe import RoutedRecipe, expert_tables
 from ..routing import RouterRecord, record_routing
-from ..routing_analysis import RoutingAnalysis
-from ..routing_traces import EXPERT_COLUMNS, byte_name, expert_table, expert_trace, routing_figures
+from ..routing_traces import EXPERT_COLUMNS, expert_trace, routing_figures
 from .configuration_rmoe import RMoeConfig
 from .modeling_rmoe import RMoeForCausalLM
 
@@ -25,11 +25,10 @@ CHANGED = "% of choices that the history changes"
 
 
 @dataclass(frozen=True)
-class RMoeRecipe(ByteRecipe):
+class RMoeRecipe(RoutedRecipe):
     """RMoE on bytes of text.
 
     Args:
-        experts, chosen: how many there are in a layer, and how many a token takes.
         router_size: width of the routers' state.
         cell: ``gru``, ``rnn`` or ``none``.
         detach_state: cut the gradient between layers.
@@ -38,8 +37,6 @@ class RMoeRecipe(ByteRecipe):
 
     steps: int = 400
     intermediate: int = 96
-    experts: int = 8
-    chosen: int = 2
     router_size: int = 48
     cell: str = "gru"
     detach_state: bool = False
@@ -66,13 +63,6 @@ class RMoeRecipe(ByteRecipe):
         self.from_scratch(model, "RMoE")
         return RMoeForCausalLM(self.config())
 
-    def measure(self, model: PreTrainedModel, windows: torch.Tensor) -> dict[str, float]:
-        return super().measure(model, windows) | self.analysis(model, windows).figures()
-
-    def analysis(self, model: PreTrainedModel, windows: torch.Tensor) -> RoutingAnalysis:
-        """What the routers do on held-out windows."""
-        return RoutingAnalysis.from_model(model, as_ids(windows).tolist(), max_length=windows.shape[1])
-
     def pictures(self, model: PreTrainedModel, curves: Curves, windows: torch.Tensor) -> dict[str, str]:
         from ...core.charts import bars_svg, inline_image
 
@@ -82,10 +72,7 @@ class RMoeRecipe(ByteRecipe):
         if between:
             chart = bars_svg(between, "nats that one choice says about the next")
             found["What neighbouring routers know of each other"] = inline_image(chart, "information between routers")
-        return found | {
-            f"Experts of router {number + 1}": expert_table(analysis, byte_name, number)
-            for number in range(len(analysis.layers))
-        }
+        return found | expert_tables(analysis)
 
 
 @dataclass
@@ -137,10 +124,7 @@ class RMoe(Architecture):
         try:
             with record_routing(model) as records:
                 loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            written = ""
-            if new_tokens:
-                new = model.generate(ids, max_new_tokens=new_tokens, do_sample=False)[0, ids.shape[1] :]
-                written = tokenizer.decode(new, skip_special_tokens=True)
+            behind = written(model, tokenizer, ids, new_tokens)
         finally:
             for handle in handles:
                 handle.remove()
@@ -155,7 +139,7 @@ class RMoe(Architecture):
         figures = routing_figures(records) | {self.headline: float(loss)}
         if not self.forget and before is not None:
             figures[CHANGED] = 100 * self._changed(model, ids, records)
-        return Observation(traces, figures, written)
+        return Observation(traces, figures, behind)
 
     @staticmethod
     def _changed(model: PreTrainedModel, ids: torch.Tensor, records: list[RouterRecord]) -> float:

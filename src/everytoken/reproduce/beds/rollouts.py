@@ -203,10 +203,14 @@ def answers(
 def best_rate(
     context: Context, arm: str, rates: Sequence[float], trained: Callable[[str, float], dict[str, Any]]
 ) -> dict[str, Any]:
-    """What an arm measured with the learning rate that is best on tuning questions (``trained(arm, lr)["tuning"]``)."""
+    """What an arm measured with the learning rate that is best on tuning questions (``trained(arm, lr)["tuning"]``).
+
+    The rate and the ``rewards`` of its training (see ``ends``) are kept as artifacts.
+    """
     found = {lr: context.part(f"{arm} {lr}", partial(trained, arm, lr)) for lr in rates}
     best = max(rates, key=lambda lr: float(found[lr]["tuning"]))
     context.artifacts[f"{arm}: learning rate"] = best
+    context.artifacts[f"{arm}: mean reward of the first and the last quarter"] = found[best]["rewards"]
     return found[best]
 
 
