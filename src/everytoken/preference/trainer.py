@@ -78,8 +78,9 @@ class PreferenceTrainer(ResumingMixin, LaunchedMixin, DPOTrainer):
         kwargs: as for ``trl.DPOTrainer`` (``model``, ``ref_model``, ``args``, ``train_dataset``, ``peft_config``, ...).
 
     Raises:
-        BadInputError: a DPOConfig setting that has no meaning here, ``args.beta`` beside a loss with another one, a
-            missing column, or a bad row (identical or empty responses), which it names.
+        BadInputError: a DPOConfig setting that has no meaning here, ``args.beta`` beside a loss with another one, no
+            ``ref_model`` for a model made in memory, a missing column, or a bad row (identical or empty responses),
+            which it names.
         TokenizerMismatchError: reference or guide read another vocabulary.
         NonFiniteLossError: while training; the offending batch is in ``output_dir/bad_batch.json``.
     """
@@ -105,6 +106,8 @@ class PreferenceTrainer(ResumingMixin, LaunchedMixin, DPOTrainer):
         policy = kwargs.get("model", positional[0] if positional else None)
         reference = kwargs.get("ref_model", positional[1] if len(positional) > 1 else None)
         check_arguments("PreferenceTrainer", args, REFUSALS, policy)
+        if reference is None and kwargs.get("peft_config") is None:
+            _check_can_be_reloaded(policy, args)
         if loss is None:
             loss = DPOLoss(beta=args.beta if args is not None else 0.1)
         elif args is not None and args.beta not in (DPOConfig.beta, getattr(loss, "beta", DPOConfig.beta)):
@@ -338,3 +341,14 @@ class PreferenceTrainer(ResumingMixin, LaunchedMixin, DPOTrainer):
             values["kl/rejected"] = policy.rejected["forward_kl"].detach().sum(1)
         for name, value in values.items():
             self._metrics[mode][name].append(self.accelerator.gather(value).float().mean().item())
+
+
+def _check_can_be_reloaded(policy: Any, args: DPOConfig | None) -> None:
+    """Refuses a model of which TRL could make no reference: it loads one anew, by the name of the policy."""
+    made_here = policy is not None and not isinstance(policy, str) and not hasattr(policy, "peft_config")
+    precomputed = args is not None and args.precompute_ref_log_probs and not in_shards()
+    if made_here and not precomputed and not getattr(policy.config, "_name_or_path", ""):
+        raise BadInputError(
+            "There is no reference: none was given, and the policy has no name or path that one could be loaded from.",
+            "Give ref_model=copy.deepcopy(model).",
+        )
