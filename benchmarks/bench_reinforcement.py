@@ -2,27 +2,32 @@
 one process; peak memory, each in a process of its own; and TEMPO's prefix tree against comparing all prefixes.
 
 The model is a random Llama of 3M weights with a vocabulary of 4,096. Seconds are those of the process, on one thread:
-other programs on the machine lengthen them little. The wall clock's ratio stands beside them. Every method is compared
-with GRPO under the settings that it asks for. Rollouts have one length in all arms: no policy may end.
+other programs on the machine lengthen them little, and the shortest batch of an arm least, so the goals are for the
+ratio of the shortest. Medians and the wall clock's ratio stand beside them. Every method is compared with GRPO under
+the settings that it asks for; one that learns from texts, with GRPO on the prompts that it makes of them. Rollouts have
+one length in all arms: no policy may end.
+
+Memory is what a process takes at its peak above what it held with the libraries loaded, for more and longer rollouts.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
+import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 
-ROWS, GROUP, NEW, STEPS, ROUNDS, VOCAB = 8, 8, 24, 4, 2, 4096
+ROWS, GROUP, NEW, STEPS, ROUNDS, VOCAB, PROMPT = 8, 8, 24, 4, 3, 4096, 32
+MANY, LONG = 32, 48
+"""Rollouts, and their tokens, where memory is measured."""
 SECOND_PASS, MEMORY = 1.3, 1.1
-"""Goals: of the step of methods that read full distributions (1.05 for the others), and of the peak memory of all."""
+"""Goals: of the step of methods that read full distributions or texts (1.05 for the others), and of the memory of all.
+"""
 
 
 def methods() -> dict:
-    """Name -> settings of every method that learns from prompts, by its card."""
+    """Name -> settings of every method, by its card."""
     from everytoken.catalog import load_catalog
     from everytoken.reinforcement.training import is_method
 
@@ -31,16 +36,25 @@ def methods() -> dict:
         if card.station != "reinforcement" or card.status == "planned" or not is_method(card.load()):
             continue
         # whole responses, and completions that no budget cuts: all arms write the same number of tokens
-        same = {"segments": 1, "budget_prompt": "{prompt}{budget}", "budget_start": 4 * NEW, "budget_end": 2 * NEW}
+        same = {
+            "segments": 1, "context": PROMPT, "budget_start": 2 * LONG, "budget_end": LONG, "budget_min": LONG,
+            "budget_prompt": "{prompt}{budget}", "thinking_prompt": "{prompt}{budget}",
+        }  # fmt: skip
         fields = card.load().__dataclass_fields__
-        method = card.load()(**{name: value for name, value in same.items() if name in fields})
-        if not hasattr(method, "rows"):
-            found[card.slug] = method
+        found[card.slug] = card.load()(**{name: value for name, value in same.items() if name in fields})
     return found
 
 
-def trainer_of(method, stock: bool, folder: str, updates: int, callback):
-    """A trainer with the settings that a method asks for."""
+def rows_of(method, model, tokenizer) -> list[dict]:
+    """Prompts of ``PROMPT`` tokens."""
+    if not hasattr(method, "rows"):
+        return [{"prompt": "abcdefgh" * (PROMPT // 8)}] * 64
+    texts = ["abcdefgh" * (PROMPT // 4)] * 16
+    return [row for row in method.rows(texts, model, tokenizer, 0) if row["position"] >= PROMPT]
+
+
+def trainer_of(method, stock: bool, folder: str, updates: int, callback, rows: int = ROWS, new: int = NEW, steps=STEPS):
+    """A trainer with the settings that a method asks for; ``steps`` batches of ``rows`` rollouts."""
     import torch
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -67,11 +81,11 @@ def trainer_of(method, stock: bool, folder: str, updates: int, callback):
     if stock and weights is not None:  # a method's further rewards come with its recipe
         weights = None
     args = GRPOConfig(
-        folder, max_steps=STEPS * updates, per_device_train_batch_size=ROWS, num_generations=GROUP,
-        max_completion_length=NEW, num_iterations=updates, report_to=[], logging_strategy="no", save_strategy="no",
+        folder, max_steps=steps * updates, per_device_train_batch_size=rows, num_generations=GROUP,
+        max_completion_length=new, num_iterations=updates, report_to=[], logging_strategy="no", save_strategy="no",
         bf16=False, gradient_checkpointing=False, disable_tqdm=True, use_cpu=True, reward_weights=weights, **arguments,
     )  # fmt: skip
-    data = Dataset.from_list([{"prompt": "abcdefgh" * 4}] * 64)
+    data = Dataset.from_list(rows_of(method, model, tiny_tokenizer()))
     common = dict(args=args, train_dataset=data, processing_class=tiny_tokenizer(), callbacks=[callback])
     if stock:
         if args.beta != 0:  # TRL loads its reference by a name
@@ -97,20 +111,33 @@ def times_of(method, stock: bool, updates: int) -> list[tuple[float, float]]:
     return [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(ends)]
 
 
-def peak(name: str, stock: bool) -> float:
-    """The peak resident memory of a process that trains, in bytes."""
-    run = subprocess.run([sys.executable, __file__, name, str(int(stock))], capture_output=True, text=True)
-    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT")]
-    if not lines:
-        raise SystemExit(run.stderr[-3000:])
-    return json.loads(lines[-1][6:])
+def memory(method, stock: bool) -> float:
+    """Bytes at the peak of a process that trains, above what it held before.
 
-
-def one(name: str, stock: bool) -> None:
+    The process is a fork of this one, which must not have trained yet.
+    """
     import resource
 
-    times_of(methods()[name], stock, 2)
-    print("RESULT" + json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    from transformers import TrainerCallback
+
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            with tempfile.TemporaryDirectory() as folder:
+                trainer_of(method, stock, folder, 2, TrainerCallback(), MANY, LONG, 1).train()
+            os.write(write, str(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(write)
+    with os.fdopen(read) as found:
+        text = found.read()
+    if os.waitpid(child, 0)[1]:
+        raise SystemExit("A process that measures memory failed.")
+    return float(text)
 
 
 def tree_rows() -> list[dict]:
@@ -153,33 +180,36 @@ def tree_rows() -> list[dict]:
 
 
 def main() -> None:
-    import os
-
     import torch
+    from transformers import TrainerCallback
 
     from common import report
 
     load = os.getloadavg()[0]
     torch.set_num_threads(1)
+    tried = methods()
+    with tempfile.TemporaryDirectory() as folder:  # loads what trainers need
+        for stock in (True, False):
+            trainer_of(next(iter(tried.values())), stock, folder, 1, TrainerCallback())
+    peaks = {(name, stock): memory(method, stock) for name, method in tried.items() for stock in (True, False)}
     rows: list[dict] = tree_rows()
-    for name, method in methods().items():
+    for name, method in tried.items():
         found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
         for turn in range(ROUNDS):
             for stock in (True, False) if turn % 2 == 0 else (False, True):  # by turns: a slower machine slows both
                 found[stock] += times_of(method, stock, 2)
-        step, wall = (
-            {stock: statistics.median(v[i] for v in values) for stock, values in found.items()} for i in (0, 1)
-        )
-        wide = "distributions" in method.recipe().needs
-        memory = {stock: peak(name, stock) for stock in (True, False)}
+        step, wall = ({stock: [value[i] for value in values] for stock, values in found.items()} for i in (0, 1))
+        second = "distributions" in method.recipe().needs or method.recipe().of("auxiliary")
         rows.append(
             {
                 "arm": f"{name} (against TRL's GRPO)",
-                "seconds a batch": step[False],
-                "ratio": step[False] / step[True],
-                "ratio by the clock": wall[False] / wall[True],
-                "goal": SECOND_PASS if wide else 1.05,
-                "memory ratio": memory[False] / memory[True],
+                "seconds a batch": min(step[False]),
+                "ratio": min(step[False]) / min(step[True]),
+                "goal": SECOND_PASS if second else 1.05,
+                "median, seconds": statistics.median(step[False]),
+                "ratio of medians": statistics.median(step[False]) / statistics.median(step[True]),
+                "ratio by the clock": statistics.median(wall[False]) / statistics.median(wall[True]),
+                "memory ratio": peaks[name, False] / peaks[name, True],
                 "memory goal": MEMORY,
             }
         )
@@ -187,12 +217,13 @@ def main() -> None:
         "reinforcement",
         rows,
         f"{ROWS} rollouts of {NEW} tokens, each used for two updates, {ROUNDS} rounds of {STEPS - 1} batches for "
-        f"each arm by turns, medians; one thread; load of the machine at the start {load:.1f}. Memory is the peak of a "
-        "process that trains. TRL scores rollouts once here, as the old policy; methods that need entropies use those "
-        "scores. UloRL counts responses that do not end as wrong, so none teaches here and its updates are nearly "
-        "empty; D3S trains on a part.",
+        f"each arm by turns; seconds of the process on one thread, of the shortest batch; load of the machine at the "
+        f"start {load:.1f}. Memory is the peak of a process that trains on {MANY} rollouts of {LONG} tokens, above "
+        "what it held with the libraries loaded. TRL scores rollouts once here, as the old policy; methods that need "
+        "entropies use those scores. UloRL counts responses that do not end as wrong, so none teaches here and its "
+        "updates are nearly empty; D3S trains on a part; RMT also learns a text of 64 tokens in every update.",
     )
 
 
 if __name__ == "__main__":
-    one(sys.argv[1], sys.argv[2] == "1") if len(sys.argv) > 1 else main()
+    main()

@@ -150,9 +150,7 @@ def test_a_model_without_a_name_needs_its_reference_given(tmp_path, embedded_tok
     """TRL loads the reference by the policy's name; where there is none, nothing may be read or prepared first."""
     from everytoken.preference.trainer import PreferenceTrainer
 
-    common = dict(
-        loss=TDPOLoss(), train_dataset=datasets.Dataset.from_list(ROWS), processing_class=embedded_tokenizer
-    )
+    common = dict(loss=TDPOLoss(), train_dataset=datasets.Dataset.from_list(ROWS), processing_class=embedded_tokenizer)
     model = tiny_llama(49152, seed=1, eos=2)
     kept = PreferenceTrainer(
         model, args=config(tmp_path, precompute_ref_log_probs=True), **common | {"loss": None}

@@ -79,6 +79,13 @@ def test_symmetries():
     assert torch.allclose(thr_scores(hidden, logits, junk, mask, correct), scores)
     sure = 200.0 * torch.eye(7).double()[ids]
     assert thr_scores(hidden, sure, ids, mask, correct).abs().max() < 1e-12
+    # a wrong response that counts as right turns its own sign, and adds its part to the sum over right ones
+    second = torch.tensor([False, True, False, False])
+    more, part = (thr_scores(hidden, logits, ids, mask, right) for right in (correct | second, second))
+    signs = torch.where(correct, 1.0, -1.0)[:, None]
+    expected = scores - signs * part
+    expected[1] = -scores[1] + part[1]
+    assert torch.allclose(more, expected)
     alone = torch.tensor([True, False, False, False])
     one = mask.clone()
     one[0] = torch.tensor([True, False, False, False])

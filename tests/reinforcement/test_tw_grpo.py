@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -105,6 +106,17 @@ def test_multichoice_rewards():
     assert hard_multichoice_reward(texts, truth) == [0.0, 1.0, 1.0, 0.0, 0.0, 0.0]
     assert soft_multichoice_reward(["A"], ["A"]) == [0.0]  # no answer was given
     assert soft_multichoice_reward([[{"role": "assistant", "content": texts[0]}]], ["A"]) == [1.0]
+
+
+def test_partial_credit_is_never_below_that_of_exact_sets():
+    sets = [",".join(some) for size in range(4) for some in itertools.combinations("ABC", size)]
+    for truth in sets[1:]:
+        texts = [f"<think>so</think><answer>{answer}</answer>" for answer in sets]
+        soft, hard = (
+            reward(texts, [truth] * len(sets)) for reward in (soft_multichoice_reward, hard_multichoice_reward)
+        )
+        assert all(one >= other for one, other in zip(soft, hard, strict=True))
+        assert len(truth) > 1 or soft == hard
 
 
 def test_format_rewards():

@@ -227,11 +227,30 @@ def test_the_sums_bed_can_decide():
 
 @pytest.mark.reproduction("ulorl")
 def test_ulorl():
+    """Passes and times by segments, and three masks that train three policies."""
+    pytest.importorskip("trl")
+    from everytoken.reproduce.ulorl import ACCURACY, ARMS, MASKED, PASSES, SECONDS
+
     result, claims = quick("ulorl")
-    assert len(result["runs"][0]) == 4
-    heavy = claims["passes for 1000 trained tokens, heavy tail", "4 segments", "whole responses"]
-    equal = claims["passes for 1000 trained tokens, equal lengths", "4 segments", "whole responses"]
-    assert heavy["value"] < 0.8 < equal["value"]
+    arms = result["runs"][0]
+    assert set(arms) == {"start", *ARMS, *MASKED}
+    assert claims[f"{PASSES}, heavy tail", "4 segments", "whole responses"]["value"] < 0.8
+    assert claims[f"{PASSES}, equal lengths", "4 segments", "whole responses"]["value"] > 0.8
+    assert all(arms[arm][f"{SECONDS}, heavy tail"] > 0 for arm in ARMS)
+    assert distinct(result, *MASKED) and claims[ACCURACY, "no mask", "start"]["method_value"] > 0
+    assert result["artifacts"]["0"]["target of the thermostat, nats"] > 0
+
+
+@pytest.mark.reproduction("tempo")
+def test_tempo():
+    """Advantages on trees, and a network that learns by either."""
+    pytest.importorskip("trl")
+    from everytoken.reproduce.tempo import REACHED, SHARED, SIZES
+
+    result, claims = quick("tempo")
+    assert claims[SHARED, "TEMPO", "GRPO"]["value"] > 0
+    assert distinct(result, "start", "GRPO", "TEMPO")
+    assert claims[REACHED, "TEMPO", "GRPO"]["baseline_value"] <= SIZES["quick"].updates
 
 
 @pytest.mark.reproduction("openmoe")

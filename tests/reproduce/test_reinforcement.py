@@ -10,7 +10,11 @@ import torch
 pytest.importorskip("trl")
 
 from everytoken.reinforcement.ulorl import SegmentedRollouts
-from everytoken.reproduce.tempo import CHOICES, LEVELS, NODES, Trees, estimated
+from everytoken.reproduce import thr, ulorl
+from everytoken.reproduce.base import Context
+from everytoken.reproduce.beds.small_models import small_model
+from everytoken.reproduce.beds.sorting import Sorting, tokenizer
+from everytoken.reproduce.tempo import CHOICES, LEVELS, NODES, Trees, estimated, updates_to
 from everytoken.reproduce.thr import Group, measured
 from everytoken.reproduce.ulorl import GROUP, LIMIT, Clock, lengths_of
 
@@ -94,3 +98,42 @@ def test_what_is_measured_of_a_group():
     assert thr["agreement of measured and predicted change"] > 0.97
     up, down = (figures[arm]["right answers' log-probability after a step"] for arm in ("p = +0.2", "p = -0.2"))
     assert up > down
+
+
+def test_updates_to_a_reward_are_those_of_the_first_ten_in_a_row_that_reach_it():
+    curve = [0.0] * 10 + [1.0] * 10
+    assert [updates_to(curve, goal) for goal in (0.0, 0.05, 0.5, 1.0, 1.1)] == [10, 11, 15, 20, 21]
+    assert updates_to([0.5, 0.5], 0.5) == 2  # of a shorter curve, the mean of all
+
+
+def test_one_right_sample_of_sixteen_passes(monkeypatch):
+    codes, questions = tokenizer(), ["31425867=", "76543210="]
+
+    def texts(self, model, codes, prompts, sample):
+        answers = ["".join(sorted(prompt.strip("="))) for prompt in prompts]
+        return [text if number in (0, 5) or not sample else text[::-1] for number, text in enumerate(answers)]
+
+    monkeypatch.setattr(Sorting, "texts", texts)
+    monkeypatch.setattr(Sorting, "surprises", lambda self, model, codes, prompts, texts: list(range(len(texts))))
+    found = thr.graded(Context(0), None, codes, questions)
+    assert found[thr.PASSED] == [1.0, 0.0] and found[thr.GREEDY] == [1.0, 1.0]
+    assert found[thr.REMAINING] == [7.5, 23.5]  # means of sixteen
+
+
+def test_entropy_of_a_token_of_a_model_that_knows_nothing():
+    codes = tokenizer()
+    torch.manual_seed(0)
+    model = small_model(len(codes), hidden=16, layers=1, end=codes.eos_token_id).eval()
+    model.generation_config.pad_token_id = codes.pad_token_id
+    found = ulorl.graded(Context(0), model, codes, ulorl.TASK.questions(0, "test", 24))
+    assert all(len(values) == 24 for values in found.values()) and max(found[ulorl.ACCURACY]) == 0.0
+    assert sum(found[ulorl.ENTROPY]) / 24 == pytest.approx(torch.tensor(float(len(codes))).log().item(), abs=0.1)
+
+
+@pytest.mark.slow
+def test_thr_trains_three_policies_from_one_start():
+    arms = thr.by_training(Context(0, "quick"))
+    assert set(arms) == {"start", "GRPO", "p = +0.2", "p = -0.2"}
+    found = [values[thr.REMAINING] for values in arms.values()]
+    assert all(one != other for place, one in enumerate(found) for other in found[:place])
+    assert {arm: p for arm, p in thr.STEPS.items() if arm in arms} == thr.TRAINED

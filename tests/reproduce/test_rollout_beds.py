@@ -49,7 +49,7 @@ def test_surprise_of_a_response_is_its_negative_log_probability():
     torch.manual_seed(0)
     model = small_model(len(codes), hidden=16, layers=1, end=codes.eos_token_id).eval()
     prompts, texts = ["01234567="] * 3, ["0123", "45", "012345"]  # the last one was cut: it has no end token
-    found = hapo.surprises(model, codes, prompts, texts)
+    found = hapo.TASK.surprises(model, codes, prompts, texts)
     for prompt, text, value in zip(prompts, texts, found, strict=True):
         before, ids = codes(prompt)["input_ids"], codes(text)["input_ids"]
         ids = ids + [codes.eos_token_id] * (len(ids) < hapo.TASK.length)
@@ -210,6 +210,33 @@ def test_a_clock_that_decodes_counts_as_one_that_does_not():
     found = [clock.write(texts, 8) for clock in clocks]
     assert found[0] == found[1] and clocks[0].passes == clocks[1].passes == 8
     assert clocks[0].seconds == 0 < clocks[1].seconds
+
+
+def test_every_arm_has_the_rate_that_is_best_for_it(monkeypatch):
+    from everytoken.reproduce.base import Context
+    from everytoken.reproduce.beds import rollouts
+
+    def train(context, label, start, codes, recipe, reward, rows, arguments):
+        logs = {"reward": [0.0, arguments["learning_rate"], 1.0, 2.0]}
+        return (recipe, arguments["learning_rate"], arguments["max_completion_length"]), logs
+
+    monkeypatch.setattr(rollouts, "train_by_rollouts", train)
+    context, best = Context(0), {"slow": 1e-3, "fast": 2e-3}
+    found = rollouts.learnt(
+        context,
+        rollouts.Size(16, 1, 0, 4, 16, 0, (1e-3, 2e-3)),
+        None,
+        tokenizer(),
+        [],
+        5,
+        best,
+        lambda arm: rollouts.Learner(f"recipe of {arm}", None, {}),
+        lambda arm, policy: -abs(policy[1] - best[arm]),
+        lambda arm, policy, logs: {"policy": list(policy), "reward": logs["reward"][1]},
+    )
+    assert found == {arm: {"policy": [f"recipe of {arm}", lr, 5], "reward": lr} for arm, lr in best.items()}
+    assert context.artifacts["fast: learning rate"] == 2e-3
+    assert context.artifacts["slow: mean reward of the first and the last quarter"] == [0.0, 2.0]
 
 
 def test_arms_begin_with_the_same_rollouts_and_leave_the_start_as_it_is():

@@ -20,7 +20,7 @@ from ..core.charts import lines_svg
 from ..core.results import Values, mean
 from ..core.rng import derive_seed
 from .base import Arms, Claim, Context, Reproduction
-from .beds.rollouts import Size, answers, best_rate, ends, grpo_arguments, train_by_rollouts, warmed_up
+from .beds.rollouts import Learner, Size, answers, learnt, warmed_up
 from .beds.small_models import character_tokenizer
 from .files import Result
 
@@ -120,22 +120,24 @@ def run(context: Context) -> Arms:
 
     arms: Arms = {"start": context.part("start, measured", lambda: both(start))}
 
-    def trained(arm: str, lr: float) -> dict[str, Any]:
+    def learner(arm: str) -> Learner:
         method = method_of(arm, size.updates)
-        arguments = grpo_arguments(size, context.seed, lr, 2 * LONG, **method.arguments())
-        label = f"{arm}, learning rate {lr}"
-        policy, logs = train_by_rollouts(context, label, start, codes, method.recipe(), reward, data, arguments)
-        found = measured(context, policy, codes, tuning, sample=True)
-        lengths = [length_reward(int(length), SHORT) for length in found[LENGTH]]
-        told = method.weight_correct * mean(found[ACCURACY]) + method.weight_length * mean(lengths)
-        curve = [round(count / size.batch, 2) for count in logs["tokens"]]
-        return {"tuning": told, "rewards": ends(logs["reward"]), "curve": curve} | both(policy)
+        return Learner(method.recipe(), reward, method.arguments())
 
-    for arm in (FREE, FIXED, CURRICULUM):
-        found = best_rate(context, arm, size.rates, trained)
-        context.artifacts[f"{arm}: tokens of a rollout by update"] = found["curve"]
-        arms[arm] = {name: found[name] for name in (ACCURACY, SAMPLED, LENGTH)}
-    return arms
+    def tuned(arm: str, policy: Any) -> float:
+        """The whole reward at the final budget."""
+        method, found = method_of(arm, size.updates), measured(context, policy, codes, tuning, sample=True)
+        lengths = [length_reward(int(length), SHORT) for length in found[LENGTH]]
+        return method.weight_correct * mean(found[ACCURACY]) + method.weight_length * mean(lengths)
+
+    def kept(arm: str, policy: Any, logs: dict[str, list[float]]) -> dict[str, Any]:
+        return {"curve": [round(count / size.batch, 2) for count in logs["tokens"]]} | both(policy)
+
+    names = (FREE, FIXED, CURRICULUM)
+    found = learnt(context, size, start, codes, data, 2 * LONG, names, learner, tuned, kept)
+    for arm, figures in found.items():
+        context.artifacts[f"{arm}: tokens of a rollout by update"] = figures.pop("curve")
+    return arms | found
 
 
 REPRODUCTION = Reproduction(

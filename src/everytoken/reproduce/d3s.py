@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.results import Values, mean
 from .base import Arms, Claim, Context, Reproduction
-from .beds.rollouts import Size, best_rate, ends, grpo_arguments, train_by_rollouts, warmed_up
+from .beds.rollouts import Learner, Size, learnt
 from .beds.sorting import Sorting, tokenizer
 
 if TYPE_CHECKING:
@@ -44,13 +44,7 @@ def recipe_of(arm: str) -> Recipe:
 
 def run(context: Context) -> Arms:
     size, codes = SIZES[context.scale], tokenizer()
-    probe = TASK.questions(0, "probe", 128)
-
-    def share(model: Any) -> float:
-        return mean(TASK.answered(model, codes, probe, sample=True))
-
-    start = warmed_up(context, size, codes, TASK.example, share, GOAL)
-    data = [{"prompt": text} for text in TASK.questions(context.seed, "rollouts", 2048)]
+    start = TASK.start(context, size, codes, GOAL)
     test, tuning = (TASK.questions(context.seed, name, size.test) for name in ("test", "tuning"))
 
     def graded(model: Any) -> dict[str, Values]:
@@ -61,24 +55,22 @@ def run(context: Context) -> Arms:
 
     arms: Arms = {"start": context.part("start, measured", lambda: graded(start))}
 
-    def trained(arm: str, lr: float) -> dict[str, Any]:
-        arguments = grpo_arguments(size, context.seed, lr, TASK.length, loss_type="dapo")
-        label = f"{arm}, learning rate {lr}"
-        policy, logs = train_by_rollouts(context, label, start, codes, recipe_of(arm), TASK.reward, data, arguments)
-        quarter = max(1, size.updates // 4)
+    def learner(arm: str) -> Learner:
+        return Learner(recipe_of(arm), TASK.reward, {"loss_type": "dapo"})
+
+    def tuned(arm: str, policy: Any) -> float:
+        return mean(TASK.answered(policy, codes, tuning, sample=True))
+
+    def measured(arm: str, policy: Any, logs: dict[str, list[float]]) -> dict[str, Any]:
         return {
-            "tuning": mean(TASK.answered(policy, codes, tuning, sample=True)),
-            "rewards": ends(logs["reward"]),
             TOKENS: sum(logs["trained"]),
             SECONDS: mean(logs["seconds"]),
             USEFUL: mean(logs["useful"]),
-            GRADIENT: mean(logs["gradient"][:quarter]),
+            GRADIENT: mean(logs["gradient"][: max(1, size.updates // 4)]),
         } | graded(policy)
 
-    for arm in ("GRPO", "D3S"):
-        found = best_rate(context, arm, size.rates, trained)
-        arms[arm] = {name: found[name] for name in (ACCURACY, SAMPLED, TOKENS, SECONDS, USEFUL, GRADIENT)}
-    return arms
+    rows, names = TASK.rows(context.seed), ("GRPO", "D3S")
+    return arms | learnt(context, size, start, codes, rows, TASK.length, names, learner, tuned, measured)
 
 
 REPRODUCTION = Reproduction(

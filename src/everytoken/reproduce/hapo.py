@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.results import Values, mean
 from .base import Arms, Claim, Context, Reproduction
-from .beds.rollouts import GROUP, Size, answers, best_rate, ends, grpo_arguments, train_by_rollouts, warmed_up
+from .beds.rollouts import GROUP, Learner, Size, learnt
 from .beds.sorting import Sorting, tokenizer
 
 if TYPE_CHECKING:
@@ -55,39 +55,16 @@ def measured(context: Context, model: Any, codes: Any, questions: list[str]) -> 
 
     torch.manual_seed(derive_seed(context.seed, "measured"))
     many = [text for text in questions for _ in range(GROUP)]
-    texts = answers(model, codes, many, TASK.length, sample=True)
+    texts = TASK.texts(model, codes, many, sample=True)
     right = TASK.graded(many, texts)
     kinds = [
         float(len({text for text, good in zip(texts[at : at + GROUP], right[at : at + GROUP], strict=True) if good}))
         for at in range(0, len(many), GROUP)
     ]
     accuracy = [mean(right[at : at + GROUP]) for at in range(0, len(many), GROUP)]
-    surprise = surprises(model, codes, many, texts)
+    surprise = TASK.surprises(model, codes, many, texts)
     entropy = [mean(surprise[at : at + GROUP]) for at in range(0, len(many), GROUP)]
     return {ACCURACY: accuracy, ENTROPY: entropy, KINDS: kinds}
-
-
-def surprises(model: Any, codes: Any, prompts: list[str], texts: list[str]) -> list[float]:
-    """``-log p`` of whole responses, the end token of those that ended included."""
-    import torch
-
-    from ..core.logprobs import logps_from_logits
-
-    found: list[float] = []
-    for first in range(0, len(prompts), 1024):
-        part = slice(first, first + 1024)
-        before = torch.tensor(codes(prompts[part])["input_ids"])
-        rows = [codes(text.rstrip("\n"))["input_ids"] for text in texts[part]]
-        rows = [[*row, codes.eos_token_id] if len(row) < TASK.length else row for row in rows]
-        width = max(map(len, rows))
-        behind = torch.tensor([row + [codes.pad_token_id] * (width - len(row)) for row in rows])
-        mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
-        ids = torch.cat([before, behind], 1).to(model.device)
-        with torch.no_grad():
-            logits = model(input_ids=ids).logits[:, before.shape[1] - 1 : -1].float()
-        logps = logps_from_logits(logits, behind.to(model.device)) * mask.to(model.device)
-        found += (-logps.sum(1)).tolist()
-    return found
 
 
 def smoothed(rewards: list[float], entropies: list[float]) -> list[list[float]]:
@@ -106,34 +83,27 @@ def run(context: Context) -> Arms:
     from ..reinforcement.hapo import HAPO
 
     size, codes = SIZES[context.scale], tokenizer()
-    probe = TASK.questions(0, "probe", 128)
-
-    def share(model: Any) -> float:
-        return mean(TASK.answered(model, codes, probe, sample=True))
-
-    start = warmed_up(context, size, codes, TASK.example, share, GOAL)
-    data = [{"prompt": text} for text in TASK.questions(context.seed, "rollouts", 2048)]
+    start = TASK.start(context, size, codes, GOAL)
     test, tuning = (TASK.questions(context.seed, name, size.test) for name in ("test", "tuning"))
     arms: Arms = {"start": context.part("start, measured", lambda: measured(context, start, codes, test))}
 
-    def trained(arm: str, lr: float) -> dict[str, Any]:
+    def learner(arm: str) -> Learner:
         method = HAPO(**ARMS[arm])
-        more = method.arguments() | {"num_iterations": 2}
-        arguments = grpo_arguments(size, context.seed, lr, TASK.length, **more)
-        label = f"{arm}, learning rate {lr}"
-        policy, logs = train_by_rollouts(context, label, start, codes, method.recipe(), TASK.reward, data, arguments)
-        kept = {
-            "tuning": mean(TASK.answered(policy, codes, [text for text in tuning for _ in range(4)], sample=True)),
-            "rewards": ends(logs["reward"]),
-            "curve": smoothed(logs["reward"], logs["entropy"][::2]),  # the first of two updates with a batch
-        }
-        return kept | measured(context, policy, codes, test)
+        return Learner(method.recipe(), TASK.reward, method.arguments() | {"num_iterations": 2})
 
-    curves = {}
-    for arm in ARMS:
-        found = best_rate(context, arm, size.rates, trained)
-        context.artifacts[f"{arm}: reward and entropy of a token in training"] = curves[arm] = found["curve"]
-        arms[arm] = {name: found[name] for name in (ACCURACY, ENTROPY, KINDS)}
+    def tuned(arm: str, policy: Any) -> float:
+        return mean(TASK.answered(policy, codes, [text for text in tuning for _ in range(4)], sample=True))
+
+    def kept(arm: str, policy: Any, logs: dict[str, list[float]]) -> dict[str, Any]:
+        curve = smoothed(logs["reward"], logs["entropy"][::2])  # the first of two updates with a batch
+        return {"curve": curve} | measured(context, policy, codes, test)
+
+    rows = TASK.rows(context.seed)
+    found = learnt(context, size, start, codes, rows, TASK.length, ARMS, learner, tuned, kept)
+    curves = {arm: figures.pop("curve") for arm, figures in found.items()}
+    arms |= found
+    for arm, curve in curves.items():
+        context.artifacts[f"{arm}: reward and entropy of a token in training"] = curve
     shared = min(max(reward for reward, _ in curve) for curve in curves.values())
     context.artifacts["reward that all arms reach"] = shared
     for arm, curve in curves.items():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.results import mean
 from ..core.rng import derive_seed
 from .base import Arms, Claim, Context, Reproduction
-from .beds.rollouts import Size, answers, best_rate, ends, grpo_arguments, train_by_rollouts, warmed_up
+from .beds.rollouts import Learner, Size, answers, learnt, warmed_up
 from .beds.small_models import character_tokenizer
 
 if TYPE_CHECKING:
@@ -144,25 +144,23 @@ def run(context: Context) -> Arms:
 
     arms: Arms = {"start": context.part("start, measured", lambda: measured(start, SHORT))}
 
-    def trained(arm: str, lr: float) -> dict[str, Any]:
-        method = method_of(arm)
-        budget = SHORT if method.budget_gamma < 1 else LONG
-        arguments = grpo_arguments(size, context.seed, lr, 2 * LONG + 5, **method.arguments())
-        label = f"{arm}, learning rate {lr}"
-        policy, logs = train_by_rollouts(context, label, start, codes, method.recipe(), None, rows, arguments)
-        curve = [round(count / size.batch, 2) for count in logs["tokens"]]
-        kept = {
-            "tuning": mean(predicted(context, policy, codes, tuning, budget)[MATCH]),
-            "rewards": ends(logs["reward"]),
-            "curve": curve,
-        }
-        return kept | measured(policy, budget)
+    def budget(arm: str) -> int:
+        return SHORT if method_of(arm).budget_gamma < 1 else LONG
 
-    for arm in ARMS:
-        found = best_rate(context, arm, size.rates, trained)
-        context.artifacts[f"{arm}: tokens of a rollout by update"] = found["curve"]
-        arms[arm] = {name: found[name] for name in (MATCH, LENGTH, DIRECT)}
-    return arms
+    def learner(arm: str) -> Learner:
+        return Learner(method_of(arm).recipe(), None, method_of(arm).arguments())
+
+    def tuned(arm: str, policy: Any) -> float:
+        return mean(predicted(context, policy, codes, tuning, budget(arm))[MATCH])
+
+    def kept(arm: str, policy: Any, logs: dict[str, list[float]]) -> dict[str, Any]:
+        curve = [round(count / size.batch, 2) for count in logs["tokens"]]
+        return {"curve": curve} | measured(policy, budget(arm))
+
+    found = learnt(context, size, start, codes, rows, 2 * LONG + 5, ARMS, learner, tuned, kept)
+    for arm, figures in found.items():
+        context.artifacts[f"{arm}: tokens of a rollout by update"] = figures.pop("curve")
+    return arms | found
 
 
 REPRODUCTION = Reproduction(

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.results import mean
 from ..core.rng import derive_seed
 from .base import Arms, Claim, Context, Reproduction
-from .beds.rollouts import GROUP, Size, answers, best_rate, ends, grpo_arguments, train_by_rollouts, warmed_up
+from .beds.rollouts import GROUP, Learner, Size, answers, learnt, warmed_up
 from .beds.small_models import character_tokenizer
 
 if TYPE_CHECKING:
@@ -160,23 +160,20 @@ def run(context: Context) -> Arms:
     arms: Arms = context.part("the start's rollouts", lambda: of_the_start(context, start, codes))
     arms["start"] = {SETS: context.part("start, measured", lambda: exact_sets(context, start, codes, test))}
 
-    def trained(arm: str, lr: float) -> dict[str, Any]:
+    def learner(arm: str) -> Learner:
         reward: Any = hard_multichoice_reward if arm == EXACT else soft_multichoice_reward
-        arguments = grpo_arguments(size, context.seed, lr, LENGTH, **TWGRPO().arguments())
         recipe = TWGRPO().recipe() if arm == METHOD else Recipe()
-        label = f"{arm}, learning rate {lr}"
-        rewards = [reward, think_answer_format_reward]
-        policy, logs = train_by_rollouts(context, label, start, codes, recipe, rewards, data, arguments)
-        return {
-            "tuning": mean(exact_sets(context, policy, codes, tuning)),
-            "rewards": ends(logs["reward"]),
-            TRAINED: mean(logs["equal"]),
-            SETS: exact_sets(context, policy, codes, test),
-        }
+        return Learner(recipe, [reward, think_answer_format_reward], TWGRPO().arguments())
 
-    for arm in (EXACT, PARTIAL, METHOD):
-        found = best_rate(context, arm, size.rates, trained)
-        arms[arm] = arms.get(arm, {}) | {name: found[name] for name in (TRAINED, SETS)}
+    def tuned(arm: str, policy: Any) -> float:
+        return mean(exact_sets(context, policy, codes, tuning))
+
+    def kept(arm: str, policy: Any, logs: dict[str, list[float]]) -> dict[str, Any]:
+        return {TRAINED: mean(logs["equal"]), SETS: exact_sets(context, policy, codes, test)}
+
+    names = (EXACT, PARTIAL, METHOD)
+    for arm, found in learnt(context, size, start, codes, data, LENGTH, names, learner, tuned, kept).items():
+        arms[arm] = arms.get(arm, {}) | found
     return arms
 
 

@@ -6,7 +6,7 @@ import copy
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -200,18 +200,60 @@ def answers(
     return continuations(model, tokenizer, list(prompts), length, 1024, sample)
 
 
-def best_rate(
-    context: Context, arm: str, rates: Sequence[float], trained: Callable[[str, float], dict[str, Any]]
-) -> dict[str, Any]:
-    """What an arm measured with the learning rate that is best on tuning questions (``trained(arm, lr)["tuning"]``).
+@dataclass(frozen=True)
+class Learner:
+    """What an arm learns by.
 
-    The rate and the ``rewards`` of its training (see ``ends``) are kept as artifacts.
+    Attributes:
+        recipe: of pieces.
+        reward: of TRL's form; None where the recipe rewards.
+        arguments: of GRPOConfig, beyond ``grpo_arguments``.
     """
-    found = {lr: context.part(f"{arm} {lr}", partial(trained, arm, lr)) for lr in rates}
-    best = max(rates, key=lambda lr: float(found[lr]["tuning"]))
-    context.artifacts[f"{arm}: learning rate"] = best
-    context.artifacts[f"{arm}: mean reward of the first and the last quarter"] = found[best]["rewards"]
-    return found[best]
+
+    recipe: Recipe
+    reward: Any
+    arguments: dict[str, Any]
+
+
+def learnt(
+    context: Context,
+    size: Size,
+    start: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    length: int,
+    arms: Iterable[str],
+    learner: Callable[[str], Learner],
+    tuned: Callable[[str, PreTrainedModel], float],
+    measured: Callable[[str, PreTrainedModel, dict[str, list[float]]], dict[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """What every arm measured, trained from one start with the learning rate that is best by its ``tuned``.
+
+    The rate and the mean rewards of its training (see ``ends``) are kept as artifacts.
+
+    Args:
+        rows, length: the data, and tokens of a rollout at most.
+        learner: by an arm's name.
+        tuned: ``(arm, policy)``, a value on tuning questions; higher is better.
+        measured: ``(arm, policy, logs of train_by_rollouts)``.
+    """
+
+    def trained(arm: str, lr: float) -> dict[str, Any]:
+        by = learner(arm)
+        arguments = grpo_arguments(size, context.seed, lr, length, **by.arguments)
+        label = f"{arm}, learning rate {lr}"
+        policy, logs = train_by_rollouts(context, label, start, tokenizer, by.recipe, by.reward, rows, arguments)
+        value = tuned(arm, policy)
+        return {"tuning": value, "rewards": ends(logs["reward"]), "found": measured(arm, policy, logs)}
+
+    found: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        kept = {lr: context.part(f"{arm} {lr}", partial(trained, arm, lr)) for lr in size.rates}
+        best = max(size.rates, key=lambda lr: float(kept[lr]["tuning"]))
+        context.artifacts[f"{arm}: learning rate"] = best
+        context.artifacts[f"{arm}: mean reward of the first and the last quarter"] = kept[best]["rewards"]
+        found[arm] = kept[best]["found"]
+    return found
 
 
 def ends(values: Sequence[float]) -> list[float]:

@@ -12,12 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...core.results import mean
 from ...core.rng import derive_seed
-from .rollouts import answers
+from .rollouts import Size, answers, warmed_up
 from .small_models import character_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..base import Context
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,62 @@ class Sorting:
         """Tokens of an answer with its end, and some more, so that longer ones can be wrong."""
         return self.written + 2
 
+    def texts(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], sample: bool
+    ) -> list[str]:
+        """A model's answers."""
+        return answers(model, tokenizer, prompts, self.length, sample)
+
     def answered(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], sample: bool
     ) -> list[float]:
         """A model's answers, graded."""
-        return self.graded(prompts, answers(model, tokenizer, prompts, self.length, sample))
+        return self.graded(prompts, self.texts(model, tokenizer, prompts, sample))
+
+    def start(
+        self, context: Context, size: Size, tokenizer: PreTrainedTokenizerBase, goal: float, **settings: Any
+    ) -> PreTrainedModel:
+        """A model that is trained on answers until a share ``goal`` of its samples is right; see ``warmed_up``."""
+        probe = self.questions(0, "probe", 128)
+
+        def share(model: PreTrainedModel) -> float:
+            return mean(self.answered(model, tokenizer, probe, sample=True))
+
+        return warmed_up(context, size, tokenizer, self.example, share, goal, **settings)
+
+    def rows(self, seed: int) -> list[dict[str, Any]]:
+        """Data for rollouts."""
+        return [{"prompt": text} for text in self.questions(seed, "rollouts", 2048)]
+
+    def surprises(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[str],
+        texts: Sequence[str],
+    ) -> list[float]:
+        """``-log p`` of whole responses, the end token of those that ended included: of samples, their entropy is the
+        mean.
+        """
+        import torch
+
+        from ...core.logprobs import logps_from_logits
+
+        found: list[float] = []
+        for first in range(0, len(prompts), 1024):
+            part = slice(first, first + 1024)
+            before = torch.tensor(tokenizer(list(prompts[part]))["input_ids"])
+            rows = [tokenizer(text.rstrip("\n"))["input_ids"] for text in texts[part]]
+            rows = [[*row, tokenizer.eos_token_id] if len(row) < self.length else row for row in rows]
+            width = max(map(len, rows))
+            behind = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+            mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+            ids = torch.cat([before, behind], 1).to(model.device)
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[:, before.shape[1] - 1 : -1].float()
+            logps = logps_from_logits(logits, behind.to(model.device)) * mask.to(model.device)
+            found += (-logps.sum(1)).tolist()
+        return found
 
 
 def tokenizer() -> PreTrainedTokenizerBase:
