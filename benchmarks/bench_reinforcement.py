@@ -4,8 +4,8 @@ one process; peak memory, each in a process of its own; and TEMPO's prefix tree 
 The model is a random Llama of 3M weights with a vocabulary of 4,096. Seconds are those of the process, on one thread:
 other programs on the machine lengthen them little, and the shortest batch of an arm least, so the goals are for the
 ratio of the shortest. Medians and the wall clock's ratio stand beside them. Every method is compared with GRPO under
-the settings that it asks for; one that learns from texts, with GRPO on the prompts that it makes of them. Rollouts have
-one length in all arms: no policy may end.
+the settings that it asks for; one that learns from texts, with GRPO on the prompts that it makes of them. Rollouts
+nearly all have one length: the random policy ends at one token in 4,096.
 
 Memory is what a process takes at its peak above what it held with the libraries loaded, for more and longer rollouts.
 """
@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 
-ROWS, GROUP, NEW, STEPS, ROUNDS, VOCAB, PROMPT = 8, 8, 24, 4, 3, 4096, 32
+ROWS, GROUP, NEW, STEPS, ROUNDS, VOCAB, PROMPT = 8, 8, 24, 4, 2, 4096, 32
 MANY, LONG = 32, 48
 """Rollouts, and their tokens, where memory is measured."""
 SECOND_PASS, MEMORY = 1.3, 1.1

@@ -193,6 +193,8 @@ def test_the_dual_clip_stops_the_gradient(tmp_path):
     loss.backward()
     assert loss.item() == pytest.approx(1.5)
     assert trainer.model.lm_head.weight.grad.abs().max() == 0
+    assert HAPO().arguments()["delta"] == 10.0
+    assert HAPO(clip_ratio_c=None).arguments()["delta"] is None  # GRPOConfig's own: no dual clip
 
 
 @pytest.mark.slow

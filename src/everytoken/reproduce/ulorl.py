@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 LIMIT, GROUP, PROMPTS = 256, 8, 16
 ARMS = {"whole responses": (1, 0.0), "2 segments": (2, 1.0), "4 segments": (4, 1.0), "8 segments": (8, 1.0)}
-STEPS: dict[Scale, tuple[int, int]] = {"quick": (12, 1), "cpu": (40, 5), "gpu": (12, 9)}
+STEPS: dict[Scale, tuple[int, int]] = {"quick": (12, 1), "cpu": (30, 4), "gpu": (12, 9)}
 """Steps, and how many of them a model decodes, after the first quarter."""
 TAILS = ("heavy tail", "equal lengths")
 PASSES, SECONDS = "passes for 1000 trained tokens", "seconds for 1000 trained tokens"
@@ -52,7 +52,7 @@ WHY_SECONDS = (
 TASK, GOAL = Sorting(), 0.3
 SIZES: dict[Scale, Size] = {
     "quick": Size(hidden=48, layers=2, warmup=200, updates=6, batch=64, test=48, rates=(6e-4,)),
-    "cpu": Size(hidden=48, layers=2, warmup=600, updates=100, batch=64, test=256, rates=(3e-4, 6e-4)),
+    "cpu": Size(hidden=48, layers=2, warmup=600, updates=80, batch=64, test=256, rates=(3e-4, 6e-4)),
     "gpu": Size(
         hidden=256, layers=6, warmup=1500, updates=300, batch=1024, test=4096, rates=(3e-4, 1e-3), warmup_batch=256
     ),
@@ -63,7 +63,7 @@ MASKED: dict[str, float] = {FREE: 0.0, THERMOSTAT: 0.5, ALWAYS: math.inf}
 ENTROPY, ACCURACY = "entropy of a token after training, nats", "accuracy of samples after training"
 WHY_MASK = (
     "The paper trains a 30B model on mathematics, with a target of 0.2 nats; here (scale cpu) a model of 0.06M weights "
-    "sorts six digits, with 100 updates and half of its first entropy as the target."
+    "sorts six digits, with 80 updates and half of its first entropy as the target."
 )
 
 
