@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 LIMIT, GROUP, PROMPTS = 256, 8, 16
 ARMS = {"whole responses": (1, 0.0), "2 segments": (2, 1.0), "4 segments": (4, 1.0), "8 segments": (8, 1.0)}
-STEPS: dict[Scale, tuple[int, int]] = {"quick": (12, 1), "cpu": (30, 4), "gpu": (12, 9)}
+STEPS: dict[Scale, tuple[int, int]] = {"quick": (12, 1), "cpu": (24, 3), "gpu": (12, 9)}
 """Steps, and how many of them a model decodes, after the first quarter."""
 TAILS = ("heavy tail", "equal lengths")
 PASSES, SECONDS = "passes for 1000 trained tokens", "seconds for 1000 trained tokens"
