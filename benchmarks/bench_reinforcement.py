@@ -1,11 +1,11 @@
 """A training step of every method of the reinforcement station against TRL's GRPO with the same settings, by turns in
 one process; peak memory, each in a process of its own; and TEMPO's prefix tree against comparing all prefixes.
 
-The model is a random Llama of 3M weights with a vocabulary of 4,096. Seconds are those of the process, on one thread:
-other programs on the machine lengthen them little, and the shortest batch of an arm least, so the goals are for the
-ratio of the shortest. Medians and the wall clock's ratio stand beside them. Every method is compared with GRPO under
-the settings that it asks for; one that learns from texts, with GRPO on the prompts that it makes of them. Rollouts
-nearly all have one length: the random policy ends at one token in 4,096.
+The model is a random Llama of 1.2M weights with a vocabulary of 4,096. Seconds are those of the process, on one
+thread: other programs on the machine lengthen them little, and the shortest batch of an arm least, so the goals are for
+the ratio of the shortest. Medians and the wall clock's ratio stand beside them. Every method is compared with GRPO
+under the settings that it asks for; one that learns from texts, with GRPO on the prompts that it makes of them.
+Rollouts nearly all have one length: the random policy ends at one token in 4,096.
 
 Memory is what a process takes at its peak above what it held with the libraries loaded, for more and longer rollouts.
 """
@@ -19,7 +19,7 @@ import tempfile
 import time
 
 ROWS, GROUP, NEW, STEPS, ROUNDS, VOCAB, PROMPT = 8, 8, 24, 4, 2, 4096, 32
-MANY, LONG = 32, 48
+MANY, LONG = 16, 48
 """Rollouts, and their tokens, where memory is measured."""
 SECOND_PASS, MEMORY = 1.3, 1.1
 """Goals: of the step of methods that read full distributions or texts (1.05 for the others), and of the memory of all.
@@ -67,7 +67,7 @@ def trainer_of(method, stock: bool, folder: str, updates: int, callback, rows: i
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCAB, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+            vocab_size=VOCAB, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
             tie_word_embeddings=True, eos_token_id=None, bos_token_id=None, pad_token_id=1,
         )
     )  # fmt: skip
