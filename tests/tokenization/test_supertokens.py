@@ -19,7 +19,7 @@ from .common import CORPUS
 @lru_cache
 def corpus():
     text = prose()
-    return text[:400_000], text[-60_000:]
+    return text[:150_000], text[-30_000:]
 
 
 @lru_cache
