@@ -18,8 +18,8 @@ from .common import CORPUS
 
 
 @lru_cache
-def corpus():
-    text = "\n\n".join(text for _, text in sorted(topics.topics.items()))  # where prose() begins; the rest costs seconds
+def corpus():  # what prose() begins with: the rest takes seconds to find
+    text = "\n\n".join(text for _, text in sorted(topics.topics.items()))
     return text[:150_000], text[-30_000:]
 
 
