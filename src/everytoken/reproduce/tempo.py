@@ -40,7 +40,7 @@ ARMS = {"GRPO": 0.0, "TEMPO": 1.0}
 SHARED, APART = "correlation with the true token advantage", "the same, beginnings that never meet"
 UPDATES = "updates to six tenths of the best leaf"
 RATES = (0.5, 1.0, 2.0, 4.0)
-TREES: dict[Scale, tuple[int, int, int]] = {"quick": (8, 8, 80), "cpu": (24, 16, 200), "gpu": (512, 64, 400)}
+TREES: dict[Scale, tuple[int, int, int]] = {"quick": (8, 8, 80), "cpu": (48, 32, 200), "gpu": (512, 64, 400)}
 """Trees, groups of each, and updates at most. Tables of three tokens gain nothing from a GPU: its version is larger."""
 WHY = (
     "The paper's figure is convergence of models of 1.7B and 4B weights on MATH (second-hand); here tables of three "
@@ -50,7 +50,7 @@ WHY = (
 TASK, GOAL = Sorting(given=8, written=8), 0.1
 SIZES: dict[Scale, Size] = {
     "quick": Size(hidden=48, layers=2, warmup=200, updates=6, batch=64, test=48, rates=(4e-4,)),
-    "cpu": Size(hidden=48, layers=2, warmup=600, updates=50, batch=64, test=512, rates=(2e-4, 4e-4)),
+    "cpu": Size(hidden=48, layers=2, warmup=600, updates=80, batch=64, test=512, rates=(2e-4, 4e-4)),
     "gpu": Size(
         hidden=256, layers=6, warmup=1500, updates=300, batch=1024, test=8192, rates=(1e-4, 3e-4), warmup_batch=256
     ),
@@ -59,7 +59,7 @@ REACHED, OVERALL = "updates to GRPO's final reward", "mean reward over training"
 ACCURACY, SMOOTH = "accuracy of samples after training", 10
 WHY_NETWORK = (
     "The paper's figure is convergence of models of 1.7B and 4B weights on MATH (second-hand); here (scale cpu) a "
-    "model of 0.06M weights sorts eight digits, with 50 updates of 64 rollouts."
+    "model of 0.06M weights sorts eight digits, with 80 updates of 64 rollouts."
 )
 
 
