@@ -146,27 +146,34 @@ def test_settings_without_meaning_are_refused(tmp_path, embedded_tokenizer, sett
         make(tmp_path, embedded_tokenizer, TDPOLoss(), **setting)
 
 
+def common():
+    """What two tests of references give besides model and settings."""
+    return dict(loss=TDPOLoss(), train_dataset=datasets.Dataset.from_list(ROWS))
+
+
 def test_a_model_without_a_name_needs_its_reference_given(tmp_path, embedded_tokenizer, monkeypatch):
     """TRL loads the reference by the policy's name; where there is none, nothing may be read or prepared first."""
     from everytoken.preference.trainer import PreferenceTrainer
 
-    common = dict(loss=TDPOLoss(), train_dataset=datasets.Dataset.from_list(ROWS), processing_class=embedded_tokenizer)
     model = tiny_llama(49152, seed=1, eos=2)
-    kept = PreferenceTrainer(
-        model, args=config(tmp_path, precompute_ref_log_probs=True), **common | {"loss": None}
-    )  # the policy itself, before it is trained
-    assert kept.ref_model is None
-    with monkeypatch.context() as patch:
-        patch.setattr(PreferenceTrainer, "_prepare_dataset", lambda *_: pytest.fail("data were prepared"))
-        for given in (dict(model=model), dict(model=model, ref_model=None)):
-            with pytest.raises(BadInputError, match=r"no reference.*\n.*ref_model=copy.deepcopy"):
-                PreferenceTrainer(args=config(tmp_path), **given, **common)
+    monkeypatch.setattr(PreferenceTrainer, "_prepare_dataset", lambda *_: pytest.fail("data were prepared"))
+    for given in (dict(model=model), dict(model=model, ref_model=None)):
+        with pytest.raises(BadInputError, match=r"no reference.*\n.*ref_model=copy.deepcopy"):
+            PreferenceTrainer(args=config(tmp_path), processing_class=embedded_tokenizer, **given, **common())
+
+
+@pytest.mark.slow
+def test_a_reference_that_is_not_given_is_loaded_by_name_or_precomputed(tmp_path, embedded_tokenizer):
+    from everytoken.preference.trainer import PreferenceTrainer
+
+    model, own = tiny_llama(49152, seed=1, eos=2), dict(processing_class=embedded_tokenizer)
+    settings = config(tmp_path, precompute_ref_log_probs=True)
+    assert PreferenceTrainer(model, args=settings, **common() | {"loss": None}, **own).ref_model is None
     model.save_pretrained(tmp_path / "named")
     model.config._name_or_path = str(tmp_path / "named")
-    named = PreferenceTrainer(model, args=config(tmp_path), **common)
-    assert all(
-        torch.equal(one, other) for one, other in zip(model.parameters(), named.ref_model.parameters(), strict=True)
-    )
+    named = PreferenceTrainer(model, args=config(tmp_path), **common(), **own)
+    for one, other in zip(model.parameters(), named.ref_model.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_saves_the_batch(tmp_path, embedded_tokenizer):
