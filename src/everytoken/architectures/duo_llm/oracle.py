@@ -321,7 +321,6 @@ def _left_to_right(
         )
         routes[0, place] = found[-1].routes[0].to(ids.device)
         report("tokens from left to right", place + 1, last + 1)
-    wanted = positions.tolist()
     losses, small, big = (
         torch.cat([getattr(found[place], name) for place in positions.tolist()]) for name in ("losses", "small", "big")
     )
