@@ -373,3 +373,13 @@ def test_tokenpacker():
 
     result, claims = quick("tokenpacker")
     assert len(claims) == 3 and distinct(result, PACKER, POOL, ALL)
+
+
+@pytest.mark.reproduction("rcr")
+def test_rcr():
+    from everytoken.reproduce.rcr import OURS, PLAIN, RANDOM, metric
+
+    result, claims = quick("rcr")
+    assert distinct(result, OURS, PLAIN, RANDOM)
+    assert claims[metric(10), PLAIN, RANDOM]["verdict"] == "holds"
+    assert result["artifacts"]["0"]["tokens taken back a puzzle, 6 forwards"] > 0

@@ -20,10 +20,9 @@ from everytoken.architectures.any_order.losses import (
     insertion_loss,
     mask_batch,
     mdlm_loss,
-    order_mask,
-    subset_order,
 )
 from everytoken.core.errors import BadInputError
+from everytoken.decoding.canvas.orders import order_mask, subset_order
 
 from .test_modeling import IDS, network
 

@@ -9,9 +9,9 @@ import torch
 import transformers
 
 from everytoken.architectures.any_order.configuration_any_order import AnyOrderConfig
-from everytoken.architectures.any_order.losses import order_mask, subset_order
 from everytoken.architectures.any_order.modeling_any_order import AnyOrderLM
 from everytoken.core.errors import BadInputError
+from everytoken.decoding.canvas.orders import order_mask, subset_order
 
 IDS = torch.randint(1, 9, (2, 6), generator=torch.Generator().manual_seed(0))
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

@@ -31,5 +31,5 @@ def test_a_text_without_open_positions_is_gone_on_with():
     request = TrialRequest([Trial("rcr", RCR, {"steps": 2})], prompt="123412", options=options)
     result = trial(request)
     assert result.rows["rcr"]["tokens per forward"] == 2
-    with pytest.raises(BadInputError, match="[Ee]mpty"):
+    with pytest.raises(BadInputError, match=r"[Ee]mpty"):
         trial(TrialRequest([Trial("rcr", RCR, {})], prompt=" "))

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ...core.errors import BadInputError
 from ...decoding.canvas.model import CanvasModel, mask_token
+from ...decoding.canvas.orders import order_mask, subset_order
 
 EPS = 1e-3
 """The least mask level."""
@@ -181,29 +182,6 @@ def insertion_loss(
     )
     stop = F.cross_entropy(output.stop_logits.float(), (batch.dropped > 0).long(), reduction="none")
     return (losses + stop_weight * stop).mean()
-
-
-def subset_order(known: torch.Tensor) -> torch.Tensor:
-    """``[B, T]`` ranks of the order that knows some positions: known ones first, the others from left to right.
-
-    One order a subset: a model learns ``2^T`` conditionals instead of ``T!``.
-    """
-    return (~known).long().sort(dim=1, stable=True).indices.argsort(1)
-
-
-def order_mask(ranks: torch.Tensor, known: torch.Tensor, upto: torch.Tensor | None = None) -> torch.Tensor:
-    """``perm_mask [B, T, T]``, float, 1 where position i must not see position j.
-
-    Args:
-        ranks: ``[B, T]``, see ``subset_order``.
-        known: ``[B, T]`` bool; known positions see each other both ways, since nobody asks for their density.
-        upto: ``[B]``, draft: every open position sees those of a rank below this alone. None: each sees the earlier
-            ones.
-    """
-    if upto is not None:
-        ranks = torch.where(ranks >= upto[:, None], ranks.shape[1], ranks)
-    hidden = ranks[:, :, None] <= ranks[:, None, :]
-    return (hidden & ~(known[:, :, None] & known[:, None, :])).float()
 
 
 def any_subset_loss(

@@ -329,7 +329,7 @@ class CanvasSampler:
         if bool((counts == 0).any()):
             raise BadInputError(f"Row {int((counts == 0).nonzero()[0])} has no position to write.")
         longest = getattr(config, "max_position_embeddings", None)
-        if isinstance(longest, int) and ids.shape[1] > longest:
+        if isinstance(longest, int) and 0 < longest < ids.shape[1]:  # XLNet says -1 and has no limit
             raise BadInputError(
                 f"The canvas has {ids.shape[1]} positions, and the model {longest}.",
                 "Shorten the prompt or gen_length.",
