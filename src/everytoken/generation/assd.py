@@ -56,9 +56,13 @@ class AnySubsetSpeculative(CanvasSampler):
         if bool(editable.all(1).any()):
             raise BadInputError("A row knows no token, so its first one would have no context.", "Give a first token.")
 
-    def _probs(self, call: CanvasCall, canvas: torch.Tensor, mask: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-        """``[B, K, V]`` probabilities at positions ``where [B, K]``, float64."""
-        target = torch.nn.functional.one_hot(where, canvas.shape[1]).float()
+    def _probs(
+        self, call: CanvasCall, canvas: torch.Tensor, mask: torch.Tensor, where: torch.Tensor, real: torch.Tensor
+    ) -> torch.Tensor:
+        """``[B, K, V]`` probabilities at positions ``where [B, K]``, float64; any where ``real [B, K]`` is False."""
+        # a position that is named twice would count twice: XLNet adds up the rows of its target mapping
+        target = torch.nn.functional.one_hot(where, canvas.shape[1]) * real[..., None]
+        target = target.float()
         inputs: dict[str, Any] = {"input_ids": canvas, "perm_mask": mask, "target_mapping": target}
         if not bool(call.attention.all()):
             inputs["attention_mask"] = call.attention.long()
@@ -103,14 +107,14 @@ class AnySubsetSpeculative(CanvasSampler):
             where = order.gather(1, place.clamp(max=length - 1))
             real = place < length
             drafts = (ahead < self.k) & real
-            q = self._probs(call, canvas, order_mask(ranks, known, done), where[:, : self.k])
+            q = self._probs(call, canvas, order_mask(ranks, known, done), where[:, : self.k], real[:, : self.k])
             tokens = self._drawn(call, q)
             filled = canvas.clone()
             row, column = drafts[:, : self.k].nonzero(as_tuple=True)
             filled[row, where[row, column]] = tokens[row, column]
             p = q
             if bool((drafts.sum(1) > 1).any()):  # a last single token is as the oracle would draw it
-                p = self._probs(call, filled, order_mask(ranks, known), where)
+                p = self._probs(call, filled, order_mask(ranks, known), where, real)
             token_p, token_q = (item[:, : self.k].gather(-1, tokens[..., None])[..., 0] for item in (p, q))
             lucky = call.uniform(torch.arange(rows, device=canvas.device).repeat_interleave(self.k)).view(rows, -1)
             kept = (lucky < token_p / token_q) | (ahead[: self.k] == 0)
