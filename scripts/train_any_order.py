@@ -28,7 +28,7 @@ def main() -> None:
         if args.ship:
             place, half = WEIGHTS / "sudoku-any-order", args.out / "half"
             place.mkdir(exist_ok=True)
-            AutoModelForMaskedLM.from_pretrained(args.out / "model").half().save_pretrained(half)
+            AutoModelForMaskedLM.from_pretrained(args.out / "model", use_safetensors=True).half().save_pretrained(half)
             ship([args.out / "model" / name for name in ("tokenizer.json", "tokenizer_config.json")], place)
             ship([half / name for name in ("model.safetensors", "config.json")], place)
             ship([args.out / "training.json"], place)

@@ -50,7 +50,8 @@ class AnySubsetSpeculative(CanvasSampler):
 
     @classmethod
     def examples(cls) -> dict[str, CanvasSampler]:
-        return {f"k={k}": cls(k=k) for k in (2, 3, 8)} | {"greedy": cls(temperature=0.0), "bonus": cls(bonus=True)}
+        found: dict[str, CanvasSampler] = {f"k={k}": cls(k=k) for k in (2, 3, 8)}
+        return found | {"greedy": cls(temperature=0.0), "bonus": cls(bonus=True)}
 
     def check_call(self, editable: torch.Tensor) -> None:
         if bool(editable.all(1).any()):

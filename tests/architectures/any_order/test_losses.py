@@ -98,10 +98,10 @@ def test_the_released_example():
     logits = torch.randn(1, 6, 8)[:, [0, 1, 3]]
     model = Fixed(logits, torch.tensor([[0.3, -0.2]]))
     loss = insertion_loss(model, batch, stop_weight=0.0)
-    assert float(loss) == pytest.approx(3.309370, abs=1e-6)
+    assert loss.item() == pytest.approx(3.309370, abs=1e-6)
     flat = logits[0, 1:].flatten().log_softmax(-1).view(2, 8)
-    assert float(loss) == pytest.approx(-float(flat[0, 4] + flat[1, 6] + flat[1, 7]) / 3, abs=1e-6)
-    assert float(insertion_loss(model, batch)) == pytest.approx(3.309370 + 0.97408, abs=1e-5)
+    assert loss.item() == pytest.approx(-float(flat[0, 4] + flat[1, 6] + flat[1, 7]) / 3, abs=1e-6)
+    assert insertion_loss(model, batch).item() == pytest.approx(3.309370 + 0.97408, abs=1e-5)
     loss.backward()
     q = torch.zeros(2, 8)
     q[0, 4] = q[1, 6] = q[1, 7] = 1 / 3
@@ -109,7 +109,7 @@ def test_the_released_example():
     assert not bool(model.logits.grad[0, 0].any())
     none = drop_tokens(SIX, EVERY, torch.zeros_like(DROPPED))
     whole = Fixed(torch.randn(1, 6, 8), torch.tensor([[0.3, -0.2]]))
-    assert float(insertion_loss(whole, none)) == pytest.approx(0.47408, abs=1e-5)
+    assert insertion_loss(whole, none).item() == pytest.approx(0.47408, abs=1e-5)
     assert float(torch.tensor([0.3, -0.2]).softmax(-1)[0]) == pytest.approx(0.62246, abs=1e-5)
 
 
