@@ -1,4 +1,4 @@
-"""Pieces of MDPO and CJ-GRPO: the sheets' numbers, limits and gradients."""
+"""Pieces of MDPO, GDPO and CJ-GRPO: numbers of the released code, limits and gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from everytoken.reinforcement.cj_grpo import (
     cj_grpo_loss,
     step_mean_weights,
 )
-from everytoken.reinforcement.likelihoods import trajectory_logps
+from everytoken.reinforcement.diffusion_gdpo import diffusion_gdpo_loss, mean_advantages
+from everytoken.reinforcement.likelihoods import LikelihoodEstimate, elbo, trajectory_logps
 from everytoken.reinforcement.mdpo import mdpo_step_loss, select_steps, step_advantages, step_values, step_weights
 from everytoken.testing.canvas import MASK, TinyDenoiser
 
@@ -170,3 +171,43 @@ def test_the_loss_over_a_trajectory():
 def test_one_token_a_step_weighs_every_token_alike():
     found = DenoisingSampler(gen_length=8)(TinyDenoiser(), IDS[:1])
     torch.testing.assert_close(step_mean_weights(found)[found.editable], torch.full((8,), 1 / 8))
+
+
+# -- GDPO --------------------------------------------------------------------------------------------------------------
+def test_gdpo_at_the_old_policy_follows_the_bound():
+    """rho = 1 exactly, and the gradient is -A / L times that of the bound."""
+    model, rewards = TinyDenoiser(), torch.tensor([1.0, 0, 0, 1])
+    ids = torch.randint(MASK, (4, 8), generator=torch.Generator().manual_seed(0))
+    scored = torch.arange(8).expand(4, -1) >= 2
+    advantages = mean_advantages(rewards)
+    assert advantages.tolist() == [0.5, -0.5, -0.5, 0.5]
+    assert mean_advantages(torch.tensor([1.0, 0, 3, 5]), torch.tensor([0, 0, 1, 1])).tolist() == [0.5, -0.5, -1, 1]
+    estimate = elbo(model, ids, scored, seeds=range(4))
+    with torch.no_grad():
+        old = elbo(model, ids, scored, seeds=range(4))
+    loss = diffusion_gdpo_loss(estimate, old, advantages, scored.sum(1))
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    loss.backward()
+    ours = [weight.grad.clone() for weight in model.parameters()]
+    model.zero_grad()
+    (-(advantages * elbo(model, ids, scored, seeds=range(4)).sequence / 6).mean()).backward()
+    for one, weight in zip(ours, model.parameters(), strict=True):
+        torch.testing.assert_close(one, weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_gdpo_clips_and_bounds_its_kl():
+    per, zero = torch.full((2, 3), 0.4), torch.zeros(2, 3)
+    new, old = LikelihoodEstimate(per, 2), LikelihoodEstimate(zero, 2)
+    gain = torch.tensor([1.0, -1.0])
+    ratio = torch.tensor(1.2 / 3).exp()
+    loss = diffusion_gdpo_loss(new, old, gain, torch.tensor([3, 3]))
+    assert loss.item() == pytest.approx(float((-1.2 + ratio) / 2), rel=1e-5)
+    far = LikelihoodEstimate(torch.full((2, 3), 100.0), 2)
+    for kl in ("k3", "k2"):
+        found = diffusion_gdpo_loss(new, new, 0 * gain, torch.tensor([3, 3]), ref=far, beta=0.1, kl=kl)
+        assert torch.isfinite(found)
+    for arguments in ({"kl": "k1"}, {"beta": 0.1}):
+        with pytest.raises(BadInputError):
+            diffusion_gdpo_loss(new, old, gain, torch.tensor([3, 3]), **arguments)
+    with pytest.raises(BadInputError, match="same texts"):
+        diffusion_gdpo_loss(new, old, gain[:1], torch.tensor([3, 3]))

@@ -1,4 +1,4 @@
-"""Losses of any order: by the sheets' numbers, by plain Python, and in the gradient."""
+"""Losses of any order: by the released code's numbers, by plain Python, and in the gradient."""
 
 from __future__ import annotations
 
