@@ -87,6 +87,9 @@ class CanvasModel:
             found = torch.cat([found[:, :1], found[:, :-1]], 1)
         found = found.float() if where is None else found[where].float()
         if self.mask_id is not None and self.mask_id < found.shape[-1]:
+            if where is not None and not found.requires_grad:  # a copy already, and a large one
+                found[..., self.mask_id] = -torch.inf
+                return found
             closed = torch.zeros(found.shape[-1], dtype=torch.bool, device=found.device)
             closed[self.mask_id] = True
             found = found.masked_fill(closed, -torch.inf)
