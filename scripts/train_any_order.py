@@ -1,7 +1,9 @@
-"""Trains the small network of any order anew, and puts it where it ships: ``sudoku-any-order``.
+"""Trains the small networks of any order anew, and puts them where they ship: ``sudoku-any-order`` and, with two
+streams, ``sudoku-any-subset``.
 
 python scripts/train_any_order.py --out work/sudoku          # four minutes on a thread; goes on where it was cut
 python scripts/train_any_order.py --out work/sudoku --ship   # copies the network into the package, in float16
+python scripts/train_any_order.py --out work/subset --set streams=2 --set steps=1000 --ship
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ def main() -> None:
         for name, value in TRAINING.run(config, TrainingContext(None, None, args.out, report)).figures.items():
             print(f"{name:<40} {value:.4g}")
         if args.ship:
-            place, half = WEIGHTS / "sudoku-any-order", args.out / "half"
+            place, half = (
+                WEIGHTS / ("sudoku-any-order" if config.streams == 1 else "sudoku-any-subset"),
+                args.out / "half",
+            )
             place.mkdir(exist_ok=True)
             AutoModelForMaskedLM.from_pretrained(args.out / "model", use_safetensors=True).half().save_pretrained(half)
             ship([args.out / "model" / name for name in ("tokenizer.json", "tokenizer_config.json")], place)

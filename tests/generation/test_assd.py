@@ -12,7 +12,7 @@ from everytoken.architectures.any_order.configuration_any_order import AnyOrderC
 from everytoken.architectures.any_order.modeling_any_order import AnyOrderLM
 from everytoken.core.errors import BadInputError, UnsupportedModelError
 from everytoken.decoding.canvas.denoising import DenoisingSampler
-from everytoken.generation.assd import AnySubsetSpeculative, subset_logps
+from everytoken.generation.assd import AnySubsetSequential, AnySubsetSpeculative, forwards_by_row, subset_logps
 
 VOCAB, MASK = 5, 4
 IDS = torch.tensor([[1, 0, 2, 0, 0, 3]])
@@ -135,3 +135,18 @@ def test_what_is_refused():
     with pytest.raises(BadInputError, match="not know how long"):
         AnySubsetSpeculative()(any_order(), IDS)
     assert DenoisingSampler().writes_masks and not AnySubsetSpeculative().writes_masks
+
+
+def test_one_by_one_costs_a_forward_a_token_and_rows_are_counted_alone():
+    model, sampler = any_order(), AnySubsetSequential()
+    sampler(model, IDS, editable=OPEN, seeds=[0])
+    assert sampler.stats.target_forwards == 3
+    both, open_ = IDS.repeat(2, 1), torch.cat([OPEN, torch.tensor([[0, 1, 0, 0, 0, 0]]).bool()])
+    for k in (2, 3):
+        made = AnySubsetSpeculative(k=k)
+        together = forwards_by_row(made(model, both, editable=open_, seeds=[5, 6]), k)
+        for row in range(2):
+            made(model, IDS, editable=open_[row : row + 1], seeds=[5 + row])
+            assert made.stats.target_forwards == together[row]
+    name, plain = AnySubsetSpeculative(temperature=0.5).baseline()
+    assert name == "one by one" and plain.temperature == 0.5 and isinstance(plain, AnySubsetSequential)

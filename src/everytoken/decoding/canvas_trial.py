@@ -10,30 +10,25 @@ from ..core.loading import load_tokenizer, read_pretrained, resolve
 from ..core.rng import derive_seed
 from ..core.scoring import check_prompt
 from ..core.weights import weights_folder
-from .canvas.denoising import DenoisingSampler
+from .canvas.base import CanvasSampler
 from .canvas.replay import canvas_text, replay_html
 from .trial import TrialRequest, TrialResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .canvas.base import CanvasSampler
-
-WEIGHTS = "sudoku-any-order"
-"""What is tried without ``--model``: it fills sudokus of four by four."""
 EXAMPLE = "1.3. .... ..2. 4..."
-PLAIN = "confidence order"
 HEADLINE = "mean probability of a choice"
 
 
-def load_denoiser(model: str | None = None) -> PreTrainedModel:
-    """A model for a canvas: a masked language model, or another kind whose logits are tried; None is the small one
-    that ships.
+def load_denoiser(model: str | None = None, weights: str = CanvasSampler.weights) -> PreTrainedModel:
+    """A model for a canvas: a masked language model, or another kind whose logits are tried; None is a small one
+    that ships, ``weights``.
 
     Raises:
         BadInputError, EverytokenError: as for ``load_model``.
     """
-    name = str(weights_folder(WEIGHTS)) if model is None else resolve(model)
+    name = str(weights_folder(weights)) if model is None else resolve(model)
     lacking = BadInputError(f"transformers has no masked language model for {name}.")
     try:
         return read_pretrained("AutoModelForMaskedLM", name, "float32", None, False, {}, lacking)
@@ -60,13 +55,16 @@ def trial(request: TrialRequest) -> TrialResult:
             settings.setdefault("temperature", float(options["temperature"]))
         samplers[item.name] = item.factory(**settings, trace_enabled=True)
     request.report("loading the model", 0, 0)
-    model = load_denoiser(request.model)  # first: what it is becomes known to the Auto classes by this
-    tokenizer = load_tokenizer(str(weights_folder(WEIGHTS)) if request.model is None else request.model)
+    first = next(iter(samplers.values()))
+    plain, baseline = first.baseline()
+    # the model first: what it is becomes known to the Auto classes by this
+    model = load_denoiser(request.model, first.weights)
+    tokenizer = load_tokenizer(str(weights_folder(first.weights)) if request.model is None else request.model)
     encoded = tokenizer(prompt, return_tensors="pt")
     ids = encoded["input_ids"].to(model.device)
     result = TrialResult({}, HEADLINE, column="step")
     seed = derive_seed(int(options.get("seed", 0)), "canvas")
-    for name, sampler in {PLAIN: _plain(next(iter(samplers.values()))), **samplers}.items():
+    for name, sampler in {plain: baseline, **samplers}.items():
         mask_id = sampler.mask_id if sampler.mask_id is not None else tokenizer.mask_token_id
         if mask_id is None:
             raise BadInputError("This tokenizer has no mask token.", "Give one: --set mask_id=...")
@@ -85,7 +83,7 @@ def trial(request: TrialRequest) -> TrialResult:
             "milliseconds": 1e3 * stats.seconds,
         }
         result.texts[name] = tokenizer.decode(found.final_ids[0], skip_special_tokens=False)
-        if name == PLAIN:
+        if name == plain:
             continue
         _show(request, tokenizer, name, found)
         for trace in ready.trace:
@@ -94,12 +92,6 @@ def trial(request: TrialRequest) -> TrialResult:
         result.pictures.append(replay_html(found, 0, tokenizer, f"{name}: every step of the canvas"))
     result.notes += [f"{name} wrote: {text!r}" for name, text in result.texts.items()]
     return result
-
-
-def _plain(sampler: Any) -> DenoisingSampler:
-    """Confidence order with the method's own settings, where it has them."""
-    shared = {item.name for item in dataclasses.fields(DenoisingSampler) if item.init} - {"remask", "transform"}
-    return DenoisingSampler(**{name: getattr(sampler, name) for name in shared if hasattr(sampler, name)})
 
 
 def _show(request: TrialRequest, tokenizer: PreTrainedTokenizerBase, name: str, found: Any) -> None:

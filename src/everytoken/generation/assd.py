@@ -9,7 +9,7 @@ joint distribution of sampling one by one; since ``p_0 = q_0`` every round fixes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -39,11 +39,13 @@ class AnySubsetSpeculative(CanvasSampler):
     temperature: float = 1.0
     bonus: bool = False
 
+    weights: ClassVar[str] = "sudoku-any-subset"
     writes_masks: ClassVar[bool] = False
+    least: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.k < 2:
+        if self.k < self.least:
             raise BadInputError(f"k must be at least 2, or every token costs two forwards; got {self.k}.")
         if self.temperature < 0:
             raise BadInputError(f"temperature is 0 or more; got {self.temperature}.")
@@ -52,6 +54,10 @@ class AnySubsetSpeculative(CanvasSampler):
     def examples(cls) -> dict[str, CanvasSampler]:
         found: dict[str, CanvasSampler] = {f"k={k}": cls(k=k) for k in (2, 3, 8)}
         return found | {"greedy": cls(temperature=0.0), "bonus": cls(bonus=True)}
+
+    def baseline(self) -> tuple[str, CanvasSampler]:
+        shared = {"gen_length", "mask_id", "shift_logits", "check", "temperature"}
+        return "one by one", AnySubsetSequential(**{name: getattr(self, name) for name in shared})
 
     def check_call(self, editable: torch.Tensor) -> None:
         if bool(editable.all(1).any()):
@@ -148,6 +154,31 @@ class AnySubsetSpeculative(CanvasSampler):
             done = done + fixed
             call.draft(canvas)
         return Trajectory(canvas, editable, call.attention, fix_step, prob, torch.stack(counts, 1), call.mask_id)
+
+
+@dataclass
+class AnySubsetSequential(AnySubsetSpeculative):
+    """The same order one token after the other, a forward each: what ASSD must equal in distribution.
+
+    Args:
+        temperature: 0 takes the likeliest.
+    """
+
+    k: int = field(default=1, init=False)
+    bonus: bool = field(default=False, init=False)
+
+    least: ClassVar[int] = 1
+
+    @classmethod
+    def examples(cls) -> dict[str, CanvasSampler]:
+        return {"one by one": cls(), "greedy": cls(temperature=0.0)}
+
+
+def forwards_by_row(found: Trajectory, k: int) -> list[int]:
+    """How many forwards each row of a record would have cost alone: two a round, one for a single last token."""
+    left = found.editable.sum(1, keepdim=True) - torch.cat([0 * found.counts[:, :1], found.counts.cumsum(1)[:, :-1]], 1)
+    spent: list[int] = ((left > 0).long() + (left.clamp(max=k) > 1).long()).sum(1).tolist()
+    return spent
 
 
 @torch.no_grad()

@@ -199,6 +199,10 @@ def test_any_subset_loss_on_both_kinds_of_model():
         logits = model(input_ids=IDS, perm_mask=order_mask(subset_order(KNOWN), KNOWN), target_mapping=every).logits
         logps = logits.log_softmax(-1).gather(-1, IDS[..., None])[..., 0]
         torch.testing.assert_close(loss, -logps[~KNOWN].mean())
+        draft = order_mask(subset_order(KNOWN), KNOWN, KNOWN.sum(1))
+        logits = model(input_ids=IDS, perm_mask=draft, target_mapping=every).logits
+        logps = logits.log_softmax(-1).gather(-1, IDS[..., None])[..., 0]
+        torch.testing.assert_close(any_subset_loss(model, IDS, KNOWN, parallel=True), -logps[~KNOWN].mean())
     with pytest.raises(BadInputError, match="nothing to predict"):
         any_subset_loss(model, IDS, torch.ones_like(KNOWN))
 

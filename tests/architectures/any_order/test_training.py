@@ -41,9 +41,10 @@ def test_sudokus():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["sudoku", "text", "rows"])
+@pytest.mark.parametrize("task", ["sudoku", "text", "rows", "two streams"])
 def test_it_trains_goes_on_and_reports(tmp_path, task):
-    data, settings = None, ["task=sudoku"] if task == "sudoku" else ["length=24"]
+    data, settings = None, ["task=sudoku"] if task in ("sudoku", "two streams") else ["length=24"]
+    settings += ["streams=2"] if task == "two streams" else []
     if task == "rows":
         data = str(tmp_path / "rows.jsonl")
         rows = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(40)]
@@ -56,7 +57,7 @@ def test_it_trains_goes_on_and_reports(tmp_path, task):
     model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out" / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
     assert tokenizer.mask_token_id == model.config.mask_token_id
-    assert 'figure class="canvas"' in (tmp_path / "out" / "report.html").read_text()
+    assert ('figure class="canvas"' in (tmp_path / "out" / "report.html").read_text()) == (task != "two streams")
 
 
 def test_rows_learn_their_completions_alone(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from everytoken.core.errors import BadInputError
-from everytoken.decoding.canvas_trial import EXAMPLE, PLAIN, trial
+from everytoken.decoding.canvas_trial import EXAMPLE, trial
 from everytoken.decoding.trial import Trial, TrialRequest
 from everytoken.generation.rcr import RCR
 from everytoken.training.datasets.sudoku import sudoku_tokenizer
@@ -15,7 +15,7 @@ def test_it_fills_a_sudoku_step_by_step():
     shown = []
     request = TrialRequest([Trial("rcr", RCR, {"steps": 4})], stream=shown.append)
     result = trial(request)
-    assert list(result.rows) == [PLAIN, "rcr"]
+    assert list(result.rows) == ["confidence order", "rcr"]
     assert all(row["forwards"] == 4 and row["tokens per forward"] == 3 for row in result.rows.values())
     assert len(shown) == 5 and shown[0].endswith("1·3·······2·4···\n") and "·" not in shown[-1].split()[-1]
     assert [len(trace) for trace in result.traces] == [12]

@@ -189,6 +189,8 @@ def any_subset_loss(
     ids: torch.Tensor,
     known: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
+    *,
+    parallel: bool = False,
 ) -> torch.Tensor:
     """Mean over the open positions of ``-log p(x_i | known, open ones on the left)``, in one forward of two streams.
 
@@ -196,13 +198,15 @@ def any_subset_loss(
         model: takes ``perm_mask`` as XLNet does.
         ids: ``[B, T]``.
         known: ``[B, T]`` bool; padding counts as known.
+        parallel: every open position sees the known ones alone, which trains the drafts of speculative decoding.
 
     Raises:
         BadInputError: nothing is open.
     """
     if bool(known.all()):
         raise BadInputError("Every position is known: there is nothing to predict.")
-    inputs: dict[str, torch.Tensor] = {"perm_mask": order_mask(subset_order(known), known)}
+    upto = known.sum(1) if parallel else None
+    inputs: dict[str, torch.Tensor] = {"perm_mask": order_mask(subset_order(known), known, upto)}
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask
     every = torch.eye(ids.shape[1], device=ids.device).expand(len(ids), -1, -1)

@@ -56,6 +56,7 @@ class DiffusionTraining:
         steps, batch, lr: of the optimiser.
         length: bytes of a window, or of a row at most.
         layers, width, heads: of the network; its feed-forward blocks are twice as wide.
+        streams: 1 learns masked diffusion; 2 learns all subsets with a query stream, and drafts in every second step.
         warmup: share of the steps that rise to the level; hold: share after which it falls.
         seed: of everything.
         save_every: a checkpoint after so many steps.
@@ -72,6 +73,7 @@ class DiffusionTraining:
     layers: int = 3
     width: int = 64
     heads: int = 4
+    streams: int = 1
     warmup: float = 0.03
     hold: float = 0.5
     seed: int = 0
@@ -98,6 +100,7 @@ class DiffusionTraining:
             num_attention_heads=self.heads,
             max_position_embeddings=max(64, 4 * self.length),
             mask_token_id=mask,
+            streams=self.streams,
             eos_token_id=end,
         )
 
@@ -194,10 +197,22 @@ def seeded(config: DiffusionTraining, *names: object) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(config.seed, *names))
 
 
+def loss_of(
+    model: Any, batch: Batch, config: DiffusionTraining, *names: object, parallel: bool = False
+) -> torch.Tensor:
+    """The loss of one batch, its choices drawn by a name of the training."""
+    generator = seeded(config, *names)
+    if config.streams == 1:
+        return mdlm_loss(model, *batch, generator=generator)
+    # one position at least stays known: the first token needs a context
+    known = draw_known(batch.response, 0.15, 0.95, generator) | ~batch.attention
+    return any_subset_loss(model, batch.ids, known, batch.attention, parallel=parallel)
+
+
 @torch.no_grad()
 def bound(model: Any, batch: Batch, config: DiffusionTraining, masks: int = 8) -> float:
     """Nats a response token that held-out texts cost at most: the mean of the loss over many masks."""
-    losses = [mdlm_loss(model, *batch, generator=seeded(config, "held", number)) for number in range(masks)]
+    losses = [loss_of(model, batch, config, "held", number) for number in range(masks)]
     return float(torch.stack(losses).mean())
 
 
@@ -205,7 +220,7 @@ def bound(model: Any, batch: Batch, config: DiffusionTraining, masks: int = 8) -
 def measure(model: Any, source: Source, config: DiffusionTraining) -> dict[str, float]:
     """Figures of a trained network on held-out texts."""
     found = {"nats per token, at most": bound(model, source.batch(64, -1), config)}
-    if config.task == "sudoku":
+    if config.task == "sudoku" and config.streams == 1:
         for name, steps in (("one cell a step", None), ("four steps", 4)):
             found[f"sudokus solved, {name}"] = share_solved(model, DenoisingSampler(steps=steps), 256, config.seed)
     return found
@@ -231,7 +246,7 @@ def run(config: DiffusionTraining, context: TrainingContext) -> TrainingResult:
     model = AnyOrderLM(source.config)
 
     def loss(step: int) -> torch.Tensor:
-        return mdlm_loss(model, *source.batch(config.batch, step), generator=seeded(config, "loss", step))
+        return loss_of(model, source.batch(config.batch, step), config, "loss", step, parallel=step % 2 == 1)
 
     curve = fit(model, loss, config.stage(), context.out, context.report, save_every=config.save_every)
     figures = measure(model, source, config)
@@ -240,21 +255,26 @@ def run(config: DiffusionTraining, context: TrainingContext) -> TrainingResult:
     settings = dataclasses.asdict(config)
     record = {"method": "diffusion-lm", "figures": figures, "settings": settings, "curves": {"loss": curve}}
     write_text_whole(context.out / "training.json", json.dumps(record, indent=1) + "\n")
-    held = source.batch(1, -1)
-    sampler = DenoisingSampler(trace_enabled=True)
-    open_ = held.response & (torch.arange(held.ids.shape[1]) % 2 == 0)
-    found = sampler(model, held.ids, attention_mask=held.attention, editable=open_, seeds=[config.seed])
+    traces, pictures = [], {}
+    if config.streams == 1:  # the content stream of two learns no predictions
+        held = source.batch(1, -1)
+        sampler = DenoisingSampler(trace_enabled=True)
+        open_ = held.response & (torch.arange(held.ids.shape[1]) % 2 == 0)
+        found = sampler(model, held.ids, attention_mask=held.attention, editable=open_, seeds=[config.seed])
+        traces = [trace.with_text(source.tokenizer) for trace in sampler.trace]
+        pictures["A held-out text, half of it open"] = replay_html(found, 0, source.tokenizer)
     report = training_report(
         context.out / "report.html",
         f"diffusion-lm: {context.data or config.task}",
         figures,
         {"loss": [(float(step), value) for step, value in curve]},
-        traces=[trace.with_text(source.tokenizer) for trace in sampler.trace],
+        traces=traces,
         column="step",
         settings=settings,
-        pictures={"A held-out text, half of it open": replay_html(found, 0, source.tokenizer)},
+        pictures=pictures,
     )
-    notes = [f"Look at {report}.", f"Try it: everytoken try rcr --model {folder} --prompt 'Some words of yours{MASK}'"]
+    name = "rcr" if config.streams == 1 else "as-arm"
+    notes = [f"Look at {report}.", f"Try it: everytoken try {name} --model {folder} --prompt 'Some words{MASK}'"]
     return TrainingResult(figures, [folder, context.out / "training.json", report], notes)
 
 

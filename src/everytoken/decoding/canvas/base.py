@@ -132,6 +132,8 @@ class CanvasSampler:
     check: bool = field(default=True, kw_only=True)
     trace_enabled: bool = field(default=False, kw_only=True)
 
+    weights: ClassVar[str] = "sudoku-any-order"
+    """The shipped network that it is tried on without ``--model``."""
     writes_masks: ClassVar[bool] = True
     """Whether the canvas begins as masks that are filled; the battery of ``everytoken.testing.canvas`` is for those."""
     trace_columns: ClassVar[tuple[str, ...]] = ("step", "confidence", "revisions")
@@ -157,6 +159,10 @@ class CanvasSampler:
     def open_positions(self, ids: torch.Tensor, editable: torch.Tensor, mask_id: int) -> torch.Tensor:
         """The canvas at the start."""
         return ids.masked_fill(editable, mask_id)
+
+    def baseline(self) -> tuple[str, CanvasSampler]:
+        """What a trial runs beside it, with a name: the plain way of writing with the same settings."""
+        raise NotImplementedError(f"{type(self).__name__} names no baseline.")
 
     @classmethod
     def examples(cls) -> dict[str, CanvasSampler]:

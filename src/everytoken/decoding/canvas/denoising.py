@@ -10,7 +10,7 @@ a transform of it, and a rule that takes tokens back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -157,6 +157,10 @@ class DenoisingSampler(CanvasSampler):
             "sampled": cls(steps=4, temperature=1.0, remasking="entropy"),
             "guided": cls(steps=4, cfg_scale=0.5),
         }
+
+    def baseline(self) -> tuple[str, CanvasSampler]:
+        shared = {item.name for item in fields(DenoisingSampler) if item.init} - {"remask", "transform"}
+        return "confidence order", DenoisingSampler(**{name: getattr(self, name) for name in shared})
 
     # -- a call --------------------------------------------------------------------------------------------------------
     def check_call(self, editable: torch.Tensor) -> None:
