@@ -56,7 +56,7 @@ def test_all_completions_sum_to_one(make):
     ],
 )
 def test_texts_have_the_models_own_joint_distribution(make, settings):
-    model, repeats = make(), 2000
+    model, repeats = make(), 1200
     logps = joint(model)[1]
     sampler = AnySubsetSpeculative(mask_id=MASK, check=False, **settings)
     found = sampler(model, IDS.repeat(repeats, 1), editable=OPEN.repeat(repeats, 1), seeds=range(repeats))

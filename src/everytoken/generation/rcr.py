@@ -54,7 +54,6 @@ class RCR(DenoisingSampler):
     @classmethod
     def examples(cls) -> dict[str, CanvasSampler]:
         return {
-            "one token a step": cls(),
             "six steps": cls(steps=6),
             "blocks": cls(steps=6, block_length=4),
             "blocks that reopen": cls(steps=6, block_length=4, reopen_blocks=True),

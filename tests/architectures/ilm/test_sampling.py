@@ -47,7 +47,7 @@ def exact(net, depth):
 
 @pytest.mark.parametrize("order", ["joint", pytest.param("gap-first", marks=pytest.mark.slow)])
 def test_texts_have_the_distribution_of_all_histories(order):
-    net, count = model(), 1500
+    net, count = model(), 800
     wanted = exact(net, 3)
     assert sum(wanted.values()) == pytest.approx(1, abs=1e-4)
     sampler = InsertionSampler(3, order, forbidden=FORBIDDEN)

@@ -150,7 +150,6 @@ class DenoisingSampler(CanvasSampler):
     def examples(cls) -> dict[str, CanvasSampler]:
         return {
             "one token a step": cls(),
-            "four steps": cls(steps=4),
             "blocks": cls(steps=6, block_length=4),
             "random order": cls(steps=6, remasking="random"),
             "margin": cls(steps=6, remasking="margin"),
