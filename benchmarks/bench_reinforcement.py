@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 
-ROWS, GROUP, NEW, STEPS, ROUNDS, VOCAB, PROMPT = 8, 8, 24, 4, 2, 4096, 32
+ROWS, GROUP, NEW, STEPS, ROUNDS, VOCAB, PROMPT = 8, 8, 24, 4, 6, 4096, 32
 MANY, LONG = 16, 48
 """Rollouts, and their tokens, where memory is measured."""
 SECOND_PASS, MEMORY = 1.3, 1.1
