@@ -87,7 +87,9 @@ def test_private_addresses_only_if_asked(url, addresses):
     assert check_url(url, Access(private=True), lambda *_: addresses) == addresses[0]
 
 
-@pytest.mark.parametrize("address", ["169.254.169.254", "fe80::1%eth0", "224.0.0.1", "0.0.0.0", "::ffff:169.254.169.254"])
+@pytest.mark.parametrize(
+    "address", ["169.254.169.254", "fe80::1%eth0", "224.0.0.1", "0.0.0.0", "::ffff:169.254.169.254"]
+)
 def test_link_local_addresses_never(address):
     with pytest.raises(BadInputError, match="no server of tools"):
         check_url("https://metadata.example/", Access(private=True), lambda *_: [address])

@@ -113,7 +113,7 @@ def test_an_approved_tool_that_changes_is_held_back():
 def test_words_are_data():
     with SQLiteStore() as store:
         store.apply("s", [spec("getWeather", "Forecasts rain."), spec("add", "Adds numbers.", server="s")])
-        assert store.matching('rain" OR *:- NEAR(x) AND \' ; DROP TABLE tools', 5)[0][0] == 1
+        assert store.matching("rain\" OR *:- NEAR(x) AND ' ; DROP TABLE tools", 5)[0][0] == 1
         assert store.matching("forecasting", 5)[0][0] == 1  # porter
         assert store.matching("weather", 5, "s") and not store.matching("weather", 5, "t")
         assert store.matching("!!!", 5) == []
@@ -135,7 +135,9 @@ def test_what_is_no_store(tmp_path):
     with pytest.raises(BadInputError, match="no store"):
         SQLiteStore(path)
     other = sqlite3.connect(tmp_path / "y.db")
-    other.executescript("CREATE TABLE meta(name TEXT PRIMARY KEY, value INTEGER); INSERT INTO meta VALUES ('format', 9)")
+    other.executescript(
+        "CREATE TABLE meta(name TEXT PRIMARY KEY, value INTEGER); INSERT INTO meta VALUES ('format', 9)"
+    )
     other.close()
     with pytest.raises(BadInputError, match="format 9"):
         SQLiteStore(tmp_path / "y.db")

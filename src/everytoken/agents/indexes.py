@@ -55,7 +55,9 @@ class MatrixIndex:
             return []
         if server is None and self._graph is not None:
             found = self._graph.search(vector.astype(np.float32), min(k, len(self._keys)))
-            pairs = sorted(((int(row), float(self._matrix[row] @ vector)) for row in found.keys), key=lambda pair: -pair[1])
+            pairs = sorted(
+                ((int(row), float(self._matrix[row] @ vector)) for row in found.keys), key=lambda pair: -pair[1]
+            )
             return [(self._keys[row], score) for row, score in pairs]
         rows = np.arange(len(self._keys))
         if server is not None:
@@ -114,7 +116,7 @@ class QdrantIndex:
             self.client.upsert(self.collection, points, wait=True)
 
     def delete(self, keys: Iterable[Key]) -> None:
-        points = [self._id(key) for key in keys]
+        points: list[Any] = [self._id(key) for key in keys]
         if points:
             self.client.delete(self.collection, self.models.PointIdsList(points=points), wait=True)
 

@@ -15,14 +15,26 @@ if TYPE_CHECKING:
 
 METRICS = {
     "revenue": ("the total revenue", ("How much did {c} sell in {y}?", "What were the sales of {c} in {y}?")),
-    "net_income": ("the net income", ("How much profit did {c} make in {y}?", "What did {c} earn after costs in {y}?")),
-    "employees": ("the number of employees", ("How many people worked for {c} in {y}?", "How large was the staff of {c} in {y}?")),
-    "share_price": ("the price of a share", ("What did a share of {c} cost in {y}?", "How was {c} valued on the exchange in {y}?")),
+    "net_income": (
+        "the net income",
+        ("How much profit did {c} make in {y}?", "What did {c} earn after costs in {y}?"),
+    ),
+    "employees": (
+        "the number of employees",
+        ("How many people worked for {c} in {y}?", "How large was the staff of {c} in {y}?"),
+    ),
+    "share_price": (
+        "the price of a share",
+        ("What did a share of {c} cost in {y}?", "How was {c} valued on the exchange in {y}?"),
+    ),
     "debt": ("the long-term debt", ("How much did {c} owe in {y}?", "What were the liabilities of {c} in {y}?")),
-}  # fmt: skip
-HEADS = "Nor Vel Quan Bri Tas Mor Kel Zan Hol Per Lum Dra Fen Gal Ost Rin Syl Tor Ulm Wex Yar Cor Bel Ald Ive".split()
-MIDDLES = "ta li ro ven dex mar so nu pha ki".split()
-TAILS = "Foods Steel Motors Energy Systems Textiles Bank Pharma Shipping Media Airlines Paper".split()
+}
+"""Metric -> what its tool returns, and questions in other words."""
+HEADS = tuple(
+    "Nor Vel Quan Bri Tas Mor Kel Zan Hol Per Lum Dra Fen Gal Ost Rin Syl Tor Ulm Wex Yar Cor Bel Ald Ive".split()  # noqa: SIM905
+)
+MIDDLES = ("ta", "li", "ro", "ven", "dex", "mar", "so", "nu", "pha", "ki")
+TAILS = tuple("Foods Steel Motors Energy Systems Textiles Bank Pharma Shipping Media Airlines Paper".split())  # noqa: SIM905
 
 
 def companies(count: int, seed: int = 0) -> list[str]:
@@ -48,7 +60,9 @@ def metric_tools(names: Sequence[str]) -> list[ToolSpec]:
                 "properties": {"year": {"type": "integer", "description": "The fiscal year."}},
                 "required": ["year"],
             }
-            tools.append(ToolSpec(short, f"{short}_{metric}", f"Returns {told} of {company} for a fiscal year.", schema))
+            tools.append(
+                ToolSpec(short, f"{short}_{metric}", f"Returns {told} of {company} for a fiscal year.", schema)
+            )
     return tools
 
 
@@ -64,7 +78,10 @@ def metric_queries(names: Sequence[str], count: int, seed: int = 0) -> list[Aske
     """Queries in other words than the tools' descriptions, each about one figure of one company."""
     generator, found = numpy_generator(seed, "queries"), []
     for _ in range(count):
-        company, metric = names[int(generator.integers(len(names)))], list(METRICS)[int(generator.integers(len(METRICS)))]
+        company, metric = (
+            names[int(generator.integers(len(names)))],
+            list(METRICS)[int(generator.integers(len(METRICS)))],
+        )
         ways = METRICS[metric][1]
         way, year = ways[int(generator.integers(len(ways)))], int(generator.integers(2005, 2025))
         short = company.lower().replace(" ", "_")
@@ -83,7 +100,9 @@ def metric_server(company: str) -> MCPServer:
         def figure(year: int, metric: str = metric) -> str:
             return f"{metric} of {company} in {year}: {(len(company) * 7919 + year * 31 + len(metric)) % 9973}"
 
-        server.add_tool(_of_year(figure), f"{short}_{metric}", description=f"Returns {told} of {company} for a fiscal year.")
+        server.add_tool(
+            _of_year(figure), f"{short}_{metric}", description=f"Returns {told} of {company} for a fiscal year."
+        )
     return server
 
 

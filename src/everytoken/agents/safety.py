@@ -143,7 +143,9 @@ def check_url(url: str, access: Access, resolver: Resolve = resolve) -> str:
         address: Any = ipaddress.ip_address(text.partition("%")[0])
         address = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
         if address.is_link_local or address.is_multicast or address.is_unspecified:
-            raise BadInputError(f"{host} leads to {text}, which no server of tools has.", "Link-local is never allowed.")
+            raise BadInputError(
+                f"{host} leads to {text}, which no server of tools has.", "Link-local is never allowed."
+            )
         if not address.is_global and not access.private:
             raise BadInputError(f"{host} leads to the private address {text}.", "Allow it with --allow-private.")
         if parts.scheme == "http" and address.is_global:
@@ -165,7 +167,9 @@ def check_command(command: str, args: Sequence[str], access: Access) -> None:
         raise BadInputError("A server's command must hold no NUL.")
     stem = PurePath(command.replace("\\", "/")).name.lower().removesuffix(".exe")
     if stem in SHELLS and not access.shells:
-        raise BadInputError(f"The command is a shell ({command}).", "Name the program itself; nothing here needs a shell.")
+        raise BadInputError(
+            f"The command is a shell ({command}).", "Name the program itself; nothing here needs a shell."
+        )
 
 
 def check_values(values: Mapping[str, Any], what: str) -> None:

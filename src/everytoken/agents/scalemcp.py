@@ -169,7 +169,9 @@ class Retriever:
         """Makes and keeps the vectors of tools that are not kept yet; returns how many texts were embedded."""
         if self.settings.retriever == "bm25":
             return 0
-        return self._vectors([text for spec in specs for texts in self.settings.texts(spec).values() for text in texts])[1]
+        return self._vectors(
+            [text for spec in specs for texts in self.settings.texts(spec).values() for text in texts]
+        )[1]
 
     def _vectors(self, texts: Sequence[str]) -> tuple[dict[str, np.ndarray], int]:
         kept = self.store.vectors(self.embedder, texts)
@@ -261,7 +263,8 @@ class Retriever:
 
     def _shared(self, ranking: Sequence[tuple[int, float]], k: int) -> list[tuple[int, float]]:
         """At most half of the first ``k`` from one server, while other servers have any; the rest follows."""
-        limit, counts = max(1, k // 2), {}
+        limit = max(1, k // 2)
+        counts: dict[str, int] = {}
         first: list[tuple[int, float]] = []
         later: list[tuple[int, float]] = []
         for pair in ranking:

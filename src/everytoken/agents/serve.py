@@ -114,11 +114,13 @@ class Bound:
             UnknownNameError: it is not bound.
         """
         if key not in self._hits:
-            raise UnknownNameError("found tool", f"{key.name} of {key.server}", [f"{k.name} of {k.server}" for k in self._hits])
+            raise UnknownNameError(
+                "found tool", f"{key.name} of {key.server}", [f"{k.name} of {k.server}" for k in self._hits]
+            )
         self._hits.move_to_end(key)
         return self._hits[key]
 
-    def keys(self) -> list[Key]:
+    def order(self) -> list[Key]:
         """From the one used longest ago to the last one."""
         return list(self._hits)
 
@@ -153,7 +155,7 @@ class Caller:
                     result = await client.call_tool(key.name, dict(arguments))
         except TimeoutError:
             raise ServerError(f"{key.name} of {key.server} did not answer within {self.limits.seconds:g} s.") from None
-        texts = [item.text for item in result.content if getattr(item, "type", "") == "text"]
+        texts = [item.text for item in result.content if item.type == "text"]
         others = sorted({str(item.type) for item in result.content if getattr(item, "type", "") != "text"})
         text = clean("\n".join(texts + [f"({kind} left out)" for kind in others]), RESULT)
         if result.is_error:
@@ -187,11 +189,13 @@ class AgentRun:
     errors: list[str] = field(default_factory=list)
 
 
-async def run_agent(chat: Chat, search: Search, caller: Caller, task: str, turns: int = 8, memory: int = 32) -> AgentRun:
+async def run_agent(
+    chat: Chat, search: Search, caller: Caller, task: str, turns: int = 8, memory: int = 32
+) -> AgentRun:
     """Lets a chat model search and call tools until it answers.
 
-    A call of a tool that was not found by a search is refused, and so are arguments that are no JSON object; the model is
-    told and may go on.
+    A call of a tool that was not found by a search is refused, and so are arguments that are no JSON object; the model
+    is told and may go on.
 
     Args:
         turns: messages of the model at most.
@@ -262,7 +266,10 @@ def mcp_server(search: Search, caller: Caller, rate: RateLimit | None = None, na
     from mcp.server.mcpserver.exceptions import ToolError
 
     rate = rate or RateLimit(120, 60.0)
-    served, found = MCPServer(name, instructions="search_tools finds tools; call_tool calls one that was found."), Bound(1000)
+    served, found = (
+        MCPServer(name, instructions="search_tools finds tools; call_tool calls one that was found."),
+        Bound(1000),
+    )
 
     def admitted() -> None:
         if not rate.allow():

@@ -100,7 +100,9 @@ def _of_map(key: str, value: Any) -> ServerEntry:
         raise BadInputError(f"The server {key} must be a map with a command or a url.")
     kind = value.get("type")
     if kind not in (None, "stdio", "http", "streamable-http", "streamableHttp"):
-        raise BadInputError(f"The server {key} is of the type {kind!r}.", "stdio and http (streamable) are spoken here.")
+        raise BadInputError(
+            f"The server {key} is of the type {kind!r}.", "stdio and http (streamable) are spoken here."
+        )
     command, url = value.get("command"), value.get("url")
     for name, item in (("command", command), ("url", url)):
         if item is not None and not isinstance(item, str):
@@ -114,7 +116,11 @@ def _of_registry(raw: Mapping[str, Any], source: str) -> ServerEntry:
     if name.count("/") != 1:
         raise BadInputError(f"{source}: a registry's name has exactly one slash; got {name!r}.")
     for remote in raw.get("remotes") or []:
-        if isinstance(remote, Mapping) and remote.get("type") == "streamable-http" and isinstance(remote.get("url"), str):
+        if (
+            isinstance(remote, Mapping)
+            and remote.get("type") == "streamable-http"
+            and isinstance(remote.get("url"), str)
+        ):
             headers = {item["name"]: f"${{{_variable(item['name'])}}}" for item in _named(remote.get("headers"))}
             return ServerEntry(name, url=remote["url"], headers=headers, registry=True)
     for package in raw.get("packages") or []:

@@ -142,9 +142,7 @@ class SQLiteStore:
     def waiting(self, server: str) -> str | None:
         """Why a server is not to be asked now (its list is fresh, or it failed lately); None where it is."""
         with self._lock:
-            row = self.database.execute(
-                "SELECT next_try, fresh_until FROM servers WHERE id=?", (server,)
-            ).fetchone()
+            row = self.database.execute("SELECT next_try, fresh_until FROM servers WHERE id=?", (server,)).fetchone()
         now = self.clock()
         if row is None or now >= max(row):
             return None
@@ -241,7 +239,8 @@ class SQLiteStore:
 
     def forget_others(self, servers: Iterable[str]) -> dict[str, Changes]:
         """Deletes the tools of all servers but these."""
-        kept, gone = set(servers), {}
+        kept = set(servers)
+        gone: dict[str, Changes] = {}
         with self.transaction() as database:
             rows = database.execute("SELECT id, server, name FROM tools").fetchall()
             for row, server, name in rows:
@@ -287,7 +286,8 @@ class SQLiteStore:
         """All tools in the order of their ids; those that wait for approval only if asked."""
         with self._lock:
             rows = self.database.execute(
-                "SELECT id, server, spec, stale_since, approved IS NOT NULL AND approved<>fingerprint FROM tools ORDER BY id"
+                "SELECT id, server, spec, stale_since, approved IS NOT NULL AND approved<>fingerprint FROM tools "
+                "ORDER BY id"
             ).fetchall()
         found = [
             StoredTool(row, ToolSpec.from_document(server, json.loads(spec)), since is not None, bool(held))
@@ -304,8 +304,8 @@ class SQLiteStore:
         where = "" if server is None else " AND tools.server=?"
         with self._lock:
             rows = self.database.execute(
-                "SELECT words.rowid, bm25(words) AS score FROM words JOIN tools ON tools.id=words.rowid WHERE words MATCH ? "
-                f"AND (approved IS NULL OR approved=fingerprint){where} ORDER BY score, words.rowid LIMIT ?",
+                "SELECT words.rowid, bm25(words) AS score FROM words JOIN tools ON tools.id=words.rowid "
+                f"WHERE words MATCH ? AND (approved IS NULL OR approved=fingerprint){where} ORDER BY score, words.rowid LIMIT ?",
                 (asked, *([] if server is None else [server]), k),
             ).fetchall()
         return [(row, -score) for row, score in rows]

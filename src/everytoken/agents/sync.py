@@ -97,7 +97,7 @@ class SyncSettings:
     def __post_init__(self) -> None:
         if self.parallel < 1 or self.grace < 0 or not 0 <= self.max_loss <= 1 or self.limits.seconds <= 0:
             raise BadInputError(
-                "A sync needs at least one server at once, a positive time limit, a grace of 0 or more and a loss in 0..1."
+                "A sync needs one server or more at once, a positive time limit, a grace of 0 or more and a loss in 0..1."
             )
 
 
@@ -160,11 +160,17 @@ async def sync_server(
             async with connect(entry, settings.access, settings.limits) as client:
                 specs, fresh = await list_tools(client, entry.id, settings.limits)
     except (TimeoutError, EverytokenError) as error:
-        told = error.message if isinstance(error, EverytokenError) else None
-        report.failed[entry.id] = told or f"{entry.id} did not answer within {settings.limits.seconds:g} s."
+        report.failed[entry.id] = _told(error, entry, settings)
         report.add(entry.id, store.mark_down(entry.id, report.failed[entry.id], settings.grace))
         return
     await _take(entry.id, specs, fresh, store, report, prepare, settings, turn)
+
+
+def _told(error: Exception, entry: ServerEntry, settings: SyncSettings) -> str:
+    """Why a server failed, in one line."""
+    if isinstance(error, EverytokenError):
+        return " ".join(filter(None, (error.message, error.hint)))
+    return f"{entry.id} did not answer within {settings.limits.seconds:g} s."
 
 
 async def _take(
@@ -237,8 +243,7 @@ async def watch(
                     await list_once(client, entry)
                     wait = retry
             except (TimeoutError, EverytokenError) as error:
-                report = Report()
-                reason = error.message if isinstance(error, EverytokenError) else f"{entry.id} did not answer in time."
+                report, reason = Report(), _told(error, entry, settings)
                 report.failed[entry.id] = reason
                 report.add(entry.id, store.mark_down(entry.id, reason, settings.grace))
                 told(entry.id, report)

@@ -81,7 +81,9 @@ async def connect(
     budget, secrets = _Budget(limits.bytes), [*filled(entry.env).values(), *filled(entry.headers).values()]
     if entry.command is not None:
         if entry.registry and not access.registry:
-            raise ServerError(f"{entry.id} would run a program that a registry names.", "Allow it with --allow-registry.")
+            raise ServerError(
+                f"{entry.id} would run a program that a registry names.", "Allow it with --allow-registry."
+            )
         check_command(entry.command, entry.args, access)
         source: Any = _stdio(entry.command, entry.args, filled(entry.env), budget)
     elif entry.url is not None:
