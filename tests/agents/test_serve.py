@@ -16,11 +16,12 @@ from everytoken.agents.base import Hit, Key, ServerError
 from everytoken.agents.metric_tools import companies, metric_server
 from everytoken.agents.safety import Access
 from everytoken.agents.scalemcp import Retriever, ScaleMCP
-from everytoken.agents.serve import Bound, Caller, RateLimit, mcp_server, run_agent
+from everytoken.agents.serve import Bound, Caller, mcp_server, run_agent
 from everytoken.agents.servers import ServerEntry
 from everytoken.agents.store import SQLiteStore
 from everytoken.agents.sync import sync
 from everytoken.agents.transports import Limits
+from everytoken.core.rate import RateLimit
 from everytoken.core.errors import BadInputError, UnknownNameError
 
 from .common import embed, over_http, program, spec
@@ -43,16 +44,6 @@ def test_bound_tools_leave_in_the_order_of_their_use():
     assert [key.name for key in bound.order()] == ["a", "c", "d"]
     with pytest.raises(UnknownNameError):
         bound.use(Key("s", "b"))
-
-
-def test_rates():
-    now = [0.0]
-    rate = RateLimit(2, 10.0, lambda: now[0])
-    assert [rate.allow() for _ in range(3)] == [True, True, False]
-    now[0] = 10.0
-    assert rate.allow()
-    with pytest.raises(BadInputError):
-        RateLimit(0, 1.0)
 
 
 def test_an_agent_searches_calls_and_answers():

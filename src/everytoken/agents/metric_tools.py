@@ -31,10 +31,10 @@ METRICS = {
 }
 """Metric -> what its tool returns, and questions in other words."""
 HEADS = tuple(
-    "Nor Vel Quan Bri Tas Mor Kel Zan Hol Per Lum Dra Fen Gal Ost Rin Syl Tor Ulm Wex Yar Cor Bel Ald Ive".split()  # noqa: SIM905
+    "Nor Vel Quan Bri Tas Mor Kel Zan Hol Per Lum Dra Fen Gal Ost Rin Syl Tor Ulm Wex Yar Cor Bel Ald Ive".split()  
 )
 MIDDLES = ("ta", "li", "ro", "ven", "dex", "mar", "so", "nu", "pha", "ki")
-TAILS = tuple("Foods Steel Motors Energy Systems Textiles Bank Pharma Shipping Media Airlines Paper".split())  # noqa: SIM905
+TAILS = tuple("Foods Steel Motors Energy Systems Textiles Bank Pharma Shipping Media Airlines Paper".split())  
 
 
 def companies(count: int, seed: int = 0) -> list[str]:

@@ -10,13 +10,13 @@ import asyncio
 import contextlib
 import json
 import secrets
-import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import BadInputError, EverytokenError, UnknownNameError, require
+from ..core.rate import RateLimit
 from .base import Hit, Key, ServerError
 from .safety import RESULT, Access, clean, fenced, shown
 from .servers import ServerEntry
@@ -67,26 +67,6 @@ FUNCTIONS: list[dict[str, Any]] = [
     },
 ]
 """The two functions for any OpenAI-compatible chat model."""
-
-
-class RateLimit:
-    """At most ``count`` calls in any ``seconds``."""
-
-    def __init__(self, count: int, seconds: float, clock: Callable[[], float] = time.monotonic):
-        if count < 1 or seconds <= 0:
-            raise BadInputError(f"A rate is at least one call in a positive time; got {count} in {seconds}.")
-        self.count, self.seconds, self.clock = count, seconds, clock
-        self._times: deque[float] = deque()
-
-    def allow(self) -> bool:
-        """Whether one more call may be made now; counts it."""
-        now = self.clock()
-        while self._times and now - self._times[0] >= self.seconds:
-            self._times.popleft()
-        if len(self._times) >= self.count:
-            return False
-        self._times.append(now)
-        return True
 
 
 @dataclass

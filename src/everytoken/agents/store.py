@@ -305,7 +305,8 @@ class SQLiteStore:
         with self._lock:
             rows = self.database.execute(
                 "SELECT words.rowid, bm25(words) AS score FROM words JOIN tools ON tools.id=words.rowid "
-                f"WHERE words MATCH ? AND (approved IS NULL OR approved=fingerprint){where} ORDER BY score, words.rowid LIMIT ?",
+                f"WHERE words MATCH ? AND (approved IS NULL OR approved=fingerprint){where} "
+                "ORDER BY score, words.rowid LIMIT ?",
                 (asked, *([] if server is None else [server]), k),
             ).fetchall()
         return [(row, -score) for row, score in rows]

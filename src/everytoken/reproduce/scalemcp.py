@@ -1,10 +1,10 @@
 """ScaleMCP's claims: tools are found among thousands, and a sync costs only what has changed.
 
 One store holds generated servers (companies with five figures each; 500 tools, 5,000 at the largest scale) and is asked
-in other words than those of the descriptions. Another holds the distinct function documents of the Berkeley function-calling leaderboard
-(``bfcl-eval``, where it is installed) and is asked with that leaderboard's own questions. Every retriever answers the
-same questions: TDWA, the embedding of the joined text with and without questions, questions alone, BM25, and TDWA with
-BM25. Then the servers are synced cold, unchanged and with one company in a hundred changed.
+in other words than those of the descriptions. Another holds function documents of the Berkeley function-calling
+leaderboard (``bfcl-eval``, where it is installed) and is asked with that leaderboard's own questions. Every retriever
+answers the same questions: TDWA, the embedding of the joined text with and without questions, questions alone, BM25,
+and TDWA with BM25. Then the servers are synced cold, unchanged and with one company in a hundred changed.
 """
 
 from __future__ import annotations
