@@ -21,8 +21,8 @@ from everytoken.agents.servers import ServerEntry
 from everytoken.agents.store import SQLiteStore
 from everytoken.agents.sync import sync
 from everytoken.agents.transports import Limits
-from everytoken.core.rate import RateLimit
 from everytoken.core.errors import BadInputError, UnknownNameError
+from everytoken.core.rate import RateLimit
 
 from .common import embed, over_http, program, spec
 

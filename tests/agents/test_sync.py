@@ -79,7 +79,7 @@ EDITS = st.lists(
 )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(EDITS)
 def test_the_store_equals_the_union_of_live_servers(edits):
     """After every edit; a second sync writes nothing and embeds nothing."""

@@ -97,7 +97,7 @@ class SyncSettings:
     def __post_init__(self) -> None:
         if self.parallel < 1 or self.grace < 0 or not 0 <= self.max_loss <= 1 or self.limits.seconds <= 0:
             raise BadInputError(
-                "A sync needs one server or more at once, a time limit above 0, a grace of 0 or more and a loss in 0..1."
+                "A sync needs one server or more at once, a time limit above 0, a grace from 0 on and a loss in 0..1."
             )
 
 

@@ -50,7 +50,9 @@ class Remembered:
         missing = [text for text in dict.fromkeys(texts) if text not in self.kept]
         if missing:
             self.kept |= dict(zip(missing, self.inner(missing), strict=True))
-        return np.stack([self.kept[text] for text in texts]) if len(texts) else np.zeros((0, self.dimensions), np.float32)
+        return (
+            np.stack([self.kept[text] for text in texts]) if len(texts) else np.zeros((0, self.dimensions), np.float32)
+        )
 
 
 def example_documents() -> list[str]:
@@ -143,7 +145,9 @@ def made_up(provider: Provider, job: Job, inflation: float, generator: np.random
     ]
 
 
-def sampled(tokens: Sequence[str], answer: str, embedder: Embedder, settings: CoIn, generator: np.random.Generator) -> Scores:
+def sampled(
+    tokens: Sequence[str], answer: str, embedder: Embedder, settings: CoIn, generator: np.random.Generator
+) -> Scores:
     """The scores that an audit of these tokens would see after a random number of rounds."""
     limit = max(1, int(len(tokens) * settings.exposure))
     opened = min(limit, settings.round_size * int(generator.integers(1, limit // settings.round_size + 2)))

@@ -28,8 +28,13 @@ class AuditError(EverytokenError):
 class Embedder(Protocol):
     """A third party's embedder, which both sides name."""
 
-    name: str
-    dimensions: int
+    @property
+    def name(self) -> str:
+        """What statements call it."""
+
+    @property
+    def dimensions(self) -> int:
+        """Of its vectors."""
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """``[n, dimensions]`` float32 unit vectors."""

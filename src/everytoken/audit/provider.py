@@ -64,7 +64,9 @@ class Provider:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
         if block < 1 or not 0 < exposure <= 1:
-            raise BadInputError(f"A block has one token at least, and an exposure is in (0, 1]; got {block}, {exposure}.")
+            raise BadInputError(
+                f"A block has one token at least, and an exposure is in (0, 1]; got {block}, {exposure}."
+            )
         self.embedder, self.block, self.exposure = embedder, block, exposure
         self.key = key if key is not None else Ed25519PrivateKey.generate()
         self._jobs: dict[str, _Job] = {}
@@ -88,13 +90,18 @@ class Provider:
         if len(tokens) > MOST_TOKENS:
             raise BadInputError(f"A job has at most {MOST_TOKENS:,} tokens; got {len(tokens):,}.")
         starts = range(0, len(tokens), self.block)
-        blocks = [
-            "".join(tokens[start : start + self.block]) for start in starts
-        ]
+        blocks = ["".join(tokens[start : start + self.block]) for start in starts]
         distinct = list(dict.fromkeys([*blocks, *tokens]))
         vectors = dict(zip(distinct, as_bytes(self.embedder(distinct)), strict=True)) if distinct else {}
         leaves = [
-            Leaf(job, place, place // self.block, secrets.token_bytes(SALT), vectors[blocks[place // self.block]], vectors[token])
+            Leaf(
+                job,
+                place,
+                place // self.block,
+                secrets.token_bytes(SALT),
+                vectors[blocks[place // self.block]],
+                vectors[token],
+            )
             for place, token in enumerate(tokens)
         ]
         return self.admit(job, prompt, answer, leaves)

@@ -96,7 +96,7 @@ def provider_service(provider: Source, rate: RateLimit | None = None) -> Starlet
 
 
 def auditor_service(auditors: Mapping[str, tuple[Auditor, Source]], rate: RateLimit | None = None) -> Starlette:
-    """An auditor under ``/v1/audits``: asked with a provider's name, a job, a prompt and an answer, it answers a report.
+    """An auditor under ``/v1/audits``: asked with a provider's name, job, prompt and answer, it answers a report.
 
     Args:
         auditors: provider's name -> its auditor and the provider.

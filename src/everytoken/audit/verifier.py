@@ -59,7 +59,8 @@ def score(blocks: Sequence[int], block_vectors: np.ndarray, token_vectors: np.nd
     order: dict[int, list[int]] = {}
     for row, block in enumerate(blocks):
         order.setdefault(block, []).append(row)
-    fit, relevance, seen = [], [], {}
+    fit, relevance = [], []
+    seen: dict[bytes, int] = {}
     for block in sorted(order):  # the order of the openings does not matter, to the last bit
         rows = sorted(order[block], key=lambda row: token_vectors[row].tobytes())
         vector = block_vectors[rows[0]]
@@ -116,7 +117,7 @@ class Verifier:
         """Sets the bar that at most a share ``alpha`` of further honest jobs passes (split conformal); returns itself.
 
         Args:
-            honest: jobs that ``fit`` has not seen. Fewer than ``1 / alpha - 1`` allow no bar: nothing is called inflated.
+            honest: jobs that ``fit`` has not seen. Fewer than ``1 / alpha - 1`` allow no bar: none is called inflated.
         """
         values = sorted(self.evidence(job) for job in honest)
         rank = math.ceil((1 - alpha) * (len(values) + 1))
@@ -170,7 +171,9 @@ class Verifier:
         return found
 
 
-def _logistic(features: np.ndarray, labels: np.ndarray, weight: np.ndarray, ridge: float = 1e-2) -> dict[str, np.ndarray]:
+def _logistic(
+    features: np.ndarray, labels: np.ndarray, weight: np.ndarray, ridge: float = 1e-2
+) -> dict[str, np.ndarray]:
     """Weighted logistic regression by Newton's method, with a small penalty on the slopes."""
     design = np.concatenate([features, np.ones((len(features), 1))], 1)
     penalty = ridge * np.diag([1.0] * features.shape[1] + [0.0])

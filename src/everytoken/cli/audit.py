@@ -81,7 +81,9 @@ def train(
     from ..audit.attacks import Remembered, example_documents, jobs_of, trained
 
     check_files(out)
-    documents = example_documents() if data is None else [part for part in read_text(data).split("\n\n") if part.strip()]
+    documents = (
+        example_documents() if data is None else [part for part in read_text(data).split("\n\n") if part.strip()]
+    )
     chosen, made = _settings(settings), jobs_of(documents, jobs, length, seed)
     with stages(Console(stderr=True)) as report:
         verifier = trained(Remembered(_embedder(embedder)), chosen, made, seed, report=report)
@@ -119,8 +121,10 @@ def provide(
             if not all(isinstance(item, str) for item in [*texts, *tokens]) or not isinstance(tokens, list):
                 raise TypeError("texts were expected")
         except (ValueError, KeyError, TypeError) as error:
-            raise BadInputError(f"{jobs}, line {number}: no job ({error}).", "Name job, prompt, answer, tokens.") from error
-        provider.commit(*texts, tokens)
+            raise BadInputError(
+                f"{jobs}, line {number}: no job ({error}).", "Name job, prompt, answer, tokens."
+            ) from error
+        provider.commit(texts[0], texts[1], texts[2], tokens)
     print(f"public key: {provider.public_key.hex()}", flush=True)
     uvicorn.run(provider_service(provider, RateLimit(calls, 60.0)), host="127.0.0.1", port=port, log_level="warning")
 

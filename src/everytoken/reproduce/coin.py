@@ -2,8 +2,8 @@
 
 Jobs are cut from prose that Python brings. A verifier learns from some of them and is calibrated on others; the rest is
 audited whole, with commitments, signatures and proofs, once honest and once for every attack and inflation. Arms are
-the count and proofs alone, the linear verifier and the DeepSets one, on the same jobs. The embedder is all-MiniLM-L6-v2,
-and words hashed into a vector in the quick version.
+the count and proofs alone, the linear verifier and the DeepSets one, on the same jobs. The embedder is
+all-MiniLM-L6-v2, and words hashed into a vector in the quick version.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..audit.verifier import Verifier
 
 COUNT, LINEAR, SETS = "count and proofs", "linear verifier", "DeepSets verifier"
-SIZES = {"quick": (24, 6, (1.0,)), "cpu": (80, 40, (0.5, 1.0, 3.0))}
+SIZES = {"quick": (48, 6, (1.0,)), "cpu": (80, 40, (0.5, 1.0, 3.0))}
 """Scale -> jobs to learn from, jobs to audit, inflations."""
 LENGTH, BLOCK = 160, 32
 WHY = "160 words a job in blocks of 32 and an untuned encoder; the paper has long traces, blocks of 256 and tuned heads"
@@ -31,11 +31,12 @@ def metric(attack: str, inflation: float) -> str:
 
 def run(context: Context) -> Arms:
     from ..audit.attacks import Remembered, example_documents, jobs_of, trained
-    from ..audit.base import HashedWords, MiniLM
+    from ..audit.base import Embedder, HashedWords, MiniLM
     from ..audit.coin import CoIn
 
     learn, judge, inflations = SIZES[context.scale]
-    embedder = Remembered(HashedWords() if context.quick else MiniLM())
+    inner: Embedder = HashedWords() if context.quick else MiniLM()
+    embedder = Remembered(inner)
     jobs = jobs_of(example_documents(), learn + judge, LENGTH, context.seed)
     arms: Arms = {}
     for arm, kind in ((COUNT, None), (LINEAR, "linear"), (SETS, "deepsets")):
@@ -91,7 +92,9 @@ REPRODUCTION = Reproduction(
         Claim(metric("another job", 3.0), LINEAR, "", "up to 94.7%", kind="value", threshold=0.947, why=WHY),
         Claim(metric("another job", 1.0), SETS, LINEAR, "not compared", kind="difference", why=WHY),
         Claim("false alarms", LINEAR, "", "alpha 0.05", kind="value", higher_is_better=False, threshold=0.05, why=WHY),
-        Claim(metric("plausible text", 1.0), LINEAR, COUNT, "not tested", kind="difference", why="written down as missed"),
+        Claim(
+            metric("plausible text", 1.0), LINEAR, COUNT, "not tested", kind="difference", why="written down as missed"
+        ),
     ],
     seeds=1,
     extra=("agents", "cryptography"),
