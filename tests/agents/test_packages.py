@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 
@@ -26,7 +27,8 @@ def test_the_time_server_of_pypi(tmp_path):
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "mcp-server-time"]
-    if subprocess.run(install).returncode:
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if subprocess.run(install, env=alone).returncode:
         pytest.skip("mcp-server-time cannot be installed here")
     entry = ServerEntry("time", str(python), ("-m", "mcp_server_time"))
     limits = Limits(seconds=60.0)

@@ -309,7 +309,7 @@ def test_verdicts_and_their_reports(tmp_path):
     path.write_text("{}")
     with pytest.raises(BadInputError, match="no report"):
         recheck(path, EMBEDDER, provider.public_key, verifier, SETTINGS)
-    unbounded = Sure(3.5)  # above Wald's bound, below a bar that calibration has not set
+    unbounded = Sure(3.5)  # high, and no bar was calibrated
     provider, _ = made()
     assert run(provider, Auditor(EMBEDDER, provider.public_key, unbounded, SETTINGS)).verdict == "undecided"
 

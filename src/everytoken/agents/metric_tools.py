@@ -30,7 +30,7 @@ METRICS = {
     "debt": ("the long-term debt", ("How much did {c} owe in {y}?", "What were the liabilities of {c} in {y}?")),
 }
 """Metric -> what its tool returns, and questions in other words."""
-HEADS = ("Nor", "Vel", "Quan", "Bri", "Tas", "Mor", "Kel", "Zan", "Hol", "Per", "Lum", "Dra")
+HEADS: tuple[str, ...] = ("Nor", "Vel", "Quan", "Bri", "Tas", "Mor", "Kel", "Zan", "Hol", "Per", "Lum", "Dra")
 HEADS += ("Fen", "Gal", "Ost", "Rin", "Syl", "Tor", "Ulm", "Wex", "Yar", "Cor", "Bel", "Ald")
 MIDDLES = ("ta", "li", "ro", "ven", "dex", "mar", "so", "nu", "pha", "ki")
 TAILS = ("Foods", "Steel", "Motors", "Energy", "Systems", "Textiles", "Bank", "Pharma", "Shipping", "Media", "Paper")

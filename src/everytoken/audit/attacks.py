@@ -145,17 +145,19 @@ def made_up(provider: Provider, job: Job, inflation: float, generator: np.random
     ]
 
 
-def sampled(
+def rounds(
     tokens: Sequence[str], answer: str, embedder: Embedder, settings: CoIn, generator: np.random.Generator
-) -> Scores:
-    """The scores that an audit of these tokens would see after a random number of rounds."""
+) -> list[Scores]:
+    """The scores that an audit of these tokens would see after each of its rounds."""
     limit = max(1, int(len(tokens) * settings.exposure))
-    opened = min(limit, settings.round_size * int(generator.integers(1, limit // settings.round_size + 2)))
-    places = generator.permutation(len(tokens))[:opened]
-    blocks = [int(place) // settings.block for place in places]
+    places = [int(place) for place in generator.permutation(len(tokens))[:limit]]
+    blocks = [place // settings.block for place in places]
     texts = ["".join(tokens[block * settings.block : (block + 1) * settings.block]) for block in blocks]
-    vectors = [np.asarray(embedder(part)) for part in (texts, [tokens[place] for place in places], [answer])]
-    return score(blocks, vectors[0].astype(np.float16).astype(np.float32), vectors[1], vectors[2][0])
+    whole, single = (np.asarray(embedder(part)) for part in (texts, [tokens[place] for place in places]))
+    whole, single = (vectors.astype(np.float16).astype(np.float32) for vectors in (whole, single))
+    vector = np.asarray(embedder([answer]))[0]
+    ends = [*range(settings.round_size, limit, settings.round_size), limit]
+    return [score(blocks[:end], whole[:end], single[:end], vector) for end in ends]
 
 
 def trained(
@@ -183,14 +185,14 @@ def trained(
         report("scoring jobs to learn from", number, len(jobs))
         for attack in ATTACKS[:4]:
             tokens = billed(attack, job, jobs[:half], float(generator.choice(inflations)), generator)
-            inflated.append(sampled(tokens, job.answer, embedder, settings, generator))
-            honest.append(sampled(job.tokens, job.answer, embedder, settings, generator))
+            for texts, found in ((tokens, inflated), (job.tokens, honest)):
+                looks = rounds(texts, job.answer, embedder, settings, generator)
+                found.append(looks[int(generator.integers(len(looks)))])
     verifier = Verifier(settings.verifier, embedder.name).fit(honest, inflated, seed)
     worst = []
-    for number, job in enumerate(jobs[half:]):  # an audit looks after every round, so the worst of some looks counts
+    for number, job in enumerate(jobs[half:]):  # an audit looks after every round: the worst of its looks counts
         report("scoring jobs to calibrate on", half + number, len(jobs))
-        looks = [sampled(job.tokens, job.answer, embedder, settings, generator) for _ in range(4)]
-        worst.append(max(looks, key=verifier.evidence))
+        worst.append(max(rounds(job.tokens, job.answer, embedder, settings, generator), key=verifier.evidence))
     return verifier.calibrate(worst, settings.alpha)
 
 

@@ -11,11 +11,13 @@ The paper's fingerprint is E(B_j) || E(r_i) in a tree that is padded by repeatin
 of more leaves. Here the count, the place and the job are inside what is signed, leaves are salted, and nothing is
 padded. A proof of inclusion does not prove the count, so the auditor takes all leaf hashes and rebuilds the root.
 
-After every round of openings the verifier's log-likelihood ratio L decides, as in Wald's sequential test::
+After every round of openings the verifier's log-likelihood ratio L decides::
 
-    inflated   L > max(log((1 - beta) / alpha), calibrated bar)
+    inflated   L > bar, which whole audits of honest jobs pass with chance alpha at most (split conformal)
     honest     L < log(beta / (1 - alpha))
     undecided  neither, when the exposure is used up
+
+Wald's upper bound, log((1 - beta) / alpha), holds for a true ratio; L is learned, so it is calibrated instead.
 
 A verdict is evidence and no proof: text that is plausible but was never generated passes.
 """
@@ -201,8 +203,7 @@ class Auditor:
         evidence = self.verifier.evidence(found)
         report.evidence.append(evidence)
         report.confidence = 1 / (1 + math.exp(-min(abs(evidence), 500)))
-        bar = max(math.log((1 - settings.beta) / settings.alpha), self.verifier.bar)
-        if evidence > bar:
+        if evidence > self.verifier.bar:
             report.verdict, report.reason = "inflated", "opened embeddings do not fit their blocks or the answer"
             return True
         if evidence < math.log(settings.beta / (1 - settings.alpha)):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..audit.verifier import Verifier
 
 COUNT, LINEAR, SETS = "count and proofs", "linear verifier", "DeepSets verifier"
-SIZES = {"quick": (48, 6, (1.0,)), "cpu": (80, 40, (0.5, 1.0, 3.0))}
+SIZES = {"quick": (48, 6, (1.0,)), "cpu": (80, 24, (0.5, 1.0, 3.0))}
 """Scale -> jobs to learn from, jobs to audit, inflations."""
 LENGTH, BLOCK = 160, 32
 WHY = "160 words a job in blocks of 32 and an untuned encoder; the paper has long traces, blocks of 256 and tuned heads"
