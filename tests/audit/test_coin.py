@@ -49,8 +49,8 @@ class Lying:
     def leaves(self, job):
         return self._changed("leaves", self.inner.leaves(job))
 
-    def open(self, job, nonce, wanted):
-        return self._changed("open", self.inner.open(job, nonce, wanted))
+    def reveal(self, job, nonce, wanted):
+        return self._changed("open", self.inner.reveal(job, nonce, wanted))
 
 
 def setting(*path, to):
@@ -173,9 +173,9 @@ def test_a_job_has_one_commitment_one_challenge_and_one_prompt():
     assert run(provider, auditor).verdict == "undecided"
     assert "had its challenge" in run(provider, auditor).reason  # a second nonce would open other leaves
     with pytest.raises(AuditError, match="32 bytes"):
-        provider.open(job.id, b"short", 1)
+        provider.reveal(job.id, b"short", 1)
     with pytest.raises(AuditError, match="At most 38"):
-        provider.open(job.id, b"n" * 32, 39)
+        provider.reveal(job.id, b"n" * 32, 39)
     with pytest.raises(AuditError, match="no such job"):
         provider.statement("nothing")
     assert "another job or prompt" in auditor.audit(provider, job.id, "other prompt", job.answer).reason

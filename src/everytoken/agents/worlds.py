@@ -213,7 +213,8 @@ def shortest(world: World, limit: int = 100_000) -> list[str] | None:
     back. None where there is none within ``limit`` states.
     """
     start = world.snapshot()
-    seen, waiting = {start}, deque([(start, ())])
+    seen = {start}
+    waiting: deque[tuple[Any, tuple[str, ...]]] = deque([(start, ())])
     try:
         while waiting and len(seen) < limit:
             state, path = waiting.popleft()

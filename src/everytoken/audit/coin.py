@@ -183,7 +183,7 @@ class Auditor:
         wanted = 0
         while wanted < limit:
             wanted = min(wanted + self.settings.round_size, limit)
-            log["openings"] = source.open(job, nonce, wanted)
+            log["openings"] = source.reveal(job, nonce, wanted)
             openings = checked_openings(log["openings"], statement, hashes, nonce, wanted, self.embedder.dimensions)
             report.rounds, report.opened = report.rounds + 1, wanted
             if self._decide(score_of(openings, vector), statement, report):

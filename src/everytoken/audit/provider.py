@@ -29,7 +29,7 @@ class Source(Protocol):
     def leaves(self, job: str) -> Any:
         """All leaf hashes."""
 
-    def open(self, job: str, nonce: bytes, wanted: int) -> Any:
+    def reveal(self, job: str, nonce: bytes, wanted: int) -> Any:
         """The first ``wanted`` leaves of the nonce's challenge."""
 
 
@@ -130,7 +130,7 @@ class Provider:
     def leaves(self, job: str) -> dict[str, Any]:
         return {"version": VERSION, "job": job, "hashes": [item.hex() for item in self._job(job).hashes]}
 
-    def open(self, job: str, nonce: bytes, wanted: int) -> dict[str, Any]:
+    def reveal(self, job: str, nonce: bytes, wanted: int) -> dict[str, Any]:
         """The first ``wanted`` leaves of the challenge, which the provider works out itself.
 
         Raises:

@@ -86,7 +86,7 @@ def provider_service(provider: Source, rate: RateLimit | None = None) -> Starlet
             "/v1/leaves": (REQUEST, lambda body: provider.leaves(job_of(body, set()))),
             "/v1/open": (
                 REQUEST,
-                lambda body: provider.open(
+                lambda body: provider.reveal(
                     job_of(body, {"nonce", "wanted"}), from_hex(body["nonce"], NONCE), body["wanted"]
                 ),
             ),
@@ -170,5 +170,5 @@ class RemoteProvider:
     def leaves(self, job: str) -> Any:
         return self._ask("/v1/leaves", job=job)
 
-    def open(self, job: str, nonce: bytes, wanted: int) -> Any:
+    def reveal(self, job: str, nonce: bytes, wanted: int) -> Any:
         return self._ask("/v1/open", job=job, nonce=nonce.hex(), wanted=wanted)
