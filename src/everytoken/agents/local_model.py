@@ -47,7 +47,12 @@ class LocalModel:
         """Sampled texts up to a blank line."""
         texts: list[str] = []
         while len(texts) < count:
-            settings: dict[str, Any] = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+            settings: dict[str, Any] = {
+                "do_sample": True,
+                "temperature": self.temperature,
+                "top_p": self.top_p,
+                "top_k": 0,
+            }
             if self.processor is not None:
                 settings["logits_processor"] = [self.processor]
             number = min(self.batch, count - len(texts))
