@@ -22,6 +22,7 @@ SIZES = {"quick": (48, 6, (1.0,)), "cpu": (80, 24, (0.5, 1.0, 3.0))}
 """Scale -> jobs to learn from, jobs to audit, inflations."""
 LENGTH, BLOCK = 160, 32
 WHY = "160 words a job in blocks of 32 and an untuned encoder; the paper has long traces, blocks of 256 and tuned heads"
+WHY_COPIES = "forged tokens of one other job repeat at this inflation, and copied blocks are caught without a verifier"
 
 
 def metric(attack: str, inflation: float) -> str:
@@ -89,7 +90,7 @@ REPRODUCTION = Reproduction(
         Claim(metric("random words", 1.0), LINEAR, COUNT, "up to 94.7%", kind="difference", why=WHY),
         Claim(metric("another job", 1.0), LINEAR, COUNT, "up to 94.7%", kind="difference", why=WHY),
         Claim(metric("random words inside", 1.0), LINEAR, COUNT, "74.7% by token to block", kind="difference", why=WHY),
-        Claim(metric("another job", 3.0), LINEAR, "", "up to 94.7%", kind="value", threshold=0.947, why=WHY),
+        Claim(metric("another job", 3.0), LINEAR, COUNT, "up to 94.7%", kind="difference", why=WHY_COPIES),
         Claim(metric("another job", 1.0), SETS, LINEAR, "not compared", kind="difference", why=WHY),
         Claim("false alarms", LINEAR, "", "alpha 0.05", kind="value", higher_is_better=False, threshold=0.05, why=WHY),
         Claim(
