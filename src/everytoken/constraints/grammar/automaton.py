@@ -129,6 +129,12 @@ class ArrayAutomaton(Automaton):
         leaves = self.ptr[end + 1] > self.ptr[end] or self.call_ptr[end + 1] > self.call_ptr[end]
         return not leaves and bool(self.to.all()) and bool(self.call_to.all())
 
+    def calls_of(self, state: int) -> list[tuple[str, int]]:
+        """One state's calls, where those of all are not asked for."""
+        begin, end = self.call_ptr[state], self.call_ptr[state + 1]
+        ids, targets = self.call_id[begin:end].tolist(), self.call_to[begin:end].tolist()
+        return [(self.names[rule], to) for rule, to in zip(ids, targets, strict=True)]
+
     def called(self) -> set[str]:
         return {self.names[rule] for rule in np.unique(self.call_id).tolist()}
 

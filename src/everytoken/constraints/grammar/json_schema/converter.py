@@ -67,8 +67,7 @@ def body(schemas: SchemaRules, members: frozenset[Member], depth: int) -> Expres
     if len(undecided) > 1 and kinds(parts) == ["string"]:
         return seq(QUOTE, strings_of(schemas, parts), QUOTE)
     if undecided:
-        schema, pointer = schemas.part(undecided[0])
-        return branches(schemas, members, undecided[0], schema, pointer, depth)
+        return branches(schemas, members, undecided, depth)
     options: list[Expression] = []
     for kind in kinds(parts):
         if kind == "null":

@@ -35,6 +35,7 @@ class SchemaRules(SchemaSets):
         strings: the strings of sub-schemas, by number; None while they are looked for.
         products: what ``joined`` has made, by the identities of its arguments (which are kept).
         exclusive: the branches of each oneOf, each without what the others allow.
+        hopeless: whether a set evidently allows nothing.
     """
 
     def __init__(self, document: Schema, options: SchemaOptions):
@@ -47,6 +48,7 @@ class SchemaRules(SchemaSets):
         self.strings: dict[int, Automaton | None] = {}
         self.products: dict[tuple[str, int, int], tuple[Automaton, Automaton, Automaton]] = {}
         self.exclusive: dict[int, list[Place]] = {}
+        self.hopeless: dict[frozenset[int], bool] = {}
 
     def rewritten(self, schema: SchemaObject, pointer: str) -> Iterator[Place]:
         return rewritten(self, schema, pointer)
