@@ -14,7 +14,7 @@ from ..automaton import Automaton
 from ..counting import counted
 from ..expressions import NOTHING, Expression, GrammarError, Ref, Repeat, seq, star
 from ..formats import FORMATS, REFUSED_FORMATS, SILENT_FORMATS
-from ..json_text import CANONICAL, COUNTED, QUOTE, Json, inner, spell
+from ..json_text import CANONICAL, COUNTED, FREE, QUOTE, Json, inner, spell
 from ..numbers import number_automaton
 from ..regex import regex_automaton
 from .negation import NOT_ENUM, NOT_FORMAT, NOT_INTEGER, NOT_MULTIPLE, NOT_PATTERN
@@ -140,6 +140,12 @@ def listed(values: tuple[str, ...]) -> Automaton:
 def canonical_text() -> Automaton:
     """All strings, as ``json.dumps(..., ensure_ascii=False)`` spells them."""
     return minimise(build(star(CANONICAL)))
+
+
+@lru_cache(maxsize=1)
+def free_string() -> Automaton:
+    """Any string with its quotes, in any spelling."""
+    return minimise(build(seq(QUOTE, star(FREE), QUOTE)))
 
 
 def string_rule(schemas: SchemaRules, parts: Parts) -> Expression:
