@@ -6,7 +6,7 @@ import operator
 from collections import Counter
 
 from .automata import Builder, build, trim
-from .automaton import ArrayAutomaton, arrays
+from .automaton import ArrayAutomaton, Automaton, arrays
 from .expressions import (
     EMPTY,
     Alt,
@@ -23,8 +23,9 @@ from .expressions import (
 )
 from .grammar import Grammar
 
-INLINE_ONCE, INLINE_ALWAYS = 2_000, 16
-"""Rules up to these sizes are built into the rules that mention them: those mentioned once, and all."""
+INLINE_ONCE, INLINE_ALWAYS, FINISHED = 2_000, 16, 12
+"""Rules up to these sizes are built into the rules that mention them: those mentioned once, all, and all that are
+automata already (larger ones, as the free string, are better shared)."""
 NESTED = {Seq, Alt, Graph, Repeat}
 """Expressions that hold others."""
 UNROLL, BLOCK, BUILT_IN = 100_000, 128, 20_000
@@ -55,7 +56,10 @@ def rule_automata(grammar: Grammar) -> dict[str, ArrayAutomaton]:
         for name in rules
         if name not in recursive
         and name != grammar.root
-        and (sizes[name] <= INLINE_ALWAYS or (counts[name] == 1 and sizes[name] <= INLINE_ONCE))
+        and (
+            sizes[name] <= (FINISHED if isinstance(rules[name], Automaton) else INLINE_ALWAYS)
+            or (counts[name] == 1 and sizes[name] <= INLINE_ONCE)
+        )
     }
 
     def inline(name: str) -> Expression | None:
