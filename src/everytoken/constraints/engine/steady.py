@@ -208,7 +208,7 @@ class Runs:
             if self.tables.final[chain].any():
                 rule = self.tables.node_rule[node]
                 nodes += self.tables.follow_to[self.tables.follow_ptr[rule] : self.tables.follow_ptr[rule + 1]].tolist()
-            stops = self._alone(chain[:-1]) and self._silent(nodes, plain)
+            stops = self._alone(chain) and self._silent(nodes, plain)
             self.stopping |= dict.fromkeys(chain[:-1], stops)
         return self.stopping[node]
 
@@ -222,11 +222,11 @@ class Runs:
         )
 
     def _alone(self, chain: list[int]) -> bool:
-        """Whether nodes, and those inside a character behind them, lead on by reading only, by one edge for a byte.
+        """Whether all nodes of a chain but the last one lead on by reading only, by one edge for a byte.
 
-        Between characters the rule may end.
+        So do those inside a character behind them. Between characters the rule may end.
         """
-        inside, seen = np.array(chain), np.array(chain)
+        inside, seen = np.array(chain[:-1]), np.array(chain)
         for depth in range(4):  # a character has at most four bytes
             if self.calling[inside].any() or self.several[inside].any() or (depth and self.tables.final[inside].any()):
                 return False
