@@ -192,8 +192,7 @@ class Builder:
     def _automaton(self, item: Automaton, source: int) -> int:
         """A copy of an automaton, with all of its states in a row."""
         known = arrays(item)
-        edge_from = np.repeat(np.arange(len(known)), np.diff(known.ptr))
-        call_from = np.repeat(np.arange(len(known)), np.diff(known.call_ptr))
+        edge_from = known.sources
         finals = np.flatnonzero(known.ends).tolist()
         if known.separable:  # its end has no way on: it can be the next part's start, and its start the last part's end
             base = self.state(len(known) - 1) - 1
@@ -212,7 +211,8 @@ class Builder:
             (self.edges[3], known.to + base),
         ):
             mine += theirs.tolist()
-        if len(call_from):
+        if not known.regular:
+            call_from = np.repeat(np.arange(len(known)), np.diff(known.call_ptr))
             names, targets = known.names, self.calls[2]
             self.calls[0].extend(np.where(call_from == 0, starts, call_from + base).tolist())
             self.calls[1].extend(names[rule] for rule in known.call_id.tolist())

@@ -112,6 +112,11 @@ class ArrayAutomaton(Automaton):
     def finals(self) -> list[bool]:  # type: ignore[override]
         return self.ends.tolist()
 
+    @cached_property
+    def sources(self) -> NDArray[np.int64]:
+        """The state of each edge."""
+        return np.repeat(np.arange(len(self.ends)), np.diff(self.ptr))
+
     @property
     def regular(self) -> bool:
         return len(self.call_to) == 0
