@@ -52,7 +52,23 @@ STOP = frozenset(
         "your",
     ]
 )
-ENDINGS = ("izations", "ization", "ising", "izing", "ings", "ing", "ions", "ion", "ies", "ers", "er", "ed", "es", "s", "e")
+ENDINGS = (
+    "izations",
+    "ization",
+    "ising",
+    "izing",
+    "ings",
+    "ing",
+    "ions",
+    "ion",
+    "ies",
+    "ers",
+    "er",
+    "ed",
+    "es",
+    "s",
+    "e",
+)
 """What ``_stem`` takes off a word, the longest first."""
 
 
@@ -120,7 +136,7 @@ def _embed(texts: list[str]) -> Any:
 
 def meaning_text(card: Card) -> str:
     """What is embedded of a card."""
-    return f"{card.title}. {card.summary}"
+    return f"{card.title}. {card.summary} {card.station}. {card.claim}"
 
 
 def by_meaning(query: str, cards: Sequence[Card]) -> list[tuple[Card, float]]:

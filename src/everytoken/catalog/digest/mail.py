@@ -109,7 +109,9 @@ def _fill(message: EmailMessage, name: str, **values: object) -> None:
     templates = environment()
     text = templates.overlay(autoescape=False).get_template(f"{name}.txt")
     message.set_content(text.render(**values), cte="quoted-printable")
-    message.add_alternative(templates.get_template(f"{name}.html").render(**values), subtype="html", cte="quoted-printable")
+    message.add_alternative(
+        templates.get_template(f"{name}.html").render(**values), subtype="html", cte="quoted-printable"
+    )
 
 
 def confirmation(sender: Sender, address: str, token: str, now: datetime) -> EmailMessage:
@@ -143,7 +145,12 @@ def digest(
     message["List-Unsubscribe"] = f"<{link}>, <mailto:{sender.address}?subject=unsubscribe>"
     message["List-Unsubscribe-Post"] = "List-Unsubscribe=One-Click"
     shown = [
-        {"title": plain(item.title, 300), "text": plain(item.text, MOST_TEXT), "link": _link(item.link, sender), "topics": item.topics}
+        {
+            "title": plain(item.title, 300),
+            "text": plain(item.text, MOST_TEXT),
+            "link": _link(item.link, sender),
+            "topics": item.topics,
+        }
         for item in papers
     ]
     _fill(
@@ -180,7 +187,7 @@ def uncovered(message: EmailMessage) -> list[str]:
         covered = {name.strip().lower() for name in fields.get("h", "").split(":")}
         if covered.issuperset(wanted):
             return []
-    return [name for name in wanted if name]
+    return wanted
 
 
 @dataclass(frozen=True)
@@ -209,7 +216,9 @@ class MailServer:
         context = self.context or ssl.create_default_context()
         try:
             if self.port == 465:
-                return self._login(smtplib.SMTP_SSL(self.host, self.port, timeout=self.time_limit, context=context), True)
+                return self._login(
+                    smtplib.SMTP_SSL(self.host, self.port, timeout=self.time_limit, context=context), True
+                )
             made = smtplib.SMTP(self.host, self.port, timeout=self.time_limit)
             made.ehlo()
             secure = made.has_extn("starttls")
@@ -219,12 +228,11 @@ class MailServer:
             elif not loopback(self.host):
                 made.close()
                 raise EverytokenError(
-                    f"{self.host} offers no STARTTLS, so addresses would travel in the clear.", "Use another relay or port 465."
+                    f"{self.host} offers no STARTTLS, so addresses would travel in the clear.",
+                    "Use another relay or port 465.",
                 )
             return self._login(made, secure)
-        except (OSError, smtplib.SMTPException) as error:  # SMTPException is an OSError; both are named for readers
-            if isinstance(error, EverytokenError):
-                raise
+        except OSError as error:  # smtplib's errors are of this kind too
             raise EverytokenError(f"The mail server {self.host}:{self.port} cannot be used: {error}.") from error
 
     def _login(self, made: smtplib.SMTP, secure: bool) -> smtplib.SMTP:

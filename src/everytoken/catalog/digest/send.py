@@ -1,9 +1,9 @@
 """A run of the digest: who gets what, and how a crash at any moment neither loses a paper nor sends one twice.
 
-A mail is written down as *sending* with its papers before it is handed in, and as *sent* once the server has taken it. What is
-known not to have been taken is *free*: its papers come again. A mail that is found as *sending* is one whose fate a crash has
-hidden: it is tried once more with the same Message-ID, by which receivers know it, and is *unsure* if that breaks off too; its
-papers are not sent again and the report counts it.
+A mail is written down as *sending* with its papers before it is handed in, and as *sent* once the server has taken it.
+What is known not to have been taken is *free*: its papers come again. A mail that is found as *sending* is one whose
+fate a crash has hidden: it is tried once more with the same Message-ID, by which receivers know it, and is *unsure* if
+that breaks off too; its papers are not sent again and the report counts it.
 """
 
 from __future__ import annotations
@@ -156,10 +156,14 @@ class _Run:
     def claim(self, subscriber: Subscriber) -> _Claim | None:
         """Writes down what is about to be sent, in one transaction; None where nothing is."""
         with self.store.changing() as base:
-            if base.execute("SELECT 1 FROM subscribers WHERE id = ? AND state = 'on'", (subscriber.id,)).fetchone() is None:
+            if (
+                base.execute("SELECT 1 FROM subscribers WHERE id = ? AND state = 'on'", (subscriber.id,)).fetchone()
+                is None
+            ):
                 return None  # has left since the run began
             broken = base.execute(
-                "SELECT message_id, day, tries, papers FROM mails WHERE subscriber = ? AND state = 'sending'", (subscriber.id,)
+                "SELECT message_id, day, tries, papers FROM mails WHERE subscriber = ? AND state = 'sending'",
+                (subscriber.id,),
             ).fetchone()
             if broken is not None:
                 return self.again(base, subscriber, *broken)
@@ -174,7 +178,8 @@ class _Run:
             name = message_id(subscriber, day, self.sender)
             keys = [item.key for item in new]
             base.execute(
-                "INSERT OR REPLACE INTO mails VALUES (?, ?, ?, 'sending', 1, ?)", (name, subscriber.id, day, json.dumps(keys))
+                "INSERT OR REPLACE INTO mails VALUES (?, ?, ?, 'sending', 1, ?)",
+                (name, subscriber.id, day, json.dumps(keys)),
             )
             self.reserve(base, subscriber, name, keys)
             return _Claim(name, day, new)
@@ -208,7 +213,9 @@ class _Run:
             self.connection.send_message(message, self.sender.address, [subscriber.address])
         except smtplib.SMTPSenderRefused as error:
             self.free(claim, subscriber)
-            raise EverytokenError(f"The mail server refuses the sender: {_answer(error.smtp_code, error.smtp_error)}.") from error
+            raise EverytokenError(
+                f"The mail server refuses the sender: {_answer(error.smtp_code, error.smtp_error)}."
+            ) from error
         except smtplib.SMTPRecipientsRefused as error:
             code = next(iter(error.recipients.values()))[0]
             self.refused(claim, subscriber, code)
@@ -224,7 +231,9 @@ class _Run:
             self.moment("taken")
             with self.store.changing() as base:
                 base.execute("UPDATE mails SET state = 'sent' WHERE message_id = ?", (claim.message,))
-                base.execute("UPDATE subscribers SET last_day = ?, refusals = 0 WHERE id = ?", (claim.day, subscriber.id))
+                base.execute(
+                    "UPDATE subscribers SET last_day = ?, refusals = 0 WHERE id = ?", (claim.day, subscriber.id)
+                )
             self.report.sent += 1
             self.moment("written")
             return

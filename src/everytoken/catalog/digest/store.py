@@ -1,9 +1,9 @@
 """Subscribers, votes and notes in one SQLite file.
 
-A subscription goes from *wait* (a confirmation is asked for, 48 hours) to *on*, and to *off* after two permanent refusals by
-the receiver's server. Unsubscribing deletes the row; a keyed hash of the address stays, so that others cannot make this server
-write to it again and again. Tokens are 32 random bytes; only their SHA-256 is stored, and they are compared by looking the hash
-up.
+A subscription goes from *wait* (a confirmation is asked for, 48 hours) to *on*, and to *off* after two permanent
+refusals by the receiver's server. Unsubscribing deletes the row; a keyed hash of the address stays, so that others
+cannot make this server write to it again and again. Tokens are 32 random bytes; only their SHA-256 is stored, and they
+are compared by looking the hash up.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS subscribers (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, address TEXT NOT NULL UNIQUE, state TEXT NOT NULL CHECK (state IN ('wait', 'on', 'off')),
+    id INTEGER PRIMARY KEY AUTOINCREMENT, address TEXT NOT NULL UNIQUE,
+    state TEXT NOT NULL CHECK (state IN ('wait', 'on', 'off')),
     topics TEXT NOT NULL, frequency TEXT NOT NULL, zone TEXT NOT NULL, asked REAL NOT NULL, confirmed REAL,
     last_day TEXT, refusals INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE IF NOT EXISTS tokens (
@@ -50,11 +51,12 @@ CREATE TABLE IF NOT EXISTS tokens (
 CREATE TABLE IF NOT EXISTS confirmations (address TEXT NOT NULL, client TEXT NOT NULL, at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS left_behind (address TEXT PRIMARY KEY, at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS mails (
-    message_id TEXT PRIMARY KEY, subscriber INTEGER NOT NULL REFERENCES subscribers(id) ON DELETE CASCADE, day TEXT NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('sending', 'sent', 'free', 'unsure')), tries INTEGER NOT NULL, papers TEXT NOT NULL);
+    message_id TEXT PRIMARY KEY, subscriber INTEGER NOT NULL REFERENCES subscribers(id) ON DELETE CASCADE,
+    day TEXT NOT NULL, state TEXT NOT NULL CHECK (state IN ('sending', 'sent', 'free', 'unsure')),
+    tries INTEGER NOT NULL, papers TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS sent (
-    subscriber INTEGER NOT NULL REFERENCES subscribers(id) ON DELETE CASCADE, paper TEXT NOT NULL, message_id TEXT NOT NULL,
-    UNIQUE (subscriber, paper));
+    subscriber INTEGER NOT NULL REFERENCES subscribers(id) ON DELETE CASCADE,
+    paper TEXT NOT NULL, message_id TEXT NOT NULL, UNIQUE (subscriber, paper));
 CREATE TABLE IF NOT EXISTS mine (profile TEXT NOT NULL, slug TEXT NOT NULL, vote INTEGER NOT NULL, note TEXT NOT NULL,
     PRIMARY KEY (profile, slug));
 """
@@ -209,13 +211,18 @@ class Store:
             hour = (now - timedelta(hours=1)).timestamp()
             left = base.execute("SELECT at FROM left_behind WHERE address = ?", (hashed,)).fetchone()
             most, since = (1, (now - QUIET_AFTER_LEAVING).timestamp()) if left else (MAILS_A_DAY, day)
-            to_it = base.execute("SELECT count(*) FROM confirmations WHERE address = ? AND at > ?", (hashed, since)).fetchone()[0]
-            by_it = base.execute("SELECT count(*) FROM confirmations WHERE client = ? AND at > ?", (source, hour)).fetchone()[0]
+            to_it = base.execute(
+                "SELECT count(*) FROM confirmations WHERE address = ? AND at > ?", (hashed, since)
+            ).fetchone()[0]
+            by_it = base.execute(
+                "SELECT count(*) FROM confirmations WHERE client = ? AND at > ?", (source, hour)
+            ).fetchone()[0]
             if to_it >= most or by_it >= MAILS_AN_HOUR:
                 return None
             base.execute("INSERT INTO confirmations VALUES (?, ?, ?)", (hashed, source, moment))
             base.execute(
-                "INSERT OR IGNORE INTO subscribers (address, state, topics, frequency, zone, asked) VALUES (?, 'wait', ?, ?, ?, ?)",
+                "INSERT OR IGNORE INTO subscribers (address, state, topics, frequency, zone, asked) VALUES "
+                "(?, 'wait', ?, ?, ?, ?)",
                 (address, json.dumps(list(topics)), frequency, zone, moment),
             )
             base.execute("UPDATE subscribers SET asked = ? WHERE address = ?", (moment, address))
@@ -224,7 +231,9 @@ class Store:
 
     def _token(self, base: sqlite3.Connection, subscriber: int, kind: str, now: datetime, wish: str = "") -> str:
         token = secrets.token_urlsafe(32)
-        base.execute("INSERT INTO tokens VALUES (?, ?, ?, ?, ?)", (digest_of(token), subscriber, kind, now.timestamp(), wish))
+        base.execute(
+            "INSERT INTO tokens VALUES (?, ?, ?, ?, ?)", (digest_of(token), subscriber, kind, now.timestamp(), wish)
+        )
         return token
 
     def leave_token(self, subscriber: int, now: datetime) -> str:
@@ -254,7 +263,8 @@ class Store:
             topics, frequency, zone = json.loads(wish)
             base.execute("DELETE FROM tokens WHERE subscriber = ? AND kind = 'confirm'", (subscriber,))
             base.execute(
-                "UPDATE subscribers SET state = 'on', confirmed = ?, refusals = 0, topics = ?, frequency = ?, zone = ? WHERE id = ?",
+                "UPDATE subscribers SET state = 'on', confirmed = ?, refusals = 0, topics = ?, frequency = "
+                "?, zone = ? WHERE id = ?",
                 (now.timestamp(), json.dumps(topics), frequency, zone, subscriber),
             )
             (address,) = base.execute("SELECT address FROM subscribers WHERE id = ?", (subscriber,)).fetchone()
@@ -267,7 +277,8 @@ class Store:
             return
         with self.changing() as base:
             found = base.execute(
-                "SELECT s.address FROM tokens t JOIN subscribers s ON s.id = t.subscriber WHERE t.hash = ? AND t.kind = 'leave'",
+                "SELECT s.address FROM tokens t JOIN subscribers s ON s.id = t.subscriber WHERE t.hash = ? "
+                "AND t.kind = 'leave'",
                 (digest_of(token),),
             ).fetchone()
             if found:
@@ -286,7 +297,9 @@ class Store:
 
     def subscribers(self) -> list[Subscriber]:
         """All that are on, in the order of their ids."""
-        found = self.rows("SELECT id, address, topics, frequency, zone, last_day FROM subscribers WHERE state = 'on' ORDER BY id")
+        found = self.rows(
+            "SELECT id, address, topics, frequency, zone, last_day FROM subscribers WHERE state = 'on' ORDER BY id"
+        )
         return [
             Subscriber(number, address, tuple(json.loads(topics)), frequency, zone, last or "")  # type: ignore[arg-type]
             for number, address, topics, frequency, zone, last in found
@@ -295,7 +308,8 @@ class Store:
     def export(self, address: str) -> dict[str, object] | None:
         """Everything that is kept of an address; None where nothing is."""
         found = self.rows(
-            "SELECT id, address, state, topics, frequency, zone, asked, confirmed, last_day FROM subscribers WHERE address = ?",
+            "SELECT id, address, state, topics, frequency, zone, asked, confirmed, last_day FROM "
+            "subscribers WHERE address = ?",
             address,
         )
         if not found:
@@ -314,14 +328,18 @@ class Store:
             "asked": told(asked),
             "confirmed": told(confirmed),
             "last_digest": last,
-            "papers": [row[0] for row in self.rows("SELECT paper FROM sent WHERE subscriber = ? ORDER BY paper", number)],
+            "papers": [
+                row[0] for row in self.rows("SELECT paper FROM sent WHERE subscriber = ? ORDER BY paper", number)
+            ],
         }
 
     # -- votes and notes ----------------------------------------------------------------------------------------------
     def mine(self, profile: str, slug: str, vote: bool | None = None, note: str | None = None) -> dict[str, object]:
         """A browser's own vote and note of a paper, changed where given."""
         with self.changing() as base:
-            found = base.execute("SELECT vote, note FROM mine WHERE profile = ? AND slug = ?", (profile, slug)).fetchone()
+            found = base.execute(
+                "SELECT vote, note FROM mine WHERE profile = ? AND slug = ?", (profile, slug)
+            ).fetchone()
             was_vote, was_note = found or (0, "")
             now_vote = int(was_vote if vote is None else vote)
             now_note = was_note if note is None else note

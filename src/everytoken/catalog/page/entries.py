@@ -110,7 +110,9 @@ def entries(
 
 def _traces(folder: Path, known: Iterable[str]) -> dict[str, Path]:
     if not folder.is_dir():
-        raise BadInputError(f"There is no folder {folder}.", "`everytoken try NAME --trace FOLDER/NAME.html` fills one.")
+        raise BadInputError(
+            f"There is no folder {folder}.", "`everytoken try NAME --trace FOLDER/NAME.html` fills one."
+        )
     found = {path.stem: path for path in sorted(folder.glob("*.html"))}
     if strange := sorted(set(found) - set(known)):
         raise BadInputError(f"{folder} holds traces of no paper: {', '.join(strange)}.", "Name a trace NAME.html.")

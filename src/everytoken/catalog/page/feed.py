@@ -43,7 +43,13 @@ def check_base(base: str) -> str:
         parts.port  # raises where it is no number
     except ValueError as error:
         raise BadInputError(f"{base!r} is not an address: {error}.") from error
-    if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment or re.search(r"\s|[\x00-\x1f\"<>]", base):
+    if (
+        parts.scheme not in ("http", "https")
+        or not host
+        or parts.query
+        or parts.fragment
+        or re.search(r"\s|[\x00-\x1f\"<>]", base)
+    ):
         raise BadInputError(f"{base!r} is not the address of a site.", "Example: https://example.org/papers")
     return base.rstrip("/")
 
@@ -66,7 +72,11 @@ def atom(entries: Sequence[Entry], base: str = "") -> bytes:
     newest = sorted(entries, key=lambda entry: (entry.updated, entry.card.slug), reverse=True)
     add(feed, "id", AUTHORITY)
     add(feed, "title", "everytoken: the papers")
-    add(feed, "subtitle", "Methods that treat each token of a language model as a decision, and what was measured of them.")
+    add(
+        feed,
+        "subtitle",
+        "Methods that treat each token of a language model as a decision, and what was measured of them.",
+    )
     add(feed, "updated", f"{newest[0].updated if newest else '2026-01-01'}T00:00:00Z")
     add(add(feed, "author"), "name", "everytoken")
     add(feed, "link", rel="self", type="application/atom+xml", href=address(base, "feed.atom"))

@@ -1,13 +1,13 @@
-"""The search index of the static page: what a browser needs to search by words as ``catalog.search`` does, and by meaning
-without a model.
+"""The search index of the static page: what a browser needs to search by words as ``catalog.search`` does, and by
+meaning without a model.
 
 By words: counts of stems a paper, for the same BM25. By meaning: a page has no encoder, so the encoder runs here, once,
 over the words of its own vocabulary. Each word is kept with the papers that it is nearest to, as
 
     likeness(word, paper) = cos(word, paper) - mean over papers of cos(word, .)
 
-and the browser adds up the likenesses of a query's words, weighted by how telling each word is (its largest likeness).
-Both rankings are merged by reciprocal rank, as in ``catalog.search``.
+and the browser adds up the likenesses of a query's words. Both rankings are merged by reciprocal rank, as in
+``catalog.search``; this one weighs a little less, for words alone tell less than a sentence.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ class SearchIndex(TypedDict):
         words: stem -> its count a paper.
         lengths: stems of each paper.
         stop, endings: of ``catalog.search.words``.
-        meaning: word -> ``"place:likeness ..."``, both in base 36; empty where nothing can embed.
     """
 
     slugs: list[str]
@@ -48,18 +47,10 @@ class SearchIndex(TypedDict):
     lengths: list[int]
     stop: list[str]
     endings: list[str]
-    meaning: dict[str, str]
 
 
-def search_index(cards: Sequence[Card], meaning: bool = True, report: Report = silent) -> SearchIndex:
-    """The index of some cards.
-
-    Args:
-        meaning: with the table of words by meaning (a quarter of a minute on the first use, kept in the cache folder).
-
-    Raises:
-        MissingExtraError: ``meaning`` without the ``search`` extra.
-    """
+def search_index(cards: Sequence[Card]) -> SearchIndex:
+    """The index of some cards."""
     texts = [Counter(words(document(card))) for card in cards]
     return SearchIndex(
         slugs=[card.slug for card in cards],
@@ -68,12 +59,14 @@ def search_index(cards: Sequence[Card], meaning: bool = True, report: Report = s
         lengths=[sum(text.values()) for text in texts],
         stop=sorted(STOP),
         endings=list(ENDINGS),
-        meaning=word_meanings(cards, report) if meaning else {},
     )
 
 
 def word_meanings(cards: Sequence[Card], report: Report = silent) -> dict[str, str]:
-    """Words of the encoder's vocabulary and of the cards, each with the papers it is nearest to; see the module.
+    """Words of the encoder's vocabulary and of the cards, each with the papers that it is nearest to; see the module.
+
+    A word maps to ``"place:likeness ..."``, the nearest first, both numbers in base 36. The first call embeds the
+    vocabulary (a minute on one core); its vectors are kept in the cache folder.
 
     Raises:
         MissingExtraError: the ``search`` extra is not installed.
@@ -84,7 +77,11 @@ def word_meanings(cards: Sequence[Card], report: Report = silent) -> dict[str, s
     own = {word for card in cards for word in re.findall(r"[a-z]{3,}", document(card).lower())}
     known = sorted({word for word in vocabulary(purpose) if re.fullmatch(r"[a-z]{3,}", word)} - STOP)
     rest = sorted(own - set(known) - STOP)
-    vectors = np.concatenate([embed_once(known, purpose, report), embed(rest, purpose)]) if rest else embed_once(known, purpose, report)
+    vectors = (
+        np.concatenate([embed_once(known, purpose, report), embed(rest, purpose)])
+        if rest
+        else embed_once(known, purpose, report)
+    )
     papers = embed([meaning_text(card) for card in cards], purpose)
     likeness = vectors @ papers.T
     likeness -= likeness.mean(axis=1, keepdims=True)

@@ -15,14 +15,19 @@ from ..cards import STATUSES
 from ..house import stations
 from .entries import NO_RESULT, Entry
 from .feed import atom, check_base
-from .index import as_data, search_index
+from .index import as_data, search_index, word_meanings
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-POLICY = "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'"
+POLICY = (
+    "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
+    "base-uri 'none'"
+)
 """What a page may load: files of its own site, no script inside the page."""
 STATIC = ("site.css", "site.js", "icon.svg")
+MEANING = "meaning.js"
+"""The table of words by meaning."""
 LIVE = "live.js"
 """The script of what only a server can keep; static sites do without it."""
 MARK = "everytoken-papers"
@@ -73,12 +78,19 @@ def page(name: str, root: str = "", live: bool = False, **values: Any) -> str:
 
 
 def list_page(
-    entries: Sequence[Entry], index: Any, *, live: bool = False, query: str = "", found: Sequence[str] | None = None
+    entries: Sequence[Entry],
+    index: Any,
+    *,
+    meaning: bool = False,
+    live: bool = False,
+    query: str = "",
+    found: Sequence[str] | None = None,
 ) -> str:
     """The list.
 
     Args:
         index: the search index; it stands inside the page, for browsers fetch nothing for a page that lies on a disk.
+        meaning: whether ``meaning.js`` lies beside the page.
         query, found: what a server has searched for, and the slugs that it found, best first.
     """
     shown = list(entries)
@@ -95,6 +107,7 @@ def list_page(
         # built by as_data, which escapes what could end the block
         index=_markup(as_data(index)),
         query=query,
+        meaning=meaning,
     )
 
 
@@ -116,7 +129,7 @@ def site_files(
 
     Args:
         base: the site's address, for the feed; relative links without one.
-        meaning: whether the page can be searched by meaning.
+        meaning: whether the page itself can search by meaning; a server does it with the encoder.
         live: for a server that keeps votes, notes and subscriptions.
 
     Raises:
@@ -124,9 +137,14 @@ def site_files(
         MissingExtraError: ``meaning`` without the ``search`` extra.
     """
     base = check_base(base)
-    index = search_index([entry.card for entry in entries], meaning, report)
+    index = search_index([entry.card for entry in entries])
     made = {name: static(name) for name in (*STATIC, *([LIVE] if live else []))}
-    made["index.html"] = list_page(entries, index, live=live).encode()
+    if (
+        meaning
+    ):  # a file of its own, so that the list stays small; a classic script, for browsers fetch nothing from disks
+        table = as_data(word_meanings([entry.card for entry in entries], report))
+        made[MEANING] = f"window.everytokenMeaning = {table};\n".encode()
+    made["index.html"] = list_page(entries, index, meaning=meaning, live=live).encode()
     made["search.json"] = as_data(index).encode()
     made["feed.atom"] = atom(entries, base)
     for entry in entries:
@@ -156,7 +174,9 @@ def write_site(
     made = site_files(entries, base, meaning, report=report)
     before = mark.read_text(encoding="utf-8").splitlines() if mark.is_file() else []
     listed = "".join(f"{name}\n" for name in sorted({*made, *before}))
-    write_whole(mark, lambda path: path.write_text(listed, encoding="utf-8"))  # first: a build that breaks off can be repeated
+    write_whole(
+        mark, lambda path: path.write_text(listed, encoding="utf-8")
+    )  # first: a build that breaks off can be repeated
     for name, data in made.items():
         write_whole(folder / name, lambda path, data=data: path.write_bytes(data))
     root = folder.resolve()

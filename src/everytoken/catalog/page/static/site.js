@@ -10,7 +10,8 @@
   const field = (id) => document.getElementById(id);
   const stop = new Set(index.stop);
   const mean = index.lengths.reduce((sum, length) => sum + length, 0) / Math.max(index.lengths.length, 1);
-  const K1 = 1.2, B = 0.6, RANK = 8, STEPS = 250;
+  const meaning = window.everytokenMeaning || {};
+  const K1 = 1.2, B = 0.6, RANK = 8, WEIGHT = 0.75;
 
   function stem(word) {
     for (const ending of index.endings)
@@ -49,14 +50,15 @@
     return { ranking: ranked(scores), scores };
   }
 
-  // likenesses of the query's words to papers, weighted by how telling a word is
+  // likenesses of the query's words to papers, added up
   function byMeaning(query) {
     const scores = index.slugs.map(() => 0);
     for (const word of new Set(query.toLowerCase().match(/[a-z]+/g) || [])) {
-      if (!Object.hasOwn(index.meaning, word)) continue;
-      const near = index.meaning[word].split(" ").map((pair) => pair.split(":").map((part) => parseInt(part, 36)));
-      const weight = near[0][1] / STEPS;
-      for (const [place, likeness] of near) scores[place] += weight * likeness / STEPS;
+      if (!Object.hasOwn(meaning, word)) continue;
+      for (const pair of meaning[word].split(" ")) {
+        const [place, likeness] = pair.split(":").map((part) => parseInt(part, 36));
+        scores[place] += likeness;
+      }
     }
     return ranked(scores);
   }
@@ -65,8 +67,8 @@
   function search(query) {
     const { ranking, scores } = byWords(query);
     const merged = index.slugs.map(() => 0);
-    for (const part of [ranking, byMeaning(query)])
-      part.forEach((place, rank) => { merged[place] += 1 / (RANK + rank); });
+    ranking.forEach((place, rank) => { merged[place] += 1 / (RANK + rank); });
+    byMeaning(query).forEach((place, rank) => { merged[place] += WEIGHT / (RANK + rank); });
     ranking.forEach((place) => { if (scores[place] >= 100) merged[place] += 1; });
     return ranked(merged).map((place) => index.slugs[place]);
   }
