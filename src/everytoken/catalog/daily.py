@@ -142,19 +142,22 @@ def fetch(date: str = "") -> list[Any]:
         EverytokenError: the answer is no list.
     """
     from huggingface_hub import constants
-    from huggingface_hub.utils import build_hf_headers, get_session
+    from huggingface_hub.utils import get_session
 
     parameters = {"limit": str(MOST)} | ({"date": date} if date else {})
     try:
-        # token=False: without it the machine's saved token would be sent along
+        # headers of our own: the library's would carry the machine's saved token and ask the hub for a list of agents
         answer = get_session().get(
             f"{constants.ENDPOINT}/api/daily_papers",
             params=parameters,
-            headers=build_hf_headers(token=False),
+            headers={"user-agent": "everytoken"},
             timeout=TIME_LIMIT,
         )
         answer.raise_for_status()
-    except Exception as error:  # whatever the client's library raises: offline mode, no route, time limit, a bad status
+    except Exception as error:
+        # offline mode is an OSError; a time limit, no route and a bad status are of the client's library, httpx or httpx2
+        if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
+            raise
         raise Offline(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
     try:
         found = answer.json()

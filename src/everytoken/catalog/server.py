@@ -129,7 +129,7 @@ def make_app(
             wish = None
         if body is None:
             return JSONResponse({"error": "The request is too long."}, 413, HEADERS)
-        if not _is_mine(wish, known):
+        if not isinstance(wish, dict) or not _is_mine(wish, known):
             return JSONResponse(
                 {"error": "It needs a profile of 32 hexadecimal digits and a paper's name."}, 400, HEADERS
             )
@@ -248,8 +248,8 @@ def _same(request: Request) -> bool:
     return origin is None or urlsplit(origin).netloc == request.headers.get("host", "")
 
 
-def _is_mine(wish: Any, known: set[str]) -> bool:
-    if not isinstance(wish, dict) or wish.get("slug") not in known:
+def _is_mine(wish: dict[str, Any], known: set[str]) -> bool:
+    if not isinstance(wish.get("slug"), str) or wish["slug"] not in known:
         return False
     if not re.fullmatch(r"[0-9a-f]{32}", str(wish.get("profile", ""))):
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
@@ -116,6 +117,10 @@ def paper_page(entry: Entry, *, live: bool = False) -> str:
     return page("paper.html", "../", live=live, entry=entry, card=entry.card, flow=stations()[entry.card.station])
 
 
+def _write(data: bytes, path: Path) -> None:
+    path.write_bytes(data)
+
+
 def _markup(text: str) -> Any:
     from markupsafe import Markup
 
@@ -178,7 +183,7 @@ def write_site(
         mark, lambda path: path.write_text(listed, encoding="utf-8")
     )  # first: a build that breaks off can be repeated
     for name, data in made.items():
-        write_whole(folder / name, lambda path, data=data: path.write_bytes(data))
+        write_whole(folder / name, functools.partial(_write, data))
     root = folder.resolve()
     for name in set(before) - set(made):
         if (old := (folder / name).resolve()).is_relative_to(root):
