@@ -155,7 +155,7 @@ def fetch(date: str = "") -> list[Any]:
         )
         answer.raise_for_status()
     except Exception as error:
-        # offline mode is an OSError; a time limit, no route and a bad status are of the client's library, httpx or httpx2
+        # offline mode is an OSError; a time limit, no route and a bad status are of the client (httpx or httpx2)
         if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
             raise
         raise Offline(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
