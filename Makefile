@@ -90,7 +90,7 @@ $(LMMS)/.made: $(VENV)/.dev
 	touch $@
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check src tests scripts benchmarks examples
+	$(BIN)/ruff check src tests scripts benchmarks examples hatch_build.py
 	$(BIN)/ruff format --check src tests scripts benchmarks examples
 	$(BIN)/mypy
 

@@ -167,6 +167,7 @@ def test_the_import_graph_has_no_circle():
     assert not tied
 
 
+@pytest.mark.slow
 def test_text_files_are_utf8_whatever_the_locale():
     """Reading and writing text names its encoding: without one, Python takes the locale's."""
     silent = []

@@ -251,6 +251,33 @@ def test_chunks_and_routes_of_each_position(monkeypatch):
     assert not torch.allclose(one, whole[4:5])
 
 
+@pytest.mark.parametrize("search", ["exhaustive", "greedy"])
+def test_on_its_own_routes_the_oracle_goes_from_left_to_right(search):
+    """Each token is chosen with full forwards in which those before it keep what was chosen for them."""
+    model, ids, layers = tiny(allow_skip=False, num_hidden_layers=3), IDS[:1, :6], 3
+    budget = 1  # one block: adding the best single one is exact too
+    taken, losses = torch.full((1, 6, layers), BIG), []
+    for place in range(5):
+        tried = {}
+        for route in all_routes(layers):
+            if int((route == BIG).sum()) <= budget:
+                taken[0, place] = route
+                with torch.no_grad():
+                    logits = model(ids, route=taken).logits[0, place].log_softmax(-1)
+                tried[tuple(route.tolist())] = -float(logits[ids[0, place + 1]])
+        best = min(tried, key=tried.get)
+        taken[0, place] = torch.tensor(best)
+        losses.append(tried[best])
+    found = oracle_routes(model, ids, budget, search=search, context_policy="oracle")
+    assert found.routes.tolist() == taken[0, :5].tolist()
+    assert found.losses.tolist() == pytest.approx(losses, abs=1e-5)
+    some = oracle_routes(model, ids, budget, search=search, context_policy="oracle", positions=torch.tensor([3, 1]))
+    assert some.routes.tolist() == taken[0, [3, 1]].tolist()
+    assert some.difficulty.min() >= -1e-6
+    other = oracle_routes(model, ids, budget, search=search)
+    assert other.losses[1:].tolist() != pytest.approx(losses[1:], abs=1e-4)  # the context matters
+
+
 def test_exhaustive_is_brute_force_and_budgets_behave():
     model, ids = tiny(allow_skip=False, num_hidden_layers=3), IDS[0, :5]
     losses = {

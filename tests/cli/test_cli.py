@@ -407,6 +407,7 @@ def test_try_dyspec_streams_measures_and_traces(tmp_path):
     assert '<option value="source" selected' in page
 
 
+@pytest.mark.slow
 def test_try_stochastok_as_json_and_trace_file(tmp_path):
     path = tmp_path / "trace.jsonl"
     result = run(
@@ -521,6 +522,7 @@ def test_try_tdpo_on_own_pairs(tmp_path):
     assert "implicit_reward" in (tmp_path / "t.html").read_text()
 
 
+@pytest.mark.slow
 def test_compare_in_one_run_with_a_plot(tmp_path):
     plot = tmp_path / "plot.svg"
     result = run("compare", "stochastok", "stochastok:expand_prop=0.5,max_expansions=3", "--plot", plot)

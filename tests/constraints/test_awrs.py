@@ -19,6 +19,7 @@ from everytoken.core.errors import BadInputError
 from everytoken.core.settings import load_function
 
 from ..conftest import tiny_llama
+from ..tiers import commit_tier
 from .common import compile_
 
 RUNS = 20_000
@@ -42,7 +43,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 4))])
+@pytest.mark.parametrize("number", commit_tier(range(4), [0]))
 def test_weights_are_unbiased_for_every_token(form, number):
     """E[w 1(y = a)] = p(a) C(a) for every a, by a z-test."""
     logps, allowed = list(problems())[number]
@@ -65,7 +66,7 @@ def test_weights_are_unbiased_for_every_token(form, number):
 @pytest.mark.parametrize(
     "form", [{"proper_weights": False}, {"estimator": "recursive"}, {"estimator": "geometric"}], ids=str
 )
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", commit_tier(range(4), [1]))
 def test_tokens_follow_q_exactly(form, number):
     logps, allowed = list(problems())[number]
     rng = np.random.default_rng(100 + number)

@@ -67,6 +67,7 @@ def test_curves_are_drawn_to_scale():
     assert [y for _, y in flat] == pytest.approx([y0, y0])
 
 
+@pytest.mark.slow
 def test_the_same_data_give_the_same_bytes():
     code = (
         "from everytoken.core.charts import bars_svg, lines_svg; import hashlib;"

@@ -83,8 +83,10 @@ def test_only_what_is_asked_for(wanted):
     assert inputs["hidden"].grad.abs().sum() > 0
 
 
-def test_partial_gradients_skip_tokens_but_not_values():
-    """Half the KLs without gradient (as TDPO2 does): equal to the naive form."""
+@pytest.mark.parametrize("waits", [True, False], ids=["as on a CPU", "as on a GPU"])
+def test_partial_gradients_skip_tokens_but_not_values(waits, monkeypatch):
+    """Half the KLs without gradient (as TDPO2 does): equal to the naive form, also where no value may be asked for."""
+    monkeypatch.setattr(logprobs, "_can_wait", lambda device: waits)
     inputs, labels, _ = problem(n=8, dtype=torch.float32)
     inputs["hidden"].requires_grad_(True)
     weights = torch.tensor([0.0, 1, 0, 2, 0, 0, 3, 0])
@@ -135,6 +137,39 @@ def test_peak_memory_stays_at_one_chunk(monkeypatch):
         stats = token_stats(**inputs, labels=labels, chunk_size=16, **FLAGS)
         (stats.logps.sum() + stats.forward_kl.sum()).backward()
     assert largest <= 16 * 999
+
+
+def test_a_head_of_another_type_is_cast_once_a_pass():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    casts = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].shape == (101, 8):
+                casts.append((kwargs or {}).get("dtype"))
+            return function(*args, **(kwargs or {}))
+
+    inputs, labels, _ = problem(n=40, d=8, v=101, dtype=torch.float32)
+    inputs["hidden"].requires_grad_(True)
+    with Watch():
+        with torch.autocast("cpu", torch.bfloat16):
+            stats = token_stats(**inputs, labels=labels, chunk_size=4, **FLAGS)
+        forward = len(casts)
+        stats.forward_kl.sum().backward()
+    assert casts.count(torch.bfloat16) == len(casts)
+    assert (forward, len(casts)) == (2, 4)  # policy and reference, of ten chunks
+
+
+def test_a_chunk_on_a_gpu_follows_its_free_memory(monkeypatch):
+    device = torch.device("cuda")
+    for name, value in (("memory_reserved", 3 * 2**30), ("memory_allocated", 2**30)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    for free, size in ((0, 128 * 2**20), (100 * 2**30, logprobs.GPU_CHUNK_BYTES), (-(2**31), logprobs.CHUNK_BYTES)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
+        assert logprobs.tokens_per_chunk(1000, device) == size // 4000
+    assert logprobs.tokens_per_chunk(1000, torch.device("cpu")) == logprobs.CHUNK_BYTES // 4000
+    assert logprobs.tokens_per_chunk(2**40, device) == 1
 
 
 def test_from_logits(monkeypatch):

@@ -140,6 +140,7 @@ def test_code_of_a_repository_runs_only_if_asked(tmp_path):
 SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")])
 
 
+@pytest.mark.slow
 def test_no_source_reads_a_pickle():
     """Every ``torch.load`` says ``weights_only=True``, every model's ``from_pretrained`` ``use_safetensors=True``."""
     wrong, seen = [], 0

@@ -22,6 +22,7 @@ from everytoken.training.datasets.prompts import read_prompts
 
 from ..conftest import tiny_llama
 from ..decoding.families import build
+from ..tiers import commit_tier
 
 QUICK = dict(
     answers=12, max_new_tokens=16, gather=4, steps=6, batch_size=4, length=24, draft_vocab=20, evaluate_every=3, tried=1
@@ -45,7 +46,7 @@ def context(tmp_path, model, out="out", report=lambda *_: None):
     return TrainingContext(str(folder), str(data), tmp_path / out, report)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("family", commit_tier(["llama", "gpt2", "gemma3_text"], ["gpt2"]))
 def test_a_draft_for_every_family(family, tmp_path, cache):
     """Learned positions, fixed embeddings of another scale, sliding windows: trained, found, used, lossless."""
     target = build(family)

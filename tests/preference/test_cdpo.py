@@ -138,7 +138,7 @@ def batch(vocab=11):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 3.0])
 def test_score_by_brute_force_at_the_tokens_own_position(alpha, monkeypatch):
-    monkeypatch.setattr("everytoken.preference.cdpo.CHUNK_BYTES", 4 * 11 * 2)  # chunks of two tokens
+    monkeypatch.setattr("everytoken.core.logprobs.CHUNK_BYTES", 4 * 11 * 2)  # chunks of two tokens
     positive, negative = tiny_llama(seed=1), tiny_llama(seed=2)
     ids, mask, attention = batch()
     found = ContrastiveEstimator(positive, negative, alpha).score(ids, mask, attention)

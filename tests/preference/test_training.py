@@ -19,6 +19,7 @@ from everytoken.preference.tgdpo import GuideLogps, TGDPOLoss
 from everytoken.training.base import TrainingContext, read_config
 
 from ..conftest import tiny_llama
+from ..tiers import commit_tier
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
 ROWS = [
@@ -92,7 +93,7 @@ def near(completions, wanted, source, **_):
     return [-abs(len(text) - length) for text, length in zip(completions, wanted, strict=True)]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", commit_tier(METHODS, ["tdpo", "rto"]))
 def test_every_method_trains_and_reports(place, tmp_path, name):
     result = invoke(place, name, tmp_path / "out", *METHODS[name])
     assert result.exit_code == 0, result.output + str(result.exception)
@@ -127,6 +128,7 @@ def test_every_method_trains_and_reports(place, tmp_path, name):
     assert (tmp_path / "out" / "checkpoints").exists() == (name == "tdpo")
 
 
+@pytest.mark.slow
 def test_a_second_run_goes_on_from_the_last_checkpoint(place, tmp_path):
     invoke(place, "tdpo", tmp_path / "out", "save_steps=1")
     result = invoke(place, "tdpo", tmp_path / "out", "save_steps=1", "steps=4")

@@ -19,6 +19,7 @@ from everytoken.reinforcement.rto import RTOConfig, RTOTrainer, token_rewards
 from everytoken.training.finite_check import NonFiniteLossError
 
 from ..conftest import tiny_llama
+from ..tiers import commit_tier
 from ..trainer_settings import trainer_settings
 
 SEEDS = st.integers(0, 300)
@@ -127,7 +128,9 @@ def rollout(trainer):
     return trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
 
 
-@pytest.mark.parametrize(("loss_type", "scale"), [("grpo", "group"), ("bnpo", "batch"), ("bnpo", "none")])
+@pytest.mark.parametrize(
+    ("loss_type", "scale"), commit_tier([("grpo", "group"), ("bnpo", "batch"), ("bnpo", "none")], [("bnpo", "batch")])
+)
 def test_without_token_rewards_the_group_form_is_grpo(tmp_path, embedded_tokenizer, loss_type, scale):
     grpo = dict(loss_type=loss_type, scale_rewards=scale)
     ours = make(tmp_path, embedded_tokenizer, estimator="group", dpo_reward_scale=0.0, init_kl_coef=0.0, **grpo)
@@ -188,7 +191,8 @@ def test_the_critics_form_is_ppo_by_hand(tmp_path, embedded_tokenizer):
     assert torch.allclose(ours, plain, atol=1e-5)
 
 
-@pytest.mark.parametrize("estimator", ["gae", pytest.param("group", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["gae", "group"])
 def test_training_logs_and_resumes(tmp_path, embedded_tokenizer, estimator):
     dpo = tiny_llama(49152, seed=4, eos=2)
     changes = dict(estimator=estimator, max_steps=4, critic_lr=1e-3, normalize_rewards=True)

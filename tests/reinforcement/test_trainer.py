@@ -16,6 +16,7 @@ from everytoken.reinforcement.base import KINDS, Recipe
 from everytoken.reinforcement.rollouts import RewardError
 from everytoken.training.finite_check import NonFiniteLossError
 
+from ..tiers import commit_tier
 from .common import PROMPTS, config, distance, made, policy, score, stock, weights
 
 
@@ -63,7 +64,7 @@ def same_weights(tmp_path, **changes):
     return ours
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo", "dr_grpo"])
+@pytest.mark.parametrize("loss_type", commit_tier(["dapo", "grpo", "bnpo", "dr_grpo"], ["dapo", "bnpo"]))
 def test_pieces_that_change_nothing_train_the_weights_of_stock_grpo(tmp_path, loss_type):
     same_weights(tmp_path, loss_type=loss_type)
 

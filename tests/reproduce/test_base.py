@@ -372,6 +372,7 @@ NOTHING_DRAWN = ("tokenadapt", "dynamic-tokenization", "tokenselect")  # one see
 MEASURED = [slug for slug, card in load_catalog().items() if card.reproduction and card.status == "measured"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEASURED)
 def test_shipped_results_are_sound(name):
     """Full results, several seeds, versions and machine recorded; claims are those of the experiment over the file's

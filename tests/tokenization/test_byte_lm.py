@@ -16,6 +16,7 @@ from everytoken.tokenization.byte_lm import EOS, ByteLM, _Node
 from everytoken.tokenization.byte_view import fillings, split_character
 
 from ..conftest import tiny_llama
+from ..tiers import commit_tier
 from .common import KINDS, build_lm, byte_level, check_steps
 from .families import family
 
@@ -279,7 +280,7 @@ def supertokens_with_spaces():
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
 
 
-@pytest.mark.parametrize("name", ["Llama 2", "Mistral", "unigram"])
+@pytest.mark.parametrize("name", commit_tier(["Llama 2", "Mistral", "unigram"], ["Llama 2"]))
 def test_prompts_that_begin_with_a_space(name):
     """Where tokenizers put a space in front, one more is one more."""
     tokenizer = family(name)

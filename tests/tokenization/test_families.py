@@ -18,6 +18,7 @@ from everytoken.tokenization.hyper import MeanEmbedding
 from everytoken.tokenization.token_healing import TokenHealing
 
 from ..conftest import tiny_llama
+from ..tiers import commit_tier
 from .common import check_steps
 from .families import FAMILIES, LOSSLESS, family
 
@@ -174,7 +175,7 @@ BATTERY = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", commit_tier(FAMILIES, ["GPT-2", "Llama 2", "unigram"]))
 @pytest.mark.parametrize("slug", METHODS)
 def test_every_method_on_every_family(slug, name):
     checks = [check for contract, check in BATTERY.items() if issubclass(METHODS[slug], contract)]

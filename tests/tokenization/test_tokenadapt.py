@@ -16,6 +16,7 @@ from everytoken.tokenization.byte_view import ByteView
 from everytoken.tokenization.tokenadapt import TokenAdapt, nearest, pieces_of
 
 from ..conftest import tiny_llama
+from ..tiers import commit_tier
 from .common import byte_level, sentencepiece
 from .families import family
 
@@ -66,7 +67,7 @@ def test_the_same_tokenizer_changes_nothing(tied, strategy):
     assert model.config.vocab_size == len(tokenizer)  # the original is as it was
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", commit_tier(PAIRS, ["to sentencepiece"]))
 @given(g=st.floats(0, 1), temperature=st.floats(0, 2), top_k=st.integers(1, 5))
 def test_weights_are_shares(pair, g, temperature, top_k):
     old, new = (make() for make in PAIRS[pair])
@@ -114,7 +115,7 @@ def by_hand(old, new, row, g, temperature=0.3, top_k=3):
     return {key: value for key, value in found.items() if value > 1e-9}, cosines
 
 
-@pytest.mark.parametrize("g", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("g", commit_tier([0.0, 0.3, 1.0], [0.3]))
 def test_the_mixture_is_the_papers(g):
     old, new = byte_level(), byte_level(420)
     mixture = adapt(global_weight=g).mix(old, new)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..core.errors import BadInputError
-from .training import Recipe
+from .training import Recipe, StepFigures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -152,11 +152,11 @@ class ByteRecipe(Recipe):
         if model is not None:
             raise BadInputError(f"{name} begins from scratch here.", "Leave --model out.")
 
-    def loss(self, learner: nn.Module, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, learner: nn.Module, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, StepFigures]:
         ids = as_ids(windows)
         output = learner(input_ids=ids, labels=ids, use_cache=False)
         balance = getattr(output, "aux_loss", None)
-        return output.loss, {} if balance is None else {"balance loss": float(balance.detach())}
+        return output.loss, {} if balance is None else {"balance loss": balance}
 
     def bits(self, model: PreTrainedModel, windows: torch.Tensor) -> list[float]:
         """Bits per byte of every held-out window."""

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from ..core.trace import TokenTrace
 
+StepFigures = dict[str, float | torch.Tensor]
+"""Figures of one step. Tensors ``[]`` stay on their device until a curve gets a point: no step waits for them."""
 Curves = dict[str, list[tuple[float, float]]]
 """Metric -> points ``(step, value)``."""
 
@@ -84,7 +86,7 @@ class Recipe:
         """
         raise NotImplementedError(f"{type(self).__name__} begins with nothing.")
 
-    def loss(self, learner: nn.Module, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, learner: nn.Module, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, StepFigures]:
         """The loss of a step, and figures for the report's curves.
 
         Args:
@@ -175,7 +177,7 @@ def learn(
         folder: where the checkpoint lies; None keeps none.
         report: as for ``training.stepwise.fit``.
     """
-    seen: dict[str, list[float]] = {}
+    seen: dict[str, list[torch.Tensor]] = {}
     curves: Curves = {}
     every = max(1, recipe.steps // 50)
     learner = recipe.learner(model)
@@ -183,11 +185,11 @@ def learn(
     def loss(step: int) -> torch.Tensor:
         value, figures = recipe.loss(learner, text.batch(recipe.batch, recipe.length, name, step), step)
         for key, figure in figures.items():
-            seen.setdefault(key, []).append(figure)
+            seen.setdefault(key, []).append(torch.as_tensor(figure).detach())
         if (step + 1) % every == 0:
             for key, figures_since in seen.items():
                 if figures_since:
-                    curves.setdefault(key, []).append((step + 1, sum(figures_since) / len(figures_since)))
+                    curves.setdefault(key, []).append((step + 1, float(torch.stack(figures_since).float().mean())))
                 figures_since.clear()
         return value
 

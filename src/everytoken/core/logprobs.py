@@ -19,7 +19,11 @@ import torch.utils.checkpoint
 from torch.nn import functional as F
 
 CHUNK_BYTES = 64 * 2**20
-"""Size of one chunk's float32 logits. Larger is no faster on a CPU (caches) and hardly on a GPU."""
+"""Size of one chunk's float32 logits on a CPU, where larger ones leave the caches, and the least on a GPU."""
+GPU_CHUNK_BYTES = 512 * 2**20
+"""The most on a GPU, where small chunks are many launches and add to the head's gradient as often."""
+GPU_SHARE = 16
+"""A GPU's chunk takes this part of its free memory at most: some five tensors of its size exist at a time."""
 
 STATISTICS = ("entropy", "forward_kl", "reverse_kl")
 """What ``token_stats`` can compute besides log-probabilities, by the names of its arguments and results."""
@@ -86,6 +90,15 @@ class TokenStats:
     aux_loss: torch.Tensor | None = None
 
 
+def tokens_per_chunk(vocabulary: int, device: torch.device) -> int:
+    """How many tokens' float32 logits make one chunk on a device."""
+    size = CHUNK_BYTES
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        size = max(size, min(GPU_CHUNK_BYTES, (torch.cuda.mem_get_info(device)[0] + kept) // GPU_SHARE))
+    return max(1, size // (4 * vocabulary))
+
+
 def token_stats(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -113,7 +126,7 @@ def token_stats(
             there.
         rule, ref_rule: what policy and reference make of the head's product (``core.scoring.output_head`` knows).
         entropy, forward_kl, reverse_kl: what to compute besides ``logps`` (KLs need the reference).
-        chunk_size: tokens per chunk; default as many as fit into ``CHUNK_BYTES``.
+        chunk_size: tokens per chunk; default ``tokens_per_chunk``.
 
     Raises:
         ValueError: a KL is asked for without a reference, or shapes disagree.
@@ -125,7 +138,7 @@ def token_stats(
     if hidden.shape[0] != labels.shape[0] or (ref_hidden is not None and ref_hidden.shape[0] != labels.shape[0]):
         raise ValueError(f"{hidden.shape[0]} hidden states for {labels.shape[0]} labels.")
     if chunk_size is None:
-        chunk_size = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        chunk_size = tokens_per_chunk(weight.shape[0], hidden.device)
     device = hidden.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     flags = (entropy, forward_kl, reverse_kl)
@@ -133,6 +146,15 @@ def token_stats(
         hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, flags, chunk_size, compute, rule, ref_rule
     )
     return TokenStats(*outputs)
+
+
+def _can_wait(device: torch.device) -> bool:
+    """Whether asking for a tensor's value is free: on a GPU the host would wait for all work before it."""
+    return device.type == "cpu"
+
+
+def _cast(head: torch.Tensor | None, compute: torch.dtype) -> torch.Tensor | None:
+    return None if head is None else head.to(compute)
 
 
 def _logits(
@@ -181,17 +203,19 @@ class _TokenStats(torch.autograd.Function):
         ref_logps = torch.empty(n, **float_like) if ref_hidden is not None else None
         forward_kl = torch.empty(n, **float_like) if want_forward else None
         reverse_kl = torch.empty(n, **float_like) if want_reverse else None
+        # cast once, not for every chunk
+        head, ref_head = weight.to(compute), _cast(ref_weight, compute)
         for start in range(0, n, chunk_size):
             part = slice(start, start + chunk_size)
             picks = labels[part, None]
-            log_p = _logits(hidden[part], weight, bias, compute, rule)
+            log_p = _logits(hidden[part], head, bias, compute, rule)
             log_p -= log_p.logsumexp(-1, keepdim=True)
             logps[part] = log_p.gather(1, picks)[:, 0]
             p = log_p.exp() if want_entropy or want_reverse else None
             if entropy is not None and p is not None:
                 entropy[part] = -_dot(p, log_p)
-            if ref_hidden is not None and ref_logps is not None and ref_weight is not None:
-                log_q = _logits(ref_hidden[part], ref_weight, ref_bias, compute, ref_rule)
+            if ref_hidden is not None and ref_logps is not None and ref_head is not None:
+                log_q = _logits(ref_hidden[part], ref_head, ref_bias, compute, ref_rule)
                 log_q -= log_q.logsumexp(-1, keepdim=True)
                 ref_logps[part] = log_q.gather(1, picks)[:, 0]
                 if forward_kl is None and reverse_kl is None:
@@ -217,22 +241,23 @@ class _TokenStats(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        kls = [g for g in (g_forward, g_reverse) if g is not None]
+        head, ref_head = weight.to(compute), _cast(ref_weight, compute) if kls else None
+        waits = _can_wait(hidden.device)
         for start in range(0, labels.shape[0], ctx.chunk_size):
             part = slice(start, start + ctx.chunk_size)
-            log_p = _logits(hidden[part], weight, bias, compute, rule)
+            log_p = _logits(hidden[part], head, bias, compute, rule)
             slope = None if rule.softcap is None else 1 - (log_p / rule.softcap).square_()
             log_p -= log_p.logsumexp(-1, keepdim=True)
-            need_q = [g is not None and bool(g[part].any()) for g in (g_forward, g_reverse)]
-            log_q, rows = None, None
-            if any(need_q):
+            need_q = [g is not None and (not waits or bool(g[part].any())) for g in (g_forward, g_reverse)]
+            log_q: torch.Tensor | None = None
+            rows: Any = slice(None)
+            if any(need_q) and ref_head is not None:
                 # a loss may stop the gradient of some tokens' KL (TDPO2: the chosen side); they need no reference
                 # logits
-                used = torch.zeros_like(log_p[:, 0], dtype=torch.bool)
-                for g in (g_forward, g_reverse):
-                    if g is not None:
-                        used |= g[part] != 0
-                rows = used.nonzero()[:, 0]
-                log_q = _logits(ref_hidden[part][rows], ref_weight, ref_bias, compute, ref_rule)
+                if waits:
+                    rows = torch.stack([g[part] != 0 for g in kls]).any(0).nonzero()[:, 0]
+                log_q = _logits(ref_hidden[part][rows], ref_head, ref_bias, compute, ref_rule)
                 log_q -= log_q.logsumexp(-1, keepdim=True)
             extra = None
             if (g_entropy is not None) or need_q[1]:
@@ -265,7 +290,7 @@ class _TokenStats(torch.autograd.Function):
                 grad_bias += grad.sum(0)
             grad = grad.to(compute)
             if grad_hidden is not None:
-                grad_hidden[part] = (grad @ weight.to(compute)).to(hidden.dtype)
+                grad_hidden[part] = (grad @ head).to(hidden.dtype)
             if grad_weight is not None:
                 if compute == torch.float32:
                     grad_weight.addmm_(grad.T, hidden[part].float())
@@ -290,7 +315,7 @@ def _by_rows(function: Any, *logits: torch.Tensor, labels: torch.Tensor | None =
     shape, vocab = logits[0].shape[:-1], logits[0].shape[-1]
     flat = [item.reshape(-1, vocab) for item in logits]
     extras = [] if labels is None else [labels.reshape(-1)]
-    size = max(1, CHUNK_BYTES // (4 * vocab))
+    size = tokens_per_chunk(vocab, logits[0].device)
     parts = []
     for start in range(0, flat[0].shape[0], size):
         chunk = [item[start : start + size] for item in (*flat, *extras)]

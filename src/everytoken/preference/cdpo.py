@@ -28,7 +28,7 @@ import torch
 from torch.nn import functional as F
 
 from ..core.errors import BadInputError
-from ..core.logprobs import CHUNK_BYTES, masked_mean
+from ..core.logprobs import masked_mean, tokens_per_chunk
 from ..core.progress import Report, silent
 from ..core.scoring import (
     PromptResponse,
@@ -210,7 +210,7 @@ class ContrastiveEstimator:
         heads = [output_head(model) for model in models]
         labels = ids[kept]
         values = torch.empty(len(labels), device=ids.device)
-        size = max(1, CHUNK_BYTES // (4 * len(heads[0].weight)))
+        size = tokens_per_chunk(len(heads[0].weight), heads[0].weight.device)
         for first in range(0, len(labels), size):
             part = slice(first, first + size)
             plus, minus = (head.logits(h[part]) for h, head in zip(hidden, heads, strict=True))

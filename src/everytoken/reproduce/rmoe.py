@@ -51,7 +51,7 @@ def plain(recipe: RMoeRecipe) -> PreTrainedModel:
     )
 
 
-def plain_loss(learner: nn.Module, windows: Any, step: int, recipe: RMoeRecipe) -> tuple[Any, dict[str, float]]:
+def plain_loss(learner: nn.Module, windows: Any, step: int, recipe: RMoeRecipe) -> tuple[Any, dict[str, Any]]:
     """The text's loss and the mean of the layers' balance losses, as RMoE's; Mixtral's own would pool the layers."""
     from torch.nn import functional as F
 
@@ -76,7 +76,7 @@ def run(context: Context) -> Arms:
             from ..architectures.rmoe.method import RMoeRecipe
 
             class Plain(RMoeRecipe):
-                def loss(self, learner: nn.Module, windows: Any, step: int) -> tuple[Any, dict[str, float]]:
+                def loss(self, learner: nn.Module, windows: Any, step: int) -> tuple[Any, dict[str, Any]]:
                     return plain_loss(learner, windows, step, self)
 
             settings = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe)}

@@ -63,8 +63,18 @@ class Training:
     extra: tuple[str, str] | None = None
 
 
+def at_hand(file: Path) -> Path:
+    """The file, or the one of this name that ships: ``configs/train/tdpo.yaml`` is there wherever the package is."""
+    package = Path(__file__).resolve().parents[1]
+    shipped = [folder / file for folder in (package, package.parents[1])] if file.parts[:1] == ("configs",) else []
+    return next((path for path in [file, *shipped] if path.is_file()), file)
+
+
 def read_config(training: Training, file: Path | None, pairs: list[str]) -> Any:
     """The configuration from a YAML file and ``key=value`` pairs, the latter winning.
+
+    Args:
+        file: YAML; one of ``configs/`` is found from any folder.
 
     Raises:
         BadInputError: no such file, not YAML, not a mapping, or a value of the wrong type or out of range.
@@ -75,7 +85,7 @@ def read_config(training: Training, file: Path | None, pairs: list[str]) -> Any:
         import yaml
 
         try:
-            loaded = yaml.safe_load(read_text(file)) or {}
+            loaded = yaml.safe_load(read_text(at_hand(file))) or {}
         except yaml.YAMLError as error:
             raise BadInputError(f"{file} is not YAML: {error}", "Settings are one `key: value` a line.") from error
         if not isinstance(loaded, dict):

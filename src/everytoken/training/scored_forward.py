@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.errors import UnsupportedModelError
-from ..core.logprobs import CHUNK_BYTES, STATISTICS, OutputHead, token_stats
+from ..core.logprobs import STATISTICS, OutputHead, token_stats, tokens_per_chunk
 from ..core.scoring import base_model, head_module, output_head
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def reference_adapter(policy: PreTrainedModel) -> Any:
 def _pick(hidden: torch.Tensor, head: OutputHead, top_k: int | None, temperature: float) -> torch.Tensor:
     """Predicted tokens ``[N]``, chunk by chunk."""
     picked = torch.empty(hidden.shape[0], dtype=torch.long, device=hidden.device)
-    size = max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
+    size = tokens_per_chunk(head.weight.shape[0], hidden.device)
     for first in range(0, hidden.shape[0], size):
         part = slice(first, first + size)
         logits = head.logits(hidden[part])

@@ -18,6 +18,7 @@ from everytoken.testing.models import tiny_llama
 from everytoken.training.datasets.messages import message_text, plain_messages, row_prompt_ids, with_prompt_messages
 from everytoken.training.datasets.pairs import load_pairs
 
+from ...tiers import commit_tier
 from ...trainer_settings import trainer_settings
 
 TEMPLATE = (
@@ -86,7 +87,7 @@ def texts(tokenizer, rows):
     return [[tokenizer.decode(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")] for row in data]
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", commit_tier(FORMS, ["a tool call without content", "content as parts"]))
 def test_what_the_tokens_say(tmp_path, embedded_tokenizer, name):
     """From a file, and (where its rows fit into one table) from a dataset in memory."""
     file = tmp_path / "pairs.jsonl"
@@ -119,7 +120,7 @@ def tuned_texts(tokenizer, rows, template=TEMPLATE):
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("pairs", [False, True], ids=["demonstrations", "pairs"])
+@pytest.mark.parametrize("pairs", commit_tier([False, True], [True]), ids=["demonstrations", "pairs"])
 def test_what_a_demonstration_says(tmp_path, embedded_tokenizer, name, pairs):
     """IFT reads the same messages as the preference trainer, also as the chosen side of pairs."""
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in FORMS[name]]

@@ -23,7 +23,7 @@ from .oracle import all_routes, budget_curve, oracle_routes, route_losses
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..training import Curves
+    from ..training import Curves, StepFigures
 
 LETTERS = {SKIP: "-", SMALL: "s", BIG: "B"}
 EXHAUSTIVE = 8
@@ -76,7 +76,7 @@ class DuoLlmRecipe(ByteRecipe):
         self.from_scratch(model, "Duo-LLM")
         return DuoLlmForCausalLM(self.config())
 
-    def loss(self, learner: nn.Module, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, learner: nn.Module, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, StepFigures]:
         ids = as_ids(windows)
         torch.manual_seed(derive_seed(self.seed, "routes", step))
         if step < self.steps * (1 - self.router_share):
@@ -84,7 +84,7 @@ class DuoLlmRecipe(ByteRecipe):
         # routers alone learn: the rest is read without a gradient
         weights = {n: w if n.endswith("router.weight") else w.detach() for n, w in learner.named_parameters()}
         output = functional_call(learner, weights, (ids,), {"labels": ids, "use_cache": False, "route": "router"})
-        return output.loss, {"routers' cost": float(output.cost.detach())}
+        return output.loss, {"routers' cost": output.cost}
 
     def measure(self, model: PreTrainedModel, windows: torch.Tensor) -> dict[str, float]:
         found = {}

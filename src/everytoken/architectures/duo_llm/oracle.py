@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicCache
 
 from ...core.errors import BadInputError, UnknownNameError
 from ...core.progress import Report, silent
+from ...core.rng import derive_seed
 from .configuration_duo_llm import BIG, SKIP, SMALL
 from .modeling_duo_llm import DuoFeedForward
 
@@ -35,6 +36,8 @@ LIMIT = 4096
 """Routes that an exhaustive search tries for a token; 2^12 of a network of 12 layers without skips."""
 ROWS = 512
 """Candidates a forward."""
+OWN = "oracle"
+"""The context policy under which earlier tokens keep the routes that the oracle chose for them, from left to right."""
 
 
 @dataclass
@@ -162,7 +165,8 @@ def oracle_routes(
             second.
         search: ``"exhaustive"``; ``"random"``, the best of so many ``tries`` a token; or ``"greedy"``, which adds the
             best single large block again and again, and is not exact.
-        context_policy: the routes of earlier tokens; see ``route_losses``.
+        context_policy: the routes of earlier tokens, as ``policy`` of ``route_losses``; or ``"oracle"``, its own. These
+            are chosen one token after the other, which takes a search for every token up to the last position.
         positions: ``[P]``; None takes all but the last.
         seed: of the random search.
         report: as for ``route_losses``.
@@ -180,6 +184,9 @@ def oracle_routes(
     if search not in SEARCHES:
         raise UnknownNameError("search", search, SEARCHES)
     ids, positions = _checked(model, ids, positions)
+    if isinstance(context_policy, str) and context_policy == OWN:
+        settings = {"mode": mode, "search": search, "tries": tries}
+        return _left_to_right(model, ids, budget, positions, settings, seed, report)
     ends = torch.tensor([[SMALL] * layers, [BIG] * layers])
     fixed = route_losses(model, ids, ends, positions, context_policy)
     small, big = fixed.unbind(-1)
@@ -290,6 +297,34 @@ def _checked(
     if len(positions) == 0 or int(positions.min()) < 0 or int(positions.max()) >= ids.shape[1] - 1:
         raise BadInputError(f"Positions of a text of {ids.shape[1]} tokens lie between 0 and {ids.shape[1] - 2}.")
     return ids.to(model.device), positions.to(model.device)
+
+
+def _left_to_right(
+    model: DuoLlmForCausalLM,
+    ids: torch.Tensor,
+    budget: int,
+    positions: torch.Tensor,
+    settings: dict[str, Any],
+    seed: int,
+    report: Report,
+) -> OracleRoutes:
+    """Each token's route is chosen after those before it, which keep theirs."""
+    last = int(positions.max())
+    # what a token sees does not depend on the routes of later ones, so any will do for them
+    routes = torch.full((1, last + 2, model.config.num_hidden_layers), BIG, device=ids.device)
+    found = []
+    for place in range(last + 1):
+        cut, at = slice(0, place + 2), torch.tensor([place])
+        own = derive_seed(seed, place)
+        found.append(
+            oracle_routes(model, ids[:, cut], budget, context_policy=routes[:, cut], positions=at, seed=own, **settings)
+        )
+        routes[0, place] = found[-1].routes[0].to(ids.device)
+        report("tokens from left to right", place + 1, last + 1)
+    losses, small, big = (
+        torch.cat([getattr(found[place], name) for place in positions.tolist()]) for name in ("losses", "small", "big")
+    )
+    return OracleRoutes(positions, routes[0, positions].cpu(), losses, small, big, found[0].search)
 
 
 def _greedy(

@@ -16,7 +16,7 @@ from ...core.errors import BadInputError
 from ...core.rng import numpy_generator
 from ...core.trace import TokenTrace
 from ..base import Architecture, Inputs, Network, Observation
-from ..training import Curves, Recipe
+from ..training import Curves, Recipe, StepFigures
 from .configuration_hat import PADDING, WORD_END, HATConfig
 from .modeling_hat import HATForCausalLM, WordLayout
 from .tokenization_hat import HATTokenizer
@@ -128,12 +128,12 @@ class HATTraining(Recipe):
         """Windows of bytes as texts; half characters at their ends are left out."""
         return [bytes(row).decode("utf-8", "ignore") for row in windows.tolist()]
 
-    def loss(self, learner: nn.Module, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, learner: nn.Module, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, StepFigures]:
         inputs = rows_of(self.texts(windows), self.max_word_bytes)
         loss = learner(**inputs).loss
-        words = float((inputs["input_ids"] == WORD_END).sum()) / len(windows)
-        symbols = float(inputs["attention_mask"].sum()) / len(windows)
-        bits = float(loss.detach()) / LN2 * (symbols - 1) / (symbols - words)
+        words = (inputs["input_ids"] == WORD_END).sum() / len(windows)
+        symbols = inputs["attention_mask"].sum() / len(windows)
+        bits = loss / LN2 * (symbols - 1) / (symbols - words)
         return loss, {"bits per byte": bits, "bytes a word": (symbols - words) / words}
 
     def measure(self, model: PreTrainedModel, windows: torch.Tensor) -> dict[str, float]:

@@ -15,7 +15,7 @@ from ...core.charts import inline_image, lines_svg
 from ...core.errors import BadInputError
 from ...core.trace import TokenTrace
 from ..base import Architecture, Inputs, Network, Observation
-from ..training import Curves, Recipe
+from ..training import Curves, Recipe, StepFigures
 from .configuration_lexinvariant import LexinvariantConfig
 from .modeling_lexinvariant import LexinvariantForCausalLM
 from .symbols import cipher
@@ -100,13 +100,13 @@ class LexinvariantTraining(Recipe):
     def begin(self, model: str | None) -> PreTrainedModel:
         return LexinvariantForCausalLM(self.config()) if model is None else Lexinvariant.load(model)
 
-    def loss(self, learner: nn.Module, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, learner: nn.Module, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, StepFigures]:
         ids = letter_rows(windows, self.symbols)
         output = learner(ids, labels=ids)
         read = F.cross_entropy(output.probe_logits.flatten(0, 1), ids.flatten())
         half = ids.shape[1] // 2
-        known = float((output.probe_logits[:, half:].argmax(-1) == ids[:, half:]).float().mean())
-        bits = float(output.loss.detach()) / math.log(2)
+        known = (output.probe_logits[:, half:].argmax(-1) == ids[:, half:]).float().mean()
+        bits = output.loss / math.log(2)
         return output.loss + read, {"bits per letter": bits, "letters known in the second half": known}
 
     def measure(self, model: PreTrainedModel, windows: torch.Tensor) -> dict[str, float]:

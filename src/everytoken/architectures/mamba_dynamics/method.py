@@ -25,7 +25,7 @@ from .theory import phase_diagram
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..training import Curves
+    from ..training import Curves, StepFigures
 
 COLUMNS = ("growth", "importance", "rank", "fastest layer")
 LONGEST = 4096
@@ -76,7 +76,7 @@ class MambaDynamicsRecipe(Recipe):
             return MambaDynamicsForCausalLM(self.config())
         return MambaDynamics.load(model)
 
-    def loss(self, learner: nn.Module, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, learner: nn.Module, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, StepFigures]:
         ids = as_ids(windows)
         return learner(input_ids=ids, labels=ids, use_cache=False).loss, {}
 

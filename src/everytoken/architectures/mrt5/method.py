@@ -17,7 +17,7 @@ from ...core.quiet import quiet_transformers
 from ...core.rng import numpy_generator
 from ...core.trace import TokenTrace
 from ..base import Architecture, Network, Observation
-from ..training import Curves, Recipe
+from ..training import Curves, Recipe, StepFigures
 from .configuration_mrt5 import MrT5Config
 from .deletion import DeletionController
 from .modeling_mrt5 import MrT5ForConditionalGeneration
@@ -198,7 +198,7 @@ class MrT5Training(Recipe):
         """Inputs and labels of the task."""
         return without_vowels(windows) if self.task == "vowels" else corrupted(windows, generator, self.rate, self.span)
 
-    def loss(self, learner: nn.Module, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, learner: nn.Module, windows: torch.Tensor, step: int) -> tuple[torch.Tensor, StepFigures]:
         ids, labels = self.examples(windows, numpy_generator(self.seed, "spans", step))
         assert isinstance(learner, Controlled)
         return learner.step(step, ids, labels)
@@ -242,7 +242,7 @@ class Controlled(nn.Module):
 
     def step(
         self, step: int, ids: torch.Tensor, labels: torch.Tensor, **kwargs: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    ) -> tuple[torch.Tensor, StepFigures]:
         """Loss and figures of a step; the loss uses the alpha of the step before."""
         network, control = self.network, self.controller
         control.proportional, control.integral = float(self.state[0]), float(self.state[1])
