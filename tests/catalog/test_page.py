@@ -60,6 +60,7 @@ def test_a_paper_has_facts_figures_picture_and_commands():
         assert f"papers/{slug}.html" in files
 
 
+@pytest.mark.slow
 def test_links_of_all_pages_lead_to_files_and_nothing_is_fetched_from_elsewhere():
     files = site_files(site_entries(pictures=False), meaning=False)
     for name, data in files.items():
