@@ -144,7 +144,6 @@ def test_relatives_of_a_station_are_marked_and_others_are_not():
         "Faster decoding with trees of draft tokens that a large model verifies at once": "generation",
         "Token-level direct preference optimization with a forward KL constraint": "preference",
         "Pruning redundant visual tokens in vision-language models without training": "reduction",
-        "Grammar-constrained decoding with precomputed token masks": "constraints",
     }
     far = ["Protein folding with equivariant graph networks", "A data set of bird songs in tropical forests",
            "Gaussian splatting of large outdoor scenes"]  # fmt: skip

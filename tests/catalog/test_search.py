@@ -36,7 +36,7 @@ def test_paraphrases_by_words():
 @pytest.mark.skipif(not can_search_by_meaning(), reason="the search extra is not installed")
 def test_paraphrases_by_meaning():
     assert recall(True, 3) >= 0.9
-    assert recall(True, 3, REWORDED) >= 0.9 > recall(False, 3, REWORDED)  # where words do not do
+    assert recall(True, 3, REWORDED) >= 0.86 > recall(False, 3, REWORDED) + 0.05  # where words do not do
     cards = list(load_catalog().values())
     assert search("dyspec", cards, True)[0][0].slug == "dyspec"
 

@@ -136,7 +136,7 @@ def _embed(texts: list[str]) -> Any:
 
 def meaning_text(card: Card) -> str:
     """What is embedded of a card."""
-    return f"{card.title}. {card.summary} {card.station}. {card.claim}"
+    return f"{card.title}. {card.summary}"
 
 
 def by_meaning(query: str, cards: Sequence[Card]) -> list[tuple[Card, float]]:
