@@ -373,3 +373,23 @@ def test_tokenpacker():
 
     result, claims = quick("tokenpacker")
     assert len(claims) == 3 and distinct(result, PACKER, POOL, ALL)
+
+
+@pytest.mark.reproduction("rcr")
+def test_rcr():
+    from everytoken.reproduce.rcr import OURS, PLAIN, RANDOM, metric
+
+    result, claims = quick("rcr")
+    assert distinct(result, OURS, PLAIN, RANDOM)
+    assert claims[metric(10), PLAIN, RANDOM]["verdict"] == "holds"
+    assert result["artifacts"]["0"]["tokens taken back a puzzle, 6 forwards"] > 0
+
+
+@pytest.mark.reproduction("as-arm")
+def test_as_arm():
+    from everytoken.reproduce.as_arm import FORWARDS, PLAIN, arm
+
+    result, claims = quick("as-arm")
+    assert distinct(result, PLAIN, arm(2), arm(5))
+    assert mean(result["runs"][0][PLAIN][FORWARDS]) == 1 and mean(result["runs"][0][arm(2)][FORWARDS]) == 1
+    assert claims[FORWARDS, arm(5), PLAIN]["verdict"] == "holds"

@@ -10,6 +10,7 @@ A battery is a class of pytest tests. Inherit it and say what is to be tested::
         decoders = (MyDecoder,)
 
 - ``decoder.DecoderConformance``: decoders (``everytoken.decoding.base``);
+- ``canvas.CanvasConformance``: samplers that write in any order (``everytoken.decoding.canvas.base``);
 - ``matcher.MatcherConformance``: matchers (``everytoken.decoding.matcher``);
 - ``preference_loss.CHECKS``: functions that each check one promise of a loss (``everytoken.preference.base``);
 - ``reducer.ReducerConformance``: reducers of visual tokens (``everytoken.reduction.base``);

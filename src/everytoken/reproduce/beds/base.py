@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 START, CONTROL = "start", "positive control"
 Row = TypeVar("Row")
-BEDS = {"sentiment": "sentiment:SentimentBed", "sums": "sums:SumsBed"}
+BEDS = {"sentiment": "sentiment:SentimentBed", "sudoku": "sudoku:SudokuBed", "sums": "sums:SumsBed"}
 """name -> where it is."""
 
 

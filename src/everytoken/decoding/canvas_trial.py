@@ -1,0 +1,102 @@
+"""The trial of canvas samplers: one text with open positions, written in confidence order and by each method."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import BadInputError
+from ..core.loading import load_tokenizer, read_pretrained, resolve
+from ..core.rng import derive_seed
+from ..core.scoring import check_prompt
+from ..core.weights import weights_folder
+from .canvas.base import CanvasSampler
+from .canvas.replay import canvas_text, replay_html
+from .trial import TrialRequest, TrialResult
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EXAMPLE = "1.3. .... ..2. 4..."
+HEADLINE = "mean probability of a choice"
+
+
+def load_denoiser(model: str | None = None, weights: str = CanvasSampler.weights) -> PreTrainedModel:
+    """A model for a canvas: a masked language model, or another kind whose logits are tried; None is a small one
+    that ships, ``weights``.
+
+    Raises:
+        BadInputError, EverytokenError: as for ``load_model``.
+    """
+    name = str(weights_folder(weights)) if model is None else resolve(model)
+    lacking = BadInputError(f"transformers has no masked language model for {name}.")
+    try:
+        return read_pretrained("AutoModelForMaskedLM", name, "float32", None, False, {}, lacking)
+    except BadInputError as error:
+        if error is not lacking:
+            raise
+    return read_pretrained("AutoModelForCausalLM", name, "float32", None, False, {})
+
+
+def trial(request: TrialRequest) -> TrialResult:
+    """Fills the open positions of the prompt; where it has none, ``--max-new-tokens`` are written behind it.
+
+    Raises:
+        BadInputError: an empty prompt, a tokenizer without a mask token, or settings that do not fit the text.
+        UnsupportedModelError: a causal model.
+    """
+    prompt = EXAMPLE if request.prompt is None else request.prompt
+    check_prompt(prompt)
+    options = request.options
+    samplers: dict[str, CanvasSampler] = {}
+    for item in request.trials:
+        settings = dict(item.settings)
+        if float(options.get("temperature", 0.0)) > 0:
+            settings.setdefault("temperature", float(options["temperature"]))
+        samplers[item.name] = item.factory(**settings, trace_enabled=True)
+    request.report("loading the model", 0, 0)
+    first = next(iter(samplers.values()))
+    plain, baseline = first.baseline()
+    # the model first: what it is becomes known to the Auto classes by this
+    model = load_denoiser(request.model, first.weights)
+    tokenizer = load_tokenizer(str(weights_folder(first.weights)) if request.model is None else request.model)
+    encoded = tokenizer(prompt, return_tensors="pt")
+    ids = encoded["input_ids"].to(model.device)
+    result = TrialResult({}, HEADLINE, column="step")
+    seed = derive_seed(int(options.get("seed", 0)), "canvas")
+    for name, sampler in {plain: baseline, **samplers}.items():
+        mask_id = sampler.mask_id if sampler.mask_id is not None else tokenizer.mask_token_id
+        if mask_id is None:
+            raise BadInputError("This tokenizer has no mask token.", "Give one: --set mask_id=...")
+        open_ = ids == mask_id
+        given: dict[str, Any] = {"editable": open_} if bool(open_.any()) else {}
+        length = None if given else sampler.gen_length or int(options.get("max_new_tokens", 128))
+        ready = dataclasses.replace(sampler, mask_id=mask_id, gen_length=length)
+        request.report(f"writing with {name}", 0, 0)
+        found = ready(model, ids, seeds=[seed], **given)
+        stats = ready.stats
+        result.rows[name] = {
+            HEADLINE: float(found.choice_prob[0][found.editable[0]].mean()),
+            "forwards": float(stats.target_forwards),
+            "tokens per forward": stats.tokens_per_forward,
+            "taken back": float(stats.revised),
+            "milliseconds": 1e3 * stats.seconds,
+        }
+        result.texts[name] = tokenizer.decode(found.final_ids[0], skip_special_tokens=False)
+        if name == plain:
+            continue
+        _show(request, tokenizer, name, found)
+        for trace in ready.trace:
+            trace.title = f"{name}: {prompt}"
+            result.traces.append(trace.with_text(tokenizer))
+        result.pictures.append(replay_html(found, 0, tokenizer, f"{name}: every step of the canvas"))
+    result.notes += [f"{name} wrote: {text!r}" for name, text in result.texts.items()]
+    return result
+
+
+def _show(request: TrialRequest, tokenizer: PreTrainedTokenizerBase, name: str, found: Any) -> None:
+    """The canvas after every step, a line each, as the terminal shows it."""
+    width = len(str(found.steps))
+    for number, state in enumerate(found.states()):
+        line = canvas_text(state[0][found.attention[0]], tokenizer, found.mask_id)
+        request.stream(f"{name}, step {number:>{width}}  {line}\n")
