@@ -138,7 +138,7 @@ def test_a_trial_is_the_cards_or_its_stations():
     own = parse_card(GOOD + 'trial = "everytoken.constraints.trial:trial"\n', "new-method.toml")
     assert own.load_trial() is of_constraints
     with pytest.raises(BadInputError, match="nothing to try"):
-        parse_card(GOOD.replace("generation", "audit"), "new-method.toml").load_trial()
+        parse_card(GOOD.replace("generation", "distributed"), "new-method.toml").load_trial()
 
 
 @pytest.mark.parametrize(

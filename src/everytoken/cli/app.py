@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from ..core.errors import EverytokenError
-from . import compare, data, doctor, papers, papers_site, reproduce, tokenizer, train, try_
+from . import audit, compare, data, doctor, mcp, papers, papers_site, reproduce, tokenizer, train, try_
 from .output import any_encoding
 
 app = typer.Typer(
@@ -52,6 +52,8 @@ papers.app.command("subscribers")(papers_site.subscribers)
 app.add_typer(papers.app, name="papers")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
+app.add_typer(mcp.app, name="mcp")
+app.add_typer(audit.app, name="audit")
 app.command("try", epilog=try_.EXAMPLES)(try_.try_method)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("train", epilog=train.EXAMPLES)(train.train)

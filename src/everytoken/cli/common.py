@@ -67,6 +67,11 @@ def build_trial(card: Card, pairs: list[str], name: str | None = None, extra: di
     return Trial(name or card.slug, factory, settings)
 
 
+def build_settings(name: str, pairs: list[str]) -> dict[str, Any]:
+    """``--set`` pairs of a method, typed."""
+    return parse_settings(name, find_card(name).load(), pairs)
+
+
 def check_image(card: Card, image: Path | None) -> None:
     """Refuses an image for methods that read none, and a file that is not there, before anything is loaded."""
     if image is None:

@@ -22,7 +22,7 @@ from numba import njit
 
 Function = TypeVar("Function", bound=Callable[..., object])
 ENGINE = ("engine/analysis", "engine/layout", "engine/run", "engine/tables", "engine/trie")
-SOURCES = ("jit", *ENGINE, "grammar/kernels", "grammar/subset_construction")
+SOURCES = ("jit", *ENGINE, "grammar/kernels", "grammar/subset_construction", "grammar/tries")
 
 
 def _stamp() -> str:

@@ -22,6 +22,7 @@ from ...core.errors import BadInputError
 from .analysis import BITS, REJECTED, closing_nodes, lookahead_classes, set_bits, settle, settle_one
 from .arena import Arena, too_ambiguous
 from .pushdown import Pushdown
+from .steady import Runs
 from .tables import BOTTOM, Int32s, Trie, UInt32s
 from .vocabulary import TokenizerInfo
 
@@ -100,6 +101,7 @@ class CompiledGrammar:
         values = lookahead_classes(self.packed, tokenizer_info.longest + 1)
         self.classes: list[int] = np.unique(values, return_inverse=True)[1].reshape(-1).tolist()
         self.closes: list[bool] = closing_nodes(self.packed).tolist()
+        self._runs = Runs(pushdown.tables, self.classes, tokenizer_info)
         self._entries: dict[int, Entry] = {}
         self._contexts = 0
         self._lock = threading.Lock()
@@ -117,7 +119,7 @@ class CompiledGrammar:
         """The tokens allowed on one stack: as much of it is looked at as they depend on."""
         found = self._entries.get(self.classes[node])
         if found is None:
-            found = self._settle(None, [[node]])[0]
+            found = self._settle_node(node)
             with self._lock:
                 found = self._entries.setdefault(self.classes[node], found)
         context = [node]
@@ -142,16 +144,27 @@ class CompiledGrammar:
                     known.deeper = {}
             return entry.deeper.setdefault(key, following)
 
-    def _settle_one(self, above: Entry, context: list[int]) -> Entry:
-        """The entry of one context, while somebody waits; ``above`` is what is known with one frame less."""
-        part, info = above.part, self.tokenizer_info
-        assert part is not None
-        words, depend = above.mask().copy(), np.empty(part.size, np.int32)
-        accepted, dependent = settle_one(self.packed, part.packed(), np.array(context, np.int32), words, depend)
+    def _settle_node(self, node: int) -> Entry:
+        """The entry of a node alone; inside free text, tokens of nothing else are known beforehand."""
+        known = self._runs.known(node)
+        if known is None:
+            return self._settle(None, [[node]])[0]
+        words, count, rest = known
+        return self._walked(words, count, rest, [node])
+
+    def _walked(self, words: UInt32s, count: int, trie: Trie, context: list[int]) -> Entry:
+        """The entry of a context, of which ``count`` tokens are known; the trie has those that are not."""
+        depend = np.empty(trie.size, np.int32)
+        accepted, dependent = settle_one(self.packed, trie.packed(), np.array(context, np.int32), words, depend)
         if accepted < 0:
             raise too_ambiguous()
-        following = info.part(depend[:dependent], part) if dependent else None
-        return Entry(TokenSet(BITS, words, info.vocab_size), above.count + accepted, following)
+        following = self.tokenizer_info.part(depend[:dependent], trie) if dependent else None
+        return Entry(TokenSet(BITS, words, self.tokenizer_info.vocab_size), count + accepted, following)
+
+    def _settle_one(self, above: Entry, context: list[int]) -> Entry:
+        """The entry of one context, while somebody waits; ``above`` is what is known with one frame less."""
+        assert above.part is not None
+        return self._walked(above.mask().copy(), above.count, above.part, context)
 
     def _settle(self, above: Entry | None, contexts: list[list[int]]) -> list[Entry]:
         """The entries of contexts; ``above`` is what is known with one frame less (the same for all of them)."""
@@ -189,6 +202,8 @@ class CompiledGrammar:
             seconds: stop after so long; None goes through to the end.
             max_threads: for the nodes.
         """
+        if seconds == 0.0:
+            return self
         began = time.perf_counter()
 
         def late() -> bool:
@@ -202,8 +217,17 @@ class CompiledGrammar:
                 for (group, _), entry in zip(chunk, found, strict=True):
                     self._entries.setdefault(group, entry)
 
+        def settle_free_text() -> None:
+            for group, node in waiting:
+                known = self._runs.known(node)
+                if known is not None and not late():
+                    words, count, rest = known
+                    self._entries.setdefault(group, self._walked(words, count, rest, [node]))
+
         nodes = {group: node for node, group in enumerate(self.classes)}
         waiting = [(group, node) for group, node in nodes.items() if group not in self._entries]
+        settle_free_text()
+        waiting = [(group, node) for group, node in waiting if group not in self._entries]
         chunks = [waiting[place : place + CHUNK] for place in range(0, len(waiting), CHUNK)]
         if max_threads > 1 and len(chunks) > 4:  # fewer are done before the threads have started
             with ThreadPoolExecutor(min(max_threads, len(chunks))) as pool:

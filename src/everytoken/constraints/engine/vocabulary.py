@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...core.errors import BadInputError
 from .tables import Int32s, Trie, UInt8s
@@ -122,43 +123,17 @@ class TokenizerInfo:
     @cached_property
     def trie(self) -> Trie:
         """All tokens by their bytes."""
-        from .trie import build_trie
-
-        order = sorted((token, index) for index, token in enumerate(self.vocabulary) if token)
-        distinct: list[bytes] = []
-        ids: list[int] = []
-        starts: list[int] = []
-        for token, index in order:
-            if not distinct or distinct[-1] != token:
-                distinct.append(token)
-                starts.append(len(ids))
-            ids.append(index)
         if self.longest >= 1 << 16:
             raise BadInputError("A token is longer than 65,535 bytes.", "Remove it from the vocabulary.")
-        data = np.frombuffer(b"".join(distinct), np.uint8)
-        offsets = np.concatenate([[0], np.cumsum([len(token) for token in distinct])]).astype(np.int64)
-        shared = np.zeros(len(distinct), np.int64)
-        for place in range(1, len(distinct)):
-            before, after = distinct[place - 1], distinct[place]
-            size = 0
-            for a, b in zip(before, after, strict=False):
-                if a != b:
-                    break
-                size += 1
-            shared[place] = size
-        room = int(sum(map(len, distinct)) - shared.sum())
-        byte_of, depth_of = np.zeros(room, np.uint8), np.zeros(room, np.int32)
-        skip, parent, first = (np.zeros(room, np.int32) for _ in range(3))
-        subtree, characters = np.zeros((room, 4), np.uint64), np.zeros(room, np.bool_)
-        height = np.zeros(room, np.int32)
-        build_trie(data, offsets, shared, byte_of, depth_of, skip, parent, first, subtree, characters, height)
-        counts = np.zeros(room + 1, np.int64)
-        sizes = np.diff([*starts, len(ids)])
-        counts[1:][first >= 0] = sizes[first[first >= 0]]
-        token_ptr = np.cumsum(counts).astype(np.int32)
-        levels = int(depth_of.max()) + 1
-        token_ids = np.array(ids, np.int32)
-        return Trie(byte_of, depth_of, skip, token_ptr, token_ids, subtree, characters, height, levels)
+        return trie_of((token, index) for index, token in enumerate(self.vocabulary) if token)
+
+    @cached_property
+    def characters(self) -> NDArray[np.int64]:
+        """``[V]``: how many characters begin in each token."""
+        data = np.frombuffer(b"".join(token or b"" for token in self.vocabulary), np.uint8)
+        ends = np.cumsum([len(token or b"") for token in self.vocabulary])
+        begun = np.concatenate([[0], np.cumsum((data & 0xC0) != 0x80)])[np.concatenate([[0], ends])]
+        return np.diff(begun)
 
     def part(self, nodes: Int32s, trie: Trie | None = None) -> Trie:
         """The trie of the tokens at some of a trie's nodes (in preorder) alone; default the whole vocabulary's trie."""
@@ -174,3 +149,42 @@ class TokenizerInfo:
 
     def __repr__(self) -> str:
         return f"TokenizerInfo({self.vocab_size} tokens, stop tokens {self.stop_token_ids})"
+
+
+def trie_of(tokens: Iterable[tuple[bytes, int]]) -> Trie:
+    """Byte strings and the tokens that they stand for as a trie; none is empty, and equal ones share a node."""
+    from .trie import build_trie
+
+    order = sorted(tokens)
+    distinct: list[bytes] = []
+    ids: list[int] = []
+    starts: list[int] = []
+    for token, index in order:
+        if not distinct or distinct[-1] != token:
+            distinct.append(token)
+            starts.append(len(ids))
+        ids.append(index)
+    data = np.frombuffer(b"".join(distinct), np.uint8)
+    offsets = np.concatenate([[0], np.cumsum([len(token) for token in distinct])]).astype(np.int64)
+    shared = np.zeros(len(distinct), np.int64)
+    for place in range(1, len(distinct)):
+        before, after = distinct[place - 1], distinct[place]
+        size = 0
+        for a, b in zip(before, after, strict=False):
+            if a != b:
+                break
+            size += 1
+        shared[place] = size
+    room = int(sum(map(len, distinct)) - shared.sum())
+    byte_of, depth_of = np.zeros(room, np.uint8), np.zeros(room, np.int32)
+    skip, parent, first = (np.zeros(room, np.int32) for _ in range(3))
+    subtree, characters = np.zeros((room, 4), np.uint64), np.zeros(room, np.bool_)
+    height = np.zeros(room, np.int32)
+    build_trie(data, offsets, shared, byte_of, depth_of, skip, parent, first, subtree, characters, height)
+    counts = np.zeros(room + 1, np.int64)
+    sizes = np.diff([*starts, len(ids)])
+    counts[1:][first >= 0] = sizes[first[first >= 0]]
+    token_ptr = np.cumsum(counts).astype(np.int32)
+    levels = int(depth_of.max()) + 1
+    token_ids = np.array(ids, np.int32)
+    return Trie(byte_of, depth_of, skip, token_ptr, token_ids, subtree, characters, height, levels)

@@ -29,6 +29,7 @@ from .expressions import (
 )
 from .kernels import SYMBOLS, Parts, calls_twice, joined, overlaps, pointers, trimmed
 from .subset_construction import subsets
+from .tries import word_states
 
 MAX_WORK = 400_000_000
 """Edges looked at while an automaton is made minimal."""
@@ -171,10 +172,19 @@ class Builder:
         first = self.state(item.size)
         self.empty(source, first)
         end = self.state()
-        for start, label, target in item.edges:
-            fresh = self.state()
-            self.empty(first + start, fresh)
-            self.empty(self.add(label, fresh), first + target)
+        sources, lows, highs, targets = self.edges
+        starts, read, ends = item.reads
+        sources += [first + start for start in starts]
+        lows += read
+        highs += read
+        targets += [first + target for target in ends]
+        for start, label, target in item.edges:  # what is added leads away from its start, and never back to it
+            if type(label) is Bytes and len(label.data) == 1:
+                self.edge(first + start, label.data[0], label.data[0], first + target)
+            elif type(label) is Ref and self.inline(label.name) is None:
+                self.call(first + start, label.name, first + target)
+            else:
+                self.empty(self.add(label, first + start), first + target)
         for final in item.finals:
             self.empty(first + final, end)
         return end
@@ -182,8 +192,7 @@ class Builder:
     def _automaton(self, item: Automaton, source: int) -> int:
         """A copy of an automaton, with all of its states in a row."""
         known = arrays(item)
-        edge_from = np.repeat(np.arange(len(known)), np.diff(known.ptr))
-        call_from = np.repeat(np.arange(len(known)), np.diff(known.call_ptr))
+        edge_from = known.sources
         finals = np.flatnonzero(known.ends).tolist()
         if known.separable:  # its end has no way on: it can be the next part's start, and its start the last part's end
             base = self.state(len(known) - 1) - 1
@@ -202,7 +211,8 @@ class Builder:
             (self.edges[3], known.to + base),
         ):
             mine += theirs.tolist()
-        if len(call_from):
+        if not known.regular:
+            call_from = np.repeat(np.arange(len(known)), np.diff(known.call_ptr))
             names, targets = known.names, self.calls[2]
             self.calls[0].extend(np.where(call_from == 0, starts, call_from + base).tolist())
             self.calls[1].extend(names[rule] for rule in known.call_id.tolist())
@@ -318,42 +328,14 @@ def _literals(item: Any) -> list[bytes] | None:
 
 
 def trie(words: Iterable[bytes]) -> Automaton:
-    """The minimal acyclic automaton of a list of words, built in sorted order (equal tails are shared as they end)."""
-    register: dict[Any, int] = {}
-    output = Automaton()
-    root = output.state()
-    path = [root]
-    previous = b""
-
-    def freeze(depth: int) -> None:
-        while len(path) - 1 > depth:
-            child = path.pop()
-            key = (output.finals[child], tuple(output.edges[child]))
-            known = register.setdefault(key, child)
-            if known != child:
-                low, high, _ = output.edges[path[-1]][-1]
-                output.edges[path[-1]][-1] = (low, high, known)
-                if child == len(output) - 1:  # the newest state: take it back
-                    output.edges.pop()
-                    output.calls.pop()
-                    output.finals.pop()
-
-    for word in sorted(set(words)):
-        shared = 0
-        for a, b in zip(previous, word, strict=False):
-            if a != b:
-                break
-            shared += 1
-        freeze(shared)
-        for byte in word[shared:]:
-            fresh = output.state()
-            output.edges[path[-1]].append((byte, byte, fresh))
-            path.append(fresh)
-        output.finals[path[-1]] = True
-        previous = word
-    freeze(0)
-    output = trim(output)
+    """The minimal acyclic automaton of a list of words."""
+    ordered = sorted(set(words))
+    data = np.frombuffer(b"".join(ordered), np.uint8)
+    ptr, byte, to, finals = word_states(data, run_starts([len(word) for word in ordered]))
+    none = np.zeros(0, np.int64)
+    output = ArrayAutomaton((ptr, byte, byte, to, np.zeros_like(ptr), none, none, finals))
     output.words = True
+    output.__dict__["_minimal"] = True
     return output
 
 

@@ -112,6 +112,11 @@ class ArrayAutomaton(Automaton):
     def finals(self) -> list[bool]:  # type: ignore[override]
         return self.ends.tolist()
 
+    @cached_property
+    def sources(self) -> NDArray[np.int64]:
+        """The state of each edge."""
+        return np.repeat(np.arange(len(self.ends)), np.diff(self.ptr))
+
     @property
     def regular(self) -> bool:
         return len(self.call_to) == 0
@@ -128,6 +133,12 @@ class ArrayAutomaton(Automaton):
         end = int(ends[0])
         leaves = self.ptr[end + 1] > self.ptr[end] or self.call_ptr[end + 1] > self.call_ptr[end]
         return not leaves and bool(self.to.all()) and bool(self.call_to.all())
+
+    def calls_of(self, state: int) -> list[tuple[str, int]]:
+        """One state's calls, where those of all are not asked for."""
+        begin, end = self.call_ptr[state], self.call_ptr[state + 1]
+        ids, targets = self.call_id[begin:end].tolist(), self.call_to[begin:end].tolist()
+        return [(self.names[rule], to) for rule, to in zip(ids, targets, strict=True)]
 
     def called(self) -> set[str]:
         return {self.names[rule] for rule in np.unique(self.call_id).tolist()}

@@ -7,6 +7,8 @@ completed near the bounds.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -110,7 +112,7 @@ def _characters(pattern: Automaton) -> tuple[Numbers, Numbers, Numbers, Numbers,
 
     ``whole`` edges complete a character; edges are sorted by their source.
     """
-    unit = minimise(build(CANONICAL))
+    unit = _character()
     end = unit.finals.index(True)
     states = {(0, 0): 0}
     order = [(0, 0)]
@@ -129,3 +131,9 @@ def _characters(pattern: Automaton) -> tuple[Numbers, Numbers, Numbers, Numbers,
     table = np.array(edges, np.int64).reshape(-1, 5)
     final = np.array([pattern.finals[state] and inside == 0 for state, inside in order], np.bool_)
     return table[:, 0], table[:, 1], table[:, 2], table[:, 3], table[:, 4].astype(np.bool_), final
+
+
+@lru_cache(maxsize=1)
+def _character() -> Automaton:
+    """One character, as JSON spells it."""
+    return minimise(build(CANONICAL))

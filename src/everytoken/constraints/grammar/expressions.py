@@ -78,11 +78,12 @@ class Ref:
 @dataclass(frozen=True, slots=True)
 class Graph:
     """A transition graph whose edges are expressions: ``edges`` are ``(source, expression, target)``; state 0
-    starts."""
+    starts. ``reads`` are further edges that read one byte each: sources, bytes, targets."""
 
     size: int
     edges: tuple[tuple[int, Expression, int], ...]
     finals: frozenset[int]
+    reads: tuple[tuple[int, ...], bytes, tuple[int, ...]] = ((), b"", ())
 
 
 class CompiledPart(Protocol):

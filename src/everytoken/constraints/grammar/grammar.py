@@ -152,5 +152,6 @@ def rename(item: Expression, names: dict[str, str]) -> Expression:
     if isinstance(item, Repeat):
         return Repeat(rename(item.item, names), item.low, item.high)
     if isinstance(item, Graph):
-        return Graph(item.size, tuple((a, rename(label, names), b) for a, label, b in item.edges), item.finals)
+        edges = tuple((a, rename(label, names), b) for a, label, b in item.edges)
+        return Graph(item.size, edges, item.finals, item.reads)
     return item

@@ -6,7 +6,7 @@ import operator
 from collections import Counter
 
 from .automata import Builder, build, trim
-from .automaton import ArrayAutomaton, arrays
+from .automaton import ArrayAutomaton, Automaton, arrays
 from .expressions import (
     EMPTY,
     Alt,
@@ -23,8 +23,9 @@ from .expressions import (
 )
 from .grammar import Grammar
 
-INLINE_ONCE, INLINE_ALWAYS = 2_000, 16
-"""Rules up to these sizes are built into the rules that mention them: those mentioned once, and all."""
+INLINE_ONCE, INLINE_ALWAYS, FINISHED = 2_000, 16, 12
+"""Rules up to these sizes are built into the rules that mention them: those mentioned once, all, and all that are
+automata already (larger ones, as the free string, are better shared)."""
 NESTED = {Seq, Alt, Graph, Repeat}
 """Expressions that hold others."""
 UNROLL, BLOCK, BUILT_IN = 100_000, 128, 20_000
@@ -39,8 +40,9 @@ def rule_automata(grammar: Grammar) -> dict[str, ArrayAutomaton]:
         GrammarError: no text matches the grammar, or a rule calls itself before reading anything (left recursion).
     """
     rules = dict(grammar.rules)
-    unrolled = {name: _bound_repeats(body, rules) for name, body in list(rules.items())}
-    rules |= unrolled
+    for name, body in list(rules.items()):
+        if expression_size(body, {}, UNROLL + 1) > UNROLL:  # as few are: all others hold no long repetition
+            rules[name] = _bound_repeats(body, rules)
     mentioned = {name: references(body) for name, body in rules.items()}
     counts = Counter(name for names in mentioned.values() for name in names)
     mentions = {name: set(names) for name, names in mentioned.items()}
@@ -54,7 +56,10 @@ def rule_automata(grammar: Grammar) -> dict[str, ArrayAutomaton]:
         for name in rules
         if name not in recursive
         and name != grammar.root
-        and (sizes[name] <= INLINE_ALWAYS or (counts[name] == 1 and sizes[name] <= INLINE_ONCE))
+        and (
+            sizes[name] <= (FINISHED if isinstance(rules[name], Automaton) else INLINE_ALWAYS)
+            or (counts[name] == 1 and sizes[name] <= INLINE_ONCE)
+        )
     }
 
     def inline(name: str) -> Expression | None:
@@ -147,7 +152,8 @@ def _bound_repeats(item: Expression, rules: Rules) -> Expression:
         parts = tuple([_bound_repeats(part, rules) if type(part) in NESTED else part for part in item.parts])
         return item if all(map(operator.is_, parts, item.parts)) else type(item)(parts)
     if isinstance(item, Graph):
-        return Graph(item.size, tuple((a, _bound_repeats(label, rules), b) for a, label, b in item.edges), item.finals)
+        edges = tuple((a, _bound_repeats(label, rules), b) for a, label, b in item.edges)
+        return Graph(item.size, edges, item.finals, item.reads)
     if not isinstance(item, Repeat):
         return item
     inner = _bound_repeats(item.item, rules)
@@ -250,14 +256,14 @@ def _without_left_recursion(automata: dict[str, ArrayAutomaton]) -> dict[str, Ar
         GrammarError: the way round leads through a rule that matches the empty text.
     """
     nullable = _nullable(automata)
-    bare = {name: {called for called, _ in a.calls[0]} if not a.regular else set() for name, a in automata.items()}
+    bare = {name: {called for called, _ in a.calls_of(0)} if not a.regular else set() for name, a in automata.items()}
     hidden: dict[str, set[str]] = {}  # calls behind one that may read nothing
     for name, automaton in automata.items():
         hidden[name] = set()
         seen, pending = {0}, [0]
         while pending and not automaton.regular:
             state = pending.pop()
-            for called, to in automaton.calls[state]:
+            for called, to in automaton.calls_of(state):
                 if state:
                     hidden[name].add(called)
                 if called in nullable and to not in seen:
@@ -316,15 +322,15 @@ def _nullable(automata: dict[str, ArrayAutomaton]) -> set[str]:
             if name in nullable:
                 continue
             if automaton.regular:
-                found = automaton.finals[0]
+                found = bool(automaton.ends[0])
             else:
                 seen, pending = {0}, [0]
                 while pending:
-                    for called, to in automaton.calls[pending.pop()]:
+                    for called, to in automaton.calls_of(pending.pop()):
                         if called in nullable and to not in seen:
                             seen.add(to)
                             pending.append(to)
-                found = any(automaton.finals[state] for state in seen)
+                found = any(bool(automaton.ends[state]) for state in seen)
             if found:
                 nullable.add(name)
                 changed = True

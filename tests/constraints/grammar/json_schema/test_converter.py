@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 
 from everytoken.constraints.grammar import Grammar, GrammarError
+from everytoken.constraints.grammar.json_schema import rules
 
 from ...common import accepts, compile_, in_schema, random_text
 
@@ -323,6 +324,38 @@ def test_combinations():
     assert in_schema({"type": ["integer", "null"], "minimum": 4}, None) and in_schema(
         {"type": "string", "nullable": True}, None
     )
+
+
+def test_one_of_whose_branches_differ_by_a_property_that_is_required_beside_it_needs_no_opposites():
+    branches = [{"properties": {"kind": {"enum": [kind]}, kind: {"type": "integer"}}} for kind in "abcd"]
+    schema = {"type": "object", "required": ["kind"], "oneOf": branches}
+    schema["properties"] = {"inner": {"$ref": "#"}}
+    options = {"property_order": "flexible", "strict_mode": False}
+    assert len(Grammar.from_json_schema(schema, **options).rules) < 40
+    assert in_schema(schema, {"kind": "b", "b": 1, "inner": {"kind": "d", "a": "x"}}, **options)
+    assert not in_schema(schema, {"kind": "b", "b": "x"}, **options)
+    assert not in_schema(schema, {"b": 1}, **options)
+    del schema["required"]  # without it the branches overlap: none is required, so all of them hold
+    assert not in_schema(schema, {"b": 1}, **options)
+    assert in_schema(schema, {"kind": "c", "b": "x"}, **options)
+
+
+def test_what_follows_from_one_choice_is_not_multiplied_by_it():
+    """Ten choices of six each, all of which follow from the first: six cases, not six to the tenth."""
+    choices = [
+        {"anyOf": [{"properties": {"kind": {"const": f"k{n}"}, f"p{m}": {"const": n}}} for n in range(6)]}
+        for m in range(10)
+    ]
+    schema = {"type": "object", "required": ["kind"], "properties": {"kind": {"type": "string"}}, "allOf": choices}
+    assert in_schema(schema, {"kind": "k2", "p3": 2, "p9": 2})
+    assert not in_schema(schema, {"kind": "k2", "p3": 1})
+    assert not in_schema(schema, {"kind": "other"})
+
+
+def test_products_of_patterns_end_somewhere(monkeypatch):
+    monkeypatch.setattr(rules, "MAX_PRODUCTS", 20)
+    with pytest.raises(GrammarError, match="need more than 20 states in all"):
+        Grammar.from_json_schema({"allOf": [{"type": "string", "pattern": f"{n}.*z"} for n in range(4)]})
 
 
 def test_references():

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everytoken.constraints.grammar import Grammar, GrammarError
-from everytoken.constraints.grammar.json_schema.objects import inserted
 
 from ...common import accepts, compile_
 
@@ -44,14 +43,6 @@ def test_every_sequence_of_properties_is_judged_by_order_and_need(names, size, n
                 assert not accepts(compiled, "{" + ", ".join(['"abc": true', *parts]) + "}")
                 assert not accepts(compiled, "{" + ", ".join([*parts, parts[-1]]) + "}")
                 assert not accepts(compiled, "{" + ", ".join([*parts[:-1], parts[-1][:-1] + "true"]) + "}")
-
-
-def test_a_trie_with_one_more_word_leaves_the_old_one_as_it_is():
-    old = inserted(inserted({}, b'ab"', 0), b'ac"', 1)
-    new = inserted(old, b'ad"', 2)
-    assert old == {97: {98: {34: 0}, 99: {34: 1}}}
-    assert new == {97: {98: {34: 0}, 99: {34: 1}, 100: {34: 2}}}
-    assert new[97][98] is old[97][98]
 
 
 def test_very_many_optional_properties_in_the_schemas_order():

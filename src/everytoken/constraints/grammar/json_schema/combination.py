@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
+from typing import NoReturn
 
 from ..expressions import Expression, GrammarError, alt
+from ..json_text import Json
 from ..products import intersection
 from .places import property_schemas, required
 from .rules import SchemaRules
@@ -15,6 +17,10 @@ from .strings_and_numbers import bounds, lengths, string_automaton
 from .values import satisfies
 
 MAX_CASES = 20_000
+MAX_COMPARED, MAX_LEVEL = 8, 4
+"""So many branching schemas of a set are compared, and so many properties deep a contradiction is looked for."""
+BESIDE = {"type", "required", "properties", "patternProperties", "additionalProperties", "allOf", "$ref"}
+"""Keywords beside a oneOf that may tell its branches apart."""
 MAX_PRODUCT = 1_000_000
 """Patterns whose automata are larger together are not looked at for a text that both match."""
 
@@ -23,9 +29,35 @@ def branching(schema: SchemaObject) -> bool:
     return "anyOf" in schema or "oneOf" in schema
 
 
-def branches(
-    schemas: SchemaRules, members: frozenset[Member], index: int, schema: SchemaObject, pointer: str, depth: int
-) -> Expression:
+def branches(schemas: SchemaRules, members: frozenset[Member], undecided: list[int], depth: int) -> Expression:
+    """The documents of a set some of whose schemas branch: one of these is decided.
+
+    The one that leaves the fewest cases comes first: what follows from the rest is not multiplied by it.
+    """
+    made: list[frozenset[Member]] | None = None
+    for index in undecided[:MAX_COMPARED]:
+        found = cases(schemas, members, index)
+        if made is None or len(found) < len(made):
+            made = found
+        if len(made) < 2:
+            break
+    assert made is not None
+    if len(undecided) > 1:
+        schemas.cases += len(made)
+    if schemas.cases > MAX_CASES:
+        refuse_cases(schemas, schemas.pointers[undecided[0]])
+    return alt(*(schemas.rule(choice, depth) for choice in made))
+
+
+def refuse_cases(schemas: SchemaRules, pointer: str) -> NoReturn:
+    schemas.fail(
+        pointer, f"anyOf and oneOf that hold together make more than {MAX_CASES:,} cases.", "Split the schema."
+    )
+
+
+def cases(schemas: SchemaRules, members: frozenset[Member], index: int) -> list[frozenset[Member]]:
+    """The sets that one branching schema of a set makes of it, without those that evidently allow nothing."""
+    schema, pointer = schemas.part(index)
     rest = (members - {(index, False)}) | {(index, True)}
     choices: list[list[Place]] = [[]]
     for key in ("anyOf", "oneOf"):
@@ -33,12 +65,8 @@ def branches(
             continue
         options = branches_of(schemas, index, key)
         choices = [[*chosen, option] for chosen in choices for option in options]
-    if sum(not decided for _, decided in members) > 1:
-        schemas.cases += len(choices)
-    if len(choices) > MAX_CASES or schemas.cases > MAX_CASES:
-        schemas.fail(
-            pointer, f"anyOf and oneOf that hold together make more than {MAX_CASES:,} cases.", "Split the schema."
-        )
+        if len(choices) > MAX_CASES:
+            refuse_cases(schemas, pointer)
     present = {member for member, _ in members}
     made: list[frozenset[Member]] = []
     for chosen in choices:
@@ -46,21 +74,40 @@ def branches(
         if extra is None:
             continue
         if all(member in present for member, _ in extra):
-            return schemas.rule(rest, depth)  # holds anyway: nothing is left to choose
+            return [rest]  # holds anyway: nothing is left to choose
         undecided = {member for member in extra if (member[0], True) not in rest}
-        if not contradictory([schemas.part(member) for member in {*present, *(member for member, _ in extra)}]):
-            made.append(frozenset(rest | undecided))
-    return alt(*(schemas.rule(choice, depth) for choice in dict.fromkeys(made)))
+        case = frozenset(rest | undecided)
+        if not hopeless(schemas, case):
+            made.append(case)
+    return list(dict.fromkeys(made))
 
 
-def contradictory(parts: Parts) -> bool:
+def hopeless(schemas: SchemaRules, members: frozenset[Member], level: int = 0) -> bool:
+    """Whether no document evidently satisfies a set: no type, no listed value, no value of a required property."""
+    numbers = frozenset(member for member, _ in members)
+    known = schemas.hopeless.get(numbers)
+    if known is None and level < MAX_LEVEL:
+        schemas.hopeless[numbers] = False  # a set that leads back to itself is not evident
+        known = schemas.hopeless[numbers] = contradictory(schemas, [schemas.part(n) for n in sorted(numbers)], level)
+    return bool(known)
+
+
+def contradictory(schemas: SchemaRules, parts: Parts, level: int = 0) -> bool:
     """Whether the parts evidently exclude each other."""
     allowed = kinds(parts)
     if not allowed:
         return True
+    if any("enum" in schema or "const" in schema for schema, _ in parts):
+        for schema, _ in parts:
+            if branching(schema):
+                refuse_cycle(schemas, schemas.numbers[id(schema)])
+        return not listed_values(schemas, parts)
     if allowed == ["object"]:
-        needed = set(required(parts))
-        return any(schema.get("properties", {}).get(name) is False for schema, _ in parts for name in needed)
+        for name in required(parts):
+            if any(name in schema.get("properties", ()) for schema, _ in parts):
+                value = schemas.members(property_schemas(schemas, parts, name))
+                if value is None or hopeless(schemas, value, level + 1):
+                    return True
     if allowed == ["string"]:
         low, high = lengths(parts, "minLength", "maxLength")
         return high is not None and high < low
@@ -104,17 +151,22 @@ def branches_of(schemas: SchemaRules, index: int, key: str) -> list[Place]:
     if key == "anyOf":
         return options
     if index not in schemas.exclusive:
-        schemas.exclusive[index] = exclusive_branches(schemas, options)
+        beside = {key: value for key, value in schema.items() if key in BESIDE}
+        schemas.exclusive[index] = exclusive_branches(schemas, options, (beside, pointer))
     return schemas.exclusive[index]
 
 
-def exclusive_branches(schemas: SchemaRules, options: list[Place]) -> list[Place]:
-    """oneOf is anyOf of its branches without what the others allow, where they are not evidently disjoint already."""
+def exclusive_branches(schemas: SchemaRules, options: list[Place], beside: Place) -> list[Place]:
+    """oneOf is anyOf of its branches without what the others allow, where they are not evidently disjoint already.
+
+    Branches may be disjoint only for what stands ``beside`` them: properties that tell them apart are required there.
+    """
     others: list[list[Schema]] = [[] for _ in options]
     mode, schemas.options = schemas.options, replace(schemas.options, strict_mode=False)
     try:
         for first, second in combinations(range(len(options)), 2):
-            if not disjoint(schemas, [options[first]], [options[second]]):
+            one, other = options[first], options[second]
+            if not disjoint(schemas, [one], [other]) and not (beside[0] and disjoint(schemas, [one, beside], [other])):
                 others[first].append({"not": options[second][0]})
                 others[second].append({"not": options[first][0]})
     finally:
@@ -171,7 +223,8 @@ def disjoint(schemas: SchemaRules, first: Sequence[Place], second: Sequence[Plac
     return False
 
 
-def enumeration(schemas: SchemaRules, parts: Parts, depth: int) -> Expression:
+def listed_values(schemas: SchemaRules, parts: Parts) -> list[Json]:
+    """The values of parts that list values."""
     lists = [
         (schema["enum"] if "enum" in schema else [schema["const"]], place)
         for place, (schema, _) in enumerate(parts)
@@ -182,5 +235,8 @@ def enumeration(schemas: SchemaRules, parts: Parts, depth: int) -> Expression:
     schema, pointer = parts[place]  # its own values need not be looked for among themselves
     own = "enum" if "enum" in schema else "const"
     others[place] = (schemas.without(schema, own), pointer)
-    values = [value for value in shortest if satisfies(schemas, value, others, closed=True)]
-    return alt(*(schemas.literal(value, depth) for value in values))
+    return [value for value in shortest if satisfies(schemas, value, others, closed=True)]
+
+
+def enumeration(schemas: SchemaRules, parts: Parts, depth: int) -> Expression:
+    return alt(*(schemas.literal(value, depth) for value in listed_values(schemas, parts)))

@@ -6,7 +6,7 @@ import json
 from typing import Unpack
 
 from ..expressions import NOTHING, Bytes, Expression, GrammarError, Repeat, Rules, alt, seq, star
-from ..json_text import FREE, QUOTE, WS
+from ..json_text import QUOTE, WS
 from .arrays import array_rule
 from .combination import branches, branching, enumeration, refuse_cycle
 from .names import strings_of
@@ -14,7 +14,7 @@ from .objects import object_rule
 from .options import SchemaOptions, SchemaSettings
 from .rules import SchemaRules
 from .sets import Member, Schema, kinds
-from .strings_and_numbers import number_rule, string_rule
+from .strings_and_numbers import free_string, number_rule, string_rule
 
 
 def schema_rules(schema: Schema | str | bytes, **options: Unpack[SchemaSettings]) -> Rules:
@@ -45,7 +45,7 @@ def convert(schemas: SchemaRules) -> Rules:
     """All rules of a document, from its root on."""
     blank = schemas.options.max_whitespace
     schemas.rules["ws"] = star(WS) if blank is None else Repeat(WS, 0, blank)
-    schemas.rules["string"] = seq(QUOTE, star(FREE), QUOTE)
+    schemas.rules["string"] = free_string()
     root = schemas.sub([(schemas.document, "#")], 0)
     while schemas.pending:
         name, members, depth = schemas.pending.pop()
@@ -67,8 +67,7 @@ def body(schemas: SchemaRules, members: frozenset[Member], depth: int) -> Expres
     if len(undecided) > 1 and kinds(parts) == ["string"]:
         return seq(QUOTE, strings_of(schemas, parts), QUOTE)
     if undecided:
-        schema, pointer = schemas.part(undecided[0])
-        return branches(schemas, members, undecided[0], schema, pointer, depth)
+        return branches(schemas, members, undecided, depth)
     options: list[Expression] = []
     for kind in kinds(parts):
         if kind == "null":

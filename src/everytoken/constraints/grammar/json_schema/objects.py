@@ -11,9 +11,12 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from ..automaton import Automaton
+import numpy as np
+
+from ..automaton import Automaton, run_starts
 from ..expressions import EMPTY, NOTHING, Bytes, Expression, Graph, Ref, Seq, alt, seq
 from ..json_text import QUOTE, inner
+from ..tries import name_tries
 from .names import names_automaton
 from .negation import SOME_PROPERTY
 from .places import key_automaton, otherwise, property_schemas, required
@@ -32,8 +35,6 @@ number."""
 MAX_CELLS, MAX_CLAIMS = 64, 6
 Entry = tuple[str, dict[int, Expression]]
 """A property's name, and its key and value by the claims (as bits) that they fulfil."""
-Trie = dict[int, Any]
-"""By byte: a ``Trie``, or the place of the property whose name ends there."""
 Filled = tuple[Expression, bool]
 """At least one entry; and whether none is fine too."""
 
@@ -184,53 +185,39 @@ def by_tries(entries: list[Entry], required: set[str], extra: dict[int, Expressi
     would be as large as the square of their number.
     """
     last = len(entries)
-    tries: list[Trie] = [{} for _ in range(last + 1)]
-    open_from = [True] * (last + 1)  # whether no required property is left from here on
-    for place in reversed(range(last)):
-        name, made = entries[place]
-        entry = made[0]
-        assert isinstance(entry, Seq) and isinstance(entry.parts[0], Bytes)
-        open_from[place] = open_from[place + 1] and name not in required
-        tries[place] = inserted({} if name in required else tries[place + 1], entry.parts[0].data, place)
-    # states: 0 the first trie's root, 1 .. last after so many places, then the ends of the names, then the tries
-    numbers: dict[int, int] = {id(tries[0]): 0}
-    pending = [tries[0]]
-
-    def number(node: Trie) -> int:
-        found = numbers.get(id(node))
-        if found is None:
-            found = numbers[id(node)] = 2 * last + len(numbers)
-            pending.append(node)
-        return found
-
+    names = [key.data for key in (entry.parts[0] for entry in firsts(entries)) if isinstance(key, Bytes)]
+    needed = np.array([name in required for name, _ in entries], np.bool_)
+    data = np.frombuffer(b"".join(names), np.uint8)
+    roots, source, byte, target, size = name_tries(data, run_starts([len(name) for name in names]), needed)
+    open_from = [True, *np.logical_and.accumulate(~needed[::-1]).tolist()][::-1]  # whether no required one is left
+    # states: 0 .. last after so many places, then the ends of the names, then the nodes of the tries
+    base = 2 * last + 1
+    starts = [*(roots[:-1] + base).tolist(), 0]
     edges: list[tuple[int, Expression, int]] = []
     for place in range(last + 1):
         further = extra if open_from[place] else {}
-        if place and (tries[place] or further):
-            edges.append((place, between, number(tries[place])))
-        edges += [(number(tries[place]), entry, last) for entry in further.values()]
-    for node in pending:
-        here = numbers[id(node)]
-        for byte, to in node.items():
-            edges.append((here, Bytes(bytes([byte])), last + 1 + to if isinstance(to, int) else number(to)))
-    for place, (_, made) in enumerate(entries):
-        entry = made[0]
-        assert isinstance(entry, Seq)
-        edges.append((last + 1 + place, seq(*entry.parts[1:]), place + 1))
+        if further and place == last:
+            starts[place] = base + size
+            size += 1
+        if place < last or further:
+            edges.append((place, between if place else EMPTY, starts[place]))
+        edges += [(starts[place], entry, last) for entry in further.values()]
+    edges += [(last + 1 + n, seq(*entry.parts[1:]), n + 1) for n, entry in enumerate(firsts(entries))]
     finals = frozenset(place for place in range(1, last + 1) if open_from[place])
-    return Graph(2 * last + len(numbers), tuple(edges), finals), open_from[0]
+    reads = (
+        tuple((source + base).tolist()),
+        byte.astype(np.uint8).tobytes(),
+        tuple(np.where(target < 0, last - target, target + base).tolist()),
+    )
+    return Graph(base + size, tuple(edges), finals, reads), open_from[0]
 
 
-def inserted(node: Trie, key: bytes, place: int) -> Trie:
-    """A trie with one more word; what it shares with the old one is not copied, and the old one stays as it is."""
-    new = root = dict(node)
-    for byte in key[:-1]:
-        below = new.get(byte)
-        assert not isinstance(below, int)  # a name ends with its quotation mark: none begins another
-        new[byte] = following = dict(below or {})
-        new = following
-    new[key[-1]] = place
-    return root
+def firsts(entries: list[Entry]) -> Iterator[Seq]:
+    """Entries that fulfil no claim: key, colon and value."""
+    for _, made in entries:
+        entry = made[0]
+        assert isinstance(entry, Seq) and isinstance(entry.parts[0], Bytes)
+        yield entry
 
 
 def any_order(

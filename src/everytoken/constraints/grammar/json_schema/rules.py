@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
-from ..automaton import Automaton
+from ..automaton import Automaton, arrays
 from ..counting import counted
-from ..expressions import EMPTY, NOTHING, Bytes, Expression, Ref, Rules, seq, text
+from ..expressions import EMPTY, NOTHING, Bytes, Expression, GrammarError, Ref, Rules, seq, text
 from ..json_text import Json, quoted
 from ..products import combine, difference
 from .negation import rewritten
@@ -17,6 +17,8 @@ from .options import SchemaOptions
 from .sets import Member, Place, Schema, SchemaObject, SchemaSets
 
 MAX_INDENT_DEPTH = 12
+MAX_PRODUCTS = 250_000
+"""States of all products of patterns that one document may need; so many take about a second."""
 HOW: dict[str, Callable[[bool, bool], bool]] = {
     "and": lambda a, b: a and b,
     "or": lambda a, b: a or b,
@@ -34,7 +36,9 @@ class SchemaRules(SchemaSets):
         cases: how many cases anyOf and oneOf that hold together have made.
         strings: the strings of sub-schemas, by number; None while they are looked for.
         products: what ``joined`` has made, by the identities of its arguments (which are kept).
+        states: how many states these have.
         exclusive: the branches of each oneOf, each without what the others allow.
+        hopeless: whether a set evidently allows nothing.
     """
 
     def __init__(self, document: Schema, options: SchemaOptions):
@@ -46,7 +50,9 @@ class SchemaRules(SchemaSets):
         self.cases = 0
         self.strings: dict[int, Automaton | None] = {}
         self.products: dict[tuple[str, int, int], tuple[Automaton, Automaton, Automaton]] = {}
+        self.states = 0
         self.exclusive: dict[int, list[Place]] = {}
+        self.hopeless: dict[frozenset[int], bool] = {}
 
     def rewritten(self, schema: SchemaObject, pointer: str) -> Iterator[Place]:
         return rewritten(self, schema, pointer)
@@ -71,12 +77,18 @@ class SchemaRules(SchemaSets):
         """The product of two automata, made once."""
         key = how, id(first), id(second)
         if key not in self.products:
-            if not len(first.edges[0]) and not first.finals[0]:  # nothing
+            if not arrays(first).opens:  # nothing
                 result = second if how == "or" else first
-            elif not len(second.edges[0]) and not second.finals[0]:
+            elif not arrays(second).opens:
                 result = second if how == "and" else first
             else:
                 result = difference(first, second) if how == "minus" else combine(first, second, HOW[how])
+                self.states += len(result)
+                if self.states > MAX_PRODUCTS:
+                    raise GrammarError(
+                        f"Patterns that must hold at once need more than {MAX_PRODUCTS:,} states in all.",
+                        "Simplify some of the patterns, or say less about one string.",
+                    )
             self.products[key] = result, first, second
         return self.products[key][0]
 

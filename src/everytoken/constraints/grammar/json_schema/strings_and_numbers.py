@@ -14,7 +14,7 @@ from ..automaton import Automaton
 from ..counting import counted
 from ..expressions import NOTHING, Expression, GrammarError, Ref, Repeat, seq, star
 from ..formats import FORMATS, REFUSED_FORMATS, SILENT_FORMATS
-from ..json_text import CANONICAL, COUNTED, QUOTE, Json, inner, spell
+from ..json_text import CANONICAL, COUNTED, FREE, QUOTE, Json, inner, spell
 from ..numbers import number_automaton
 from ..regex import regex_automaton
 from .negation import NOT_ENUM, NOT_FORMAT, NOT_INTEGER, NOT_MULTIPLE, NOT_PATTERN
@@ -64,11 +64,24 @@ def number_rule(schemas: SchemaRules, parts: Parts, integer: bool) -> Expression
     values = [value for schema, _ in parts for value in schema.get(NOT_ENUM, ()) if is_number(value)]
     values = [Decimal(str(value)) for value in values]
     try:
-        return number_automaton(integer, low, high, divisors, apart, values)
+        return numbers(integer, low, high, tuple(divisors), tuple(apart), tuple(values))
     except GrammarError as error:
         where = next((p for s, p in parts if "multipleOf" in s or NOT_MULTIPLE in s), "")
         schemas.unsupported(where, str(error.message).removesuffix(" is not supported."), error.hint or "")
         return number_automaton(integer, low, high, [])
+
+
+@lru_cache(maxsize=256)
+def numbers(
+    integer: bool,
+    low: Bound | None,
+    high: Bound | None,
+    divisors: tuple[Decimal, ...],
+    apart: tuple[Decimal, ...],
+    values: tuple[Decimal, ...],
+) -> Expression:
+    """Numbers by what is said of them; kept, because schemas repeat it."""
+    return number_automaton(integer, low, high, list(divisors), list(apart), list(values))
 
 
 def lengths(parts: Parts, low_key: str, high_key: str) -> tuple[int, int | None]:
@@ -140,6 +153,12 @@ def listed(values: tuple[str, ...]) -> Automaton:
 def canonical_text() -> Automaton:
     """All strings, as ``json.dumps(..., ensure_ascii=False)`` spells them."""
     return minimise(build(star(CANONICAL)))
+
+
+@lru_cache(maxsize=1)
+def free_string() -> Automaton:
+    """Any string with its quotes, in any spelling."""
+    return minimise(build(seq(QUOTE, star(FREE), QUOTE)))
 
 
 def string_rule(schemas: SchemaRules, parts: Parts) -> Expression:

@@ -38,7 +38,7 @@ def holds(schemas: SchemaRules, value: Json, schema: Schema, pointer: str, top: 
                 return False
         if "const" in part and not equal(part["const"], value):
             return False
-        if "enum" in part and not any(equal(option, value) for option in part["enum"]):
+        if "enum" in part and not listed_in(value, part["enum"]):
             return False
         for key, enough in (("anyOf", lambda n: n >= 1), ("oneOf", lambda n: n == 1)):
             if key in part:
@@ -51,7 +51,7 @@ def holds(schemas: SchemaRules, value: Json, schema: Schema, pointer: str, top: 
             branch = "then" if holds(schemas, value, part["if"], at(where, "if")) else "else"
             if branch in part and not holds(schemas, value, part[branch], at(where, branch)):
                 return False
-        if any(equal(other, value) for other in part.get(NOT_ENUM, ())):
+        if NOT_ENUM in part and listed_in(value, part[NOT_ENUM]):
             return False
         if isinstance(value, str) and not _string_holds(schemas, value, part, where):
             return False
@@ -146,6 +146,11 @@ def kind_of(value: Json) -> str:
         return "integer" if value == int(value) else "number"
     kinds: dict[type, str] = {str: "string", list: "array", dict: "object"}
     return kinds[type(value)]
+
+
+def listed_in(value: Json, values: list[Json]) -> bool:
+    """Whether a value equals one of a list's."""
+    return value in values if isinstance(value, str) else any(equal(other, value) for other in values)
 
 
 def equal(first: Json, second: Json) -> bool:
