@@ -14,6 +14,9 @@ from pathlib import Path
 
 from everytoken.catalog.cards import Card, load_catalog
 from everytoken.catalog.house import Place, load_house
+from everytoken.catalog.page.render import write_site
+from everytoken.catalog.search import can_search_by_meaning
+from everytoken.cli.papers_site import site_entries
 from everytoken.core.charts import lines_svg
 from everytoken.core.results import formatted, formatted_interval
 from everytoken.reproduce.base import baseline_text
@@ -298,6 +301,8 @@ def main() -> None:
         if path.is_file():
             picture = draw(load_result(path))
             (DOCS / "assets" / f"{name.removesuffix('-tokenization')}-curve.svg").write_text(picture, encoding="utf-8")
+    # the search table of words by meaning costs a minute once and is kept in the cache folder
+    write_site(DOCS / "catalogue", site_entries(DOCS / "traces"), meaning=can_search_by_meaning())
     print(f"{len(catalog)} method pages, {len(house)} pages of floors and stations, the scoreboard")
 
 

@@ -52,6 +52,24 @@ STOP = frozenset(
         "your",
     ]
 )
+ENDINGS = (
+    "izations",
+    "ization",
+    "ising",
+    "izing",
+    "ings",
+    "ing",
+    "ions",
+    "ion",
+    "ies",
+    "ers",
+    "er",
+    "ed",
+    "es",
+    "s",
+    "e",
+)
+"""What ``_stem`` takes off a word, the longest first."""
 
 
 def words(text: str) -> list[str]:
@@ -61,23 +79,7 @@ def words(text: str) -> list[str]:
 
 
 def _stem(word: str) -> str:
-    for ending in (
-        "izations",
-        "ization",
-        "ising",
-        "izing",
-        "ings",
-        "ing",
-        "ions",
-        "ion",
-        "ies",
-        "ers",
-        "er",
-        "ed",
-        "es",
-        "s",
-        "e",
-    ):
+    for ending in ENDINGS:
         if word.endswith(ending) and len(word) - len(ending) >= 3:
             return word[: -len(ending)]
     return word
@@ -132,6 +134,11 @@ def _embed(texts: list[str]) -> Any:
     return embed(texts, "Searching by meaning")
 
 
+def meaning_text(card: Card) -> str:
+    """What is embedded of a card."""
+    return f"{card.title}. {card.summary}"
+
+
 def by_meaning(query: str, cards: Sequence[Card]) -> list[tuple[Card, float]]:
     """All cards by cosine similarity of meaning.
 
@@ -142,7 +149,7 @@ def by_meaning(query: str, cards: Sequence[Card]) -> list[tuple[Card, float]]:
 
     from ..core.converted import cache_dir
 
-    texts = [f"{card.title}. {card.summary}" for card in cards]
+    texts = [meaning_text(card) for card in cards]
     key = hashlib.sha256("\x1f".join(texts).encode()).hexdigest()[:16]
     path = cache_dir() / "search" / f"{key}.npy"
     try:

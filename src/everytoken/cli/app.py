@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from ..core.errors import EverytokenError
-from . import audit, compare, data, doctor, mcp, papers, reproduce, tokenizer, train, try_
+from . import audit, compare, data, doctor, mcp, papers, papers_site, reproduce, tokenizer, train, try_
 from .output import any_encoding
 
 app = typer.Typer(
@@ -44,6 +44,11 @@ def options(
     pass
 
 
+papers.app.command("build", epilog=papers_site.BUILD_EXAMPLES)(papers_site.build)
+papers.app.command("serve", epilog=papers_site.SERVE_EXAMPLES)(papers_site.serve)
+papers.app.command("daily", epilog=papers_site.DAILY_EXAMPLES)(papers_site.daily)
+papers.app.command("digest", epilog=papers_site.DIGEST_EXAMPLES)(papers_site.digest)
+papers.app.command("subscribers")(papers_site.subscribers)
 app.add_typer(papers.app, name="papers")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")

@@ -168,6 +168,9 @@ def show(
     if card.implementation and card.station != "catalog":
         grid.add_row("code here", card.implementation)
         grid.add_row("try it", f"everytoken try {card.slug}")
+    elif card.implementation:
+        grid.add_row("code here", card.implementation)
+        grid.add_row("try it", "everytoken papers build site")
     if card.reproduction:
         grid.add_row("reproduce it", f"everytoken reproduce {card.slug}")
     console.print(grid)

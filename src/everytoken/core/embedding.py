@@ -91,6 +91,17 @@ def embed_once(texts: Sequence[str], purpose: str, report: Report = silent) -> n
     return vectors
 
 
+def vocabulary(purpose: str) -> list[str]:
+    """The encoder's vocabulary, in the order of its ids; pieces that continue a word begin with ``##``.
+
+    Raises:
+        MissingExtraError: the ``search`` extra is not installed.
+    """
+    require_embedder(purpose)
+    known: dict[str, int] = _encoder().tokenizer.get_vocab()
+    return sorted(known, key=known.__getitem__)
+
+
 @functools.lru_cache(maxsize=1)
 def _encoder() -> SentenceTransformer:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
