@@ -148,7 +148,7 @@ def test_fresh_lists_and_failed_servers_are_not_asked_again():
         assert report.deleted == [Key("cached", "a")]  # its server is no longer listed
     with pytest.raises(BadInputError, match="same id"):
         run(entries[:1] * 2, SQLiteStore())
-    for bad in ({"parallel": 0}, {"grace": -1.0}, {"max_loss": 2.0}, {"limits": Limits(seconds=0)}):
+    for bad in ({"parallel": 0}, {"connections": 0}, {"grace": -1.0}, {"max_loss": 2.0}, {"limits": Limits(seconds=0)}):
         with pytest.raises(BadInputError, match="A sync needs"):
             SyncSettings(**bad)
 
@@ -215,7 +215,7 @@ def test_five_hundred_servers():
     servers |= {f"f{n}": flapping(f"f{n}") for n in range(100)}
     entries = [ServerEntry(name, target=server) for name, server in servers.items()]
     with SQLiteStore() as store:
-        patient = SyncSettings(limits=Limits(seconds=5.0), parallel=500, force=True)
+        patient = SyncSettings(limits=Limits(seconds=5.0), force=True)
         first = run(entries, store, patient)
         assert {key.server for key in keys(store)} == {f"h{n}" for n in range(200)}
         assert len(first.failed) == 300

@@ -76,7 +76,8 @@ class SyncSettings:
     Attributes:
         access: what may be reached and started.
         limits: of one server's session.
-        parallel: how many servers are asked at once.
+        parallel: how many programs run at once.
+        connections: how many other servers are asked at once; one that hangs costs no more than a connection.
         grace: seconds for which tools of a server that is down are kept.
         max_loss: see ``SQLiteStore.apply``.
         force: ask servers too whose list is fresh or that failed lately.
@@ -93,9 +94,15 @@ class SyncSettings:
     max_loss: float = 0.5
     force: bool = False
     prune: bool = True
+    connections: int = 512
 
     def __post_init__(self) -> None:
-        if self.parallel < 1 or self.grace < 0 or not 0 <= self.max_loss <= 1 or self.limits.seconds <= 0:
+        if (
+            min(self.parallel, self.connections) < 1
+            or self.grace < 0
+            or not 0 <= self.max_loss <= 1
+            or self.limits.seconds <= 0
+        ):
             raise BadInputError(
                 "A sync needs one server or more at once, a time limit above 0, a grace from 0 on and a loss in 0..1."
             )
@@ -126,12 +133,13 @@ async def sync(
         for server, changes in store.forget_others(ids).items():
             report.add(server, changes)
     failures = store.failures()
-    gate, turn = asyncio.Semaphore(settings.parallel), asyncio.Lock()
+    turn = asyncio.Lock()
+    programs, connections = asyncio.Semaphore(settings.parallel), asyncio.Semaphore(settings.connections)
     done = 0
 
     async def one(entry: ServerEntry) -> None:
         nonlocal done
-        async with gate:
+        async with connections if entry.command is None else programs:
             await sync_server(entry, store, report, prepare, settings, turn)
         done += 1
         progress("asking servers", done, len(entries))

@@ -33,7 +33,8 @@ Private = Annotated[bool, typer.Option("--allow-private", help="Reach private an
 Hosts = Annotated[list[str] | None, typer.Option("--allow-host", help="Reach this host and no other; repeatable.")]
 Registry = Annotated[bool, typer.Option("--allow-registry", help="Run the packages that a server.json names.")]
 Seconds = Annotated[float, typer.Option(min=0.1, help="Time limit of one server, in seconds.")]
-Parallel = Annotated[int, typer.Option(min=1, help="Servers that are asked at once.")]
+Parallel = Annotated[int, typer.Option(min=1, help="Programs that run at once.")]
+Connections = Annotated[int, typer.Option(min=1, help="Servers with a URL that are asked at once.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 STORE = Path("tools.db")
 
@@ -70,6 +71,7 @@ def sync(
     allow_registry: Registry = False,
     timeout: Seconds = 10.0,
     parallel: Parallel = 8,
+    connections: Connections = 512,
     force: Annotated[bool, typer.Option(help="Ask servers too whose list is fresh or that failed lately.")] = False,
     keep_others: Annotated[bool, typer.Option(help="Keep tools of servers that the file does not name.")] = False,
     watch: Annotated[bool, typer.Option(help="Go on and follow notices of changes until interrupted.")] = False,
@@ -84,7 +86,9 @@ def sync(
 
     entries = read_servers(servers)
     access = _access(allow_private, allow_host, allow_registry)
-    how = SyncSettings(access, Limits(seconds=timeout), parallel, force=force, prune=not keep_others)
+    how = SyncSettings(
+        access, Limits(seconds=timeout), parallel, connections=connections, force=force, prune=not keep_others
+    )
     console = Console()
     with SQLiteStore(store) as opened:
         retriever = _retriever(opened, settings)
