@@ -91,7 +91,7 @@ def test_what_a_provider_refuses():
 def test_providers_that_misbehave_over_http():
     """Redirects, other formats, errors, silence (about 4 s)."""
     from starlette.applications import Starlette
-    from starlette.responses import PlainTextResponse, RedirectResponse
+    from starlette.responses import PlainTextResponse, RedirectResponse, StreamingResponse
     from starlette.routing import Route
 
     auditor = Auditor(HashedWords(64), committed().public_key, settings=SETTINGS)
@@ -101,7 +101,13 @@ def test_providers_that_misbehave_over_http():
         await asyncio.sleep(3)
         return PlainTextResponse("")
 
+    async def drops():
+        for _ in range(40):
+            yield b"1"
+            await asyncio.sleep(0.1)
+
     answers = {
+        "within 0.5 s": lambda _request: StreamingResponse(drops()),
         "refused (307)": lambda _request: RedirectResponse("http://127.0.0.1:1/"),
         "not JSON": lambda _request: PlainTextResponse("<html>"),
         "refused (500)": lambda _request: PlainTextResponse("", 500),

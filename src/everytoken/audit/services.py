@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -145,6 +146,9 @@ class RemoteProvider:
         import httpx2
 
         data = bytearray()
+        late = (
+            time.monotonic() + self.seconds
+        )  # the client's own limit is for each piece alone
         try:
             with (
                 httpx2.Client(timeout=self.seconds, follow_redirects=False, trust_env=False) as web,
@@ -154,6 +158,8 @@ class RemoteProvider:
                     data += chunk
                     if len(data) > ANSWER:
                         raise AuditError(f"The provider sent more than {ANSWER:,} bytes.")
+                    if time.monotonic() > late:
+                        raise AuditError(f"The provider did not answer within {self.seconds:g} s.")
                 status = answer.status_code
         except httpx2.HTTPError as error:
             raise AuditError(f"The provider did not answer ({type(error).__name__}).") from error
