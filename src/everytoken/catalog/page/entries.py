@@ -17,7 +17,7 @@ from ..house import stations
 VERDICTS = {
     "holds": "The direction held.",
     "contradicted": "The direction did not hold.",
-    "undecided": "The interval contains no difference, so the direction is undecided.",
+    "undecided": "The direction is undecided.",
     "ran": "The quick version ran; it decides nothing.",
 }
 NO_RESULT = "Nothing has been measured yet."
