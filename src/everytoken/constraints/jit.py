@@ -53,7 +53,7 @@ def announce() -> None:
         _announced.set()
         if not kernels_kept():
             _log.warning(
-                "Compiling the grammar engine's kernels: about half a minute, once on this machine (they are kept on "
+                "Compiling the grammar engine's kernels: a minute or two, once on this machine (they are kept on "
                 "disk). warm_kernels(background=True) does it ahead."
             )
 

@@ -25,7 +25,7 @@ Key = tuple[str | tuple[tuple[str, str], ...], ...]
 def warm_kernels(background: bool = False) -> threading.Thread:
     """Compiles the engine's kernels, or loads those that an earlier process has compiled, before they are needed.
 
-    The first use on a machine takes about half a minute, which is said in the log; later processes load in under a
+    The first use on a machine takes a minute or two, which is said in the log; later processes load in under a
     second what was kept.
 
     Args:
@@ -42,8 +42,10 @@ def warm_kernels(background: bool = False) -> threading.Thread:
 
 
 def _use_every_kernel() -> None:
+    from ..grammar.automata import trie
     from .matcher import GrammarMatcher
 
+    trie([b"many", b"words"])
     vocabulary = [bytes([byte]) for byte in range(256)] + [b'": ', b'"}', b"]}", None]
     compiler = GrammarCompiler(TokenizerInfo(vocabulary, [len(vocabulary) - 1]), cache_limit=0, warm_seconds=10.0)
     # products of automata too: two patterns, a length, and names that others must not have
