@@ -42,6 +42,8 @@ VERBS = {
     "reproduce": (["reproduce", "absent"], "No method is called"),
     "scoreboard": (["scoreboard", "--results", "{here}/results", "--out", "{here}/board.md"], "board.md"),
     "doctor": (["doctor"], "cache folder"),
+    "mcp": (["mcp", "search", "a tool", "--store", "{here}/none.db"], "There is no store"),
+    "audit": (["audit", "--help"], "provide"),
 }  # fmt: skip
 
 
@@ -55,4 +57,4 @@ def test_a_verb_in_a_process(verb, files):
     result = process(*(argument.format(**files) for argument in arguments))
     assert words in result.stdout + result.stderr
     assert "Traceback" not in result.stderr
-    assert result.returncode == (2 if verb == "reproduce" else 0)
+    assert result.returncode == (2 if verb in ("reproduce", "mcp") else 0)
