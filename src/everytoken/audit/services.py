@@ -146,9 +146,7 @@ class RemoteProvider:
         import httpx2
 
         data = bytearray()
-        late = (
-            time.monotonic() + self.seconds
-        )  # the client's own limit is for each piece alone
+        late = time.monotonic() + self.seconds  # the client's own limit is for each piece alone
         try:
             with (
                 httpx2.Client(timeout=self.seconds, follow_redirects=False, trust_env=False) as web,
