@@ -28,10 +28,8 @@ def main() -> None:
         for name, value in TRAINING.run(config, TrainingContext(None, None, args.out, report)).figures.items():
             print(f"{name:<40} {value:.4g}")
         if args.ship:
-            place, half = (
-                WEIGHTS / ("sudoku-any-order" if config.streams == 1 else "sudoku-any-subset"),
-                args.out / "half",
-            )
+            place = WEIGHTS / ("sudoku-any-order" if config.streams == 1 else "sudoku-any-subset")
+            half = args.out / "half"
             place.mkdir(exist_ok=True)
             AutoModelForMaskedLM.from_pretrained(args.out / "model", use_safetensors=True).half().save_pretrained(half)
             ship([args.out / "model" / name for name in ("tokenizer.json", "tokenizer_config.json")], place)

@@ -222,7 +222,7 @@ def test_search_in_the_browser_finds_what_python_finds(site):
         assert not complaints
         if can_search_by_meaning():
             # the second set is harder: its goal of 0.9 is not reached yet
-            assert recalls["paraphrases"] >= 0.9 and recalls["reworded"] >= 0.7, recalls
+            assert recalls["paraphrases"] >= 0.95 and recalls["reworded"] >= 0.77, recalls
     (site / "words.html").write_text(
         (site / "index.html").read_text(encoding="utf-8").replace("meaning.js", "icon.svg.js"), encoding="utf-8"
     )

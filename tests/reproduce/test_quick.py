@@ -237,7 +237,8 @@ def test_ulorl():
     assert claims[f"{PASSES}, heavy tail", "4 segments", "whole responses"]["value"] < 0.8
     assert claims[f"{PASSES}, equal lengths", "4 segments", "whole responses"]["value"] > 0.8
     assert all(arms[arm][f"{SECONDS}, heavy tail"] > 0 for arm in ARMS)
-    assert all(ACCURACY in arms[arm] for arm in MASKED)  # so few steps train no masks apart: that they ran is all
+    # six updates train the masks alike (no token is as sure as they ask): that they ran is all
+    assert claims[ACCURACY, "no mask", "start"]["method_value"] > 0 and all(ACCURACY in arms[arm] for arm in MASKED)
     assert result["artifacts"]["0"]["target of the thermostat, nats"] > 0
 
 

@@ -246,10 +246,8 @@ def mcp_server(search: Search, caller: Caller, rate: RateLimit | None = None, na
     from mcp.server.mcpserver.exceptions import ToolError
 
     rate = rate or RateLimit(120, 60.0)
-    served, found = (
-        MCPServer(name, instructions="search_tools finds tools; call_tool calls one that was found."),
-        Bound(1000),
-    )
+    served = MCPServer(name, instructions="search_tools finds tools; call_tool calls one that was found.")
+    found = Bound(1000)
 
     def admitted() -> None:
         if not rate.allow():

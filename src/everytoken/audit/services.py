@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ..core.errors import BadInputError, EverytokenError, require
-from ..core.rate import RateLimit
+from ..core.rate import RateLimit, body_within
 from .base import MOST_TOKENS, VERSION, AuditError, checked, from_hex
 from .coin import Auditor
 from .provider import NONCE, Source
@@ -34,13 +34,11 @@ async def read_body(request: Request, limit: int) -> Any:
     Raises:
         AuditError: more bytes than ``limit``, or no JSON.
     """
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > limit:
-            raise AuditError(f"A request has at most {limit:,} bytes.")
+    data = await body_within(request, limit)
+    if data is None:
+        raise AuditError(f"A request has at most {limit:,} bytes.")
     try:
-        return json.loads(bytes(data))
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise AuditError("A request must be JSON.") from error
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 from ..core.errors import EverytokenError, require
+from ..core.rate import body_within
 from .digest.mail import MailServer, Sender, confirmation
 from .digest.store import FREQUENCIES, TOKEN, Store, check_wish, clean_address
 from .house import stations
@@ -95,11 +96,19 @@ def make_app(
     def html(text: str, status: int = 200, task: BackgroundTask | None = None) -> Response:
         return HTMLResponse(text, status, HEADERS | {"Cache-Control": "no-store"}, background=task)
 
-    def said(heading: str, text: str, status: int = 200, task: BackgroundTask | None = None, **more: Any) -> Response:
-        values = {"form": "", "action": "", "root": "../" if more.get("deep") else ""} | more
-        values.pop("deep", None)
-        root = values.pop("root")
-        return html(page("form.html", root, live=True, heading=heading, text=text, **values), status, task)
+    def said(
+        heading: str,
+        text: str,
+        status: int = 200,
+        task: BackgroundTask | None = None,
+        deep: bool = False,
+        form: str = "",
+        action: str = "",
+        **more: Any,
+    ) -> Response:
+        root = "../" if deep else ""
+        values = {"heading": heading, "text": text, "form": form, "action": action, **more}
+        return html(page("form.html", root, live=True, **values), status, task)
 
     async def file(request: Request) -> Response:
         name = request.path_params["path"] or "index.html"
@@ -120,15 +129,15 @@ def make_app(
         return JSONResponse({"slugs": await asyncio.to_thread(found, query)}, headers=HEADERS)
 
     async def mine(request: Request) -> Response:
-        body = await _body(request)
+        body = await body_within(request, BODY)
         if request.headers.get("content-type", "").split(";")[0].strip() != "application/json" or not _same(request):
             return JSONResponse({"error": "Only the site's own script may ask this, as JSON."}, 415, HEADERS)
-        try:
-            wish = json.loads(body) if body is not None else None
-        except (ValueError, RecursionError):
-            wish = None
         if body is None:
             return JSONResponse({"error": "The request is too long."}, 413, HEADERS)
+        try:
+            wish = json.loads(body)
+        except (ValueError, RecursionError):
+            wish = None
         if not isinstance(wish, dict) or not _is_mine(wish, known):
             return JSONResponse(
                 {"error": "It needs a profile of 32 hexadecimal digits and a paper's name."}, 400, HEADERS
@@ -148,7 +157,7 @@ def make_app(
     async def subscribe(request: Request) -> Response:
         if sender is None or mail is None:
             return said("Subscriptions are off", "This server sends no mail.", 404)
-        body = await _body(request)
+        body = await body_within(request, BODY)
         if body is None or not _same(request):
             return said(
                 "Not taken", "The request is too long or comes from another site.", 413 if body is None else 403
@@ -229,17 +238,6 @@ def make_app(
     return Starlette(
         routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=allowed, www_redirect=False)]
     )
-
-
-async def _body(request: Request) -> bytes | None:
-    """The body, or None where it is longer than ``BODY``."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > BODY:
-            return None
-        parts.append(part)
-    return b"".join(parts)
 
 
 def _same(request: Request) -> bool:

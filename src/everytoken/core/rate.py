@@ -1,12 +1,16 @@
-"""How often a service may be asked."""
+"""What a service takes: how often it may be asked, and how long a request may be."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from .errors import BadInputError
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
 
 
 class RateLimit:
@@ -27,3 +31,13 @@ class RateLimit:
             return False
         self._times.append(now)
         return True
+
+
+async def body_within(request: Request, limit: int) -> bytes | None:
+    """A request's body; None where it is longer than ``limit`` bytes, which is known before the rest is read."""
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > limit:
+            return None
+    return bytes(data)

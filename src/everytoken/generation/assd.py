@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..core.errors import BadInputError, UnsupportedModelError
+from ..core.noise import gumbel
 from ..decoding.canvas.base import CanvasCall, CanvasSampler
 from ..decoding.canvas.orders import order_mask, subset_order
 from ..decoding.canvas.trajectory import Trajectory
@@ -86,7 +87,7 @@ class AnySubsetSpeculative(CanvasSampler):
         """``[B, K]`` samples of ``probs [B, K, V]``, each row's by its own generator."""
         rows = torch.arange(len(probs), device=probs.device).repeat_interleave(probs.shape[1])
         noise = call.uniform(rows, probs.shape[-1]).view_as(probs)
-        return (probs.log() - (-noise.log()).log()).argmax(-1)
+        return (probs.log() + gumbel(noise)).argmax(-1)
 
     def fill(self, call: CanvasCall) -> Trajectory:
         """Rounds until every row is full.

@@ -23,6 +23,7 @@ from typing import ClassVar
 import torch
 
 from ..core.errors import BadInputError
+from ..core.noise import gumbel, open_uniform
 from ..core.rng import derive_seed
 from .arithmetic import cosines, means_of, top_indices, unit_rows
 from .base import Declaration, Reduction, ReductionContext, check_features, combination, selection
@@ -80,8 +81,8 @@ def gumbel_top_m(weights: torch.Tensor, count: int, generator: torch.Generator |
     Returns:
         ``[count]`` distinct indices in the order of the draws.
     """
-    uniform = torch.rand(len(weights), generator=generator, dtype=torch.float64).clamp(1e-300, 1 - 1e-16)
-    keys = weights.double().log() - (-uniform.log()).log().to(weights.device)
+    noise = gumbel(open_uniform(len(weights), generator=generator))
+    keys = weights.double().log() + noise.to(weights.device)
     return top_indices(keys, count)
 
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from ..core.errors import BadInputError, UnknownNameError
+from ..core.noise import row_generators
 from ..decoding.canvas.model import CanvasModel, mask_token
 from ..decoding.canvas.trajectory import Trajectory
 
@@ -123,14 +124,11 @@ def row_noise(seeds: Sequence[int] | torch.Tensor, scored: torch.Tensor, draws: 
     Raises:
         BadInputError: not one seed a row.
     """
-    values = [int(seed) for seed in seeds]
-    if len(values) != len(scored):
-        raise BadInputError(f"seeds are one a row, {len(scored)}; got {len(values)}.")
+    generators = row_generators(seeds, len(scored))
     found = torch.ones(draws, *scored.shape)
-    last = torch.empty(draws, len(values), 1)
+    last = torch.empty(draws, len(generators), 1)
     here = scored.cpu()
-    for row, seed in enumerate(values):
-        generator = torch.Generator().manual_seed(seed)
+    for row, generator in enumerate(generators):
         drawn = torch.rand(draws, int(here[row].sum()) + 1, generator=generator)
         found[:, row, here[row]] = drawn[:, 1:]
         last[:, row, 0] = drawn[:, 0]

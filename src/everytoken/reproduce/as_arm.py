@@ -31,11 +31,10 @@ def start(context: Context) -> PreTrainedModel:
     import torch
 
     from ..architectures.any_order.modeling_any_order import AnyOrderLM
-    from ..architectures.any_order.training import DiffusionTraining, loss_of, source_of
+    from ..architectures.any_order.training import DiffusionTraining, learn, source_of
     from ..core.rng import derive_seed
     from ..decoding.canvas_trial import load_denoiser
     from ..generation.assd import AnySubsetSpeculative
-    from ..training.stepwise import fit
 
     if context.quick:
         return load_denoiser(None, AnySubsetSpeculative.weights)
@@ -43,11 +42,7 @@ def start(context: Context) -> PreTrainedModel:
     source = source_of(config, None)
     torch.manual_seed(config.seed)
     model = AnyOrderLM(source.config)
-
-    def loss(step: int) -> torch.Tensor:
-        return loss_of(model, source.batch(config.batch, step), config, "loss", step, parallel=step % 2 == 1)
-
-    fit(model, loss, config.stage(), report=context.report)
+    learn(model, source, config, report=context.report)
     return model.eval()
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.results import Values, mean
 from .base import Arms, Claim, Context, Reproduction
-from .beds.rollouts import Learner, Size, learnt
+from .beds.rollouts import Learner, Size
 from .beds.sorting import Sorting, tokenizer
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def recipe_of(arm: str) -> Recipe:
 def run(context: Context) -> Arms:
     size, codes = SIZES[context.scale], tokenizer()
     start = TASK.start(context, size, codes, GOAL)
-    test, tuning = (TASK.questions(context.seed, name, size.test) for name in ("test", "tuning"))
+    test = TASK.questions(context.seed, "test", size.test)
 
     def graded(model: Any) -> dict[str, Values]:
         return {
@@ -58,9 +58,6 @@ def run(context: Context) -> Arms:
     def learner(arm: str) -> Learner:
         return Learner(recipe_of(arm), TASK.reward, {"loss_type": "dapo"})
 
-    def tuned(arm: str, policy: Any) -> float:
-        return mean(TASK.answered(policy, codes, tuning, sample=True))
-
     def measured(arm: str, policy: Any, logs: dict[str, list[float]]) -> dict[str, Any]:
         return {
             TOKENS: sum(logs["trained"]),
@@ -69,8 +66,7 @@ def run(context: Context) -> Arms:
             GRADIENT: mean(logs["gradient"][: max(1, size.updates // 4)]),
         } | graded(policy)
 
-    rows, names = TASK.rows(context.seed), ("GRPO", "D3S")
-    return arms | learnt(context, size, start, codes, rows, TASK.length, names, learner, tuned, measured)
+    return arms | TASK.learnt(context, size, start, codes, ("GRPO", "D3S"), learner, measured, samples=1)
 
 
 REPRODUCTION = Reproduction(

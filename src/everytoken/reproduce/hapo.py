@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.results import Values, mean
 from .base import Arms, Claim, Context, Reproduction
-from .beds.rollouts import GROUP, Learner, Size, learnt
+from .beds.rollouts import GROUP, Learner, Size
 from .beds.sorting import Sorting, tokenizer
 
 if TYPE_CHECKING:
@@ -54,17 +54,12 @@ def measured(context: Context, model: Any, codes: Any, questions: list[str]) -> 
     from ..core.rng import derive_seed
 
     torch.manual_seed(derive_seed(context.seed, "measured"))
-    many = [text for text in questions for _ in range(GROUP)]
-    texts = TASK.texts(model, codes, many, sample=True)
-    right = TASK.graded(many, texts)
-    kinds = [
-        float(len({text for text, good in zip(texts[at : at + GROUP], right[at : at + GROUP], strict=True) if good}))
-        for at in range(0, len(many), GROUP)
-    ]
-    accuracy = [mean(right[at : at + GROUP]) for at in range(0, len(many), GROUP)]
-    surprise = TASK.surprises(model, codes, many, texts)
-    entropy = [mean(surprise[at : at + GROUP]) for at in range(0, len(many), GROUP)]
-    return {ACCURACY: accuracy, ENTROPY: entropy, KINDS: kinds}
+    asked = TASK.sampled(model, codes, questions, GROUP)
+    return {
+        ACCURACY: [mean([sample.right for sample in samples]) for samples in asked],
+        ENTROPY: [mean([sample.surprise for sample in samples]) for samples in asked],
+        KINDS: [float(len({sample.text for sample in samples if sample.right})) for samples in asked],
+    }
 
 
 def smoothed(rewards: list[float], entropies: list[float]) -> list[list[float]]:
@@ -84,22 +79,18 @@ def run(context: Context) -> Arms:
 
     size, codes = SIZES[context.scale], tokenizer()
     start = TASK.start(context, size, codes, GOAL)
-    test, tuning = (TASK.questions(context.seed, name, size.test) for name in ("test", "tuning"))
+    test = TASK.questions(context.seed, "test", size.test)
     arms: Arms = {"start": context.part("start, measured", lambda: measured(context, start, codes, test))}
 
     def learner(arm: str) -> Learner:
         method = HAPO(**ARMS[arm])
         return Learner(method.recipe(), TASK.reward, method.arguments() | {"num_iterations": 2})
 
-    def tuned(arm: str, policy: Any) -> float:
-        return mean(TASK.answered(policy, codes, [text for text in tuning for _ in range(4)], sample=True))
-
     def kept(arm: str, policy: Any, logs: dict[str, list[float]]) -> dict[str, Any]:
         curve = smoothed(logs["reward"], logs["entropy"][::2])  # the first of two updates with a batch
         return {"curve": curve} | measured(context, policy, codes, test)
 
-    rows = TASK.rows(context.seed)
-    found = learnt(context, size, start, codes, rows, TASK.length, ARMS, learner, tuned, kept)
+    found = TASK.learnt(context, size, start, codes, ARMS, learner, kept)
     curves = {arm: figures.pop("curve") for arm, figures in found.items()}
     arms |= found
     for arm, curve in curves.items():

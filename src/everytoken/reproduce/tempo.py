@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.results import mean
 from ..core.rng import derive_seed
 from .base import Arms, Claim, Context, Reproduction
-from .beds.rollouts import Learner, Size, learnt
+from .beds.rollouts import Learner, Size
 from .beds.sorting import Sorting, tokenizer
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def on_a_network(context: Context) -> Arms:
 
     size, codes = SIZES[context.scale], tokenizer()
     start = TASK.start(context, size, codes, GOAL)
-    test, tuning = (TASK.questions(context.seed, name, size.test) for name in ("test", "tuning"))
+    test = TASK.questions(context.seed, "test", size.test)
 
     def graded(model: Any) -> list[float]:
         return TASK.answered(model, codes, test, sample=True)
@@ -252,14 +252,10 @@ def on_a_network(context: Context) -> Arms:
         method = TEMPO(td_coef=ARMS[arm])
         return Learner(method.recipe(), TASK.reward, method.arguments())
 
-    def tuned(arm: str, policy: Any) -> float:
-        return mean(TASK.answered(policy, codes, [text for text in tuning for _ in range(4)], sample=True))
-
     def kept(arm: str, policy: Any, logs: dict[str, list[float]]) -> dict[str, Any]:
         return {"curve": logs["reward"], OVERALL: mean(logs["reward"]), ACCURACY: graded(policy)}
 
-    rows = TASK.rows(context.seed)
-    found = learnt(context, size, start, codes, rows, TASK.length, ARMS, learner, tuned, kept)
+    found = TASK.learnt(context, size, start, codes, ARMS, learner, kept)
     curves = {arm: figures.pop("curve") for arm, figures in found.items()}
     goal = mean(curves["GRPO"][-SMOOTH:])
     for arm, curve in curves.items():

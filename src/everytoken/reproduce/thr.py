@@ -21,7 +21,7 @@ from ..core.errors import BadInputError
 from ..core.results import Values, mean
 from ..core.rng import derive_seed
 from .base import Arms, Claim, Context, Reproduction
-from .beds.rollouts import Learner, Size, device, learnt
+from .beds.rollouts import Learner, Size, device
 from .beds.sorting import Sorting, tokenizer
 
 if TYPE_CHECKING:
@@ -193,14 +193,11 @@ def graded(context: Context, model: Any, codes: Any, questions: list[str]) -> di
     import torch
 
     torch.manual_seed(derive_seed(context.seed, "graded"))
-    many = [text for text in questions for _ in range(SAMPLES)]
-    texts = TASK.texts(model, codes, many, sample=True)
-    right, surprise = TASK.graded(many, texts), TASK.surprises(model, codes, many, texts)
-    spans = [slice(first, first + SAMPLES) for first in range(0, len(many), SAMPLES)]
+    asked = TASK.sampled(model, codes, questions, SAMPLES)
     return {
         GREEDY: TASK.answered(model, codes, questions, sample=False),
-        PASSED: [max(right[span]) for span in spans],
-        REMAINING: [mean(surprise[span]) for span in spans],
+        PASSED: [max(sample.right for sample in samples) for samples in asked],
+        REMAINING: [mean([sample.surprise for sample in samples]) for samples in asked],
     }
 
 
@@ -211,21 +208,17 @@ def by_training(context: Context) -> Arms:
 
     size, codes = SIZES[context.scale], tokenizer()
     start = TASK.start(context, size, codes, GOAL)
-    test, tuning = (TASK.questions(context.seed, name, size.test) for name in ("test", "tuning"))
+    test = TASK.questions(context.seed, "test", size.test)
     arms: Arms = {"start": context.part("start, measured", lambda: graded(context, start, codes, test))}
 
     def learner(arm: str) -> Learner:
         p = TRAINED[arm]
         return Learner(Recipe() if p is None else THR(p=p).recipe(), TASK.reward, THR().arguments())
 
-    def tuned(arm: str, policy: Any) -> float:
-        return mean(TASK.answered(policy, codes, [text for text in tuning for _ in range(4)], sample=True))
-
     def kept(arm: str, policy: Any, logs: dict[str, list[float]]) -> dict[str, Values]:
         return graded(context, policy, codes, test)
 
-    rows = TASK.rows(context.seed)
-    return arms | learnt(context, size, start, codes, rows, TASK.length, TRAINED, learner, tuned, kept)
+    return arms | TASK.learnt(context, size, start, codes, TRAINED, learner, kept)
 
 
 def run(context: Context) -> Arms:

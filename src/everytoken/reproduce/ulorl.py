@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 from ..core.results import Values, mean
 from ..core.rng import derive_seed
 from .base import Arms, Claim, Context, Reproduction
-from .beds.rollouts import Learner, Size, device, learnt
-from .beds.sorting import Sorting, tokenizer
+from .beds.rollouts import Learner, Size, device
+from .beds.sorting import Sample, Sorting, tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -191,15 +191,16 @@ def graded(context: Context, model: PreTrainedModel, codes: Any, questions: list
     import torch
 
     torch.manual_seed(derive_seed(context.seed, "graded"))
-    many = [text for text in questions for _ in range(GROUP)]
-    texts = TASK.texts(model, codes, many, sample=True)
-    surprise = TASK.surprises(model, codes, many, texts)
-    sizes = [min(len(text.rstrip("\n")) + 1, TASK.length) for text in texts]
-    right = TASK.graded(many, texts)
-    spans = [slice(first, first + GROUP) for first in range(0, len(many), GROUP)]
+    asked = TASK.sampled(model, codes, questions, GROUP)
+
+    def tokens(sample: Sample) -> int:
+        return min(len(sample.text.rstrip("\n")) + 1, TASK.length)
+
     return {
-        ACCURACY: [mean(right[span]) for span in spans],
-        ENTROPY: [sum(surprise[span]) / sum(sizes[span]) for span in spans],
+        ACCURACY: [mean([sample.right for sample in samples]) for samples in asked],
+        ENTROPY: [
+            sum(sample.surprise for sample in samples) / sum(tokens(sample) for sample in samples) for samples in asked
+        ],
     }
 
 
@@ -209,7 +210,7 @@ def by_training(context: Context) -> Arms:
 
     size, codes = SIZES[context.scale], tokenizer()
     start = TASK.start(context, size, codes, GOAL)
-    test, tuning = (TASK.questions(context.seed, name, size.test) for name in ("test", "tuning"))
+    test = TASK.questions(context.seed, "test", size.test)
     found: dict[str, Values] = context.part("start, measured", lambda: graded(context, start, codes, test))
     arms: Arms = {"start": found}
     first = mean(found[ENTROPY])
@@ -218,14 +219,10 @@ def by_training(context: Context) -> Arms:
         method = UloRL(segments=1, entropy_target=MASKED[arm] * first)
         return Learner(method.recipe(), TASK.reward, method.arguments())
 
-    def tuned(arm: str, policy: Any) -> float:
-        return mean(TASK.answered(policy, codes, [text for text in tuning for _ in range(4)], sample=True))
-
     def kept(arm: str, policy: Any, logs: dict[str, list[float]]) -> dict[str, Values]:
         return graded(context, policy, codes, test)
 
-    rows = TASK.rows(context.seed)
-    arms |= learnt(context, size, start, codes, rows, TASK.length, MASKED, learner, tuned, kept)
+    arms |= TASK.learnt(context, size, start, codes, MASKED, learner, kept)
     context.artifacts["target of the thermostat, nats"] = MASKED[THERMOSTAT] * first
     return arms
 

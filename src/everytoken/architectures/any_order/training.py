@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from transformers import Trainer
 
 from ...core.errors import BadInputError, check_choices
 from ...core.files import write_text_whole
+from ...core.progress import Report, silent
 from ...core.rng import derive_seed, numpy_generator, seed_everything
 from ...decoding.canvas.denoising import DenoisingSampler
 from ...decoding.canvas.replay import replay_html
@@ -209,6 +211,28 @@ def loss_of(
     return any_subset_loss(model, batch.ids, known, batch.attention, parallel=parallel)
 
 
+def learn(
+    model: Any,
+    source: Source,
+    config: DiffusionTraining,
+    folder: Path | None = None,
+    report: Report = silent,
+    name: str = "diffusion-lm",
+) -> list[tuple[int, float]]:
+    """The steps alone: trains the network in place and returns its curve.
+
+    Args:
+        folder: where the checkpoint lies; None keeps none.
+        name: of the stage, in what is reported.
+    """
+
+    def loss(step: int) -> torch.Tensor:
+        return loss_of(model, source.batch(config.batch, step), config, "loss", step, parallel=step % 2 == 1)
+
+    stage = dataclasses.replace(config.stage(), name=name)
+    return fit(model, loss, stage, folder, report, save_every=config.save_every)
+
+
 @torch.no_grad()
 def bound(model: Any, batch: Batch, config: DiffusionTraining, masks: int = 8) -> float:
     """Nats a response token that held-out texts cost at most: the mean of the loss over many masks."""
@@ -244,11 +268,7 @@ def run(config: DiffusionTraining, context: TrainingContext) -> TrainingResult:
     source = source_of(config, context.data)
     seed_everything(config.seed)
     model = AnyOrderLM(source.config)
-
-    def loss(step: int) -> torch.Tensor:
-        return loss_of(model, source.batch(config.batch, step), config, "loss", step, parallel=step % 2 == 1)
-
-    curve = fit(model, loss, config.stage(), context.out, context.report, save_every=config.save_every)
+    curve = learn(model, source, config, context.out, context.report)
     figures = measure(model, source, config)
     folder = context.out / "model"
     save_network(model, folder, source.tokenizer)

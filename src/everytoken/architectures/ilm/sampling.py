@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ...core.errors import BadInputError, UnsupportedModelError, check_choices
+from ...core.noise import gumbel, open_uniform, row_generators
 from ...decoding.canvas.model import evaluating
 from ..any_order.losses import insertion_logps
 
@@ -107,9 +108,7 @@ class InsertionSampler:
         closed[:, 0] = True
         if bool((~(there & ~closed).any(1)).any()):
             raise BadInputError("A row has no open gap.", "Leave one token open; a BOS token behind CLS will do.")
-        generators = [torch.Generator(ids.device).manual_seed(int(seed)) for seed in seeds]
-        if len(generators) != len(ids):
-            raise BadInputError(f"seeds are one a row, {len(ids)}; got {len(generators)}.")
+        generators = row_generators(seeds, len(ids), ids.device)
         step_of = torch.full_like(ids, -1)
         prob = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
         running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
@@ -170,6 +169,5 @@ class InsertionSampler:
         for row, generator in enumerate(generators):
             if bool(running[row]):
                 open_ = logps[row] > -torch.inf
-                drawn = torch.rand(int(open_.sum()), generator=generator, dtype=torch.float64, device=logps.device)
-                noise[row, open_] = drawn.clamp(1e-300, 1 - 1e-16)
-        return (logps.double() / self.temperature - (-noise.log()).log()).argmax(-1)
+                noise[row, open_] = open_uniform(int(open_.sum()), generator=generator, device=logps.device)
+        return (logps.double() / self.temperature + gumbel(noise)).argmax(-1)

@@ -28,6 +28,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from ...core.errors import BadInputError
+from ...core.noise import open_uniform, row_generators
 from ...core.trace import TokenTrace
 from ..base import ended_on_errors
 from ..call import DecodingStats
@@ -103,10 +104,10 @@ class CanvasCall:
         """
         counts = torch.bincount(rows, minlength=len(self.generators)).tolist()
         parts = [
-            torch.rand(count, *width, generator=generator, dtype=torch.float64, device=self.canvas.device)
+            open_uniform(count, *width, generator=generator, device=self.canvas.device)
             for count, generator in zip(counts, self.generators, strict=True)
         ]
-        return torch.cat(parts).clamp_(1e-300, 1 - 1e-16)
+        return torch.cat(parts)
 
     def draft(self, canvas: torch.Tensor) -> None:
         """Shows the first row's canvas to a streamer that takes drafts."""
@@ -352,10 +353,7 @@ class CanvasSampler:
             seeds = torch.randint(2**62, (rows,), generator=generator, device=own)
         elif generator is not None:
             raise BadInputError("seeds and generator both decide what is drawn.", "Give one of them.")
-        values = [int(seed) for seed in seeds]
-        if len(values) != rows:
-            raise BadInputError(f"seeds are one a row, {rows}; got {len(values)}.")
-        return [torch.Generator(device).manual_seed(seed) for seed in values]
+        return row_generators(seeds, rows, device)
 
     # -- the last call -------------------------------------------------------------------------------------------------
     def traces(self, found: Trajectory) -> list[TokenTrace]:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from ...core.errors import BadInputError, UnknownNameError
+from ...core.noise import gumbel
 from .base import CanvasCall, CanvasSampler
 from .schedules import CURVES, Schedule, Timetable, make_plan
 from .trajectory import Trajectory
@@ -249,7 +250,7 @@ class DenoisingSampler(CanvasSampler):
         if self.temperature == 0:
             tokens = logits.argmax(-1)
         else:
-            noise = -(-call.uniform(rows, logits.shape[-1]).log()).log()
+            noise = gumbel(call.uniform(rows, logits.shape[-1]))
             tokens = (logits.double() / self.temperature + noise).argmax(-1)
         shown = logits if self.rank_temperature == 1 else logits / self.rank_temperature
         chance, sure = ranked(shown, tokens, self.remasking)

@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...core.results import mean
 from ...core.rng import derive_seed
-from .rollouts import Size, answers, warmed_up
+from .rollouts import Learner, Size, answers, learnt, warmed_up
 from .small_models import character_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..base import Context
+
+
+class Sample(NamedTuple):
+    """An answer, 1 where it is right and else 0, and ``-log p`` of it."""
+
+    text: str
+    right: float
+    surprise: float
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,40 @@ class Sorting:
     def rows(self, seed: int) -> list[dict[str, Any]]:
         """Data for rollouts."""
         return [{"prompt": text} for text in self.questions(seed, "rollouts", 2048)]
+
+    def learnt(
+        self,
+        context: Context,
+        size: Size,
+        start: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        arms: Iterable[str],
+        learner: Callable[[str], Learner],
+        measured: Callable[[str, PreTrainedModel, dict[str, list[float]]], dict[str, Any]],
+        samples: int = 4,
+    ) -> dict[str, dict[str, Any]]:
+        """``rollouts.learnt`` on the task's data, tuned by the share of right samples on questions of their own.
+
+        Args:
+            samples: of every tuning question.
+        """
+        tuning = [text for text in self.questions(context.seed, "tuning", size.test) for _ in range(samples)]
+
+        def tuned(arm: str, policy: PreTrainedModel) -> float:
+            return mean(self.answered(policy, tokenizer, tuning, sample=True))
+
+        rows = self.rows(context.seed)
+        return learnt(context, size, start, tokenizer, rows, self.length, arms, learner, tuned, measured)
+
+    def sampled(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], samples: int
+    ) -> list[list[Sample]]:
+        """Samples of every question."""
+        many = [text for text in questions for _ in range(samples)]
+        texts = self.texts(model, tokenizer, many, sample=True)
+        surprises = self.surprises(model, tokenizer, many, texts)
+        found = [Sample(*each) for each in zip(texts, self.graded(many, texts), surprises, strict=True)]
+        return [found[first : first + samples] for first in range(0, len(many), samples)]
 
     def surprises(
         self,

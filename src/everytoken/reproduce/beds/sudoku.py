@@ -67,21 +67,15 @@ class SudokuBed:
     def _trained(self, context: Context, model: PreTrainedModel | None, steps: int, name: str) -> PreTrainedModel:
         import torch
 
-        from ...architectures.any_order.losses import mdlm_loss
         from ...architectures.any_order.modeling_any_order import AnyOrderLM
-        from ...architectures.any_order.training import DiffusionTraining, seeded, source_of
-        from ...training.stepwise import Stage, fit
+        from ...architectures.any_order.training import DiffusionTraining, learn, source_of
 
         config = DiffusionTraining(task="sudoku", steps=steps, seed=derive_seed(context.seed, name))
         source = source_of(config, None)
         if model is None:
             torch.manual_seed(config.seed)
             model = AnyOrderLM(source.config)
-
-        def loss(step: int) -> torch.Tensor:
-            return mdlm_loss(model, *source.batch(config.batch, step), generator=seeded(config, "loss", step))
-
-        fit(model, loss, Stage(name, steps, config.lr, warmup=0.03, hold=0.5), report=context.report)
+        learn(model, source, config, report=context.report, name=name)
         return model.eval()
 
     def rows(self, context: Context) -> list[list[int]]:
