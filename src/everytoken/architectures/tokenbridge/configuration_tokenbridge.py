@@ -25,8 +25,8 @@ class TokenBridgeConfig(PreTrainedConfig):
         rows, columns: the grid of latents; its tokens are n = rows x columns.
         channels: C, numbers of a token.
         bins, value_range, normal_range, latent_scale: of the quantiser (``quantizer.PostTrainingQuantizer``).
-        tokenizer: identity of the autoencoder whose latents these are; latents of another are refused. Empty where it
-            is not known.
+        tokenizer, tokenizer_identity: name or folder of the autoencoder whose latents these are, and the hash of its
+            weights; latents of another are refused. Empty where it is not known.
         num_classes: what can be asked for; one more vector stands for no class.
         num_class_tokens: how many copies of the class vector the encoder reads.
         hidden_size, intermediate_size, num_attention_heads: of encoder and decoder.
@@ -54,6 +54,7 @@ class TokenBridgeConfig(PreTrainedConfig):
     normal_range: float = 3.0
     latent_scale: float = 0.2325
     tokenizer: str = ""
+    tokenizer_identity: str = ""
     num_classes: int = 1000
     num_class_tokens: int = 64
     hidden_size: int = 1024
