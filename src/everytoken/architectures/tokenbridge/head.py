@@ -161,12 +161,13 @@ class ChannelARHead(nn.Module):
         return logits[:, self.places].view(*shape, self.channels, self.bins)
 
     def log_prob(self, g: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        """Log-probability ``[..., C]`` of every channel given those before it, in float32; the token's is their sum.
+        """Log-probability ``[..., C]`` of every channel given those before it; the token's is their sum.
 
         Arguments and errors as for ``forward``.
         """
         logits = self.forward(g, q)
-        return logits.float().log_softmax(-1).gather(-1, q[..., None])[..., 0]
+        precise = torch.promote_types(logits.dtype, torch.float32)
+        return logits.to(precise).log_softmax(-1).gather(-1, q[..., None])[..., 0]
 
     # -- sampling ------------------------------------------------------------------------------------------------------
     @torch.no_grad()

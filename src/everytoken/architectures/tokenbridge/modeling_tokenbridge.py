@@ -254,11 +254,11 @@ class TokenBridgeModel(TokenBridgePreTrainedModel):
         if (class_labels is None) == (batch is None):
             raise BadInputError("Give class_labels, or batch for pictures of no class.")
         asked = None if class_labels is None else torch.as_tensor(class_labels).to(device)
-        if asked is not None:
-            check_labels(asked, config.num_classes)
-        count = len(asked) if asked is not None else int(batch or 0)
+        count = asked.numel() if asked is not None else int(batch or 0)
         if count < 1:
             raise BadInputError("One picture at least is asked for.")
+        if asked is not None:
+            check_labels(asked, config.num_classes)
         labels = self._labels(asked, count, device)
         check_guidance(guidance_schedule, guidance)
         if asked is None and guidance != 1:

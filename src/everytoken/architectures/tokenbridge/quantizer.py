@@ -55,6 +55,7 @@ class PostTrainingQuantizer:
                 f"bins is a whole number from 2 to {most}; got {self.bins!r}.",
                 f"Beyond {most} the outermost bins lie outside the normal range of {self.normal_range:g} and are empty.",
             )
+        object.__setattr__(self, "tables", _tables(self.bins, self.normal_range))  # once, so that it can be compiled
 
     @property
     def stretch(self) -> float:
@@ -64,12 +65,14 @@ class PostTrainingQuantizer:
     @property
     def boundaries(self) -> torch.Tensor:
         """b ``[B + 1]`` in float64, in units of the normal distribution."""
-        return _tables(self.bins, self.normal_range)[0]
+        found: torch.Tensor = self.tables[0]  # type: ignore[attr-defined]
+        return found
 
     @property
     def centroids(self) -> torch.Tensor:
         """mu ``[B]`` in float64, increasing and odd, in units of the normal distribution."""
-        return _tables(self.bins, self.normal_range)[1]
+        found: torch.Tensor = self.tables[1]  # type: ignore[attr-defined]
+        return found
 
     @property
     def values(self) -> torch.Tensor:
