@@ -84,10 +84,11 @@ class TimeEmbedding(nn.Module):
         if frequencies < 2 or frequencies % 2:
             raise BadInputError(f"frequencies is even; got {frequencies}.")
         self.frequencies, self.steps, self.floored = frequencies, steps, floored
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.first, self.second = nn.Linear(frequencies, width), nn.Linear(width, width)
 
     def forward(self, time: torch.Tensor) -> torch.Tensor:
-        return self.mlp(self.sinusoid(time).to(self.mlp[0].weight.dtype))
+        found: torch.Tensor = self.second(F.silu(self.first(self.sinusoid(time).to(self.first.weight.dtype))))
+        return found
 
     def sinusoid(self, time: torch.Tensor) -> torch.Tensor:
         """Cosines, then sines: ``[...] -> [..., frequencies]``, in float32."""
