@@ -300,8 +300,15 @@ def test_the_trace_says_when_and_how_open():
     assert trace.columns["step"] == drawn.revealed[0].tolist()
     assert trace.columns["entropy"] == pytest.approx(drawn.entropies[0].sum(1).tolist())
     assert len(trace.columns["channels"][0].split()) == 2
-    with pytest.raises(BadInputError, match="no label"):
-        TokenBridge().observe(model, None, "seven")
-    for settings in ({"label": -1}, {"steps": 0}, {"guidance": -1.0}, {"temperature": -1.0}):
+    for settings in ({"label": 10}, {"steps": 0}, {"guidance": -1.0}, {"temperature": -1.0}):
         with pytest.raises(BadInputError):
             TokenBridge(**settings)
+
+
+def test_a_drawing_grows_to_the_picture():
+    model = network()
+    drawing = TokenBridge(count=2, steps=4).draw(model, torch.tensor([7, 7]), 3)
+    assert drawing.images.shape == (2, 1, 3, 3) and len(drawing.frames) == len(drawing.steps) == 4
+    assert torch.equal(drawing.frames[-1], drawing.images[0])
+    assert [int((frame != 0).sum()) for frame in drawing.frames] == [1, 3, 6, 9]
+    assert drawing.steps[1] == "3 of 9 tokens"

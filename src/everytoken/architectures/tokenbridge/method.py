@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
 from ...core.errors import BadInputError
 from ...core.trace import TokenTrace
-from ..base import Architecture, Inputs, Network, Observation
+from ..base import Architecture, Inputs, Network
+from ..images.drawing import NO_TEXT, Drawing, ImageMethod
 from ..images.guidance import check_guidance
-from ..images.metrics import features_of
 from .configuration_tokenbridge import TokenBridgeConfig
 from .latents import load_kl, unflat
 from .modeling_tokenbridge import TokenBridgeModel, TokenBridgeSample
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-_IMAGES = "it reads latents of images"
-
 
 @dataclass
-class TokenBridge(Architecture):
-    """Draws pictures of a class.
+class TokenBridge(ImageMethod):
+    """Draws digits from latents that are cut into bins and spelt channel by channel.
 
     Args:
-        label: which class; None takes the one that the prompt names.
         steps: iterations; None takes one a token, and 64 at most.
         guidance: strength of the class; 1 is none.
         temperature: 0 takes the likeliest bin of every channel.
@@ -37,30 +31,16 @@ class TokenBridge(Architecture):
         BadInputError: a value out of range.
     """
 
-    label: int | None = None
     steps: int | None = None
-    guidance: float = 2.0
+    guidance: float = 1.5
     temperature: float = 1.0
     declares: ClassVar[Network] = Network(
-        TokenBridgeConfig,
-        TokenBridgeModel,
-        columns=("step", "entropy", "channels"),
-        auto="AutoModel",
-        lacks={
-            "generate": "it draws latents by its own generate",
-            "cache": "its encoder reads all known positions anew; the cache of its head has a test of its own",
-            "padding": "the grids of its images are all of one size",
-            "inputs_embeds": _IMAGES,
-            "sft": _IMAGES,
-        },
+        TokenBridgeConfig, TokenBridgeModel, columns=("step", "entropy", "channels"), auto="AutoModel", lacks=NO_TEXT
     )
     weights: ClassVar[str] = "tokenbridge-digits"
-    headline: ClassVar[str] = "nats a token"
-    example: ClassVar[str] = "7"
 
     def __post_init__(self) -> None:
-        if self.label is not None and self.label < 0:
-            raise BadInputError(f"A label is 0 or more; got {self.label}.")
+        super().__post_init__()
         if self.steps is not None and self.steps < 1:
             raise BadInputError(f"steps is 1 or more; got {self.steps}.")
         if not 0 <= self.temperature < float("inf"):
@@ -83,28 +63,37 @@ class TokenBridge(Architecture):
         }
 
     def arms(self) -> dict[str, Architecture]:
-        return {"no guidance": TokenBridge(self.label, self.steps, 1.0, self.temperature)} if self.guidance != 1 else {}
+        if self.guidance == 1:
+            return {}
+        return {"no guidance": TokenBridge(self.label, self.count, self.seed, None, self.steps, 1.0, self.temperature)}
 
-    def observe(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, text: str, new_tokens: int = 0
-    ) -> Observation:
-        """Draws one picture, by a seed from torch's generator.
-
-        Raises:
-            BadInputError: a prompt that is no label, or a label that the network does not know.
-        """
+    def draw(self, model: PreTrainedModel, labels: torch.Tensor, seed: int) -> Drawing:
         assert isinstance(model, TokenBridgeModel)
         config = model.config
-        if self.label is None and not text.strip().isdecimal():
-            raise BadInputError(f"{text!r} is no label.", f"Give a number from 0 to {config.num_classes - 1}.")
-        label = int(text) if self.label is None else self.label
-        seed = int(torch.randint(2**31, ()))
-        drawn = model.generate([label], self.steps, self.guidance, temperature=self.temperature, seed=seed)
-        trace = trace_of(drawn, config, f"class {label}")
-        figures: dict[str, float] = {"iterations": float(len(drawn.masked))}
+        drawn = model.generate(labels, self.steps, self.guidance, temperature=self.temperature, seed=seed)
+        count = len(drawn.masked)
+        shown = drawn.revealed[0] <= torch.arange(count, device=model.device)[:, None]  # [S, n]
+        images = images_of(config, torch.cat([drawn.latents, drawn.latents[:1] * shown[..., None]]))
+        steps = [f"{config.positions - left} of {config.positions} tokens" for left in drawn.masked]
+        figures = {"iterations": float(count)}
         if drawn.entropies is not None:
-            figures = {"nats a token": float(drawn.entropies.sum(-1).mean())} | figures
-        return Observation([trace], figures)
+            figures["nats a token"] = float(drawn.entropies.sum(-1).mean())
+        trace = trace_of(drawn, config, f"class {int(labels[0])}")
+        return Drawing(images[: len(labels)], list(images[len(labels) :]), steps, trace, figures)
+
+
+def images_of(config: TokenBridgeConfig, latents: torch.Tensor) -> torch.Tensor:
+    """Images ``[B, channels, height, width]`` of latents ``[B, n, C]``, by the autoencoder that the network learned with.
+
+    A network without one shows the first channel of its latents.
+
+    Raises:
+        TokenizerMismatchError: the autoencoder of this name has other weights by now.
+    """
+    grid = unflat(latents, (config.rows, config.columns))
+    if not config.tokenizer:
+        return grid[:, :1].clamp(-1, 1)
+    return load_kl(config.tokenizer).decode(grid.cpu(), made_by=config.tokenizer_identity)
 
 
 def trace_of(drawn: TokenBridgeSample, config: TokenBridgeConfig, title: str) -> TokenTrace:

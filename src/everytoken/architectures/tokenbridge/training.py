@@ -28,7 +28,6 @@ from .modeling_tokenbridge import TokenBridgeModel, others, rows_at
 from .quantizer import PostTrainingQuantizer, spectral_order
 
 ORDERS = ("spectral", "raw", "reversed")
-Nats = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class TokenBridgeTraining:
         BadInputError: a value out of range.
     """
 
-    steps: int = 1000
+    steps: int = 700
     batch: int = 16
     lr: float = 2e-3
     bins: int = 64
@@ -77,9 +76,9 @@ class TokenBridgeTraining:
         self.stage()
         PostTrainingQuantizer(self.bins)
 
-    def stage(self) -> Stage:
+    def stage(self, name: str = "tokenbridge") -> Stage:
         """Steps and rates."""
-        return Stage("tokenbridge", self.steps, self.lr, warmup=0.05, hold=0.4, weight_decay=0.02)
+        return Stage(name, self.steps, self.lr, warmup=0.05, hold=0.4, weight_decay=0.02)
 
     def config(self, data: LatentSet) -> TokenBridgeConfig:
         """The network's configuration for some latents, whose scale and channel order it takes."""
@@ -114,12 +113,17 @@ class TokenBridgeTraining:
 
 
 def learn(
-    settings: TokenBridgeTraining, data: LatentSet, folder: Path | None = None, report: Report = silent
+    settings: TokenBridgeTraining,
+    data: LatentSet,
+    folder: Path | None = None,
+    report: Report = silent,
+    name: str = "tokenbridge",
 ) -> tuple[TokenBridgeModel, list[tuple[int, float]]]:
     """Makes a network after seeding and trains it; also its curve, ``(step, loss)``.
 
     Args:
         folder: where the checkpoint lies; None keeps none.
+        name: for progress, and of the checkpoint.
     """
     seed_everything(derive_seed(settings.seed, "tokenbridge"))
     model = TokenBridgeModel(settings.config(data))
@@ -130,7 +134,7 @@ def learn(
         found: torch.Tensor = model(latents, class_labels=labels).loss
         return found
 
-    curve = fit(model, loss, settings.stage(), folder, report, save_every=settings.save_every)
+    curve = fit(model, loss, settings.stage(name), folder, report, save_every=settings.save_every)
     return model, curve
 
 
@@ -188,7 +192,7 @@ def run(config: TokenBridgeTraining, context: TrainingContext) -> TrainingResult
     record = {"method": "tokenbridge", "figures": figures, "settings": settings, "curves": {"loss": curve}}
     write_text_whole(context.out / "training.json", json.dumps(record, indent=1) + "\n")
     with torch.no_grad():
-        seen = TokenBridge().observe(model, None, TokenBridge.example)
+        seen = TokenBridge(label=min(7, data.classes - 1)).observe(model, None, "")
     report = training_report(
         context.out / "report.html",
         f"tokenbridge: {context.data or 'digits'}",
