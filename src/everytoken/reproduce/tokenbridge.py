@@ -26,7 +26,7 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 ERROR, NATS = "squared error of an image", "nats a token"
 FRECHET, RIGHT = "Frechet distance of drawn digits", "right digits drawn"
-REBUILT = "Frechet distance of rebuilt digits"
+REBUILT, KEPT = "Frechet distance of rebuilt digits", "right digits, rebuilt"
 GUIDANCE = 1.5
 WHY = "networks of 0.4M weights on 1,297 digits, 16 tokens of 8 channels; the paper has 486M and more on ImageNet"
 WHY_ERROR = "digits of 16 x 16 pixels and an autoencoder of 0.1M weights; the paper compares rFID on ImageNet"
@@ -62,7 +62,8 @@ def rebuilt() -> Arms:
     found: Arms = {}
     for name, pictures in shown.items():
         errors = (pictures - real).square().mean((1, 2, 3))
-        found[name] = {ERROR: errors.tolist(), REBUILT: image_scores(pictures, asked, draws=2).frechet}
+        scores = image_scores(pictures, asked, draws=2)
+        found[name] = {ERROR: errors.tolist(), KEPT: scores.right, REBUILT: scores.frechet}
     return found
 
 
@@ -77,14 +78,14 @@ def drawn(context: Context, name: str) -> dict[str, Values]:
 
     settings: dict[str, Any] = {"seed": context.seed} | HEADS[name]
     if context.quick:
-        settings |= {"steps": 25, "width": 32, "head_width": 32, "layers": 1, "decoder_layers": 1, "head_layers": 1}
+        settings |= {"steps": 15, "width": 32, "head_width": 32, "layers": 1, "decoder_layers": 1, "head_layers": 1}
     data = digit_latents(moved=not context.quick)
     model, _ = learn(TokenBridgeTraining(**settings), data, None, context.report, name)
     context.artifacts[f"weights of {name}"] = sum(weight.numel() for weight in model.parameters())
     found: dict[str, Values] = {}
     if name != FLOW:
         found[NATS] = nats_of(model, data.held, data.held_labels).tolist()
-    count = 50 if context.quick else 500
+    count = 30 if context.quick else 500
     labels = torch.arange(count) % 10
     context.report(f"{name}: drawing", 0, 0)
     sampled = model.generate(labels, guidance=GUIDANCE, seed=1_000_000 * context.seed)
@@ -104,6 +105,7 @@ REPRODUCTION = Reproduction(
         Claim(RIGHT, SPELT, FLOW, "on a par with continuous", "difference", True, -0.05, WHY),
         Claim(FRECHET, SPELT, FLOW, "FID 1.55 against 1.55", "ratio", False, 1.1, WHY),
         Claim(FRECHET, SPELT, INDEPENDENT, "independent channels fail", "ratio", False, why=WHY),
+        Claim(KEPT, "64 bins", CONTINUOUS, "rFID as of the continuous one", "difference", True, -0.01, WHY_ERROR),
         Claim(ERROR, "64 bins", CONTINUOUS, "rFID as of the continuous one", "ratio", False, 1.05, WHY_ERROR),
         Claim(ERROR, "64 bins", "8 bins, 384 bits", "more bins, less loss", "ratio", False, why=WHY_ERROR),
         Claim(ERROR, "8 bins, 384 bits", VQ, "not stated", "ratio", False, why=WHY_ERROR),
