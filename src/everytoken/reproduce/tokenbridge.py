@@ -27,7 +27,7 @@ HEADS: dict[str, dict[str, Any]] = {
 ERROR, NATS = "squared error of an image", "nats a token"
 FRECHET, RIGHT = "Frechet distance of drawn digits", "right digits drawn"
 REBUILT, KEPT = "Frechet distance of rebuilt digits", "right digits, rebuilt"
-GUIDANCE = 1.5
+GUIDANCE = 3.0
 WHY = "networks of 0.3M weights on 1,297 digits, 16 tokens of 8 channels; the paper has 486M and more on ImageNet"
 WHY_ERROR = "digits of 16 x 16 pixels and an autoencoder of 0.1M weights; the paper compares rFID on ImageNet"
 

@@ -32,7 +32,7 @@ class TokenBridge(ImageMethod):
     """
 
     steps: int | None = None
-    guidance: float = 1.5
+    guidance: float = 3.0
     temperature: float = 1.0
     declares: ClassVar[Network] = Network(
         TokenBridgeConfig, TokenBridgeModel, columns=("step", "entropy", "channels"), auto="AutoModel", lacks=NO_TEXT
