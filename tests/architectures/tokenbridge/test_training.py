@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from everytoken.architectures.tokenbridge.method import TokenBridge, images_of, 
 from everytoken.architectures.tokenbridge.modeling_tokenbridge import TokenBridgeModel
 from everytoken.architectures.tokenbridge.training import TRAINING, TokenBridgeTraining, nats_of
 from everytoken.core.errors import BadInputError, TokenizerMismatchError
-from everytoken.training.base import TrainingContext
+from everytoken.training.base import TrainingContext, read_config
 
 SMALL = {"batch": 4, "width": 16, "head_width": 16, "layers": 1, "decoder_layers": 1, "head_layers": 1}
 
@@ -114,6 +115,10 @@ def test_orders_of_channels(latents):
 def test_settings_that_cannot_be(settings):
     with pytest.raises(BadInputError):
         TokenBridgeTraining(**settings)
+
+
+def test_the_preset_can_be_read():
+    assert read_config(TRAINING, Path("configs/train/tokenbridge-h100.yaml"), ["steps=5"]).width == 384
 
 
 def test_it_begins_from_scratch(tmp_path):

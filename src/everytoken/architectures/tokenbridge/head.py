@@ -52,7 +52,9 @@ class ChannelBlock(GradientCheckpointingLayer):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.modulation = AdaptiveModulation(width, width)
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor, past: Past | None = None, step: int = 0) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, condition: torch.Tensor, past: Past | None = None, step: int = 0
+    ) -> torch.Tensor:
         """``x, condition [N, T, width]``; with ``past``, T is 1 and its keys and values are put in at ``step``."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
         mixed = self.qkv(modulate(plain_norm(x), shift1, scale1)).unflatten(-1, (3, self.heads, -1))

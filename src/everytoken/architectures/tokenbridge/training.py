@@ -119,23 +119,24 @@ def learn(
     report: Report = silent,
     name: str = "tokenbridge",
 ) -> tuple[TokenBridgeModel, list[tuple[int, float]]]:
-    """Makes a network after seeding and trains it; also its curve, ``(step, loss)``.
+    """Makes a network after seeding and trains it, on a GPU where there is one; also its curve, ``(step, loss)``.
 
     Args:
         folder: where the checkpoint lies; None keeps none.
         name: for progress, and of the checkpoint.
     """
     seed_everything(derive_seed(settings.seed, "tokenbridge"))
-    model = TokenBridgeModel(settings.config(data))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = TokenBridgeModel(settings.config(data)).to(device)  # type: ignore[arg-type]
 
     def loss(step: int) -> torch.Tensor:
-        latents, labels = data.batch(settings.batch, settings.seed, step)
+        latents, labels = (item.to(device) for item in data.batch(settings.batch, settings.seed, step))
         torch.manual_seed(derive_seed(settings.seed, "masks", step))  # a run that goes on draws what it would have
         found: torch.Tensor = model(latents, class_labels=labels).loss
         return found
 
     curve = fit(model, loss, settings.stage(name), folder, report, save_every=settings.save_every)
-    return model, curve
+    return model.cpu(), curve  # type: ignore[call-arg]
 
 
 @torch.no_grad()
