@@ -122,9 +122,9 @@ def test_results_do_not_depend_on_how_channels_are_stored():
 def by_hand(head, g, q):
     """The head written out for one token, step by step, without a batch and without masks."""
     given, logits = head.project(g), []
-    spelled = [int(q[channel]) for channel in head.order]
+    spelt = [int(q[channel]) for channel in head.order]
     rows = [given + head.positions[0]]
-    rows += [head.embeddings[j - 1, spelled[j - 1]] + head.positions[j] for j in range(1, head.channels)]
+    rows += [head.embeddings[j - 1, spelt[j - 1]] + head.positions[j] for j in range(1, head.channels)]
     layers = [list(rows)]
     conditions = [given + head.steps[j] for j in range(head.channels)]
 

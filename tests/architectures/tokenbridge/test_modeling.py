@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from scipy import stats
@@ -32,7 +34,7 @@ def latents(batch=2, seed=0):
 def test_the_schedule_of_the_paper():
     masked = masked_after(256, 64)
     assert len(masked) == 64 and masked[-1] == 0
-    assert all(before > after for before, after in zip([256, *masked], masked, strict=False))
+    assert all(before > after for before, after in pairwise([256, *masked]))
     assert masked[:3] == [255, 254, 253] and masked[31] == 181 and masked[47] == 97  # 256 cos(pi/4), 256 cos(3 pi/8)
 
 
@@ -40,7 +42,7 @@ def test_the_schedule_of_the_paper():
 def test_every_step_predicts_something(positions, steps):
     masked = [positions, *masked_after(positions, steps)]
     assert len(masked) == steps + 1 and masked[-1] == 0
-    assert all(before > after for before, after in zip(masked, masked[1:], strict=False))
+    assert all(before > after for before, after in pairwise(masked))
 
 
 @pytest.mark.parametrize(("positions", "steps"), [(16, 17), (16, 0), (0, 1)])
@@ -52,7 +54,7 @@ def test_schedules_that_cannot_be(positions, steps):
 def test_the_masked_share_is_a_cut_normal():
     generator = numpy_generator(0, "masks")
     shares = [drawn_masked(1000, 0.7, generator) / 1000 for _ in range(1500)]
-    assert 0.7 <= min(shares) and max(shares) <= 1
+    assert min(shares) >= 0.7 and max(shares) <= 1
     wanted = stats.truncnorm((0.7 - 1) / 0.25, 0, loc=1, scale=0.25)
     assert stats.kstest([share - 0.0005 for share in shares], wanted.cdf).pvalue > 1e-3
     assert drawn_masked(4, 0.99, generator) == 4

@@ -1,1 +1,1 @@
-"""TokenBridge: continuous latents cut into bins after training, spelled channel by channel (arXiv 2503.16430)."""
+"""TokenBridge: continuous latents cut into bins after training, spelt channel by channel (arXiv 2503.16430)."""

@@ -34,7 +34,7 @@ class TokenBridgeConfig(PreTrainedConfig):
         head: ``"channels"`` spells a token channel by channel, ``"independent"`` predicts all channels from the vector
             alone, ``"continuous"`` makes latents by a flow without any bins.
         head_width, head_layers, head_heads: of the head.
-        channel_order: in which channels are spelled; None takes them as they lie.
+        channel_order: in which channels are spelt; None takes them as they lie.
         released_first_input: as for ``head.ChannelARHead``.
         flow_steps: Euler steps of the continuous head.
         least_masked: the smallest share of positions that is masked while learning.
@@ -82,8 +82,8 @@ class TokenBridgeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         check_choices(self, head=HEADS)
         check_grid(self.rows, self.columns)
-        sizes = ("channels", "num_classes", "num_class_tokens", "hidden_size", "intermediate_size", "head_width")
-        sizes += ("num_attention_heads", "num_hidden_layers", "num_decoder_layers", "head_layers", "head_heads")
+        sizes = ["channels", "num_classes", "num_class_tokens", "hidden_size", "intermediate_size", "head_width"]
+        sizes += ["num_attention_heads", "num_hidden_layers", "num_decoder_layers", "head_layers", "head_heads"]
         if wrong := [name for name in (*sizes, "flow_steps") if getattr(self, name) < 1]:
             raise BadInputError(f"{wrong[0]} is 1 or more; got {getattr(self, wrong[0])}.")
         if self.hidden_size % self.num_attention_heads or self.head_width % self.head_heads:

@@ -5,8 +5,9 @@ A token of C channels with B bins each has B^C values, too many for one softmax.
     p(q | g) = prod_j p(q_(o_j) | g, q_(o_<j))
 
 A causal transformer reads ``W g, emb_1(q_(o_1)), ..., emb_(C-1)(q_(o_(C-1)))`` with learned positions. Its norms are
-conditioned on ``W g`` and an embedding of the step; every step has a linear layer of its own to its B logits. All weights
-belong to steps, not to places in memory: channels stored otherwise, with the order changed accordingly, give the same.
+conditioned on ``W g`` and an embedding of the step; every step has a linear layer of its own to its B logits. All
+weights belong to steps, not to places in memory: channels stored otherwise, with the order changed accordingly, give
+the same.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class ChannelARHead(nn.Module):
         hidden: size of the vectors.
         channels, bins: C and B.
         width, layers, heads: of the transformer; a width of None is that of the vectors.
-        order: the channels as they are spelled, a permutation of 0 .. C - 1; None takes them as they lie.
+        order: the channels as they are spelt, a permutation of 0 .. C - 1; None takes them as they lie.
         independent: every channel is predicted from the vector alone, as a baseline.
         released_first_input: add the first step's embedding to the first input while sampling, though not while
             learning, as the released code does.
@@ -105,7 +106,7 @@ class ChannelARHead(nn.Module):
             raise BadInputError(f"{heads} heads do not divide a width of {width}.")
         self.order = check_order(order, channels)
         self.places = sorted(range(channels), key=self.order.__getitem__)
-        """At which step each channel is spelled: the inverse of the order."""
+        """At which step each channel is spelt: the inverse of the order."""
         self.hidden, self.channels, self.bins = hidden, channels, bins
         self.independent, self.released_first_input = independent, released_first_input
         self.project = nn.Linear(hidden, width)
@@ -135,7 +136,7 @@ class ChannelARHead(nn.Module):
 
     # -- likelihood ----------------------------------------------------------------------------------------------------
     def forward(self, g: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        """Logits of every channel given the vector and the channels spelled before it.
+        """Logits of every channel given the vector and the channels spelt before it.
 
         Args:
             g: ``[..., hidden]``.

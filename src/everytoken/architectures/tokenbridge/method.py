@@ -83,7 +83,7 @@ class TokenBridge(ImageMethod):
 
 
 def images_of(config: TokenBridgeConfig, latents: torch.Tensor) -> torch.Tensor:
-    """Images ``[B, channels, height, width]`` of latents ``[B, n, C]``, by the autoencoder that the network learned with.
+    """Images ``[B, channels, height, width]`` of latents ``[B, n, C]``, by the autoencoder that the network knows.
 
     A network without one shows the first channel of its latents.
 

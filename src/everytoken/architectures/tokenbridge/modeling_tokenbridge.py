@@ -1,4 +1,4 @@
-"""TokenBridge: pictures from continuous latents that are cut into bins and spelled channel by channel (arXiv 2503.16430).
+"""TokenBridge: pictures from latents that are cut into bins and spelt channel by channel (arXiv 2503.16430).
 
 Positions are predicted in random order by a masked autoregressive model (MAR, arXiv 2406.11838). The encoder reads the
 class and the values of the positions that are known; the decoder adds mask tokens and gives a vector g_i for each
@@ -283,7 +283,7 @@ class TokenBridgeModel(TokenBridgePreTrainedModel):
                 two = [torch.cat([item, item]) for item in (given, known, wanted)]
                 both = self.vectors(two[0], two[1], both_ways(labels, self.classes.null), two[2])
                 scale = guidance_scale(guidance_schedule, guidance, (n - left) / n)
-                g = guide(*both.chunk(2), scale)
+                g = guide(both[:count], both[count:], scale)
             own = rows_at(noise, wanted)
             place = wanted[..., None].expand(-1, -1, channels)
             if isinstance(self.head, ChannelARHead):

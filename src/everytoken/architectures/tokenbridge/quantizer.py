@@ -53,7 +53,7 @@ class PostTrainingQuantizer:
         if isinstance(self.bins, bool) or not isinstance(self.bins, int) or not 2 <= self.bins <= max(most, 2):
             raise BadInputError(
                 f"bins is a whole number from 2 to {most}; got {self.bins!r}.",
-                f"Beyond {most} the outermost bins lie outside the normal range of {self.normal_range:g} and are empty.",
+                f"Beyond {most} the outermost bins lie outside a normal range of {self.normal_range:g} and are empty.",
             )
         object.__setattr__(self, "tables", _tables(self.bins, self.normal_range))  # once, so that it can be compiled
 

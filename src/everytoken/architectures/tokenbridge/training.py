@@ -38,7 +38,7 @@ class TokenBridgeTraining:
         steps, batch, lr: of the training.
         bins: of the quantiser.
         head: ``channels``, ``independent`` or ``continuous``.
-        order: in which channels are spelled: ``spectral`` (low frequencies first), ``raw`` (as they lie) or
+        order: in which channels are spelt: ``spectral`` (low frequencies first), ``raw`` (as they lie) or
             ``reversed`` (spectral, from its end).
         width, layers, decoder_layers: of encoder and decoder.
         head_width, head_layers: of the head.
