@@ -117,7 +117,9 @@ def prepared(config: XARTraining, data: str | None = None) -> tuple[XARConfig, D
     """
     if config.tokenizer is None:
         if data is not None:
-            raise BadInputError("--data holds latents of a tokenizer, and none is named.", "Name it: --set tokenizer=digits-kl.")
+            raise BadInputError(
+                "--data holds latents of a tokenizer, and none is named.", "Name it: --set tokenizer=digits-kl."
+            )
         images, labels = digit_images(config.side)
         known = digit_split()[0]
         return config.config((config.side, config.side), 1), (images[known], labels[known])
