@@ -32,7 +32,7 @@ WHY_IMAGE = "one flow over the whole image is a strong baseline at 16 tokens"
 
 
 def run(context: Context) -> Arms:
-    steps, samples = (30, 20) if context.quick else (600, 300)
+    steps, samples = (30, 20) if context.quick else (500, 200)
     names = (CELL, CLEAN) if context.quick else tuple(ARMS)
     return {name: context.part(name, partial(one, context, name, steps, samples)) for name in names}
 
