@@ -444,7 +444,10 @@ class _Current:
         found = self.model.velocity(seen, self.labels, times, numbers, mask, self.cache)[:, -1]
         if self.cache is not None and len(numbers) > 1:
             self.cache.keep(m)
-        return guide(*found.chunk(2), self.scale) if self.twice else found
+        if not self.twice:
+            return found
+        with_class, without = found.chunk(2)
+        return guide(with_class, without, self.scale)
 
 
 def rotated(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
