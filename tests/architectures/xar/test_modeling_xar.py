@@ -273,7 +273,8 @@ def test_inputs_that_are_refused():
     model = small()
     given = inputs(model)
     bad = [
-        {"latents": torch.zeros(2, 1, 8, 8)}, {"class_labels": torch.tensor([0, 3])}, {"class_labels": torch.tensor([0])},
+        {"latents": torch.zeros(2, 1, 8, 8)}, {"class_labels": torch.tensor([0, 3])},
+        {"class_labels": torch.tensor([0])},
         {"times": torch.rand(2, 3)}, {"times": torch.full((2, 4), 1.5)}, {"noise": torch.zeros(2, 2, 4, 3)},
         {"latents": torch.full((2, 2, 4, 4), math.nan)}, {"latents": torch.zeros(2, 2, 4, 4, dtype=torch.long)},
     ]  # fmt: skip

@@ -57,15 +57,15 @@ def case(entity: str, size: int, args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
     note = (
         f"Batches of {args.batch}, {args.steps} steps an entity; least of {args.repeats}, one thread, processor time."
     )
-    report("images", [case(*item, args) for item in CASES], note)
+    report("xar", [case(*item, args) for item in CASES], note)
 
 
 if __name__ == "__main__":
