@@ -42,7 +42,7 @@ def one(context: Context, name: str, steps: int, samples: int) -> dict[str, Valu
     from ..architectures.images.metrics import image_scores
     from ..architectures.xar.training import XARTraining, drawn, learn, prepared
 
-    small = {"width": 32, "layers": 2, "draw_steps": 5} if context.quick else {"width": 64, "layers": 4}
+    small: dict[str, Any] = {"width": 32, "layers": 2, "draw_steps": 5} if context.quick else {"width": 64, "layers": 4}
     config = XARTraining(steps=steps, batch=32, seed=context.seed, guidance=GUIDANCE, **small, **ARMS[name])
     made, data = prepared(config)
     context.report(f"{name}: learning", 0, 0)
