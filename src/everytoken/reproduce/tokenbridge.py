@@ -78,7 +78,7 @@ def drawn(context: Context, name: str) -> dict[str, Values]:
 
     settings: dict[str, Any] = {"seed": context.seed, "steps": 500, "head_layers": 1} | HEADS[name]
     if context.quick:
-        settings |= {"steps": 60, "width": 32, "head_width": 32, "layers": 1, "decoder_layers": 1}
+        settings |= {"steps": 40, "width": 32, "head_width": 32, "layers": 1, "decoder_layers": 1}
     data = digit_latents(moved=not context.quick)
     model, _ = learn(TokenBridgeTraining(**settings), data, None, context.report, name)
     context.artifacts[f"weights of {name}"] = sum(weight.numel() for weight in model.parameters())
