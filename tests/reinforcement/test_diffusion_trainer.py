@@ -113,7 +113,10 @@ def test_cj_grpo_by_trls_loss_is_the_papers_in_value_and_gradient(tmp_path):
     assert found.counts.sum(1).tolist() == [5] * 8
     logps = trajectory_logps(model, found).per_position
     paper = cj_grpo_loss(
-        logps, logps.detach(), mean_advantages(trainer.sequence_rewards(), torch.arange(8) // 4), step_mean_weights(found)
+        logps,
+        logps.detach(),
+        mean_advantages(trainer.sequence_rewards(), torch.arange(8) // 4),
+        step_mean_weights(found),
     )
     ours = trainer._compute_loss(model, batch)
     torch.testing.assert_close(ours, paper)

@@ -22,7 +22,9 @@ from .common import PROMPTS
 METHODS = [
     card.slug
     for card in load_catalog().values()
-    if card.station == "reinforcement" and card.status != "planned" and is_method(card.load())
+    if card.station == "reinforcement"
+    and card.status != "planned"
+    and is_method(card.load())
     and not getattr(card.load(), "any_order", False)
 ]
 SMALL = ["steps=2", "batch_size=4", "num_generations=4", "lr=0.01", "samples=1", "sample_tokens=6", "eval_share=0.25"]

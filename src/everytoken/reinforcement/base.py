@@ -49,11 +49,11 @@ KINDS: dict[str, str] = {
     "likelihood": "(model, rows, temperature) -> LikelihoodEstimate of texts that were written in any order",
     "steps": "(rewards [B, S], groups [B]) -> StepChoice; weights(found, step) -> [B, T] of each prediction",
 }
-"""Every kind of piece and its call, in the order of use; the last three are for text in any order (canvas_pieces)."""
+"""Every kind of piece, in the order of use, and its call; the last three are for text in any order."""
 
-ONCE = frozenset(
-    {"sampler", "rollout", "temperature", "group_advantage", "clip", "aggregation", "canvas", "likelihood", "steps"}
-)
+ONCE = frozenset(KINDS) - {
+    "prompt", "reward", "token_advantage", "token_weight", "rollouts", "tokens", "ratio_weight", "auxiliary"
+}  # fmt: skip
 """Kinds of which a recipe has one piece at most: two could not both decide."""
 
 NEEDS = frozenset({"ids", "logps", "entropies", "distributions"})

@@ -1,10 +1,10 @@
-"""What a recipe decides about a group of rollouts that were written in any order: credit of every token, and the steps."""
+"""What a recipe decides about a group of rollouts that were written in any order: credit of every token, and steps."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,7 +28,8 @@ class Judged:
         rewards: ``[B]``.
         credit: ``[B, C]``, how much a rise of the token's log-probability lowers the loss of its rollout: its advantage
             over the number of tokens in the mean, summed over the steps that are trained.
-        logps: ``[B, C]``, the recipe's log-likelihoods of the tokens; of the last trained step where steps are rows.
+        logps: ``[B, C]``, the recipe's log-likelihoods of the tokens; a mean over the steps that are trained.
+        logp: its mean over tokens.
         loss: of the group.
         forwards: passes over the rows of the group that a loss takes, once for every row.
     """
@@ -37,6 +38,7 @@ class Judged:
     rewards: torch.Tensor
     credit: torch.Tensor
     logps: torch.Tensor
+    logp: float
     loss: float
     forwards: float
 
@@ -63,10 +65,13 @@ def judged(trainer: DiffusionGRPOTrainer, row: Row) -> Judged:
     share = advantages * mask / mask.sum(1, keepdim=True).clamp(min=1)
     credit = torch.zeros(found.final_ids.shape, device=share.device)
     credit[:, trainer._width :].index_add_(0, batch["rollout"], share)
-    logps = torch.zeros_like(credit)
-    logps[batch["rollout"]] = estimate.per_position
+    logps = torch.zeros_like(credit).index_add_(0, batch["rollout"], estimate.per_position)
+    count = torch.zeros_like(credit).index_add_(0, batch["rollout"], rows.scored.float())
+    logp = float(estimate.per_position.sum() / rows.scored.sum())
     per_row = len(batch["rollout"]) / len(found)
-    return Judged(found, trainer.sequence_rewards(), credit, logps, loss, estimate.forwards * per_row)
+    return Judged(
+        found, trainer.sequence_rewards(), credit, logps / count.clamp(min=1), logp, loss, estimate.forwards * per_row
+    )
 
 
 def canvas_traces(group: Judged, tokenizer: PreTrainedTokenizerBase, name: str = "") -> list[TokenTrace]:

@@ -1,9 +1,9 @@
-"""GRPO for masked diffusion models: the station's trainer, with rollouts by a canvas sampler and likelihoods of any order.
+"""GRPO for masked diffusion models: the station's trainer, with rollouts of a canvas and likelihoods of any order.
 
 Two hooks of TRL's GRPOTrainer are answered here, and its loss stays stock: ``_generate_single_turn`` calls the recipe's
-sampler, and ``_get_per_token_logps_and_entropies`` asks the recipe's likelihood. What they need travels with the rows of
-the batch: the canvas, the step that wrote each position, and one seed a row and inner iteration. So the policy, the old
-one and the reference are asked the same, and the split into micro-batches changes nothing.
+sampler, and ``_get_per_token_logps_and_entropies`` asks the recipe's likelihood. What they need travels with the rows
+of the batch: the canvas, the step that wrote each position, and one seed a row and inner iteration. So the policy, the
+old one and the reference are asked the same, and the split into micro-batches changes nothing.
 
 Where a recipe gives single steps credit, a row of the batch is a step of a rollout: the guess of that step, given the
 canvas that it read. A micro-batch then has as many times more rows as there are steps to train.
@@ -119,8 +119,8 @@ class _CanvasHooks(GRPOTrainer):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        """``[b, T]`` of the recipe's likelihood. In place of an entropy stands ``-log p`` of the tokens that were drawn,
-        whose mean over draws it is.
+        """``[b, T]`` of the recipe's likelihood. In place of an entropy stands ``-log p`` of the drawn tokens, whose
+        mean over draws it is.
         """
         if self._rows is None:
             nothing = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)

@@ -1,16 +1,14 @@
-"""``everytoken try`` for methods whose models write in any order: one group of rollouts, and what each token is credited.
+"""``everytoken try`` for methods whose models write in any order: one group of rollouts, and the credit of each token.
 
-Nothing is trained. Every arm writes a group of rollouts of one prompt with the same seeds, verifies them, and says by how
-much a rise of each token's log-probability would lower its loss. The baseline is diffu-GRPO. Where rollouts of the first
-prompt are all alike, so that no token has any credit, the next one of a few is taken.
+Nothing is trained. Every arm writes a group of rollouts of one prompt with the same seeds, verifies them, and says by
+how much a rise of each token's log-probability would lower its loss. The baseline is diffu-GRPO. Where no token of the
+first prompt's rollouts has any credit, the next one of a few is taken.
 """
 
 from __future__ import annotations
 
 import tempfile
 from typing import Any
-
-import torch
 
 from ..core.errors import BadInputError, require
 from ..core.quiet import quiet_training
@@ -51,9 +49,10 @@ def trial(request: TrialRequest) -> TrialResult:
     for arm, method in methods.items():
         for number, row in enumerate(rows):
             request.report(f"judging rollouts of {arm}", number, len(rows))
-            seed_everything(derive_seed(int(request.options.get("seed", 0)), "rollouts", number))
             trainer = _trainer(request, load_denoiser(request.model), tokenizer, method, row, reward)
-            groups[arm] = judged(trainer, row)
+            seed_everything(derive_seed(int(request.options.get("seed", 0)), "rollouts", number))  # arms draw alike
+            with quiet_training():
+                groups[arm] = judged(trainer, row)
             if bool((groups[arm].credit != 0).any()):
                 break
     result = TrialResult({}, HEADLINE, column="credit")
@@ -64,7 +63,7 @@ def trial(request: TrialRequest) -> TrialResult:
             HEADLINE: float(credit.max()) / mean if mean else 0.0,
             "tokens with credit": float((credit > 0).float().mean()),
             "mean reward": float(group.rewards.mean()),
-            "log-likelihood a token": float(group.logps[group.found.editable].mean()),
+            "log-likelihood a token": group.logp,
             "forwards of a rollout": float(group.found.forwards),
             "forwards of a loss": group.forwards,
         }
@@ -127,9 +126,8 @@ def _trainer(request: TrialRequest, model: Any, tokenizer: Any, method: Any, row
     )
     if tokenizer.pad_token_id is None:
         raise BadInputError("This tokenizer has no token for padding.", "Set tokenizer.pad_token, and save it.")
-    drawn = torch.random.get_rng_state()
     with tempfile.TemporaryDirectory() as folder, quiet_training():
-        trainer = DiffusionGRPOTrainer(
+        return DiffusionGRPOTrainer(
             model,
             recipe=method.recipe(),
             mask_id=tokenizer.mask_token_id,
@@ -138,5 +136,3 @@ def _trainer(request: TrialRequest, model: Any, tokenizer: Any, method: Any, row
             train_dataset=Dataset.from_list([row]),
             processing_class=tokenizer,
         )
-    torch.random.set_rng_state(drawn)  # arms draw alike
-    return trainer
