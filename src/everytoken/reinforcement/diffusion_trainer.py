@@ -20,6 +20,7 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from ..core.errors import BadInputError
+from ..core.scoring import base_model
 from ..decoding.canvas.model import CanvasModel, mask_token
 from ..decoding.canvas.trajectory import Trajectory
 from .base import Recipe, RolloutBatch
@@ -69,12 +70,14 @@ class _CanvasHooks(GRPOTrainer):
         )
         seeds = torch.randint(2**62, (len(ids),))  # a row is the same in any batch
         given = {"editable": (ids == self.mask_id) & attention} if inside else {}
-        found: Trajectory = sampler(
-            self.accelerator.unwrap_model(self.model), ids, attention_mask=attention, seeds=seeds, **given
-        )
+        found: Trajectory = sampler(self._bare(self.model), ids, attention_mask=attention, seeds=seeds, **given)
         self._found, self._width = found, 0 if inside else ids.shape[1]
         self._metrics["train"]["recipe/forwards_a_rollout"].append(float(found.forwards))
         return self._completions(found.final_ids), None
+
+    def _bare(self, model: Any) -> Any:
+        """The network itself, whose forward says what it takes; adapters inside it stay."""
+        return base_model(self.accelerator.unwrap_model(model))
 
     def _completions(self, ids: torch.Tensor) -> list[list[int]]:
         """What stands in the completion of each row, up to its first end token: what rewards see."""
@@ -129,7 +132,7 @@ class _CanvasHooks(GRPOTrainer):
         size, found = batch_size or len(rows.ids), []
         for begin in range(0, len(rows.ids), size):
             with self.accelerator.autocast():
-                part = likelihood(model, rows.rows(slice(begin, begin + size)), self.temperature)
+                part = likelihood(self._bare(model), rows.rows(slice(begin, begin + size)), self.temperature)
             found.append(part.per_position)
         logps = torch.cat(found)[:, -logits_to_keep:]
         return logps, -logps.detach() if compute_entropy else None, None
@@ -174,7 +177,7 @@ class DiffusionGRPOTrainer(RecipeTrainer, _CanvasHooks):
         self.mask_id = mask_token(model, mask_id)
         if kwargs.get("args") is not None:
             check_canvas_recipe(recipe, kwargs["args"], kwargs)
-        CanvasModel(model, self.mask_id).check()
+        CanvasModel(base_model(model), self.mask_id).check()
         super().__init__(model, *positional, recipe=recipe, **kwargs)
         if None in self.eos_token_ids:  # TRL lists a tokenizer's end token even where it has none
             self.eos_token_ids = [token for token in self.eos_token_ids if token is not None]

@@ -2,7 +2,7 @@
 
 Nothing is trained. Every arm writes a group of rollouts of one prompt with the same seeds, verifies them, and says by
 how much a rise of each token's log-probability would lower its loss. The baseline is diffu-GRPO. Where no token of the
-first prompt's rollouts has any credit, the next one of a few is taken.
+first prompt's rollouts has any credit for some arm, the next one of a few is taken.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from ..training.datasets.pairs import read_rows
 
 HEADLINE = "largest credit of a token, over the mean"
 GROUP, PROMPTS = 4, 8
-EXAMPLE = "1.3. .... ..2. 4..."
 
 
 def trial(request: TrialRequest) -> TrialResult:
@@ -46,15 +45,18 @@ def trial(request: TrialRequest) -> TrialResult:
     load_denoiser(request.model)  # what the model is becomes known to the Auto classes by this
     tokenizer = load_tokenizer(name)
     groups: dict[str, Judged] = {}
-    for arm, method in methods.items():
-        for number, row in enumerate(rows):
+    trainers = {
+        arm: _trainer(request, load_denoiser(request.model), tokenizer, method, rows[0], reward)
+        for arm, method in methods.items()
+    }
+    for number, row in enumerate(rows):
+        for arm, trainer in trainers.items():
             request.report(f"judging rollouts of {arm}", number, len(rows))
-            trainer = _trainer(request, load_denoiser(request.model), tokenizer, method, row, reward)
             seed_everything(derive_seed(int(request.options.get("seed", 0)), "rollouts", number))  # arms draw alike
             with quiet_training():
                 groups[arm] = judged(trainer, row)
-            if bool((groups[arm].credit != 0).any()):
-                break
+        if all(bool((group.credit != 0).any()) for group in groups.values()):
+            break
     result = TrialResult({}, HEADLINE, column="credit")
     for arm, group in groups.items():
         credit = group.credit.abs()[group.found.editable]
@@ -90,7 +92,7 @@ def _rows(request: TrialRequest) -> tuple[list[dict[str, Any]], Any]:
             raise BadInputError(f"{request.data}, row 0: needs texts 'prompt' and 'answer'.")
         return rows[:1], answer_reward
     if request.prompt is None:
-        return [{"prompt": EXAMPLE}, *sudoku_rows(PROMPTS - 1, 1, 10, held=True)], sudoku_reward
+        return sudoku_rows(PROMPTS, 1, 10, held=True), sudoku_reward
     marks = "".join(request.prompt.split())
     if len(marks) != 16 or set(marks) - set(".1234") or "." not in marks:
         raise BadInputError(
