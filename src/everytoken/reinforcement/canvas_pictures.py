@@ -54,7 +54,7 @@ def judged(trainer: DiffusionGRPOTrainer, row: Row) -> Judged:
             batch = trainer._generate_and_score_completions([copy.copy(row) for _ in range(trainer.num_generations)])
             loss = float(trainer._compute_loss(trainer.model, batch))
             rows = trainer._canvas_rows(batch)
-            estimate = trainer.recipe.one("likelihood")(trainer._bare(trainer.model), rows, trainer.temperature)
+            estimate = trainer._piece("likelihood")(trainer._bare(trainer.model), rows, trainer.temperature)
     finally:
         trainer._metrics["train"].clear()
         trainer._metrics["train"].update(logged)

@@ -13,7 +13,7 @@ they read no text from left to right.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -61,8 +61,8 @@ class CanvasRows:
 
     def rows(self, chosen: slice | torch.Tensor) -> CanvasRows:
         """Some of the rows."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return replace(self, **{k: v[chosen] for k, v in values.items() if isinstance(v, torch.Tensor)})
+        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        return CanvasRows(**values | {k: v[chosen] for k, v in values.items() if isinstance(v, torch.Tensor)})
 
     def trajectory(self) -> Trajectory:
         """The record of the steps."""

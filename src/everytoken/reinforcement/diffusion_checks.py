@@ -47,7 +47,8 @@ def check_canvas_recipe(recipe: Recipe, args: Any, more: Mapping[str, Any]) -> N
         )
     for piece in recipe.pieces:
         name = type(piece).__name__
-        if piece.kind in LEFT_TO_RIGHT or getattr(piece, "needs", ()) or piece in limited(recipe):
+        needs: Any = getattr(piece, "needs", None)
+        if piece.kind in LEFT_TO_RIGHT or needs or piece in limited(recipe):
             raise BadInputError(f"{name} reads a text from left to right, which a canvas is not.", "Leave it out.")
         if steps is not None and piece.kind in (*BATCH_KINDS, "clip", "ratio_weight"):
             raise BadInputError(

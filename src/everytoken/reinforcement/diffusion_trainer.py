@@ -41,12 +41,16 @@ class _CanvasHooks(GRPOTrainer):
 
     recipe: Recipe
     mask_id: int
+    eos_token_ids: list[Any]
     _found: Trajectory | None = None
     """The record of the batch of rollouts that is being made."""
     _width = 0
     """How many columns of a canvas stand in front of the completion; 0 where prompts are filled in."""
     _rows: CanvasRows | None = None
     """What is scored now; None while TRL scores rollouts whose canvases are not in the batch yet."""
+
+    def _piece(self, kind: str) -> Any:
+        return self.recipe.one(kind)
 
     # -- rollouts ------------------------------------------------------------------------------------------------------
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
@@ -61,7 +65,7 @@ class _CanvasHooks(GRPOTrainer):
         side = "right" if inside else "left"
         ids = pad_sequence(texts, True, self._tokenizer.pad_token_id, side).to(device)
         attention = pad_sequence([torch.ones_like(text) for text in texts], True, 0, side).bool().to(device)
-        sampler = self.recipe.one("canvas").sampler(
+        sampler = self._piece("canvas").sampler(
             self.temperature,
             tuple(self.eos_token_ids),
             self.mask_id,
@@ -93,7 +97,7 @@ class _CanvasHooks(GRPOTrainer):
         found = self._found
         assert found is not None
         scored = found.editable
-        if not self.recipe.one("canvas").score_after_end:
+        if not self._piece("canvas").score_after_end:
             ended = torch.isin(found.final_ids, found.final_ids.new_tensor(self.eos_token_ids)) & scored
             scored = scored & (ended.long().cumsum(1) - ended.long() == 0)
         # the whole canvas in place of the text that rewards saw
@@ -107,9 +111,10 @@ class _CanvasHooks(GRPOTrainer):
 
     # -- likelihoods ---------------------------------------------------------------------------------------------------
     def _canvas_rows(self, batch: dict[str, Any], iteration: int = 0) -> CanvasRows:
-        *values, seeds = (batch[f"canvas_{name}"] for name in RECORD)
+        values: dict[str, Any] = {name: batch[f"canvas_{name}"] for name in RECORD}
+        values["seeds"] = values["seeds"][:, iteration]
         assert self._found is not None
-        return CanvasRows(*values, seeds[:, iteration], self._found.steps, self.mask_id)
+        return CanvasRows(**values, steps=self._found.steps, mask_id=self.mask_id)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -128,7 +133,7 @@ class _CanvasHooks(GRPOTrainer):
         if self._rows is None:
             nothing = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
             return nothing, nothing if compute_entropy else None, None
-        rows, likelihood = self._rows, self.recipe.one("likelihood")
+        rows, likelihood = self._rows, self._piece("likelihood")
         size, found = batch_size or len(rows.ids), []
         for begin in range(0, len(rows.ids), size):
             with self.accelerator.autocast():
@@ -271,7 +276,7 @@ class DiffusionGRPOTrainer(RecipeTrainer, _CanvasHooks):
         """
         wanted = [name for name in ("old", "ref") if batch.pop(f"{name}_per_token_logps", None) is not None]
         width, size = batch["completion_ids"].shape[1], self.args.per_device_train_batch_size
-        count = self.num_iterations if self.recipe.one("likelihood").draws else 1
+        count = self.num_iterations if self._piece("likelihood").draws else 1
         for name in wanted:
             found = []
             for iteration in range(count):

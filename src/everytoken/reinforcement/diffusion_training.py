@@ -97,7 +97,7 @@ class CanvasSession(TrainingSession):
             open_ = ids == mask
             inside = bool(open_.any())
             sampler = DenoisingSampler(gen_length=None if inside else self.config.sample_tokens, mask_id=mask)
-            found = sampler(model, ids, seeds=[self.config.seed], **({"editable": open_} if inside else {}))
+            found = sampler(model, ids, seeds=[self.config.seed], editable=open_ if inside else None)
             shown = found.final_ids[0, 0 if inside else ids.shape[1] :]
             texts.append(self.tokenizer.decode(shown, skip_special_tokens=True))
         return texts

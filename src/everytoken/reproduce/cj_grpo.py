@@ -85,7 +85,7 @@ def start(context: Context) -> PreTrainedModel:
             model, ids, response, generator=torch.Generator().manual_seed(derive_seed(seed, "masks", step))
         )
 
-    fit(model, loss, Stage("sums", 150 if context.quick else 3000, 3e-3, warmup=0.03, hold=0.5), None, context.report)
+    fit(model, loss, Stage("sums", 60 if context.quick else 3000, 3e-3, warmup=0.03, hold=0.5), None, context.report)
     return model.eval()
 
 
@@ -96,7 +96,7 @@ def decoded(context: Context) -> Arms:
     from ..decoding.canvas.denoising import DenoisingSampler
     from ..reinforcement.cj_grpo import AscendingSteps, EosEarlyRejection
 
-    model, count = start(context), 64 if context.quick else 512
+    model, count = start(context), 48 if context.quick else 512
     asked = [example(random.Random(derive_seed(context.seed, "test", index)))[0] for index in range(count)]
     ids = torch.tensor([encoded(prompt) for prompt in asked])
     ways: dict[str, dict[str, Any]] = {

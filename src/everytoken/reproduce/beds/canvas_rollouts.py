@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 LOST = "right at an earlier step, wrong at the end"
 SIZES: dict[Scale, Size] = {
-    "quick": Size(hidden=64, layers=3, warmup=0, updates=4, batch=32, test=128, rates=(1e-3,)),
+    "quick": Size(hidden=64, layers=3, warmup=0, updates=2, batch=32, test=128, rates=(1e-3,)),
     "cpu": Size(hidden=64, layers=3, warmup=0, updates=120, batch=64, test=512, rates=(1e-4, 3e-4, 1e-3)),
 }
 """The network is the bed's."""
