@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .diffusion_trainer import DiffusionGRPOTrainer
     from .rollouts import Row
 
+COLUMNS = ("credit", "step", "probability", "logp")
+"""Of a trace."""
+
 
 @dataclass
 class Judged:
@@ -79,12 +82,12 @@ def canvas_traces(group: Judged, tokenizer: PreTrainedTokenizerBase, name: str =
     then, and the recipe's log-likelihood ``logp``.
     """
     traces = []
-    columns = {"credit": group.credit, "step": group.found.fix_step, "probability": group.found.choice_prob}
+    values_of = (group.credit, group.found.fix_step, group.found.choice_prob, group.logps)
     for number, reward in enumerate(group.rewards.tolist()):
         own = group.found.editable[number]
         title = f"{name}{', ' if name else ''}rollout {number + 1}, reward {reward:.4g}"
         trace = TokenTrace(group.found.new_ids(number), title=title[:1].upper() + title[1:], station="reinforcement")
-        for column, values in (columns | {"logp": group.logps}).items():
+        for column, values in zip(COLUMNS, values_of, strict=True):
             trace.add(column, values[number][own].cpu())
         traces.append(trace.with_text(tokenizer))
     return traces

@@ -16,7 +16,7 @@ from ..core.rng import derive_seed, seed_everything
 from ..decoding.canvas.base import CanvasSampler
 from ..decoding.canvas.replay import replay_html
 from ..decoding.canvas_trial import load_denoiser
-from ..decoding.trial import TrialRequest, TrialResult
+from ..decoding.trial import Trial, TrialRequest, TrialResult
 from ..training.datasets.pairs import read_rows
 
 HEADLINE = "largest credit of a token, over the mean"
@@ -79,6 +79,13 @@ def trial(request: TrialRequest) -> TrialResult:
         "Credit: by how much a rise of a token's log-probability lowers the loss of its rollout. Nothing was trained."
     )
     return result
+
+
+def trace_columns(item: Trial) -> tuple[str, ...]:
+    """The columns of a method's traces."""
+    from .canvas_pictures import COLUMNS
+
+    return COLUMNS
 
 
 def _rows(request: TrialRequest) -> tuple[list[dict[str, Any]], Any]:
