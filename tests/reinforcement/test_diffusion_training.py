@@ -11,7 +11,7 @@ pytest.importorskip("trl")
 
 from everytoken.catalog import find_card
 from everytoken.core.errors import BadInputError, UnsupportedModelError
-from everytoken.decoding.canvas_trial import load_denoiser
+from everytoken.decoding.canvas.loading import load_denoiser
 from everytoken.decoding.trial import Trial, TrialRequest
 from everytoken.reinforcement.diffusion_training import sudoku_reward, sudoku_rows
 from everytoken.reinforcement.diffusion_trial import answer_reward

@@ -18,8 +18,8 @@ from ..core.loading import load_tokenizer
 from ..core.weights import weights_folder
 from ..decoding.canvas.base import CanvasSampler
 from ..decoding.canvas.denoising import DenoisingSampler
+from ..decoding.canvas.loading import load_denoiser
 from ..decoding.canvas.model import mask_token
-from ..decoding.canvas_trial import load_denoiser
 from ..training.base import TrainingContext, TrainingResult
 from ..training.datasets import sudoku
 from ..training.datasets.messages import row_prompt_ids

@@ -14,8 +14,8 @@ from ..core.errors import BadInputError, require
 from ..core.quiet import quiet_training
 from ..core.rng import derive_seed, seed_everything
 from ..decoding.canvas.base import CanvasSampler
+from ..decoding.canvas.loading import load_denoiser
 from ..decoding.canvas.replay import replay_html
-from ..decoding.canvas_trial import load_denoiser
 from ..decoding.trial import Trial, TrialRequest, TrialResult
 from ..training.datasets.pairs import read_rows
 
