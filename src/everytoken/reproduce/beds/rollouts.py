@@ -249,9 +249,8 @@ def learnt(
         by = learner(arm)
         arguments = grpo_arguments(size, context.seed, lr, length, **by.arguments)
         label = f"{arm}, learning rate {lr}"
-        policy, logs = train_by_rollouts(
-            context, label, start, tokenizer, by.recipe, by.reward, rows, arguments, by.trainer
-        )
+        own = {} if by.trainer is None else {"trainer": by.trainer}
+        policy, logs = train_by_rollouts(context, label, start, tokenizer, by.recipe, by.reward, rows, arguments, **own)
         value = tuned(arm, policy)
         return {"tuning": value, "rewards": ends(logs["reward"]), "found": measured(arm, policy, logs)}
 
