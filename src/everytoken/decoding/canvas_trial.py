@@ -6,36 +6,20 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import BadInputError
-from ..core.loading import load_tokenizer, read_pretrained, resolve
+from ..core.loading import load_tokenizer
 from ..core.rng import derive_seed
 from ..core.scoring import check_prompt
 from ..core.weights import weights_folder
 from .canvas.base import CanvasSampler
+from .canvas.loading import load_denoiser
 from .canvas.replay import canvas_text, replay_html
 from .trial import TrialRequest, TrialResult
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 EXAMPLE = "1.3. .... ..2. 4..."
 HEADLINE = "mean probability of a choice"
-
-
-def load_denoiser(model: str | None = None, weights: str = CanvasSampler.weights) -> PreTrainedModel:
-    """A model for a canvas: a masked language model, or another kind whose logits are tried; None is a small one
-    that ships, ``weights``.
-
-    Raises:
-        BadInputError, EverytokenError: as for ``load_model``.
-    """
-    name = str(weights_folder(weights)) if model is None else resolve(model)
-    lacking = BadInputError(f"transformers has no masked language model for {name}.")
-    try:
-        return read_pretrained("AutoModelForMaskedLM", name, "float32", None, False, {}, lacking)
-    except BadInputError as error:
-        if error is not lacking:
-            raise
-    return read_pretrained("AutoModelForCausalLM", name, "float32", None, False, {})
 
 
 def trial(request: TrialRequest) -> TrialResult:
