@@ -30,7 +30,7 @@ from .digits import (
 from .method import TokenShuffleMethod
 from .modeling_token_shuffle import TokenShuffleForConditionalGeneration
 
-SHAPE = {"width": 96, "layers": 4, "heads": 4}
+SHAPE = {"width": 64, "layers": 4, "heads": 4}
 BACKBONES = ("llama", "qwen3", "gpt2")
 
 
@@ -43,7 +43,7 @@ class TokenShuffleTraining:
         window: rows and columns that are fused into one position: 1 (nothing is fused), 2, 4 or 8.
         blocks: residual blocks on either side; None is 1, and 0 for a window of one token.
         backbone: ``llama``, ``qwen3`` or ``gpt2``; None is a Llama, or that of ``--model``.
-        width, layers, heads: of the backbone; None is 96, 4 and 4, or those of ``--model``.
+        width, layers, heads: of the backbone; None is 64, 4 and 4, or those of ``--model``.
         codes: what an image token is: ``levels`` (a pixel's grey level), or a tokenizer with a codebook
             (``digits-vq``).
         empty: share of rows without a text, which guidance needs.
@@ -55,9 +55,9 @@ class TokenShuffleTraining:
         BadInputError: a value out of range.
     """
 
-    steps: int = 600
+    steps: int = 900
     batch: int = 32
-    lr: float = 2e-3
+    lr: float = 4e-3
     window: int = 2
     blocks: int | None = None
     backbone: str | None = None
