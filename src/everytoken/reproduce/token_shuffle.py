@@ -76,9 +76,7 @@ def held_labels(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return number % 10, number // 10 % 3
 
 
-def drawn(
-    model: TokenShuffleForConditionalGeneration, texts: list[str], seed: int
-) -> tuple[torch.Tensor, float]:
+def drawn(model: TokenShuffleForConditionalGeneration, texts: list[str], seed: int) -> tuple[torch.Tensor, float]:
     """An image for each text, and the processor seconds that one took. Few are drawn first: kernels are loaded then."""
     from ..architectures.token_shuffle.digits import codes_of, text_ids, text_tokenizer
     from ..core.rng import derive_seed

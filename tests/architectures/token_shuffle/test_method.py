@@ -46,7 +46,7 @@ def test_learned_codes_come_from_their_tokenizer():
     codes = image_codes("digits-vq")
     images = digit_images()[0][:20]
     found = codes.encode(images)
-    assert found.shape == (20, *codes.grid) and 0 <= int(found.min()) and int(found.max()) < codes.count
+    assert found.shape == (20, *codes.grid) and int(found.min()) >= 0 and int(found.max()) < codes.count
     assert codes.decode(found).shape[0] == 20 and len(codes.identity) == 16
     with pytest.raises(BadInputError, match="codebook"):
         image_codes("digits-kl")
@@ -197,4 +197,4 @@ def test_settings_of_the_trial_are_refused(change):
 
 
 def test_words_and_strokes_are_all_there():
-    assert len(WORDS) == 10 and len(set(TEXT)) == len(TEXT) == 17 and STROKES == TEXT[-3:]
+    assert len(WORDS) == 10 and len(set(TEXT)) == len(TEXT) == 17 and TEXT[-3:] == STROKES

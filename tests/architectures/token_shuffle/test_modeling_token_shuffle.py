@@ -29,7 +29,13 @@ from everytoken.core.errors import BadInputError, UnsupportedModelError
 PAD, BOI, EOI, FIRST, CODES, TEXT = 0, 1, 2, 3, 8, 11
 VOCABULARY = 20
 SHARED = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 BACKBONES = {
     "llama": lambda: LlamaConfig(**SHARED, **SIZES, initializer_range=0.2),
     "qwen2": lambda: Qwen2Config(**SHARED, **SIZES, initializer_range=0.2),
@@ -193,8 +199,8 @@ def test_the_square_of_the_partition():
 @pytest.mark.slow
 @pytest.mark.parametrize(("window", "steps"), [(1, 80), (2, 80)])
 def test_windows_of_one_coin_are_learned_to_the_exact_cost_and_not_below(window, steps):
-    """A window whose four tokens are one coin: 4 ln 2 for independent tokens, ln 2 token by token. The loss is exact: both
-    images that exist are read.
+    """A window whose four tokens are one coin: 4 ln 2 for independent tokens, ln 2 token by token. The loss is exact:
+    both images that exist are read.
     """
     ids = torch.tensor([[BOI, *[FIRST + side] * 4] for side in (0, 1)])
     labels = ids.masked_fill(ids == BOI, -100)

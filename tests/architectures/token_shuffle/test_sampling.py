@@ -24,7 +24,7 @@ def test_half_linear_guidance_over_eight_windows():
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_the_cache_changes_nothing_and_texts_of_any_length_share_a_batch(backbone):
-    """With a cache, without one, and each image alone: the same tokens, and log-probabilities of a forward of the row."""
+    """With a cache, without one, and each image alone: the same tokens, and the log-probabilities of a forward."""
     model = network(backbone)
     ids = torch.tensor([[PAD, PAD, TEXT], [PAD, TEXT + 3, TEXT + 1], [TEXT, TEXT + 2, TEXT + 5]])
     mask, seeds = (ids != PAD).long(), [3, 1, 2]
@@ -58,7 +58,8 @@ def test_a_scale_of_one_is_no_guidance_and_guidance_is_the_formula():
     without = model(whole[:, 2:]).logits[0, :-1, FIRST : FIRST + CODES]
     assert torch.equal((without + 4.0 * (with_text - without)).argmax(-1), greedy.codes.flatten())
     assert not torch.equal(with_text.argmax(-1), greedy.codes.flatten())
-    none = model.generate(ids[:, :0], guidance=4.0, schedule="constant", do_sample=False)  # no text: nothing to guide by
+    # without a text there is nothing to guide by
+    none = model.generate(ids[:, :0], guidance=4.0, schedule="constant", do_sample=False)
     assert torch.equal(none.codes, model.generate(ids[:, :0], do_sample=False).codes)
 
 

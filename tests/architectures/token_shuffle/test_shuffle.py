@@ -74,8 +74,9 @@ def test_the_modules_are_the_loop_in_value_and_gradient(window):
     x = torch.cat(parts, -1)
     for block in shuffle.blocks:
         x = block_by_hand(block, x)
+    y = x
     for block in unshuffle.blocks:
-        y = block_by_hand(block, y if block is not unshuffle.blocks[0] else x)
+        y = block_by_hand(block, y)
     size = 16 // tokens
     pieces = [y[:, token * size : (token + 1) * size] for token in range(tokens)]
     wanted = torch.stack([piece @ unshuffle.linear.weight.T + unshuffle.linear.bias for piece in pieces], 1)
@@ -95,7 +96,9 @@ def test_the_maps_have_as_many_weights_as_computed():
     with torch.device("meta"):
         for window, wanted in ((2, 4_718_592), (4, 1_179_648)):
             maps = TokenShuffle(3072, window, 0), TokenUnshuffle(3072, window, 0)
-            assert sum(weight.numel() for module in maps for weight in module.parameters() if weight.dim() > 1) == wanted
+            assert (
+                sum(weight.numel() for module in maps for weight in module.parameters() if weight.dim() > 1) == wanted
+            )
             biases = sum(weight.numel() for module in maps for weight in module.parameters() if weight.dim() == 1)
             assert biases == 3072 + 3072 // window**2
 

@@ -15,7 +15,16 @@ from ..base import Architecture, Inputs, Network, Observation
 from ..images.drawing import Drawing, ImageMethod
 from .configuration_token_shuffle import TokenShuffleConfig
 from .digits import (
-    FIRST_STROKE, FIRST_WORD, LEVELS, STROKES, TEXT, WORDS, LevelCodes, codes_of, strokes_of, text_ids, text_tokenizer,
+    FIRST_STROKE,
+    FIRST_WORD,
+    LEVELS,
+    STROKES,
+    TEXT,
+    LevelCodes,
+    codes_of,
+    strokes_of,
+    text_ids,
+    text_tokenizer,
     words_for,
 )  # fmt: skip
 from .modeling_token_shuffle import TokenShuffleForConditionalGeneration
@@ -135,7 +144,9 @@ class TokenShuffleMethod(ImageMethod):
         digits = [item - FIRST_WORD for item in ids if item < FIRST_STROKE]
         strokes = [STROKES[item - FIRST_STROKE] for item in ids if item >= FIRST_STROKE]
         if len(digits) != 1 or len(strokes) > 1 or ids[0] >= FIRST_STROKE:
-            raise BadInputError(f"{text!r} asks for no single digit.", "Name a digit, then perhaps a stroke: 'seven, thick'.")
+            raise BadInputError(
+                f"{text!r} asks for no single digit.", "Name a digit, then perhaps a stroke: 'seven, thick'."
+            )
         if self.stroke is not None:
             raise BadInputError("A stroke comes from the text or from the settings, not from both.")
         return digits[0], strokes[0] if strokes else None

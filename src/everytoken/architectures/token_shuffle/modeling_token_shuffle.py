@@ -167,7 +167,7 @@ class TokenShuffleForConditionalGeneration(OwnWeights, PreTrainedModel):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
             if config.z_loss:
-                loss = loss + config.z_loss * squared_partition(logits, labels)
+                loss = loss + config.z_loss * squared_partition(logits, labels, kwargs.get("num_items_in_batch"))
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
     def new_cache(self) -> DynamicCache:
@@ -260,11 +260,20 @@ class TokenShuffleForConditionalGeneration(OwnWeights, PreTrainedModel):
         return draw_images(self, input_ids, attention_mask, sides, sampling, seeds, report, use_cache)
 
 
-def squared_partition(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The mean of ``log(sum exp logits)^2`` where a label is predicted."""
+def squared_partition(
+    logits: torch.Tensor, labels: torch.Tensor, count: int | torch.Tensor | None = None
+) -> torch.Tensor:
+    """The mean of ``log(sum exp logits)^2`` where a label is predicted.
+
+    Args:
+        logits: ``[B, L, V]``.
+        labels: ``[B, L]``, -100 for none.
+        count: divides the sum in place of the number of labels, as for the loss of a batch in parts.
+    """
     there = labels[:, 1:] != -100
     partition = logits[:, :-1].float().logsumexp(-1)
-    return (partition.square() * there).sum() / there.sum().clamp_min(1)
+    total: torch.Tensor = (partition.square() * there).sum()
+    return total / (there.sum().clamp_min(1) if count is None else count)
 
 
 @torch.no_grad()
@@ -273,7 +282,7 @@ def check_head(backbone: PreTrainedModel) -> None:
     cap them, and what this network computes would silently differ from the backbone.
     """
     head, config = backbone.get_output_embeddings(), backbone.config
-    if head is None or isinstance(config, PreTrainedConfig) and config.is_encoder_decoder:
+    if head is None or (isinstance(config, PreTrainedConfig) and config.is_encoder_decoder):
         raise UnsupportedModelError(f"{type(backbone).__name__} is no causal language model with a head.")
     if backbone.device.type == "meta":
         return
@@ -291,7 +300,8 @@ def check_head(backbone: PreTrainedModel) -> None:
         backbone.train(training)
     if not same:
         raise UnsupportedModelError(
-            f"{type(backbone).__name__} changes its logits behind its head.", "Take one that does not cap or scale them."
+            f"{type(backbone).__name__} changes its logits behind its head.",
+            "Take one that does not cap or scale them.",
         )
 
 

@@ -103,9 +103,7 @@ class ImageGeneration:
         return torch.where(self.window <= steps[:, None, None], self.codes[:, None], blank)
 
 
-def left_padded(
-    ids: torch.Tensor, mask: torch.Tensor | None, pad: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(ids: torch.Tensor, mask: torch.Tensor | None, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows ``[B, T]`` with their padding moved to the left, and their mask."""
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     order = real.to(torch.int8).argsort(dim=1, stable=True)
@@ -204,9 +202,7 @@ class _Reader:
         return 0 if self.cache is None else int(self.cache.get_seq_length())
 
 
-def _check_texts(
-    model: TokenShuffleForConditionalGeneration, ids: torch.Tensor, mask: torch.Tensor | None
-) -> None:
+def _check_texts(model: TokenShuffleForConditionalGeneration, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
     if ids.dim() != 2 or ids.is_floating_point() or not len(ids):
         raise BadInputError(f"Texts are ids of shape [B, T]; got {ids.dtype} {[*ids.shape]}.")
     if mask is not None and mask.shape != ids.shape:

@@ -1,6 +1,6 @@
 """The two modules of Token-Shuffle, for any causal model that takes ``inputs_embeds`` (arXiv 2504.17789).
 
-A window of w = s^2 neighbouring tokens becomes one position of the same width d, and one hidden state becomes the hidden
+A window of w = s^2 neighbouring tokens becomes one position of the same width d. One hidden state becomes the hidden
 states of the w tokens of the next window::
 
     TokenShuffle      c_j = gelu(W_in e_j)   [d / w]      x = concat(c_1 .. c_w)      x <- x + MLP(LN x), n times
@@ -178,13 +178,13 @@ def _entropy(probabilities: torch.Tensor) -> torch.Tensor:
 
 def map_weights(width: int, window: int | Grid) -> int:
     """Weights of the two linear maps of a width and a window, without biases: ``2 d^2 / w``."""
-    tokens, inner = _parts(width, window)
-    return 2 * width * inner
+    return 2 * width * _parts(width, window)[1]
 
 
 def stack_operations(positions: int, width: int, layers: int = 1) -> int:
-    """Floating-point operations of a forward of a transformer whose layers have ``12 d^2`` weights: ``24 n d^2`` for the
-    maps and ``4 n^2 d`` for the scores of attention and their use, each layer; n is the number of positions.
+    """Floating-point operations of a forward of a transformer whose layers have ``12 d^2`` weights.
+
+    Each layer takes ``24 n d^2`` for its maps and ``4 n^2 d`` for attention; n is the number of positions.
     """
     return layers * (24 * positions * width**2 + 4 * positions**2 * width)
 

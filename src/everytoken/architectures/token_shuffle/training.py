@@ -25,7 +25,18 @@ from ..images.metrics import image_scores
 from ..training import save_network
 from .configuration_token_shuffle import TokenShuffleConfig
 from .digits import (
-    BOI, EOI, PAD, TEXT, ImageCodes, codes_of, held_rows, image_codes, learned_rows, text_ids, text_tokenizer, words_for,
+    BOI,
+    EOI,
+    PAD,
+    TEXT,
+    ImageCodes,
+    codes_of,
+    held_rows,
+    image_codes,
+    learned_rows,
+    text_ids,
+    text_tokenizer,
+    words_for,
 )  # fmt: skip
 from .method import TokenShuffleMethod
 from .modeling_token_shuffle import TokenShuffleForConditionalGeneration
@@ -188,7 +199,11 @@ def image_nats(model: TokenShuffleForConditionalGeneration, rows: dict[str, torc
 
 
 def draw(
-    model: TokenShuffleForConditionalGeneration, labels: torch.Tensor, seed: int, report: Report = silent, **settings: Any
+    model: TokenShuffleForConditionalGeneration,
+    labels: torch.Tensor,
+    seed: int,
+    report: Report = silent,
+    **settings: Any,
 ) -> torch.Tensor:
     """Images ``[B, 1, side, side]`` of digits ``[B]``, one drawn for each; ``settings`` of ``Sampling``.
 
