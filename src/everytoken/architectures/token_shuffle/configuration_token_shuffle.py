@@ -72,7 +72,7 @@ class TokenShuffleConfig(PreTrainedConfig):
         check_choices(self, fuse_activation=ACTIVATIONS)
         if len(self.window) != 2 or len(self.grid) != 2 or min(self.window) < 1:
             raise BadInputError(f"window and grid are rows and columns; got {self.window} and {self.grid}.")
-        window_order(*self.grid, tuple(self.window))  # refuses windows that do not tile it
+        window_order(self.grid[0], self.grid[1], tuple(self.window))  # type: ignore[arg-type]  # refuses bad tiles
         if self.hidden_size % self.window_tokens:
             raise BadInputError(
                 f"A width of {self.hidden_size} cannot be cut into {self.window_tokens} equal parts, one for each "

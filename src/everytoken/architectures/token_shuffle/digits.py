@@ -238,7 +238,7 @@ def learned_rows(
     rows = known[torch.from_numpy(rng.integers(0, len(known), count))]
     drawn = torch.from_numpy(rng.random(count))
     words = 2 - (drawn < digit_only + empty).long() - (drawn < empty).long()
-    return image_rows(_all_codes(codes)[rows], labels[rows], strokes_of(images[rows], labels[rows]), words)
+    return image_rows(_all_codes(codes.name)[rows], labels[rows], strokes_of(images[rows], labels[rows]), words)
 
 
 def held_rows(codes: ImageCodes, count: int | None = None) -> dict[str, torch.Tensor]:
@@ -246,11 +246,10 @@ def held_rows(codes: ImageCodes, count: int | None = None) -> dict[str, torch.Te
     images, labels = digit_images()
     rows = digit_split()[1][:count]
     strokes = strokes_of(images[rows], labels[rows])
-    return image_rows(_all_codes(codes)[rows], labels[rows], strokes, torch.full((len(rows),), 2))
+    return image_rows(_all_codes(codes.name)[rows], labels[rows], strokes, torch.full((len(rows),), 2))
 
 
 @lru_cache(maxsize=4)
-def _all_codes(codes: ImageCodes) -> torch.Tensor:
+def _all_codes(name: str) -> torch.Tensor:
     """The codes ``[1797, rows, columns]`` of all digits."""
-    images, _ = digit_images()
-    return torch.cat([codes.encode(part).cpu() for part in images.split(256)])
+    return torch.cat([image_codes(name).encode(part).cpu() for part in digit_images()[0].split(256)])

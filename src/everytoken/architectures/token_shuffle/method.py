@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -76,7 +76,7 @@ class TokenShuffleMethod(ImageMethod):
             raise BadInputError(f"stroke is {', '.join(STROKES)} or none; got {self.stroke!r}.")
         Sampling(**self.sampling())
 
-    def sampling(self) -> dict[str, float | int | str]:
+    def sampling(self) -> dict[str, Any]:
         """What these settings say of the choice of tokens, as ``generate`` takes it."""
         names = ("guidance", "schedule", "temperature", "top_k", "top_p")
         return {name: getattr(self, name) for name in names}
