@@ -91,8 +91,8 @@ class SumsBed:
     def start(self, context: Context) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Trained until it is right in 45% of its samples: rollouts must be able to fail and to succeed.
 
-        A quick start is a smaller model and stops at 30%: its steps are few and large, and greedy answers are right long
-        before samples are.
+        A quick start is a smaller model and stops at 30%: its steps are few and large, and greedy answers are right
+        long before samples are.
         """
         tokenizer = self.tokenizer()
         key = context.seed, context.scale
