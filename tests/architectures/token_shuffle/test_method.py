@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from everytoken.architectures.images.data import digit_images, digit_split
+from everytoken.architectures.images.metrics import image_scores
 from everytoken.architectures.token_shuffle.digits import (
     BOI,
     EOI,
@@ -198,3 +199,14 @@ def test_settings_of_the_trial_are_refused(change):
 
 def test_words_and_strokes_are_all_there():
     assert len(WORDS) == 10 and len(set(TEXT)) == len(TEXT) == 17 and TEXT[-3:] == STROKES
+
+
+@pytest.mark.slow
+def test_what_ships_draws_the_digits_that_are_asked_for():
+    model = TokenShuffleMethod.load()
+    labels = torch.arange(40) % 10
+    assert image_scores(draw(model, labels, seed=0, guidance=2.0), labels).accuracy > 0.6
+    thick, thin = (
+        TokenShuffleMethod(count=20, stroke=stroke).draw(model, labels[:20], 0) for stroke in ("thick", "thin")
+    )
+    assert float(ink(thick.images).mean()) > float(ink(thin.images).mean()) + 0.03
