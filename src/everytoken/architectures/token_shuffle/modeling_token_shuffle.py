@@ -25,6 +25,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ...core.errors import BadInputError, UnsupportedModelError
 from ...core.progress import Report, silent
+from ...core.quiet import quiet_transformers
 from ..base import OwnWeights, register
 from ..grid import Grid
 from .configuration_token_shuffle import TokenShuffleConfig
@@ -83,7 +84,8 @@ class TokenShuffleForConditionalGeneration(OwnWeights, PreTrainedModel):
             grown = copy.deepcopy(backbone.config)
             grown.vocab_size = known + 2 + new_image_tokens
             TokenShuffleConfig(backbone_config=grown, **settings)  # refuses before the backbone is changed
-            backbone.resize_token_embeddings(grown.vocab_size)
+            with quiet_transformers():
+                backbone.resize_token_embeddings(grown.vocab_size)
         config = TokenShuffleConfig(backbone_config=backbone.config, **settings)
         with torch.device("meta"):
             network = cls._from_config(config)
