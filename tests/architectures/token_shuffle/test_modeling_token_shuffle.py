@@ -46,6 +46,8 @@ BACKBONES = {
     ),
 }  # fmt: skip
 
+CASES = ["llama", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "qwen3"))]
+
 
 def network(backbone="llama", window=2, grid=(4, 4), seed=0, **settings):
     torch.manual_seed(seed)
@@ -73,7 +75,7 @@ def rows(count=2, text=2, tokens=16, seed=0):
     return torch.cat([words, marks * BOI, image, marks * EOI], 1)
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", CASES)
 def test_windows_of_one_token_are_the_plain_model_bit_for_bit(backbone):
     model, ids = plain(backbone), rows()
     found = model(ids, labels=ids)
@@ -90,7 +92,7 @@ def test_windows_of_one_token_are_the_plain_model_bit_for_bit(backbone):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", CASES)
 @pytest.mark.parametrize("window", [1, 2, 4, (1, 4), (4, 2)])
 def test_a_window_does_not_see_itself_or_what_follows(backbone, window):
     """At every token: the logits of its window and of all before stay bit for bit, those of later windows change."""
@@ -144,7 +146,7 @@ def test_the_cache_counts_fused_positions():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", CASES)
 def test_rows_of_all_kinds_share_a_batch(backbone):
     """Text alone, one image, two images of other grids, padded on either side: each row as it is alone."""
     model = network(backbone)

@@ -9,7 +9,7 @@ from everytoken.architectures.token_shuffle.sampling import Sampling, left_padde
 from everytoken.architectures.token_shuffle.shuffle import independence_cost
 from everytoken.core.errors import BadInputError
 
-from .test_modeling_token_shuffle import BACKBONES, BOI, CODES, FIRST, PAD, TEXT, network
+from .test_modeling_token_shuffle import BOI, CASES, CODES, FIRST, PAD, TEXT, network
 
 GUIDED = {"guidance": 3.0}
 
@@ -22,7 +22,7 @@ def test_half_linear_guidance_over_eight_windows():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", CASES)
 def test_the_cache_changes_nothing_and_texts_of_any_length_share_a_batch(backbone):
     """With a cache, without one, and each image alone: the same tokens, and the log-probabilities of a forward."""
     model = network(backbone)
