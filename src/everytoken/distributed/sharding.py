@@ -22,7 +22,7 @@ LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
 IMPLEMENTATIONS = ("sdpa", "eager")
-LIKE = "Llama, Mistral without a sliding window, Qwen2 and Qwen3 are Llama-like."
+LIKE = "Llama, Mistral without a sliding window, Qwen2, Qwen3 and Gemma (the first) are Llama-like."
 
 
 def divides_heads(config: PreTrainedConfig, world: int) -> bool:
