@@ -70,8 +70,8 @@ def forwards(mesh, counts, heads=12, kv=12, settings=None):
     woven = weave(llama(heads, kv, **(settings or {})), mesh)
     far = {}
 
-    def differ(name, ours, theirs):
-        far[name] = max(far.get(name, 0.0), (ours - theirs).abs().max().item())
+    def differ(name, ours, theirs):  # as a share of the largest
+        far[name] = max(far.get(name, 0.0), (ours - theirs).abs().max().item() / theirs.abs().max().item())
 
     with torch.no_grad():
         for count in counts:
@@ -135,3 +135,13 @@ def dies(mesh):
     if mesh.get_rank() == 1:
         raise RuntimeError("this rank dies")
     dist.barrier()
+
+
+def everything(mesh, counts):
+    """All of the above in one start of processes."""
+    return {
+        "operation": operation(mesh),
+        "forwards": forwards(mesh, counts, settings={"attention_bias": True, "mlp_bias": True}),
+        "replicated": forwards(mesh, [65], 9, 3, {"hidden": 54}),
+        "refusals": refusals(mesh),
+    }

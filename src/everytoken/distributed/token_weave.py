@@ -84,9 +84,7 @@ class TokenWeave:
             return plan_split(tokens, minimum=tokens + 2, align=self.align, world=world)
         cost = None if self.cost is None else self.cost(tokens)
         table = self.offsets if self.offsets is not None else self.table
-        return plan_split(
-            tokens, table, cost, first=self.first, minimum=self.minimum, align=self.align, world=world
-        )
+        return plan_split(tokens, table, cost, first=self.first, minimum=self.minimum, align=self.align, world=world)
 
     def weave(self, model: PreTrainedModel, mesh: DeviceMesh | None = None) -> Woven:
         """Puts a model under tensor parallelism and runs its steps so.
