@@ -49,7 +49,7 @@ def test_three_ranks_divide_nine_heads():
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others():
-    with pytest.raises(EverytokenError, match="this rank dies|did not end|failed"):
+    with pytest.raises(EverytokenError, match=r"this rank dies|did not end|failed"):
         launch(f"{HERE}:dies", 2, seconds=100)
 
 

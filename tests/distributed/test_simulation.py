@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -47,7 +48,7 @@ def test_the_formula_and_what_no_step_beats():
         assert timeline.seconds <= simulate_whole(layers).seconds + 1e-9
         for lane in (COMPUTE, COMMUNICATION):
             events = [event for event in timeline.events if event.lane == lane]
-            assert all(one.stop <= two.start + 1e-12 for one, two in zip(events, events[1:], strict=False))
+            assert all(one.stop <= two.start + 1e-12 for one, two in itertools.pairwise(events))
         assert timeline.exposed == pytest.approx(timeline.seconds - timeline.busy(COMPUTE))
 
 

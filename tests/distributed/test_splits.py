@@ -31,7 +31,7 @@ def test_cuts_of_the_sheet(tokens, table, first, second):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_tables_keep_enough_for_the_second_part(name):
-    worst = min((split.second / split.tokens, split.tokens) for split in map(lambda n: plan_split(n, name), NUMBERS))
+    worst = min((split.second / split.tokens, split.tokens) for split in (plan_split(n, name) for n in NUMBERS))
     assert worst[0] >= 0.375
     if name.startswith("mixtral"):
         assert worst[1] == 3073
@@ -112,7 +112,8 @@ def test_a_table_from_costs_cuts_as_the_planner_does():
      ({"tokens": 1, "first": 1}, "one token"), ({"tokens": 9, "first": 0}, "cannot be cut after 0"),
      ({"tokens": 2000, "first": 3, "table": {1: 0}}, "one of them"), ({"tokens": 2000, "table": {}}, "an entry"),
      ({"tokens": 2000, "table": {2000: 1024}}, "cannot be cut"), ({"tokens": 2000, "align": 3}, "even padding"),
-     ({"tokens": 4, "first": 2, "new": [1, 2]}, "The requests have 3"), ({"tokens": 4, "first": 2, "new": [4, 0]}, "one new"),
+     ({"tokens": 4, "first": 2, "new": [1, 2]}, "The requests have 3"),
+     ({"tokens": 4, "first": 2, "new": [4, 0]}, "one new"),
      ({"tokens": 1, "minimum": 1}, "minimum")],
 )  # fmt: skip
 def test_what_is_refused(arguments, words):

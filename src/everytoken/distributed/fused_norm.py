@@ -6,9 +6,9 @@ Rank ``r`` has the partial sum ``X_r`` and holds the residual's own rows only::
     R <- R + Y                         own rows
     N = norm(R), gathered              all-gather
 
-The bytes on the wire are those of the all-reduce. A rank normalises ``1/W`` of the rows. Rows that ``W`` does not divide
-are padded with zeros. The operation has a gradient: that of the sum of all ranks' losses. Ranks hold the norm's weight
-whole, so each gets its rows' part of that weight's gradient, and the sum over ranks is the whole.
+The bytes on the wire are those of the all-reduce. A rank normalises ``1/W`` of the rows. Rows that ``W`` does not
+divide are padded with zeros. The operation has a gradient: that of the sum of all ranks' losses. Ranks hold the norm's
+weight whole, so each gets its rows' part of that weight's gradient, and the sum over ranks is the whole.
 """
 
 from __future__ import annotations

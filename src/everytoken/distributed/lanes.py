@@ -13,7 +13,7 @@ class Lanes:
 
     On CUDA what communicates runs on a stream of its own. Both streams wait for each other between stages. So every
     tensor that one stage makes is ready for the next, on either lane, and memory that a stage gave back is not taken
-    again while the other lane reads it. Collectives are issued in the order of the code, which is the same on all ranks.
+    again while the other lane reads it. Collectives are issued in the order of the code, the same on all ranks.
     Elsewhere the same calls run in plain order, and communication comes first.
 
     Args:

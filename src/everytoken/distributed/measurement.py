@@ -10,6 +10,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -130,25 +131,26 @@ def measure_layer(
         gate, value = F.linear(rows, up).chunk(2, -1)
         return F.linear(F.silu(gate) * value, down)
 
-    curves: dict[str, list[tuple[float, float]]] = {name: [] for name in ("project", "mlp", "norm", "square", "wide")}
+    def pieces(count: int) -> dict[str, Callable[[], Any]]:
+        rows, state = full(count, hidden), full(count, heads * width)
+        q, k, v = full(1, heads, count, width), full(1, kv, 2 * count, width), full(1, kv, 2 * count, width)
+        own_k, own_v, mask = k[:, :, :count], v[:, :, :count], lower_right(count, 2 * count, rows.device)
+        scores = partial(F.scaled_dot_product_attention, q, enable_gqa=heads != kv)
+        return {
+            "project": lambda: (F.linear(rows, into), F.linear(state, out)),
+            "mlp": lambda: mlp(rows),
+            "norm": lambda: F.rms_norm(rows + rows, (hidden,), gain),
+            "square": lambda: scores(own_k, own_v, is_causal=True),
+            "wide": lambda: scores(k, v, attn_mask=mask),
+        }
+
+    curves: dict[str, list[tuple[float, float]]] = {name: [] for name in pieces(1)}
     for number, count in enumerate(counts):
         report("timing a layer", number, len(counts))
-        rows = full(count, hidden)
-        q, k, v = full(1, heads, count, width), full(1, kv, 2 * count, width), full(1, kv, 2 * count, width)
-        own_k, own_v = k[:, :, :count], v[:, :, :count]
-        mask = lower_right(count, 2 * count, rows.device)
-        grouped = {"enable_gqa": heads != kv}
-        state = full(count, heads * width)
-        found = {
-            "project": least(lambda: (F.linear(rows, into), F.linear(state, out))),
-            "mlp": least(lambda: mlp(rows)),
-            "norm": least(lambda: F.rms_norm(rows + rows, (hidden,), gain)),
-            "square": least(lambda: F.scaled_dot_product_attention(q, own_k, own_v, is_causal=True, **grouped)),
-            "wide": least(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **grouped)),
-        }
-        for name, seconds in found.items():
-            curves[name].append((float(2 * count * count if name == "wide" else count), seconds))
-    return MeasuredTimes(*(tuple(curves[name]) for name in ("project", "mlp", "norm", "square", "wide")))
+        for name, function in pieces(count).items():
+            size = 2 * count * count if name == "wide" else count
+            curves[name].append((float(size), least(function)))
+    return MeasuredTimes(*map(tuple, curves.values()))
 
 
 def _wait(device: str) -> None:

@@ -1,8 +1,8 @@
 """Llama-like models: what they are, whether they can be sharded, and how DTensor shards them over ranks.
 
-Query, key, value, gate and up are cut by columns, output and down by rows, so that attention and MLP each end in partial
-sums. Embedding, norms and head stay whole on every rank. Where ranks do not divide the heads or the key and value heads,
-attention stays whole on every rank too: it needs no sum, but every rank computes all of it.
+Query, key, value, gate and up are cut by columns, output and down by rows, so that attention and MLP each end in
+partial sums. Embedding, norms and head stay whole on every rank. Where ranks do not divide the heads or the key and
+value heads, attention stays whole on every rank too: it needs no sum, but every rank computes all of it.
 """
 
 from __future__ import annotations

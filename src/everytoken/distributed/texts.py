@@ -1,4 +1,4 @@
-"""Whose tokens a step reads: rows of one batch with one cache, or requests with a cache each. Both attend piece by piece.
+"""Whose tokens a step reads: rows of one batch with one cache, or requests with a cache each.
 
 The step's tokens are one list, request after request. A part of it is a stretch of that list. So it holds the end of
 one request, whole requests, and the beginning of another; each such piece attends to its own request's keys.

@@ -1,7 +1,8 @@
 """TokenWeave: one part of a step's tokens computes while the other communicates (arXiv 2505.11329).
 
-Under tensor parallelism every layer has two all-reduces. TokenWeave cuts a step's tokens once into two parts, and makes
-reduce-scatter, residual, norm of own rows and all-gather one operation ``f`` (``fused_norm``). A layer has four stages::
+Under tensor parallelism every layer has two all-reduces. TokenWeave cuts a step's tokens once into two parts, and
+makes reduce-scatter, residual, norm of own rows and all-gather one operation ``f`` (``fused_norm``). A layer has four
+stages::
 
     compute         attention 1    attention 2    MLP 1          MLP 2
     communication   f of MLP 2     f of attn 1    f of attn 2    f of MLP 1
