@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from transformers import (
     DynamicCache,
     GemmaConfig,
@@ -63,21 +66,21 @@ def test_models_that_are_llama_like(kind, config, settings):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
-def test_every_cut_of_a_padded_batch(attention):
+def test_cuts_of_a_padded_batch(attention):
     model = llama(12, 4, attn_implementation=attention)
     ids, mask = ids_of(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0
     wanted, padded = model(ids).logits, model(ids, attention_mask=mask).logits
     woven = weave(model)
-    for first in range(1, 18):
+    for first in (1, 4, 8, 9, 10, 13, 17):
         woven.settings = TokenWeave(first=first)
         assert far(model(ids).logits, wanted) < 2e-6
         assert far(model(ids, attention_mask=mask).logits[mask.bool()], padded[mask.bool()]) < 2e-6
-    assert woven.steps.woven == woven.steps.forwards == 34
+    assert woven.steps.woven == woven.steps.forwards == 14
     for schedule in ("fused", "plain"):
         woven.settings = TokenWeave(schedule)
         assert far(model(ids).logits, wanted) < 2e-6
-    assert woven.steps.woven == 34
+    assert woven.steps.woven == 14
 
 
 @torch.no_grad()
@@ -104,7 +107,7 @@ def test_prompts_and_single_tokens_in_one_step():
     texts = [ids_of(1, b + n, seed)[0] for seed, (b, n) in enumerate(zip(before, new, strict=True))]
     wanted = [model(text[None]).logits[0, -n:] for text, n in zip(texts, new, strict=True)]
     woven = weave(model)
-    for first in range(1, 11):
+    for first in (1, 5, 6, 7, 10):
         woven.settings = TokenWeave(first=first)
         caches = [DynamicCache() for _ in texts]
         read = [Request(t[:b], c) for t, b, c in zip(texts, before, caches, strict=True) if b]
@@ -134,6 +137,26 @@ def test_the_order_of_the_lanes():
     for place, (lane, what) in enumerate(woven.log):
         if lane == "communication":
             assert what.removeprefix("exchange of ") in done[: sum(x == "compute" for x, _ in woven.log[:place])]
+
+
+@torch.no_grad()
+def test_a_group_of_one_rank():
+    """Collectives and DTensor's shards, within this process: what one GPU runs under NCCL."""
+    ids = ids_of(2, 9)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = llama(12, 4)
+        wanted = model(ids).logits
+        woven = weave(model, init_device_mesh("cpu", (1,)), first=4)
+        assert type(model.model.layers[0].mlp.down_proj.weight) is DTensor
+        assert far(model(ids).logits, wanted) < 2e-6
+        woven.settings = TokenWeave("plain")
+        assert far(model(ids).logits, wanted) < 2e-6
+        woven.remove()
+        with pytest.raises(UnsupportedModelError, match=r"cannot be sharded|hooks"):
+            weave(model)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_stretches_as_rectangles():

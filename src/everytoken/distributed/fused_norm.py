@@ -24,7 +24,7 @@ from ..core.errors import BadInputError
 from .splits import rounded
 
 Group = Any
-"""A ``torch.distributed`` process group, or None for one rank alone."""
+"""A ``torch.distributed`` process group, or None for one rank without one. A group of one rank sends to itself."""
 Norm = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -107,7 +107,7 @@ def reduce_add_norm(
             f"Rows {tuple(partial.shape)} on {world} ranks go with a residual of {(each, partial.shape[-1])} on each; "
             f"got {tuple(residual.shape)}."
         )
-    if world == 1:
+    if group is None:
         residual = residual + partial
         return norm(residual), residual
     if reduce:
@@ -129,7 +129,7 @@ def all_reduce_add_norm(
     Returns:
         ``[m, h]`` normalised, and the new residual.
     """
-    if reduce and ranks(group) > 1:
+    if reduce and group is not None:
         partial = partial.contiguous().clone()
         dist.all_reduce(partial, group=group)
     residual = residual + partial

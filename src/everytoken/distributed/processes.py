@@ -17,7 +17,7 @@ from ..core.errors import BadInputError, EverytokenError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-SECONDS = 60
+SECONDS = 120
 """A collective that takes longer has lost a rank."""
 
 

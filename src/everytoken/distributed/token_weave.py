@@ -95,7 +95,7 @@ class TokenWeave:
 
         Args:
             model: a Llama-like causal model of transformers, whole, on this rank's device, in evaluation.
-            mesh: a ``DeviceMesh`` of one dimension; None is one rank.
+            mesh: a ``DeviceMesh`` of one dimension; None is one rank without a process group.
 
         Raises:
             UnsupportedModelError: a model that is not Llama-like, quantised or adapted weights, hooks.
@@ -154,7 +154,7 @@ class Woven:
         self.heads = int(model.config.num_key_value_heads)
         self._lanes = Lanes(model.device)
         self._check_formula()
-        if mesh is not None and mesh.size() > 1:
+        if mesh is not None:
             self.group, self.world = mesh.get_group(), mesh.size()
             self.reduce = divides_heads(model.config, self.world)
             self.heads //= self.world if self.reduce else 1
