@@ -13,7 +13,7 @@ from everytoken.distributed.token_weave import Request, TokenWeave, weave
 ROWS = (1, 2, 3, 7, 1025)
 
 
-def llama(heads=12, kv=12, hidden=48, inner=96, layers=3, seed=0, **settings):
+def llama(heads=12, kv=12, hidden=48, inner=96, layers=2, seed=0, **settings):
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=61, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
@@ -77,7 +77,7 @@ def forwards(mesh, counts, heads=12, kv=12, settings=None):
         for count in counts:
             ids = ids_of(1, count)
             wanted = alone(ids).logits
-            for first in sorted({1, 2, count // 3, count // 2, count - 1}):
+            for first in sorted({1, count // 3, count - 1}):
                 woven.settings = TokenWeave(first=first)
                 differ("cuts", woven.model(ids).logits, wanted)
             for schedule in ("fused", "plain"):
@@ -86,10 +86,10 @@ def forwards(mesh, counts, heads=12, kv=12, settings=None):
         ids, mask = ids_of(3, 17), torch.ones(3, 17, dtype=torch.long)
         mask[1, :5] = 0
         wanted = alone(ids, attention_mask=mask).logits
-        for first in (1, 16, 17, 20, 34, 50):
+        for first in (16, 17, 20):
             woven.settings = TokenWeave(first=first)
             differ("batches", woven.model(ids, attention_mask=mask).logits[mask.bool()], wanted[mask.bool()])
-        for first in (1, 5, 11):  # two prompts and a token, each behind what was read
+        for first in (1, 8):  # two prompts and a token, each behind what was read
             woven.settings = TokenWeave(first=3)
             caches = [DynamicCache() for _ in range(3)]
             before, new = (5, 9, 4), (6, 1, 5)
@@ -99,7 +99,7 @@ def forwards(mesh, counts, heads=12, kv=12, settings=None):
             found = woven.step([Request(t[b:], c) for t, b, c in zip(texts, before, caches, strict=True)])
             for text, count, ours in zip(texts, new, found, strict=True):
                 differ("mixed steps", ours, alone(text[None]).logits[0, -count:])
-    asked = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    asked = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
     woven.settings = TokenWeave(first=2)
     greedy = torch.equal(alone.generate(ids, **asked), woven.model.generate(ids, **asked))
     return {"far": far, "greedy": greedy, "cut": woven.reduce, "woven": woven.steps.woven}
@@ -139,9 +139,11 @@ def dies(mesh):
 
 def everything(mesh, counts):
     """All of the above in one start of processes."""
-    return {
+    found = {
         "operation": operation(mesh),
         "forwards": forwards(mesh, counts, settings={"attention_bias": True, "mlp_bias": True}),
-        "replicated": forwards(mesh, [65], 9, 3, {"hidden": 54}),
         "refusals": refusals(mesh),
     }
+    if mesh.size() == 2:
+        found["replicated"] = forwards(mesh, [65], 9, 3, {"hidden": 54})
+    return found

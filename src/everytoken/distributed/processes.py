@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,29 +43,22 @@ def launch(function: str, world: int, arguments: dict[str, Any] | None = None, s
         raise BadInputError(f"Ranks are 1 or more; got {world}.")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    with tempfile.TemporaryDirectory() as folder:
-        order = json.dumps({"function": function, "world": world, "arguments": arguments or {}, "folder": folder})
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-m", __name__, str(rank)],
-                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
-            )
-            for rank in range(world)
-        ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        order = {"function": function, "world": world, "arguments": arguments or {}}
+        (folder / "order.json").write_text(json.dumps(order), encoding="utf-8")
+        started: list[subprocess.Popen[bytes]] = []
         try:
-            for process in started:
-                assert process.stdin is not None
-                process.stdin.write(order)
-                process.stdin.close()
-                process.stdin = None
-            for rank, process in enumerate(started):
-                try:
-                    _, told = process.communicate(timeout=seconds)
-                except subprocess.TimeoutExpired as error:
-                    raise EverytokenError(f"Rank {rank} of {world} did not end within {seconds:g} s.") from error
-                if process.returncode:
-                    raise EverytokenError(f"Rank {rank} of {world} failed:\n{told[-2000:]}")
-            return [json.loads((Path(folder) / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
+            for rank in range(world):
+                with (folder / f"{rank}.err").open("wb") as errors:
+                    command = [sys.executable, "-m", __name__, name, str(rank)]
+                    started.append(
+                        subprocess.Popen(
+                            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, env=environment
+                        )
+                    )
+            _wait(started, folder, seconds)
+            return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
         finally:
             for process in started:
                 if process.poll() is None:
@@ -72,15 +66,34 @@ def launch(function: str, world: int, arguments: dict[str, Any] | None = None, s
                     process.wait()
 
 
-def main(rank: int) -> None:
-    """One rank: reads its orders from standard input."""
+def _wait(started: list[subprocess.Popen[bytes]], folder: Path, seconds: float) -> None:
+    """Returns when all have ended well. The first that fails ends the waiting: the others would wait for it."""
+    until = time.monotonic() + seconds
+    while True:
+        codes = [process.poll() for process in started]
+        for rank, code in enumerate(codes):
+            if code:
+                told = (folder / f"{rank}.err").read_text(encoding="utf-8", errors="replace")
+                raise EverytokenError(f"Rank {rank} of {len(started)} failed:\n{told[-2000:]}")
+        if None not in codes:
+            return
+        if time.monotonic() > until:
+            raise EverytokenError(f"Rank {codes.index(None)} of {len(started)} did not end within {seconds:g} s.")
+        time.sleep(0.05)
+
+
+def main(folder: Path, rank: int) -> None:
+    """One rank.
+
+    Args:
+        folder: holds the order, and gets what the rank returns.
+    """
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    order = json.loads(sys.stdin.read())
+    order = json.loads((folder / "order.json").read_text(encoding="utf-8"))
     torch.set_num_threads(1)
-    folder = Path(order["folder"])
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=order["world"],
         timeout=datetime.timedelta(seconds=SECONDS),
@@ -96,4 +109,4 @@ def main(rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))
