@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 scripts/check_weave_gpu.py               # as many ranks as GPUs
     python scripts/check_weave_gpu.py --model HUB_ID --tokens 8192
 
-One GPU has no link. There, a copy between two buffers stands in for it. So what is printed as overlap is that of a copy,
-and not of a collective. Without a GPU the script says so and does nothing.
+One GPU has no link. There, a copy between two buffers stands in for it. So what is printed as overlap is that of a
+copy, and not of a collective. Without a GPU the script says so and does nothing.
 """
 
 from __future__ import annotations

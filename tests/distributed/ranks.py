@@ -131,12 +131,6 @@ def refusals(mesh):
     return found
 
 
-def dies(mesh):
-    if mesh.get_rank() == 1:
-        raise RuntimeError("this rank dies")
-    dist.barrier()
-
-
 def everything(mesh, counts):
     """All of the above in one start of processes."""
     found = {
