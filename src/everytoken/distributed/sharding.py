@@ -51,7 +51,7 @@ def check_llama_like(model: PreTrainedModel) -> None:
         UnsupportedModelError: it is not Llama-like, or has weights, hooks or settings that cannot be woven.
     """
     kind = type(model).__name__
-    base = getattr(model, "model", None)
+    base: Any = getattr(model, "model", None)
     if not all(hasattr(base, name) for name in ("embed_tokens", "layers", "norm", "rotary_emb")):
         raise UnsupportedModelError(f"{kind} has no embed_tokens, layers, norm and rotary_emb in `model`.", LIKE)
     config = model.config

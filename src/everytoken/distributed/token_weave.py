@@ -221,7 +221,7 @@ class Woven:
             past_key_values = DynamicCache(config=config)
         with torch.no_grad():
             hidden = base.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            texts = BatchTexts(*hidden.shape[:2], past_key_values, attention_mask, hidden.device)
+            texts = BatchTexts(hidden.shape[0], hidden.shape[1], past_key_values, attention_mask, hidden.device)
             if position_ids is None:
                 position_ids = torch.arange(texts.past, texts.past + texts.width, device=hidden.device)[None]
             states = self._read(hidden, position_ids, texts, self._plan(texts.rows * texts.width))
@@ -327,7 +327,7 @@ class _Step:
         norms = [*(layer.input_layernorm for layer in layers[1:]), owner.model.model.norm]
         norm = layers[0].input_layernorm  # every rank has the embeddings: nothing to exchange
         part_1, part_2 = norm(part_1), norm(part_2)
-        end_2: torch.Tensor | None = None
+        end_2: Any = None
 
         def exchange(result: torch.Tensor, held: torch.Tensor, norm: Any, reduce: bool = True) -> Any:
             return reduce_add_norm(result, held, norm, group, reduce)

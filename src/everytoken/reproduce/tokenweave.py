@@ -8,6 +8,7 @@ Logits come from real processes over gloo and are compared with those of one pro
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .base import Arms, Claim, Context, Reproduction
@@ -48,10 +49,10 @@ def run(context: Context) -> Arms:
         arms[name].update(found)
     for world in PROCESSES[context.scale]:
         arms[HALVES].setdefault(EXACT, [])
-        found = context.part(f"{world} processes", lambda world=world: launched(world, context))  # type: ignore[misc]
+        differing = context.part(f"{world} processes", partial(launched, world, context))
         values = arms[HALVES][EXACT]
         assert isinstance(values, list)
-        values += found
+        values += differing
     return arms
 
 
