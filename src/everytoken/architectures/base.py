@@ -87,6 +87,7 @@ class Observation:
         text: what it wrote, if it wrote.
         pictures: pieces of HTML.
         notes: sentences worth saying.
+        drawing: lines for the terminal that show what it drew, if it drew.
     """
 
     traces: list[TokenTrace]
@@ -94,6 +95,7 @@ class Observation:
     text: str = ""
     pictures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    drawing: str = ""
 
 
 @dataclass

@@ -55,6 +55,8 @@ def trial(request: TrialRequest) -> TrialResult:
             if seen.text:
                 result.texts[shown] = seen.text
                 result.notes.append(f"{shown} wrote: {seen.text!r}")
+            if seen.drawing:
+                request.stream((f"{shown}:\n" if len(arms) > 1 or len(methods) > 1 else "") + seen.drawing + "\n")
             if seen.pictures and (len(arms) > 1 or len(methods) > 1):
                 result.pictures.append(f"<h3>{html.escape(shown)}</h3>")  # whose pictures these are
             result.pictures += seen.pictures
