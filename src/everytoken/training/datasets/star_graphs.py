@@ -1,0 +1,176 @@
+"""Star graphs: paths that a text from left to right has to guess, because only their end says where they begin.
+
+Arms leave a centre. A graph is written as its edges in random order, two letters each, then where the path starts and
+where it ends; the answer is the edges of the path::
+
+    AD CB DE CA CF FG  CE  ->  CA AD DE
+
+From the centre every arm looks alike to whoever has not looked along it, and all later edges follow from the first
+(arXiv 2403.06963). In a graph of ``arms`` with several lengths, and of a ``stem`` in front of the centre, the length
+of the answer is not known before either (arXiv 2505.05755).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...core.errors import BadInputError
+from ...core.rng import numpy_generator
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+LETTERS = "ABCDEFGHIJKLMNOPQRST"
+SPECIAL = ("_", "?", "^", "|", ".")
+PAD, MASK, CLS, BOS, END = range(len(SPECIAL))
+"""Ids of padding, of an open position, of the first token, of the token behind a question, and of the end."""
+FIRST = len(SPECIAL)
+"""The id of the letter A."""
+TOKENS = (*SPECIAL, *LETTERS)
+
+
+@dataclass(frozen=True)
+class StarGraphs:
+    """Graphs of one kind.
+
+    Args:
+        degree: arms of a centre.
+        arms: least and greatest number of edges of an arm; the arms of a graph are drawn one by one.
+        stem: least and greatest number of edges between the start and the centre.
+        nodes: letters to draw from.
+
+    Raises:
+        BadInputError: fewer letters than a graph may need, or numbers out of range.
+    """
+
+    degree: int = 3
+    arms: tuple[int, int] = (3, 3)
+    stem: tuple[int, int] = (0, 0)
+    nodes: int = 12
+
+    def __post_init__(self) -> None:
+        if self.degree < 2 or not 1 <= self.arms[0] <= self.arms[1] or not 0 <= self.stem[0] <= self.stem[1]:
+            raise BadInputError(f"A star has two arms of an edge at least; got {self}.")
+        if not self.edges < self.nodes <= len(LETTERS):
+            raise BadInputError(f"{self.edges + 1} to {len(LETTERS)} letters are needed; got {self.nodes}.")
+
+    @property
+    def edges(self) -> int:
+        """Edges of the largest graph."""
+        return self.degree * self.arms[1] + self.stem[1]
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the longest question: CLS, edges, start, goal, BOS."""
+        return 2 * self.edges + 4
+
+    @property
+    def answer_length(self) -> int:
+        """Tokens of the longest answer."""
+        return 2 * (self.arms[1] + self.stem[1])
+
+    def rows(self, count: int, rng: np.random.Generator) -> Graphs:
+        """Random graphs, questions padded on the left and answers on the right."""
+        prompts = np.full((count, self.prompt_length), PAD)
+        answers = np.full((count, self.answer_length), PAD)
+        # random keys in place of a shuffle a row: one call draws all of them
+        letters = rng.random((count, len(LETTERS)))[:, : self.nodes].argsort(1) + FIRST
+        arms = rng.integers(self.arms[0], self.arms[1] + 1, (count, self.degree))
+        stems = rng.integers(self.stem[0], self.stem[1] + 1, count)
+        keys = rng.random((count, self.edges))
+        chosen = rng.integers(self.degree, size=count)
+        for row in range(count):
+            stem, names = int(stems[row]), letters[row]
+            lines = [names[: stem + 1]]
+            begin = stem + 1
+            for length in arms[row].tolist():
+                lines.append(np.concatenate([names[stem : stem + 1], names[begin : begin + length]]))
+                begin += length
+            pairs = np.concatenate([np.stack([line[:-1], line[1:]], 1) for line in lines])
+            pairs = pairs[keys[row, : len(pairs)].argsort()]
+            arm = lines[1 + int(chosen[row])]
+            path = np.concatenate([lines[0][:-1], arm])
+            answer = np.stack([path[:-1], path[1:]], 1).ravel()
+            text = [CLS, *pairs.ravel(), path[0], path[-1], BOS]
+            prompts[row, self.prompt_length - len(text) :] = text
+            answers[row, : len(answer)] = answer
+        return Graphs(prompts, answers)
+
+    def questions(self, count: int, seed: int, *names: object) -> Graphs:
+        """Graphs of a seed; other names give others."""
+        return self.rows(count, numpy_generator(seed, "star graphs", *names))
+
+
+EASY = StarGraphs()
+"""Three arms of three edges each; the path starts at the centre."""
+MEDIUM = StarGraphs(arms=(2, 4), stem=(0, 1), nodes=14)
+"""Three arms of two to four edges, and a start that may lie an edge before the centre."""
+
+
+@dataclass
+class Graphs:
+    """Questions and answers as ids.
+
+    Attributes:
+        prompts: ``[N, P]``, padded on the left.
+        answers: ``[N, L]``, padded on the right.
+    """
+
+    prompts: np.ndarray
+    answers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def whole(self, end: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids, response and attention, ``[N, P + L]`` each; with ``end``, answers are filled up with end tokens, which
+        belong to the response (a row more, so that each has one).
+        """
+        import torch
+
+        prompts, answers = torch.from_numpy(self.prompts), torch.from_numpy(self.answers)
+        if end:
+            answers = torch.nn.functional.pad(answers, (0, 1), value=PAD).masked_fill_(
+                torch.nn.functional.pad(answers, (0, 1), value=PAD) == PAD, END
+            )
+        ids = torch.cat([prompts, answers], 1)
+        attention = ids != PAD
+        response = attention.clone()
+        response[:, : prompts.shape[1]] = False
+        return ids, response, attention
+
+    def right(self, answers: list[list[int]]) -> list[float]:
+        """1.0 for each answer that is the whole path, else 0.0; what stands behind an end token does not count."""
+        found = []
+        for wanted, given in zip(self.answers, answers, strict=True):
+            cut = given[: given.index(END)] if END in given else given
+            found.append(float(cut == wanted[wanted != PAD].tolist()))
+        return found
+
+
+def star_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a letter; a question gets its CLS and BOS. Spaces between letters do not count."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({token: number for number, token in enumerate(TOKENS)}, unk_token="_"))
+    core.normalizer = normalizers.Replace(Regex(r"[\s,>-]"), "")
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.decoder = decoders.Fuse()
+    core.post_processor = processors.TemplateProcessing(single="^ $A |", special_tokens=[("^", CLS), ("|", BOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="_",
+        mask_token="?",
+        cls_token="^",
+        bos_token="|",
+        eos_token=".",
+        unk_token="_",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
