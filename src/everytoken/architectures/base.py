@@ -87,6 +87,7 @@ class Observation:
         text: what it wrote, if it wrote.
         pictures: pieces of HTML.
         notes: sentences worth saying.
+        lines: of a terminal, where a network writes in steps that can be followed.
     """
 
     traces: list[TokenTrace]
@@ -94,6 +95,7 @@ class Observation:
     text: str = ""
     pictures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -61,6 +61,8 @@ def trial(request: TrialRequest) -> TrialResult:
             result.notes += seen.notes
             if arm is method:
                 result.traces += seen.traces
+                for line in seen.lines:
+                    request.stream(f"{name}, {line}\n")
     return result
 
 

@@ -11,11 +11,11 @@ from ..core.rng import derive_seed
 from ..core.scoring import check_prompt
 from ..core.weights import weights_folder
 from .canvas.base import CanvasSampler
-from .canvas.replay import canvas_text, replay_html
+from .canvas.replay import replay_html, step_lines
 from .trial import TrialRequest, TrialResult
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 EXAMPLE = "1.3. .... ..2. 4..."
 HEADLINE = "mean probability of a choice"
@@ -85,7 +85,8 @@ def trial(request: TrialRequest) -> TrialResult:
         result.texts[name] = tokenizer.decode(found.final_ids[0], skip_special_tokens=False)
         if name == plain:
             continue
-        _show(request, tokenizer, name, found)
+        for line in step_lines(found, 0, tokenizer):
+            request.stream(f"{name}, {line}\n")
         for trace in ready.trace:
             trace.title = f"{name}: {prompt}"
             result.traces.append(trace.with_text(tokenizer))
@@ -93,10 +94,3 @@ def trial(request: TrialRequest) -> TrialResult:
     result.notes += [f"{name} wrote: {text!r}" for name, text in result.texts.items()]
     return result
 
-
-def _show(request: TrialRequest, tokenizer: PreTrainedTokenizerBase, name: str, found: Any) -> None:
-    """The canvas after every step, a line each, as the terminal shows it."""
-    width = len(str(found.steps))
-    for number, state in enumerate(found.states()):
-        line = canvas_text(state[0][found.attention[0]], tokenizer, found.mask_id)
-        request.stream(f"{name}, step {number:>{width}}  {line}\n")

@@ -1,13 +1,13 @@
 """Star graphs: paths that a text from left to right has to guess, because only their end says where they begin.
 
-Arms leave a centre. A graph is written as its edges in random order, two letters each, then where the path starts and
-where it ends; the answer is the edges of the path::
+Arms leave a centre. A graph is written as its edges in random order, then the pair of where the path starts and where
+it ends; the answer is the edges of the path. An edge is one token, its two letters::
 
-    AD CB DE CA CF FG  CE  ->  CA AD DE
+    AD CB DE CA CF FG EH GI BJ CH  ->  CA AD DE EH
 
-From the centre every arm looks alike to whoever has not looked along it, and all later edges follow from the first
-(arXiv 2403.06963). In a graph of ``arms`` with several lengths, and of a ``stem`` in front of the centre, the length
-of the answer is not known before either (arXiv 2505.05755).
+At the centre every arm looks alike to whoever has not followed it to its end, and all later edges follow from the first
+(arXiv 2403.06963). Where arms have several lengths, and a stem may lie in front of the centre, the length of the answer
+is not known before either (arXiv 2505.05755).
 """
 
 from __future__ import annotations
@@ -24,13 +24,18 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
-LETTERS = "ABCDEFGHIJKLMNOPQRST"
+LETTERS = "ABCDEFGHIJKLMN"
 SPECIAL = ("_", "?", "^", "|", ".")
 PAD, MASK, CLS, BOS, END = range(len(SPECIAL))
 """Ids of padding, of an open position, of the first token, of the token behind a question, and of the end."""
 FIRST = len(SPECIAL)
-"""The id of the letter A."""
-TOKENS = (*SPECIAL, *LETTERS)
+"""The id of the pair AA; those of AB, AC and so on follow."""
+TOKENS = (*SPECIAL, *(f" {first}{second}" for first in LETTERS for second in LETTERS))
+
+
+def _pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Ids of pairs of letters."""
+    return FIRST + first * len(LETTERS) + second
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class StarGraphs:
     degree: int = 3
     arms: tuple[int, int] = (3, 3)
     stem: tuple[int, int] = (0, 0)
-    nodes: int = 12
+    nodes: int = 10
 
     def __post_init__(self) -> None:
         if self.degree < 2 or not 1 <= self.arms[0] <= self.arms[1] or not 0 <= self.stem[0] <= self.stem[1]:
@@ -65,39 +70,36 @@ class StarGraphs:
 
     @property
     def prompt_length(self) -> int:
-        """Tokens of the longest question: CLS, edges, start, goal, BOS."""
-        return 2 * self.edges + 4
+        """Tokens of the longest question: CLS, edges, start and goal, BOS."""
+        return self.edges + 3
 
     @property
     def answer_length(self) -> int:
         """Tokens of the longest answer."""
-        return 2 * (self.arms[1] + self.stem[1])
+        return self.arms[1] + self.stem[1]
 
     def rows(self, count: int, rng: np.random.Generator) -> Graphs:
         """Random graphs, questions padded on the left and answers on the right."""
         prompts = np.full((count, self.prompt_length), PAD)
         answers = np.full((count, self.answer_length), PAD)
         # random keys in place of a shuffle a row: one call draws all of them
-        letters = rng.random((count, len(LETTERS)))[:, : self.nodes].argsort(1) + FIRST
+        letters = rng.random((count, self.nodes)).argsort(1)
         arms = rng.integers(self.arms[0], self.arms[1] + 1, (count, self.degree))
         stems = rng.integers(self.stem[0], self.stem[1] + 1, count)
         keys = rng.random((count, self.edges))
         chosen = rng.integers(self.degree, size=count)
-        for row in range(count):
-            stem, names = int(stems[row]), letters[row]
-            lines = [names[: stem + 1]]
-            begin = stem + 1
+        for row, names in enumerate(letters):
+            stem = int(stems[row])
+            lines, begin = [names[: stem + 1]], stem + 1
             for length in arms[row].tolist():
                 lines.append(np.concatenate([names[stem : stem + 1], names[begin : begin + length]]))
                 begin += length
-            pairs = np.concatenate([np.stack([line[:-1], line[1:]], 1) for line in lines])
-            pairs = pairs[keys[row, : len(pairs)].argsort()]
-            arm = lines[1 + int(chosen[row])]
-            path = np.concatenate([lines[0][:-1], arm])
-            answer = np.stack([path[:-1], path[1:]], 1).ravel()
-            text = [CLS, *pairs.ravel(), path[0], path[-1], BOS]
+            edges = np.concatenate([_pairs(line[:-1], line[1:]) for line in lines])
+            edges = edges[keys[row, : len(edges)].argsort()]
+            path = np.concatenate([lines[0][:-1], lines[1 + int(chosen[row])]])
+            text = [CLS, *edges, _pairs(path[0], path[-1]), BOS]
             prompts[row, self.prompt_length - len(text) :] = text
-            answers[row, : len(answer)] = answer
+            answers[row, : len(path) - 1] = _pairs(path[:-1], path[1:])
         return Graphs(prompts, answers)
 
     def questions(self, count: int, seed: int, *names: object) -> Graphs:
@@ -105,10 +107,12 @@ class StarGraphs:
         return self.rows(count, numpy_generator(seed, "star graphs", *names))
 
 
-EASY = StarGraphs()
+EASY = StarGraphs(nodes=10)
 """Three arms of three edges each; the path starts at the centre."""
 MEDIUM = StarGraphs(arms=(2, 4), stem=(0, 1), nodes=14)
 """Three arms of two to four edges, and a start that may lie an edge before the centre."""
+
+KINDS = {"easy": EASY, "medium": MEDIUM}
 
 
 @dataclass
@@ -134,9 +138,8 @@ class Graphs:
 
         prompts, answers = torch.from_numpy(self.prompts), torch.from_numpy(self.answers)
         if end:
-            answers = torch.nn.functional.pad(answers, (0, 1), value=PAD).masked_fill_(
-                torch.nn.functional.pad(answers, (0, 1), value=PAD) == PAD, END
-            )
+            answers = torch.nn.functional.pad(answers, (0, 1), value=PAD)
+            answers = answers.masked_fill(answers == PAD, END)
         ids = torch.cat([prompts, answers], 1)
         attention = ids != PAD
         response = attention.clone()
@@ -153,13 +156,16 @@ class Graphs:
 
 
 def star_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a letter; a question gets its CLS and BOS. Spaces between letters do not count."""
+    """One token a pair of letters; a question gets its CLS and BOS. Spaces do not count."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.WordLevel({token: number for number, token in enumerate(TOKENS)}, unk_token="_"))
-    core.normalizer = normalizers.Replace(Regex(r"[\s,>-]"), "")
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.normalizer = normalizers.Replace(Regex(r"[\s,]"), "")
+    core.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex("[A-Z]{2}|."), "isolated"),
+        pre_tokenizers.Metaspace(" ", prepend_scheme="always", split=False),  # texts show their pairs apart
+    ])
     core.decoder = decoders.Fuse()
     core.post_processor = processors.TemplateProcessing(single="^ $A |", special_tokens=[("^", CLS), ("|", BOS)])
     return PreTrainedTokenizerFast(
