@@ -245,7 +245,7 @@ class InsertionSampler(CanvasSampler):
         """``[B, V]`` with minus infinity behind ``top_p``; the likeliest token always stays."""
         if self.top_p == 1:
             return logps
-        values, order = logps.log_softmax(-1).sort(-1, descending=True, stable=True)
+        values, order = logps.log_softmax(-1).sort(dim=-1, descending=True, stable=True)
         before = values.exp().cumsum(-1) - values.exp()
         cut = torch.zeros_like(logps, dtype=torch.bool).scatter(1, order, before >= self.top_p)
         return logps.masked_fill(cut, -torch.inf)
