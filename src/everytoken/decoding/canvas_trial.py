@@ -93,4 +93,3 @@ def trial(request: TrialRequest) -> TrialResult:
         result.pictures.append(replay_html(found, 0, tokenizer, f"{name}: every step of the canvas"))
     result.notes += [f"{name} wrote: {text!r}" for name, text in result.texts.items()]
     return result
-

@@ -125,7 +125,8 @@ def test_likelihoods():
     assert float(histories.mean()) < float(exact)
     drawn = insertion_bound(net, ids, response, count=4, seed=1, rows=3)
     assert all(min((histories - one).abs()) < 1e-5 for one in drawn)
-    assert insertion_bound(net, ids, response * 0).tolist() == pytest.approx([float(insertion_logp(net, ids, response * 0))] * 8)  # fmt: skip
+    empty = insertion_bound(net, ids, response * 0)
+    assert empty.tolist() == pytest.approx([float(insertion_logp(net, ids, response * 0))] * 8)
     for arguments, message in (
         ((ids[None], response), "one text"),
         ((ids.repeat(3), response.repeat(3) | 1), "sets"),
@@ -140,7 +141,10 @@ def test_likelihoods():
 
 def test_the_collator():
     collator = InsertionCollator(PAD, torch.Generator().manual_seed(0))
-    rows = [{"input_ids": [CLS, BOS, A, B]}, {"input_ids": [CLS, C, BOS, A, B], "labels": [-100, -100, -100, A, B]}] * 50
+    rows = [
+        {"input_ids": [CLS, BOS, A, B]},
+        {"input_ids": [CLS, C, BOS, A, B], "labels": [-100, -100, -100, A, B]},
+    ] * 50
     batch = collator(rows)
     lost = batch["labels"] != -100
     assert batch["input_ids"].shape == (100, 5) and not bool(lost[:, :2].any()) and not bool(lost[1::2, 2].any())

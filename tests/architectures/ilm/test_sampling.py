@@ -30,9 +30,7 @@ def law(net, longest):
     return found
 
 
-@pytest.mark.parametrize(
-    "order", ["joint", pytest.param("gap-first", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("order", ["joint", pytest.param("gap-first", marks=pytest.mark.slow)])
 def test_texts_have_the_models_own_law(order):
     net, count = network(initializer_range=0.5, num_hidden_layers=1), 1000
     with torch.no_grad():

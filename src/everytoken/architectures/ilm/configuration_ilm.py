@@ -32,7 +32,9 @@ class InsertionLMConfig(AnyOrderConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if not self.stop_head or self.streams != 1 or self.shift_logits:
-            raise BadInputError("An insertion language model has a stop head, one stream, and logits that do not shift.")
+            raise BadInputError(
+                "An insertion language model has a stop head, one stream, and logits that do not shift."
+            )
         if not 0 <= self.cls_token_id < self.vocab_size:
             raise BadInputError(f"cls_token_id={self.cls_token_id} is no token: there are {self.vocab_size}.")
 

@@ -91,7 +91,7 @@ def insertion_bound(
 
     Args:
         ids, response, forbidden, rows: as for ``insertion_logp``.
-        orders: ``[K, L]``, in each row the places of the answer in the order of insertion; None draws ``count`` of them.
+        orders: ``[K, L]``, places of the answer in the order of insertion; None draws ``count`` rows.
 
     Raises:
         BadInputError: a batch, or orders of another length.
@@ -122,8 +122,8 @@ def _insertions(
     forbidden: tuple[int, ...] | None,
     rows: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For texts that hold some tokens of the answer, ``there [N, L]``: the log-probabilities ``[N, L]`` of inserting each
-    of the others next, of the end ``[N]``, and of no end ``[N]``; float64.
+    """For texts that hold some tokens of the answer, ``there [N, L]``: log-probabilities ``[N, L]`` of inserting each of
+    the others next, of the end ``[N]``, and of no end ``[N]``; float64.
     """
     config = model.config.get_text_config()
     named = getattr(config, "never_inserted", (config.mask_token_id,)) if forbidden is None else forbidden

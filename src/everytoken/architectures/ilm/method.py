@@ -56,7 +56,7 @@ class ILM(Architecture):
         },
     )
     weights: ClassVar[str] = InsertionSampler.weights
-    example: ClassVar[str] = "AD CB DE CA CF FG EH GI BJ  CH"
+    example: ClassVar[str] = "DE CA FG AD CF  CE"
     headline: ClassVar[str] = "mean probability of an insertion"
 
     def __post_init__(self) -> None:

@@ -64,7 +64,7 @@ class InsertionLM(AnyOrderLM):
         open_gaps: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> AnyOrderOutput:
-        """Logits ``[B, T, V]`` of insertions right behind each token, ``stop_logits [B, 2]``, and the loss of ``labels``.
+        """Logits ``[B, T, V]`` of insertions right behind each token, ``stop_logits [B, 2]``, and the loss of labels.
 
         Args:
             input_ids: ``[B, T]``, or ``inputs_embeds [B, T, d]``; a CLS token first.

@@ -48,8 +48,11 @@ class InsertionTraining(AnyOrderTraining):
         BadInputError: a value out of range.
     """
 
+    steps: int = 2500
+    lr: float = 6e-3
+    hold: float = 0.7
     task: str = "star-graphs"
-    graphs: str = "easy"
+    graphs: str = "medium"
     prefix_gaps: bool = False
 
     def __post_init__(self) -> None:
@@ -227,7 +230,7 @@ def run(config: InsertionTraining, context: TrainingContext) -> TrainingResult:
     prompt = held.attention & ~held.response
     sampler = InsertionSampler(gen_length=32, temperature=0.0, trace_enabled=True)
     found = sampler(model, held.ids[prompt][None], seeds=[config.seed])
-    shown = "'AD CB DE CA CF FG  CE'" if source.graphs is not None else "'Some words'"
+    shown = "'DE CA FG AD CF  CE'" if source.graphs is not None else "'Some words'"
     return write_training(
         "ilm",
         context,

@@ -51,9 +51,7 @@ SCRIPT = """<script>
 </script>"""
 
 
-def pieces(
-    ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None, mask_id: int, gap: str = GAP
-) -> list[str]:
+def pieces(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None, mask_id: int, gap: str = GAP) -> list[str]:
     """The text of every position ``[T]``; open ones are ``gap``."""
     values = ids.tolist()
     known = {
@@ -62,9 +60,7 @@ def pieces(
     return [gap if item == mask_id else known[item] for item in values]
 
 
-def canvas_text(
-    ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None, mask_id: int, gap: str = GAP
-) -> str:
+def canvas_text(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None, mask_id: int, gap: str = GAP) -> str:
     """One canvas ``[T]`` as one line."""
     return "".join(pieces(ids, tokenizer, mask_id, gap)).replace("\n", "⏎")
 
@@ -84,8 +80,9 @@ def _gap(found: Trajectory) -> str:
 
 
 def replay_html(found: Trajectory, row: int, tokenizer: PreTrainedTokenizerBase | None, title: str = "") -> str:
-    """HTML of a row with a slider over its steps; each written position has the colour of the step that fixed it. A text
-    that grows is as long at every step as it was.
+    """HTML of a row with a slider over its steps; each written position has the colour of the step that fixed it.
+
+    A text that grows is as long at every step as it was.
 
     Raises:
         BadInputError: the steps are too many to put on a page.

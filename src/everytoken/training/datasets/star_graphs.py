@@ -3,7 +3,7 @@
 Arms leave a centre. A graph is written as its edges in random order, then the pair of where the path starts and where
 it ends; the answer is the edges of the path. An edge is one token, its two letters::
 
-    AD CB DE CA CF FG EH GI BJ CH  ->  CA AD DE EH
+    DE CA FG AD CF  CE  ->  CA AD DE
 
 At the centre every arm looks alike to whoever has not followed it to its end, and all later edges follow from the first
 (arXiv 2403.06963). Where arms have several lengths, and a stem may lie in front of the centre, the length of the answer
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
-LETTERS = "ABCDEFGHIJKLMN"
+LETTERS = "ABCDEFG"
 SPECIAL = ("_", "?", "^", "|", ".")
 PAD, MASK, CLS, BOS, END = range(len(SPECIAL))
 """Ids of padding, of an open position, of the first token, of the token behind a question, and of the end."""
@@ -52,10 +52,10 @@ class StarGraphs:
         BadInputError: fewer letters than a graph may need, or numbers out of range.
     """
 
-    degree: int = 3
+    degree: int = 2
     arms: tuple[int, int] = (3, 3)
     stem: tuple[int, int] = (0, 0)
-    nodes: int = 10
+    nodes: int = 7
 
     def __post_init__(self) -> None:
         if self.degree < 2 or not 1 <= self.arms[0] <= self.arms[1] or not 0 <= self.stem[0] <= self.stem[1]:
@@ -107,11 +107,10 @@ class StarGraphs:
         return self.rows(count, numpy_generator(seed, "star graphs", *names))
 
 
-EASY = StarGraphs(nodes=10)
-"""Three arms of three edges each; the path starts at the centre."""
-MEDIUM = StarGraphs(arms=(2, 4), stem=(0, 1), nodes=14)
-"""Three arms of two to four edges, and a start that may lie an edge before the centre."""
-
+EASY = StarGraphs()
+"""Two arms of three edges each; the path starts at the centre, and its length is known."""
+MEDIUM = StarGraphs(arms=(2, 3))
+"""Two arms of two or three edges."""
 KINDS = {"easy": EASY, "medium": MEDIUM}
 
 
@@ -148,11 +147,16 @@ class Graphs:
 
     def right(self, answers: list[list[int]]) -> list[float]:
         """1.0 for each answer that is the whole path, else 0.0; what stands behind an end token does not count."""
-        found = []
-        for wanted, given in zip(self.answers, answers, strict=True):
-            cut = given[: given.index(END)] if END in given else given
-            found.append(float(cut == wanted[wanted != PAD].tolist()))
-        return found
+        return [float(wanted == given) for wanted, given in self._beside(answers)]
+
+    def shares(self, answers: list[list[int]]) -> list[float]:
+        """The share of the path's edges that each answer has, anywhere."""
+        return [len(set(wanted) & set(given)) / len(wanted) for wanted, given in self._beside(answers)]
+
+    def _beside(self, answers: list[list[int]]) -> list[tuple[list[int], list[int]]]:
+        pairs = zip(self.answers, answers, strict=True)
+        ended = ((wanted, given[: given.index(END)] if END in given else given) for wanted, given in pairs)
+        return [(wanted[wanted != PAD].tolist(), given) for wanted, given in ended]
 
 
 def star_tokenizer() -> PreTrainedTokenizerFast:
@@ -162,10 +166,12 @@ def star_tokenizer() -> PreTrainedTokenizerFast:
 
     core = Tokenizer(models.WordLevel({token: number for number, token in enumerate(TOKENS)}, unk_token="_"))
     core.normalizer = normalizers.Replace(Regex(r"[\s,]"), "")
-    core.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex("[A-Z]{2}|."), "isolated"),
-        pre_tokenizers.Metaspace(" ", prepend_scheme="always", split=False),  # texts show their pairs apart
-    ])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("[A-Z]{2}|."), "isolated"),
+            pre_tokenizers.Metaspace(" ", prepend_scheme="always", split=False),  # texts show their pairs apart
+        ]
+    )
     core.decoder = decoders.Fuse()
     core.post_processor = processors.TemplateProcessing(single="^ $A |", special_tokens=[("^", CLS), ("|", BOS)])
     return PreTrainedTokenizerFast(
