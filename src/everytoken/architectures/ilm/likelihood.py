@@ -122,8 +122,8 @@ def _insertions(
     forbidden: tuple[int, ...] | None,
     rows: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For texts that hold some tokens of the answer, ``there [N, L]``: log-probabilities ``[N, L]`` of inserting each of
-    the others next, of the end ``[N]``, and of no end ``[N]``; float64.
+    """Of texts that hold some tokens of the answer, ``there [N, L]``: log-probabilities ``[N, L]`` that each of the
+    others comes next, of the end ``[N]``, and of no end ``[N]``; float64.
     """
     config = model.config.get_text_config()
     named = getattr(config, "never_inserted", (config.mask_token_id,)) if forbidden is None else forbidden
