@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LEFT, MASKS, INSERTIONS = "left to right", "masked diffusion", "ILM"
 WAYS = (LEFT, MASKS, INSERTIONS)
 FOUND, EDGES = "paths found", "edges of the path found"
-STEPS = 1200
+STEPS = 2500
 """Of a training at the cpu scale."""
 
 
