@@ -36,7 +36,7 @@ demo: $(VENV)/.base ## install, then the main job, offline, on the embedded mode
 
 # Tests come in two tiers. `make test` is what every commit must pass: tiny models, within one process. `make test-full` adds what
 # is slow: the embedded model, real processes, and of what takes longest that which changed since the commit SINCE (methods' quick
-# experiments, long pages of the docs), or a part in turn. `make test-all` is both, whole, with what is exhaustive (all model
+# experiments, long pages of the docs, rotating tests), and a part of the rest in turn. `make test-all` is both, whole, with what is exhaustive (all model
 # families).
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=30
 SINCE ?=

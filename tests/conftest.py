@@ -40,30 +40,35 @@ def pytest_addoption(parser):
     group.addoption("--since", default="", help="a commit; empty or unknown: those whose turn it is")
 
 
-def called_for(config, pages=()):
-    """Names of the methods whose quick experiments run, and those of the long pages that run."""
-    from .selection import changed_since, commits, long_pages, select
+def called_for(config, pages=(), tests=()):
+    """Names of the methods whose quick experiments run, of the long pages, and of the rotating tests that run."""
+    from .selection import changed_since, commits, long_pages, rotating, select
 
     since = config.getoption("--since")
     changed, turn = changed_since(since) if since else None, commits()
-    return select(changed, turn), long_pages(changed, turn, pages)
+    return select(changed, turn), long_pages(changed, turn, pages), rotating(changed, turn, tests)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by the marks
 def pytest_collection_modifyitems(config, items):
-    """Tests of the embedded model belong to the full tier; what a change does not call for is left out: experiments and
-    long pages.
+    """Tests of the embedded model and rotating ones belong to the full tier; what a change does not call for is left
+    out: experiments, long pages, rotating tests.
     """
     for item in items:
         if "embedded" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
     marked = {
-        kind: {item: mark.args[0] for item in items if (mark := item.get_closest_marker(kind)) is not None}
-        for kind in ("reproduction", "long_page")
+        kind: {
+            item: (*mark.args, item.nodeid)[0] for item in items if (mark := item.get_closest_marker(kind)) is not None
+        }
+        for kind in ("reproduction", "long_page", "rotating")
     }
+    for item in marked["rotating"]:
+        item.add_marker(pytest.mark.slow)
     if config.getoption("--reproductions") == "all" or not any(marked.values()):
         return
-    chosen = set().union(*called_for(config, set(marked["long_page"].values())))
+    pages, tests = (set(marked[kind].values()) for kind in ("long_page", "rotating"))
+    chosen = set().union(*called_for(config, pages, tests))
     dropped = [item for named in marked.values() for item, name in named.items() if name not in chosen]
     items[:] = [item for item in items if item not in dropped]
     config.hook.pytest_deselected(items=dropped)
@@ -71,7 +76,7 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_terminal_summary(terminalreporter, config):
     if config.getoption("--reproductions") == "changed" and not hasattr(config, "workerinput"):
-        names, _ = called_for(config)
+        names, *_ = called_for(config)
         terminalreporter.write_line(f"quick experiments called for: {', '.join(sorted(names)) or 'none'}")
 
 

@@ -1,5 +1,6 @@
 """Which quick reproductions a change calls for: those of the methods that it touches, or a rotation of eight where it
-touches a floor. And which long pages of the docs: those that it touches, and the next in turn.
+touches a floor, or what more than eight methods share. Which long pages of the docs: those that it touches, and the
+next in turn. And which of the rotating tests: those of the sources that it touches, and a third of the others in turn.
 
 Files are found from the cards and the import graph, so a new method is covered by its card alone.
 """
@@ -16,6 +17,7 @@ from .test_imports import graph, place_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ROTATION = 8
+THIRDS = 3
 
 
 def reproducible():
@@ -70,14 +72,17 @@ def select(changed, turn, names=None):
         turn: any number; the next one continues the rotation where this one ends.
     """
     names = reproducible() if names is None else names
-    chosen = set()
-    for slug in names if changed else ():
-        own = files_of(slug)
-        stems = {path.removesuffix(".py").removesuffix("/__init__") for path in changed}
-        if stems & own:
-            chosen.add(slug)
+    chosen, shared = set(), changed is None
+    own = {slug: files_of(slug) for slug in names}
     floors = tuple(f"src/everytoken/{name}/" for name in floor_names())
-    if changed is None or any(path.startswith(floors) for path in changed):
+    for path in changed or ():
+        stem = path.removesuffix(".py").removesuffix("/__init__")
+        touched = {slug for slug in names if stem in own[slug]}
+        if path.startswith(floors) or len(touched) > ROTATION:
+            shared = True
+        else:
+            chosen |= touched
+    if shared:
         first = turn * ROTATION % len(names)
         chosen.update((names + names)[first : first + min(ROTATION, len(names))])
     return chosen
@@ -94,3 +99,29 @@ def long_pages(changed, turn, names):
     touched = set(names) & set(changed or ())
     others = sorted(set(names) - touched)
     return touched | ({others[turn % len(others)]} if others else set())
+
+
+def source_of(path):
+    """What the test in ``tests/a/test_b.py`` is about: ``src/everytoken/a/b``, a module or a folder."""
+    folder, _, name = path.removeprefix("tests/").rpartition("/")
+    return "/".join(part for part in ("src/everytoken", folder, name.removeprefix("test_").removesuffix(".py")) if part)
+
+
+def rotating(changed, turn, tests):
+    """The rotating tests that run: those whose file or source changed, and a third of the others.
+
+    Args:
+        changed: files that changed; None where that is not known.
+        turn: any number; the next one takes the next third.
+        tests: ids of all rotating tests, ``tests/a/test_b.py::test_c[case]``.
+    """
+    changed = changed or ()
+
+    def touched(test):
+        path = test.partition("::")[0]
+        source = source_of(path)
+        return any(name == path or name.startswith((f"{source}.", f"{source}/")) for name in changed)
+
+    own = {test for test in tests if touched(test)}
+    others = sorted(set(tests) - own)
+    return own | set(others[turn % THIRDS :: THIRDS])

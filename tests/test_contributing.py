@@ -82,7 +82,7 @@ def test_their_tests_the_contracts_and_the_rules_of_the_house_pass(tree):
         assert name in run(tree, "-m", "pytest", "-o", "addopts=", "-v", battery, "-k", name)
 
 
-@pytest.mark.slow
+@pytest.mark.rotating
 def test_the_loss_is_tried_compared_and_trained(tree):
     from everytoken.reproduce.beds.small_models import character_tokenizer
 
@@ -104,7 +104,7 @@ def test_the_loss_is_tried_compared_and_trained(tree):
     assert "margin" in run(tree, "-c", "import everytoken; print(everytoken.MarginDPOLoss())")
 
 
-@pytest.mark.slow
+@pytest.mark.rotating
 def test_the_decoder_is_tried_and_compared(tree):
     common = ("--max-new-tokens", 8, "--temperature", 1)
     told = run(tree, "-m", "everytoken", "try", "sure-sampling", "--set", "threshold=0.5", *common)
@@ -113,7 +113,7 @@ def test_the_decoder_is_tried_and_compared(tree):
     assert "sure-sampling:threshold=1" in told
 
 
-@pytest.mark.slow
+@pytest.mark.rotating
 @pytest.mark.parametrize("name", [pytest.param("margin-dpo", marks=pytest.mark.exhaustive), "sure-sampling"])
 def test_their_experiments_run(tree, name):
     told = run(tree, "-m", "everytoken", "reproduce", name, "--quick", "--out", "results")

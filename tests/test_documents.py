@@ -72,15 +72,20 @@ def test_every_block_is_one_that_runs(name):
 
 LONG = {
     "README.md": "every verb of the command line, a start of Python each, and a training of most kinds",
+    "docs/architectures.md": "small networks of several kinds trained",
     "docs/constraints.md": "the grammar engine's kernels are compiled where it runs first",
     "docs/decoders.md": "labels from two models and a router trained on them",
     "docs/draft.md": "a draft trained in both stages, from answers of the embedded model",
     "docs/dynamic.md": "a hypernetwork trained in all its stages",
+    "docs/orders.md": "models that fill in tokens in any order trained, and both networks compared",
     "docs/preference.md": "data of the embedded model, trainings of it alone and in two processes",
     "docs/reinforcement.md": "two trainings of the embedded model on its own rollouts, and a third in Python",
+    "docs/reduction.md": "a vision model read with and without reduction",
+    "docs/routing.md": "networks of experts trained",
     "docs/tokenizers.md": "the texts of the embedded model's whole vocabulary are embedded once",
+    "docs/vision.md": "networks of images trained",
 }
-"""Pages of more than a minute and a half, and why: in the full tier run those that changed and one more in turn
+"""Pages of more than about forty seconds, and why: in the full tier run those that changed and one more in turn
 (``make test-all`` runs them all). Every other page is in the full tier, also one that is written tomorrow."""
 
 

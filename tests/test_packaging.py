@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 
 import everytoken
+from everytoken.core.weights import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]
+WHEEL = 100_000_000
+"""Bytes that a wheel may have."""
 
 
 def test_versions_agree():
@@ -36,9 +39,7 @@ def test_a_papers_settings_are_found_from_any_folder(tmp_path, monkeypatch):
     assert at_hand(own) == own  # what is here goes first
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
+def wheel_in(folder):
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode and "hatchling" in done.stderr:
@@ -49,9 +50,19 @@ def wheel(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_wheel_is_small_and_has_results_and_settings(wheel):
-    assert wheel.stat().st_size < 100e6
+def test_a_wheel_holds_what_it_should_and_stands_alone(tmp_path):
+    """One test, as the wheel is built once."""
+    wheel = wheel_in(tmp_path)
+    a_wheel_is_small_and_has_weights_results_and_settings(wheel)
+    an_installed_package_stands_alone(wheel, tmp_path)
+
+
+def a_wheel_is_small_and_has_weights_results_and_settings(wheel):
+    assert wheel.stat().st_size < WHEEL
     names = zipfile.ZipFile(wheel).namelist()
+    files = {path.relative_to(ROOT / "src").as_posix() for path in WEIGHTS.rglob("*") if path.is_file()}
+    assert files and files <= set(names)
+    assert "everytoken/core/trace.html" in names
     for folder in ("results", "configs"):
         inside = [
             path for path in (ROOT / folder).rglob("*") if path.is_file() and not path.name.endswith(".quick.json")
@@ -65,8 +76,7 @@ def test_a_wheel_is_small_and_has_results_and_settings(wheel):
     assert links and all(re.match("https?://|#|mailto:", link) for link in links)  # PyPI has no files beside it
 
 
-@pytest.mark.slow
-def test_an_installed_package_stands_alone(wheel, tmp_path):
+def an_installed_package_stands_alone(wheel, tmp_path):
     """Unpacked elsewhere and run from an empty folder: results are shown, settings found, a method runs offline."""
     site, here = tmp_path / "site", tmp_path / "here"
     here.mkdir()

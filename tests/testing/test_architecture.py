@@ -23,7 +23,7 @@ def architectures():
 
 class TestEveryCard(ArchitectureConformance):
     architectures = architectures()
-    slow_marks = (pytest.mark.slow,)
+    slow_marks = (pytest.mark.rotating,)
 
 
 class OutsideConfig(LlamaConfig):

@@ -71,7 +71,7 @@ def ids_of(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.slow
+@pytest.mark.rotating
 @pytest.mark.parametrize("name", LOSSLESS)
 @given(text=TEXT)
 @settings(max_examples=15)
@@ -84,7 +84,7 @@ def test_tokens_spell_the_text(name, text):
         assert ids is not None
 
 
-@pytest.mark.slow
+@pytest.mark.rotating
 @pytest.mark.parametrize("name", FAMILIES)
 @given(text=TEXT, seed=st.integers(0, 99))
 @settings(max_examples=40)

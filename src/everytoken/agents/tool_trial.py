@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
 
 from ..core.errors import BadInputError
 from ..core.trace import TokenTrace
@@ -20,7 +19,7 @@ COMPANIES, QUERIES, DEPTH = 10, 20, 10
 BASELINE = "BM25"
 
 
-def trace_columns(_trial: Any) -> tuple[str, ...]:
+def trace_columns(_trial: object) -> tuple[str, ...]:
     """The columns of the traces."""
     return ("score", "answer")
 

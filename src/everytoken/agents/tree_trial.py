@@ -18,7 +18,7 @@ TASKS, ACCURACY = 10, 0.8
 BASELINE, REACT = "step by step", "ReAct-like"
 
 
-def trace_columns(_trial: Any) -> tuple[str, ...]:
+def trace_columns(_trial: object) -> tuple[str, ...]:
     """The columns of the traces."""
     return ("state", "plans", "depth")
 

@@ -87,7 +87,7 @@ class Observation:
         text: what it wrote, if it wrote.
         pictures: pieces of HTML.
         notes: sentences worth saying.
-        lines: of a terminal, where a network writes in steps that can be followed.
+        drawing: lines for the terminal that show what it drew, or how its text grew.
     """
 
     traces: list[TokenTrace]
@@ -95,7 +95,7 @@ class Observation:
     text: str = ""
     pictures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
+    drawing: str = ""
 
 
 @dataclass

@@ -26,7 +26,7 @@ from .base import OwnWeights
 from .routing import balance_loss
 
 if TYPE_CHECKING:
-    from transformers import Cache
+    from transformers import Cache, PreTrainedConfig
 
 
 def real_tokens(attention_mask: torch.Tensor | None, width: int) -> torch.Tensor | None:
@@ -52,7 +52,7 @@ class RoutedPreTrainedModel(OwnWeights, MixtralPreTrainedModel):
 class RoutedModel(RoutedPreTrainedModel, MixtralModel):
     """``MixtralModel`` with layers of another kind, which ``make_layer`` builds."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: PreTrainedConfig):
         MixtralPreTrainedModel.__init__(self, config)  # MixtralModel's own would build its layers first
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -63,11 +63,11 @@ class RoutedModel(RoutedPreTrainedModel, MixtralModel):
         self.add_modules(config)
         self.post_init()
 
-    def make_layer(self, config: Any, number: int) -> nn.Module:
+    def make_layer(self, config: PreTrainedConfig, number: int) -> nn.Module:
         """The layer of a number from 0 on."""
         raise NotImplementedError
 
-    def add_modules(self, config: Any) -> None:
+    def add_modules(self, config: PreTrainedConfig) -> None:
         """Builds what the layers share."""
 
 
@@ -76,7 +76,7 @@ class RoutedForCausalLM(RoutedPreTrainedModel, MixtralForCausalLM):
 
     backbone: type[RoutedModel]
 
-    def __init__(self, config: Any):
+    def __init__(self, config: PreTrainedConfig):
         MixtralPreTrainedModel.__init__(self, config)
         self.model = self.backbone(config)
         self.vocab_size = config.vocab_size

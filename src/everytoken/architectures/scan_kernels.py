@@ -6,12 +6,14 @@ backward makes those between anew. The innermost loop runs over channels, which 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numba import njit
 
 from ..core.grouped.kernels import FAST, exponential, share
+
+Array: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
 CHUNK = 16
 """Tokens between two kept states."""
@@ -20,7 +22,7 @@ BLOCK = 64
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _decays(dt: Any, a: Any, row: int, first: int, count: int, left: int, width: int, out: Any) -> None:
+def _decays(dt: Array, a: Array, row: int, first: int, count: int, left: int, width: int, out: Array) -> None:
     """``exp(dt A)`` of some tokens and channels into a flat array, by token, state and channel."""
     at = 0
     for t in range(first, first + count):
@@ -37,8 +39,8 @@ def _decays(dt: Any, a: Any, row: int, first: int, count: int, left: int, width:
 
 @njit(cache=True, nogil=True, fastmath=FAST)
 def forward(
-    meeting: Any, member: int, members: int, u: Any, dt: Any, a: Any, b: Any, c: Any, start: Any, y: Any, kept: Any,
-    end: Any,
+    meeting: Array, member: int, members: int, u: Array, dt: Array, a: Array, b: Array, c: Array, start: Array,
+    y: Array, kept: Array, end: Array,
 ) -> None:  # fmt: skip
     """``y``, the states ``kept`` before every chunk (if there is room for any) and the last state ``end``.
 
@@ -79,8 +81,8 @@ def forward(
 
 @njit(cache=True, nogil=True, fastmath=FAST)
 def backward(
-    meeting: Any, member: int, members: int, u: Any, dt: Any, a: Any, b: Any, c: Any, kept: Any, gy: Any, gend: Any,
-    gu: Any, gdt: Any, ga: Any, gb: Any, gc: Any, gstart: Any,
+    meeting: Array, member: int, members: int, u: Array, dt: Array, a: Array, b: Array, c: Array, kept: Array,
+    gy: Array, gend: Array, gu: Array, gdt: Array, ga: Array, gb: Array, gc: Array, gstart: Array,
 ) -> None:  # fmt: skip
     """The gradients of all inputs from those of ``y`` and ``end``.
 

@@ -55,14 +55,14 @@ def trial(request: TrialRequest) -> TrialResult:
             if seen.text:
                 result.texts[shown] = seen.text
                 result.notes.append(f"{shown} wrote: {seen.text!r}")
+            if seen.drawing:
+                request.stream((f"{shown}:\n" if len(arms) > 1 or len(methods) > 1 else "") + seen.drawing + "\n")
             if seen.pictures and (len(arms) > 1 or len(methods) > 1):
                 result.pictures.append(f"<h3>{html.escape(shown)}</h3>")  # whose pictures these are
             result.pictures += seen.pictures
             result.notes += seen.notes
             if arm is method:
                 result.traces += seen.traces
-                for line in seen.lines:
-                    request.stream(f"{name}, {line}\n")
     return result
 
 

@@ -20,7 +20,7 @@ LEARN, JUDGE, LENGTH, INFLATION = 96, 12, 160, 1.0
 BASELINE = "count and proofs"
 
 
-def trace_columns(_trial: Any) -> tuple[str, ...]:
+def trace_columns(_trial: object) -> tuple[str, ...]:
     """The columns of the traces."""
     return ("leaf", "block")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Annotated, Any
@@ -58,7 +59,7 @@ def diagnose() -> list[dict[str, Any]]:
     return findings
 
 
-def _devices(note: Any) -> None:
+def _devices(note: Callable[..., None]) -> None:
     note("processor", "ok", f"{os.cpu_count()} cores, {platform.machine()}")
     if find_spec("torch") is None:
         return
@@ -71,7 +72,7 @@ def _devices(note: Any) -> None:
         note("gpu", "ok", "none: everything runs on the CPU")
 
 
-def _weights(note: Any) -> None:
+def _weights(note: Callable[..., None]) -> None:
     from ..core.weights import BUDGET, list_weights
 
     for item in list_weights():
@@ -80,7 +81,7 @@ def _weights(note: Any) -> None:
         )
 
 
-def _caches(note: Any) -> None:
+def _caches(note: Callable[..., None]) -> None:
     from ..core.converted import (
         CONVERTED_BYTES,
         cache_dir,
@@ -123,7 +124,7 @@ def _caches(note: Any) -> None:
     )
 
 
-def _calibrations(note: Any) -> None:
+def _calibrations(note: Callable[..., None]) -> None:
     """What was measured on this machine, a line a model: milliseconds for 1, 8 and 64 tokens, the fastest way first."""
     from ..core.calibration import TABLE, kept
     from ..core.converted import cache_dir

@@ -81,7 +81,7 @@ class MatcherStoppingCriteria(StoppingCriteria):
     def __init__(self, processor: MatcherLogitsProcessor):
         self.processor = processor
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         texts = input_ids[:, self.processor.prompt_length :].tolist()
         matchers = [self.processor.follow(tuple(text)) for text in texts]
         done = [matcher is not None and matcher.is_terminated() for matcher in matchers]

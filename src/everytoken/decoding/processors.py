@@ -209,7 +209,7 @@ class _WatchedCriterion(StoppingCriteria):
     def __init__(self, item: StoppingCriteria, decoder: str, rows: int):
         self.item, self.decoder, self.rows = item, decoder, rows
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         before = _state(self.item)
         done = self.item(input_ids, scores, **kwargs)
         _check_unchanged(self.item, before, self.decoder, self.rows)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 NAME = "everytoken_read"
@@ -25,7 +26,7 @@ Reader = Callable[[torch.Tensor, torch.Tensor, float], None]
 
 
 def _reading(
-    module: Any,
+    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -33,7 +34,8 @@ def _reading(
     **kwargs: Any,
 ) -> Any:
     """The registered attention function."""
-    reader, inner = module.config.everytoken_reader
+    config: Any = module.config
+    reader, inner = config.everytoken_reader
     reader(query, key, float(kwargs.get("scaling") or query.shape[-1] ** -0.5))
     return inner(module, query, key, value, attention_mask, **kwargs)
 

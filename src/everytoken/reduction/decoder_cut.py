@@ -23,6 +23,7 @@ from .inputs import ReducedInputs, compact
 from .inside import DecoderReducer, DecoderStage, DecoderView
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 KERNELS = ("sdpa", "eager")
@@ -206,7 +207,7 @@ class DecoderCut:
         """Hooks the layers for the time of the block."""
 
         def before(layer: int) -> Any:
-            def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 run: _Run | None = getattr(self.own, "run", None)
                 if run is None:
                     return None

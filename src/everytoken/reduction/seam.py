@@ -25,6 +25,7 @@ from .inputs import ReducedInputs, check_reducer, reduce_inputs
 from .inside import DecoderReducer
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
@@ -82,7 +83,9 @@ def reduce_tokens(
         run.last = reduce_inputs(model, reducer, inputs, positions, segments, generator)
         return run.last
 
-    def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
+    def before(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]] | None:
         if getattr(own, "inside", False):
             return None
         inputs = dict(zip(names, args, strict=False)) | kwargs
@@ -94,7 +97,7 @@ def reduce_tokens(
             cut.start(batch)
         return (), batch.arguments
 
-    def after(_module: Any, _args: Any, _kwargs: Any, output: Any) -> None:
+    def after(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
         if cut is not None and not getattr(own, "inside", False):
             run.lengths = cut.finish()
 

@@ -43,7 +43,7 @@ class _Work:
     answers: list[int] = field(default_factory=list)
 
 
-def trace_columns(_trial: Any) -> tuple[str, ...]:
+def trace_columns(_trial: object) -> tuple[str, ...]:
     """The columns of the traces."""
     return ("kept", "group", "score")
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import BadInputError, UnsupportedModelError
 from ..training.arguments import Refusals
 from ..training.distributed import in_shards
 from .base import Recipe
 from .rollouts import check_columns
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 BATCH_KINDS = ("group_advantage", "token_advantage", "token_weight", "rollouts", "tokens")
 """What makes advantages of every token, once a batch."""
@@ -28,7 +31,7 @@ def limited(recipe: Recipe) -> list[Any]:
     return [piece for piece in recipe.of("prompt") if hasattr(piece, "max_new_tokens")]
 
 
-def check_recipe(recipe: Recipe, args: Any, dataset: Any, more: Mapping[str, Any] | None = None) -> None:
+def check_recipe(recipe: Recipe, args: Any, dataset: Dataset, more: Mapping[str, Any] | None = None) -> None:
     """Refuses settings under which a piece would not do what it says.
 
     Args:
@@ -86,7 +89,9 @@ def check_recipe(recipe: Recipe, args: Any, dataset: Any, more: Mapping[str, Any
             )
 
 
-def _check_own_rollouts(recipe: Recipe, args: Any, columns: set[str], dataset: Any, more: Mapping[str, Any]) -> None:
+def _check_own_rollouts(
+    recipe: Recipe, args: Any, columns: set[str], dataset: Dataset, more: Mapping[str, Any]
+) -> None:
     """A piece that writes rollouts itself holds the unfinished ones of one process, and reads text only."""
     name = type(recipe.one("rollout")).__name__
     for engine in ("use_vllm", "use_transformers_continuous_batching"):

@@ -32,6 +32,7 @@ from .budgets import BudgetPrompt, length_reward, thinking_and_rest
 from .corpus import CLASSES, next_token_rows
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -138,7 +139,7 @@ class CurriculumOrder:
     kind: ClassVar[str] = "sampler"
     curriculum: ClassCurriculum = field(default_factory=ClassCurriculum)
 
-    def __call__(self, dataset: Any, repeats: dict[str, Any], batches: int) -> EntropyCurriculum:
+    def __call__(self, dataset: Dataset, repeats: dict[str, Any], batches: int) -> EntropyCurriculum:
         if "difficulty" not in dataset.column_names:
             raise BadInputError("The data have no column 'difficulty'.", "Make them with next_token_rows.")
         return EntropyCurriculum(dataset["difficulty"][:], self.curriculum, repeats, batches)

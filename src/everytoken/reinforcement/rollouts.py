@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from trl import GRPOTrainer
@@ -17,6 +17,9 @@ from ..training.checkpoints import ResumingMixin
 from ..training.distributed import LaunchedMixin
 from ..training.finite_check import save_batch, stopped
 from .base import RolloutBatch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class RewardError(EverytokenError, RuntimeError):
@@ -107,7 +110,7 @@ class Watch:
     columns: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def check_columns(trainer: str, dataset: Any) -> set[str]:
+def check_columns(trainer: str, dataset: Dataset) -> set[str]:
     """The columns of the data.
 
     Raises:

@@ -23,7 +23,7 @@ from ..core.rng import derive_seed
 from ..core.scoring import PromptResponse, output_head, response_hidden, response_logps, score_rows
 from .base import Arms, Claim, Context, Reproduction, Values, mean, mean_ranks
 from .beds.small_models import answer_batches, fit
-from .beds.sums import SumsBed, answers, correct, graded, questions
+from .beds.sums import SumsBed, answers, correct, digits_of, graded, questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,7 +87,7 @@ def own_traces(context: Context, model: PreTrainedModel, tokenizer: PreTrainedTo
     Raises:
         BadInputError: no question had both a right and a wrong answer.
     """
-    prompts = questions(context.seed, "train", sizes.questions)
+    prompts = questions(context.seed, "train", sizes.questions, digits_of(context))
     texts = answers(model, tokenizer, prompts * sizes.samples, sample=True)
     marked = [(p, t, correct(p, t)) for p, t in zip(prompts * sizes.samples, texts, strict=True)]
     right = {p: t for p, t, good in marked if good}
@@ -114,7 +114,7 @@ def critical(
     """How well three scores find the tokens of wrong traces that rollouts call critical."""
     from ..preference.cdpo import RolloutOracle, critical_tokens
 
-    held = questions(context.seed, "held", 8 * sizes.traces)
+    held = questions(context.seed, "held", 8 * sizes.traces, digits_of(context))
     texts = answers(model, tokenizer, held, sample=True)
     failed = [(p, t) for p, t in zip(held, texts, strict=True) if not correct(p, t)][: sizes.traces]
     oracle = RolloutOracle(model, tokenizer, correct, rollouts=sizes.rollouts, max_new_tokens=56, batch_size=512)
@@ -155,7 +155,7 @@ def run(context: Context) -> Arms:
     from ..preference.dpo import DPOLoss
     from ..preference.short_training import train_quietly
 
-    sizes = Sizes(24, 4, 8, 8, 8) if context.quick else Sizes(256, 16, 48, 64, 120)
+    sizes = Sizes(96, 8, 16, 8, 30) if context.quick else Sizes(256, 16, 48, 64, 120)
     model, tokenizer = SumsBed().start(context)
     torch.manual_seed(derive_seed(context.seed, "traces"))
     both, right, wrong = own_traces(context, model, tokenizer, sizes)
@@ -176,8 +176,8 @@ def run(context: Context) -> Arms:
         for p, t in negatives
     ]
     context.artifacts["pairs"] = len(pairs)
-    valid = questions(context.seed, "valid", 256)
-    test = questions(context.seed, "test", 64 if context.quick else 512)
+    valid = questions(context.seed, "valid", 64 if context.quick else 256, digits_of(context))
+    test = questions(context.seed, "test", 64 if context.quick else 512, digits_of(context))
     rates = (1e-5,) if context.quick else (3e-6, 1e-5)
 
     def score(policy: PreTrainedModel) -> dict[str, Values]:

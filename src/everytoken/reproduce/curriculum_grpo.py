@@ -25,6 +25,8 @@ from .beds.small_models import character_tokenizer
 from .files import Result
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from ..reinforcement.curriculum_grpo import CurriculumGRPO
     from .files import Scale
 
@@ -91,7 +93,9 @@ def questions(seed: int, name: str, count: int, budget: int | None = SHORT) -> l
     return asked if budget is None else [PROMPT.format(prompt=text, budget=budget) for text in asked]
 
 
-def measured(context: Context, model: Any, codes: Any, prompts: list[str], sample: bool) -> dict[str, list[float]]:
+def measured(
+    context: Context, model: PreTrainedModel, codes: PreTrainedTokenizerBase, prompts: list[str], sample: bool
+) -> dict[str, list[float]]:
     """Of one answer a question: whether it is right, and its tokens."""
     import torch
 
@@ -107,14 +111,14 @@ def run(context: Context) -> Arms:
     codes = character_tokenizer(f"0123456789:={LETTERS}", words=TAGS)
     probe = questions(0, "probe", 128)
 
-    def share(model: Any) -> float:
+    def share(model: PreTrainedModel) -> float:
         return mean(measured(context, model, codes, probe, sample=True)[ACCURACY])
 
     start = warmed_up(context, size, codes, example, share, GOAL, lr=8e-3)
     data = [{"prompt": text} for text in questions(context.seed, "rollouts", 2048, None)]
     test, tuning = (questions(context.seed, name, size.test) for name in ("test", "tuning"))
 
-    def both(model: Any) -> dict[str, Values]:
+    def both(model: PreTrainedModel) -> dict[str, Values]:
         sampled, greedy = (measured(context, model, codes, test, sample=flag) for flag in (True, False))
         return {ACCURACY: greedy[ACCURACY], SAMPLED: sampled[ACCURACY], LENGTH: sampled[LENGTH]}
 
@@ -124,13 +128,13 @@ def run(context: Context) -> Arms:
         method = method_of(arm, size.updates)
         return Learner(method.recipe(), reward, method.arguments())
 
-    def tuned(arm: str, policy: Any) -> float:
+    def tuned(arm: str, policy: PreTrainedModel) -> float:
         """The whole reward at the final budget."""
         method, found = method_of(arm, size.updates), measured(context, policy, codes, tuning, sample=True)
         lengths = [length_reward(int(length), SHORT) for length in found[LENGTH]]
         return method.weight_correct * mean(found[ACCURACY]) + method.weight_length * mean(lengths)
 
-    def kept(arm: str, policy: Any, logs: dict[str, list[float]]) -> dict[str, Any]:
+    def kept(arm: str, policy: PreTrainedModel, logs: dict[str, list[float]]) -> dict[str, Any]:
         return {"curve": [round(count / size.batch, 2) for count in logs["tokens"]]} | both(policy)
 
     names = (FREE, FIXED, CURRICULUM)

@@ -15,6 +15,8 @@ from .beds.rollouts import Learner, Size
 from .beds.sorting import Sorting, tokenizer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..reinforcement.base import Recipe
     from .files import Scale
 
@@ -47,7 +49,7 @@ def run(context: Context) -> Arms:
     start = TASK.start(context, size, codes, GOAL)
     test = TASK.questions(context.seed, "test", size.test)
 
-    def graded(model: Any) -> dict[str, Values]:
+    def graded(model: PreTrainedModel) -> dict[str, Values]:
         return {
             ACCURACY: TASK.answered(model, codes, test, sample=False),
             SAMPLED: TASK.answered(model, codes, test, sample=True),
@@ -58,7 +60,7 @@ def run(context: Context) -> Arms:
     def learner(arm: str) -> Learner:
         return Learner(recipe_of(arm), TASK.reward, {"loss_type": "dapo"})
 
-    def measured(arm: str, policy: Any, logs: dict[str, list[float]]) -> dict[str, Any]:
+    def measured(arm: str, policy: PreTrainedModel, logs: dict[str, list[float]]) -> dict[str, Any]:
         return {
             TOKENS: sum(logs["trained"]),
             SECONDS: mean(logs["seconds"]),

@@ -17,6 +17,8 @@ from .beds.rollouts import GROUP, Learner, Size
 from .beds.sorting import Sorting, tokenizer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from .files import Scale
 
 TASK, GOAL = Sorting(given=8, written=4), 0.3
@@ -44,7 +46,9 @@ WHY = (
 )
 
 
-def measured(context: Context, model: Any, codes: Any, questions: list[str]) -> dict[str, Values]:
+def measured(
+    context: Context, model: PreTrainedModel, codes: PreTrainedTokenizerBase, questions: list[str]
+) -> dict[str, Values]:
     """Of eight samples a question: the share that is right, their entropy, and how many different ones are right.
 
     The entropy is estimated by the mean of ``-log p`` of the samples' own tokens, summed over a response.
@@ -86,7 +90,7 @@ def run(context: Context) -> Arms:
         method = HAPO(**ARMS[arm])
         return Learner(method.recipe(), TASK.reward, method.arguments() | {"num_iterations": 2})
 
-    def kept(arm: str, policy: Any, logs: dict[str, list[float]]) -> dict[str, Any]:
+    def kept(arm: str, policy: PreTrainedModel, logs: dict[str, list[float]]) -> dict[str, Any]:
         curve = smoothed(logs["reward"], logs["entropy"][::2])  # the first of two updates with a batch
         return {"curve": curve} | measured(context, policy, codes, test)
 

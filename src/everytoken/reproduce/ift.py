@@ -22,7 +22,7 @@ from .base import Arms, Claim, Context, Reproduction
 from .beds.small_models import character_tokenizer, small_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
     from ..preference.ift import IFTSettings
 
@@ -99,7 +99,9 @@ def tune(
     seed_everything(context.seed)
 
     class Watch(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_step_end(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        ) -> None:
             if state.global_step % 10 == 0:
                 context.report(name, state.global_step, steps)
 

@@ -6,6 +6,9 @@ the centre to the end of one of two arms, of two or three edges; from left to ri
 
 from __future__ import annotations
 
+from functools import partial
+from typing import TYPE_CHECKING
+
 from .base import Arms, Claim, Context, Reproduction
 from .beds.star_graphs import (
     EDGES,
@@ -21,6 +24,9 @@ from .beds.star_graphs import (
     trained,
 )
 
+if TYPE_CHECKING:
+    from ..core.results import Values
+
 WHY = "a network of 130,000 weights, two arms of two or three edges; the paper's has 85M, and five arms of up to twelve"
 BED = StarGraphBed()
 
@@ -28,15 +34,11 @@ BED = StarGraphBed()
 def run(context: Context) -> Arms:
     graphs = BED.questions(context)
     config = settings(context, "networks")
-    arms: Arms = {}
-    for way in WAYS:
 
-        def measured(way: str = way) -> dict[str, list[float]]:
-            model = trained(context, way, config)
-            return graded(graphs, answered(way, model, graphs))  # type: ignore[return-value]
+    def measured(way: str) -> dict[str, Values]:
+        return graded(graphs, answered(way, trained(context, way, config), graphs))
 
-        arms[way] = context.part(way, measured)  # type: ignore[assignment]
-    return arms
+    return {way: context.part(way, partial(measured, way)) for way in WAYS}
 
 
 REPRODUCTION = Reproduction(

@@ -16,6 +16,7 @@ from .base import Arms, Claim, Context, Reproduction
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from ..architectures.openmoe.method import OpenMoeRecipe
     from ..architectures.routing_analysis import RoutingAnalysis
@@ -83,7 +84,7 @@ def run(context: Context) -> Arms:
     code = TextWindows(source_code(), seed=context.seed)
     windows = 8 if context.quick else 64
 
-    def analysed(model: Any, text: TextWindows) -> RoutingAnalysis:
+    def analysed(model: PreTrainedModel, text: TextWindows) -> RoutingAnalysis:
         ids = as_ids(text.held(windows, base.length)).tolist()
         return RoutingAnalysis.from_model(model, ids, max_length=base.length, bins=4)
 

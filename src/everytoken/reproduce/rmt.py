@@ -20,6 +20,8 @@ from .beds.rollouts import Learner, Size, answers, learnt, warmed_up
 from .beds.small_models import character_tokenizer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from ..reinforcement.rmt import RMT
     from .files import Scale
 
@@ -84,7 +86,9 @@ def texts_of(seed: int, name: str, count: int) -> list[str]:
     return [text_of(random.Random(derive_seed(seed, name, number))) for number in range(count)]
 
 
-def targets(method: RMT, texts: list[str], model: Any, codes: Any, seed: int) -> list[dict[str, Any]]:
+def targets(
+    method: RMT, texts: list[str], model: PreTrainedModel, codes: PreTrainedTokenizerBase, seed: int
+) -> list[dict[str, Any]]:
     """Rows for the tokens behind the digits, which nothing tells, in thirds by entropy."""
     import torch
 
@@ -94,7 +98,9 @@ def targets(method: RMT, texts: list[str], model: Any, codes: Any, seed: int) ->
     return [row | {"difficulty": sum(row["entropy"] > bound for bound in bounds)} for row in rows]
 
 
-def predicted(context: Context, model: Any, codes: Any, texts: list[str], budget: int) -> dict[str, list[float]]:
+def predicted(
+    context: Context, model: PreTrainedModel, codes: PreTrainedTokenizerBase, texts: list[str], budget: int
+) -> dict[str, list[float]]:
     """Of one prediction a text, at each position in turn: whether it is right, and the tokens of its thought."""
     import torch
 
@@ -113,7 +119,7 @@ def predicted(context: Context, model: Any, codes: Any, texts: list[str], budget
     return {MATCH: right, LENGTH: lengths}
 
 
-def plain_loss(model: Any, codes: Any, texts: list[str]) -> list[float]:
+def plain_loss(model: PreTrainedModel, codes: PreTrainedTokenizerBase, texts: list[str]) -> list[float]:
     """Mean ``-log p`` of the tokens behind the digits, for every text."""
     import torch
 
@@ -131,7 +137,7 @@ def run(context: Context) -> Arms:
     codes = character_tokenizer("0123456789=ab[].", words=TAGS)
     probe = texts_of(0, "probe", 128)
 
-    def share(model: Any) -> float:
+    def share(model: PreTrainedModel) -> float:
         return mean(predicted(context, model, codes, probe, (LONG + SHORT) // 2)[MATCH])
 
     start = warmed_up(context, size, codes, example, share, 0.4 if context.quick else GOAL, lr=5e-3)
@@ -139,7 +145,7 @@ def run(context: Context) -> Arms:
     rows = targets(method_of("RMT"), corpus, start, codes, context.seed)
     test, tuning = (texts_of(context.seed, name, size.test) for name in ("test", "tuning"))
 
-    def measured(model: Any, budget: int) -> dict[str, Any]:
+    def measured(model: PreTrainedModel, budget: int) -> dict[str, Any]:
         return predicted(context, model, codes, test, budget) | {DIRECT: plain_loss(model, codes, test)}
 
     arms: Arms = {"start": context.part("start, measured", lambda: measured(start, SHORT))}
@@ -150,10 +156,10 @@ def run(context: Context) -> Arms:
     def learner(arm: str) -> Learner:
         return Learner(method_of(arm).recipe(), None, method_of(arm).arguments())
 
-    def tuned(arm: str, policy: Any) -> float:
+    def tuned(arm: str, policy: PreTrainedModel) -> float:
         return mean(predicted(context, policy, codes, tuning, budget(arm))[MATCH])
 
-    def kept(arm: str, policy: Any, logs: dict[str, list[float]]) -> dict[str, Any]:
+    def kept(arm: str, policy: PreTrainedModel, logs: dict[str, list[float]]) -> dict[str, Any]:
         curve = [round(count / size.batch, 2) for count in logs["tokens"]]
         return {"curve": curve} | measured(policy, budget(arm))
 

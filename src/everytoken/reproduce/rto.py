@@ -16,7 +16,7 @@ from .beds.frontier import Work, make_work, measure, train_arm
 from .files import Result, Scale
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 ARMS = {"PPO": ("gae", 0.0), "RTO": ("gae", 0.05), "GRPO": ("group", 0.0), "RTO, no critic": ("group", 0.05)}
 WHY = (
@@ -61,7 +61,9 @@ def rollouts(
         return found
 
     class Watch(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_step_end(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        ) -> None:
             context.report(f"{name}, reward {rewards[-1]:+.3f}", len(rewards), batches)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -30,6 +30,7 @@ from .beds.sorting import Sorting, tokenizer
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from .files import Scale
 
@@ -243,7 +244,7 @@ def on_a_network(context: Context) -> Arms:
     start = TASK.start(context, size, codes, GOAL)
     test = TASK.questions(context.seed, "test", size.test)
 
-    def graded(model: Any) -> list[float]:
+    def graded(model: PreTrainedModel) -> list[float]:
         return TASK.answered(model, codes, test, sample=True)
 
     arms: Arms = {"start": {ACCURACY: context.part("start, measured", lambda: graded(start))}}
@@ -252,7 +253,7 @@ def on_a_network(context: Context) -> Arms:
         method = TEMPO(td_coef=ARMS[arm])
         return Learner(method.recipe(), TASK.reward, method.arguments())
 
-    def kept(arm: str, policy: Any, logs: dict[str, list[float]]) -> dict[str, Any]:
+    def kept(arm: str, policy: PreTrainedModel, logs: dict[str, list[float]]) -> dict[str, Any]:
         return {"curve": logs["reward"], OVERALL: mean(logs["reward"]), ACCURACY: graded(policy)}
 
     found = TASK.learnt(context, size, start, codes, ARMS, learner, kept)

@@ -15,7 +15,7 @@ accuracy of samples on questions of their own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.errors import BadInputError
 from ..core.results import Values, mean
@@ -26,6 +26,7 @@ from .beds.sorting import Sorting, tokenizer
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .files import Scale
 
@@ -188,7 +189,9 @@ def first_order(context: Context) -> Arms:
     return {arm: {metric: [figures[arm][metric] for figures in kept] for metric in kept[0][arm]} for arm in kept[0]}
 
 
-def graded(context: Context, model: Any, codes: Any, questions: list[str]) -> dict[str, Values]:
+def graded(
+    context: Context, model: PreTrainedModel, codes: PreTrainedTokenizerBase, questions: list[str]
+) -> dict[str, Values]:
     """Of every question: whether its greedy answer is right, whether any of ``SAMPLES`` is, and their entropy."""
     import torch
 
@@ -215,7 +218,7 @@ def by_training(context: Context) -> Arms:
         p = TRAINED[arm]
         return Learner(Recipe() if p is None else THR(p=p).recipe(), TASK.reward, THR().arguments())
 
-    def kept(arm: str, policy: Any, logs: dict[str, list[float]]) -> dict[str, Values]:
+    def kept(arm: str, policy: PreTrainedModel, logs: dict[str, list[float]]) -> dict[str, Values]:
         return graded(context, policy, codes, test)
 
     return arms | TASK.learnt(context, size, start, codes, TRAINED, learner, kept)

@@ -27,6 +27,8 @@ from .beds.rollouts import GROUP, Learner, Size, answers, learnt, warmed_up
 from .beds.small_models import character_tokenizer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from .files import Scale
 
 LETTERS, MOST, CHANCE, GOAL = "ABCDEF", 4, 0.8, 0.1
@@ -75,7 +77,9 @@ def tokenizer() -> Any:
     return character_tokenizer(f"{LETTERS}{LETTERS.lower()},=?", words=WORDS)
 
 
-def exact_sets(context: Context, model: Any, codes: Any, rows: list[dict[str, str]]) -> list[float]:
+def exact_sets(
+    context: Context, model: PreTrainedModel, codes: PreTrainedTokenizerBase, rows: list[dict[str, str]]
+) -> list[float]:
     """1 where a sample names exactly the right options, for every row."""
     import torch
 
@@ -86,7 +90,7 @@ def exact_sets(context: Context, model: Any, codes: Any, rows: list[dict[str, st
     return hard_multichoice_reward(texts, [row["solution"] for row in rows])
 
 
-def of_the_start(context: Context, model: Any, codes: Any) -> Arms:
+def of_the_start(context: Context, model: PreTrainedModel, codes: PreTrainedTokenizerBase) -> Arms:
     """What rewards and weights make of the same rollouts."""
     import torch
 
@@ -108,7 +112,11 @@ def of_the_start(context: Context, model: Any, codes: Any) -> Arms:
 
 
 def weights(
-    model: Any, codes: Any, rows: list[dict[str, str]], texts: list[str], min_active: int = 0
+    model: PreTrainedModel,
+    codes: PreTrainedTokenizerBase,
+    rows: list[dict[str, str]],
+    texts: list[str],
+    min_active: int = 0,
 ) -> tuple[list[float], list[float]]:
     """Mean weight of the preamble's positions and of the answer's, for every group that keeps the format.
 
@@ -151,7 +159,7 @@ def run(context: Context) -> Arms:
     size, codes = SIZES[context.scale], tokenizer()
     probe = questions(0, "probe", 128)
 
-    def share(model: Any) -> float:
+    def share(model: PreTrainedModel) -> float:
         return mean(exact_sets(context, model, codes, probe))
 
     start = warmed_up(context, size, codes, example, share, GOAL, lr=5e-3, every=20)
@@ -165,10 +173,10 @@ def run(context: Context) -> Arms:
         recipe = TWGRPO().recipe() if arm == METHOD else Recipe()
         return Learner(recipe, [reward, think_answer_format_reward], TWGRPO().arguments())
 
-    def tuned(arm: str, policy: Any) -> float:
+    def tuned(arm: str, policy: PreTrainedModel) -> float:
         return mean(exact_sets(context, policy, codes, tuning))
 
-    def kept(arm: str, policy: Any, logs: dict[str, list[float]]) -> dict[str, Any]:
+    def kept(arm: str, policy: PreTrainedModel, logs: dict[str, list[float]]) -> dict[str, Any]:
         return {TRAINED: mean(logs["equal"]), SETS: exact_sets(context, policy, codes, test)}
 
     names = (EXACT, PARTIAL, METHOD)

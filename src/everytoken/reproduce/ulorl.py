@@ -219,7 +219,7 @@ def by_training(context: Context) -> Arms:
         method = UloRL(segments=1, entropy_target=MASKED[arm] * first)
         return Learner(method.recipe(), TASK.reward, method.arguments())
 
-    def kept(arm: str, policy: Any, logs: dict[str, list[float]]) -> dict[str, Values]:
+    def kept(arm: str, policy: PreTrainedModel, logs: dict[str, list[float]]) -> dict[str, Values]:
         return graded(context, policy, codes, test)
 
     arms |= TASK.learnt(context, size, start, codes, MASKED, learner, kept)

@@ -453,7 +453,7 @@ class DecoderConformance:
         hooks = [len(item._forward_hooks) + len(item._forward_pre_hooks) for item in model.modules()]
         keys = [set(item.__dict__) for item in model.modules()]
 
-        def stop(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        def stop(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
             if input_ids.shape[1] >= self.prompt().shape[1] + 3:
                 raise KeyboardInterrupt
             return torch.zeros(len(input_ids), dtype=torch.bool)

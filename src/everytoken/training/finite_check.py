@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import EverytokenError
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 class NonFiniteLossError(EverytokenError, FloatingPointError):
     """Training stopped at a loss that is not a number; the batch that gave it is saved."""
 
 
-def save_batch(trainer: Any, rows: list[dict[str, Any]], **facts: Any) -> Path:
+def save_batch(trainer: Trainer, rows: list[dict[str, Any]], **facts: Any) -> Path:
     """Writes ``output_dir/bad_batch.json`` (``bad_batch.1.json`` for the second process).
 
     Args:
@@ -27,7 +30,7 @@ def save_batch(trainer: Any, rows: list[dict[str, Any]], **facts: Any) -> Path:
     return path
 
 
-def stopped(trainer: Any, loss: float, rows: list[dict[str, Any]]) -> NonFiniteLossError:
+def stopped(trainer: Trainer, loss: float, rows: list[dict[str, Any]]) -> NonFiniteLossError:
     """Saves the batch and returns the error to raise; arguments as for ``save_batch``."""
     path = save_batch(trainer, rows, loss=loss)
     return NonFiniteLossError(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..core.progress import Report
 from .distributed import on_cpu
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 class ReportSteps(TrainerCallback):
@@ -40,7 +43,7 @@ def quiet_arguments(folder: str, **arguments: Any) -> dict[str, Any]:
     return quiet | arguments
 
 
-def without_printer(trainer: Any) -> Any:
+def without_printer(trainer: Trainer) -> Any:
     """The trainer, which would print its logs where it has no progress bar."""
     from transformers.trainer_callback import PrinterCallback
 

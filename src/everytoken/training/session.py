@@ -25,7 +25,7 @@ from .report import training_report
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, Trainer
 
     from ..core.trace import TokenTrace
 
@@ -111,7 +111,7 @@ class TrainingSession:
             texts.append(self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
         return texts
 
-    def train(self, trainer: Any) -> None:
+    def train(self, trainer: Trainer) -> None:
         """Trains with progress, from the last whole checkpoint where there is one; an interruption leaves a checkpoint
         behind.
         """
@@ -129,7 +129,7 @@ class TrainingSession:
 
     def finish(
         self,
-        trainer: Any,
+        trainer: Trainer,
         figures: dict[str, float],
         rows: Sequence[Row],
         before: list[str],

@@ -122,7 +122,9 @@ def test_a_trial_grows_a_path():
     result = trial(request)
     assert list(result.rows) == ["from left to right", "ilm"]
     assert result.texts["ilm"].split() == ["CA", "AD", "DE"]
-    assert len(shown) == 4 and shown[0] == "ilm, step 0  ^ DE CA FG AD CF CE|\n" and shown[-1].endswith("CA AD DE\n")
+    lines = shown[-1].splitlines()
+    assert lines[:2] == ["ilm:", "step 0  ^ DE CA FG AD CF CE|"] and len(lines) == 5 and lines[-1].endswith("CA AD DE")
+    assert shown[0].startswith("from left to right:\nstep 0")
     assert set(result.traces[0].columns) == {"step", "confidence", "gap"} and len(result.traces[0]) == 3
     assert 'max="3"' in result.pictures[-1] and result.rows["ilm"]["forwards"] == 4
 

@@ -60,7 +60,7 @@ def test_masks_equal_an_earley_parser_on_random_grammars(trees, rng):
     check_against_earley(trees, rng)
 
 
-@pytest.mark.slow
+@pytest.mark.rotating
 @settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(grammars(), st.randoms(use_true_random=False))
 def test_masks_equal_an_earley_parser_on_many_random_grammars(trees, rng):

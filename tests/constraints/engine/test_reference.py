@@ -97,7 +97,7 @@ def test_random_grammars(trees, rng):
     compare(ebnf(trees), ABC, rng, 8)
 
 
-@pytest.mark.slow
+@pytest.mark.rotating
 @settings(max_examples=1200, suppress_health_check=list(HealthCheck))
 @given(grammars(), st.randoms(use_true_random=False))
 def test_many_random_grammars(trees, rng):

@@ -110,7 +110,7 @@ def test_text_and_logits_are_plain_decodings(settings, sampling):
         assert all(torch.equal(a, b) for a, b in zip(output.logits, outputs[0].logits, strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.rotating
 @pytest.mark.parametrize("measured", [True, False])
 def test_adaptive_rules_keep_the_targets_distribution(measured):
     target, draft = pair(8, 8)

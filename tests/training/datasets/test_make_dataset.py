@@ -37,6 +37,7 @@ def own_cache(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.rotating
 def test_sentiment_is_deterministic_kept_and_described(own_cache, embedded):
     settings = SentimentData(count=3, max_new_tokens=6, seed=4)
     one = make_dataset("sentiment", settings, out=own_cache / "one")
@@ -58,6 +59,7 @@ def test_sentiment_is_deterministic_kept_and_described(own_cache, embedded):
     assert one.figures["mean score, chosen"] > one.figures["mean score, rejected"]
 
 
+@pytest.mark.rotating
 def test_own_openings(own_cache, embedded):
     (own_cache / "openings.txt").write_text("Our garden party\n\nThe letter she wrote\n")
     built = make_dataset(
@@ -66,7 +68,7 @@ def test_own_openings(own_cache, embedded):
     assert set(load_pairs(built.folder / "train.jsonl")["prompt"]) <= {"Our garden party", "The letter she wrote"}
 
 
-@pytest.mark.slow
+@pytest.mark.rotating
 def test_arithmetic_from_the_command_line(own_cache, embedded):
     options = [item for pair in ("count=12", "samples=4", "max_new_tokens=24") for item in ("--set", pair)]
     result = CliRunner().invoke(app, ["data", "arithmetic", "--out", str(own_cache / "sums"), "--json", *options])

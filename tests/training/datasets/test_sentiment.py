@@ -25,6 +25,7 @@ def test_scores():
     assert good > flat == 0 > bad
 
 
+@pytest.mark.rotating
 def test_pairs_are_ordered_by_score_and_repeatable(embedded):
     import torch
 

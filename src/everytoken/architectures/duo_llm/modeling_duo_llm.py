@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -39,6 +39,9 @@ from ..base import OwnWeights, register
 from ..decoder import begin
 from ..routed_lm import real_tokens
 from .configuration_duo_llm import BIG, POLICIES, SKIP, SMALL, DuoLlmConfig
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 Route = str | torch.Tensor | None
 FIXED = {"big": BIG, "small": SMALL, "skip": SKIP}
@@ -215,7 +218,7 @@ class DuoLlmModel(DuoLlmPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         route: Route = None,
@@ -293,7 +296,7 @@ class DuoLlmForCausalLM(DuoLlmPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,

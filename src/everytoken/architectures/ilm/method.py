@@ -147,7 +147,7 @@ class ILM(Architecture):
             text=tokenizer.decode(found.new_ids(0)),
             pictures=[replay_html(found, 0, tokenizer, "Every step of the text")],
             notes=notes,
-            lines=step_lines(found, 0, tokenizer),
+            drawing="\n".join(step_lines(found, 0, tokenizer)),
         )
 
     @staticmethod

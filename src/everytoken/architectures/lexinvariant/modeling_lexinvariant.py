@@ -11,7 +11,7 @@ Renaming the symbols changes nothing: ``E'[pi(v)] = E[v]`` gives the same logits
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,6 +24,9 @@ from ...core.errors import BadInputError
 from ..base import OwnWeights, register
 from .configuration_lexinvariant import LexinvariantConfig
 from .symbols import LexinvariantEmbedding
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 
 @dataclass
@@ -59,7 +62,7 @@ class LexinvariantForCausalLM(OwnWeights, PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @torch.no_grad()
-    def _init_weights(self, module: Any) -> None:
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is getattr(self, "learned", None) and module is not None:
             init.normal_(module.weight, std=self.config.hidden_size**-0.5)  # as those that are drawn
@@ -115,7 +118,7 @@ class LexinvariantForCausalLM(OwnWeights, PreTrainedModel, GenerationMixin):
         table_seeds: torch.Tensor | None = None,
         symbol_table: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         position_ids: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,

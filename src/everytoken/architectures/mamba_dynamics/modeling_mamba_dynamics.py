@@ -6,8 +6,6 @@ weights as the constraint needs, so that none is left without a gradient.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -87,7 +85,7 @@ class MambaDynamicsForCausalLM(OwnWeights, MambaForCausalLM):
                 mixer.x_proj = ConstrainedProjection(*sizes, config.dynamics)
 
     @torch.no_grad()
-    def _init_weights(self, module: Any) -> None:
+    def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ConstrainedProjection):
             module.init_weights(module.in_features**-0.5)
         else:

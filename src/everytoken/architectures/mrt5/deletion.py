@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.sdpa_attention import create_position_bias_mask
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -203,8 +203,8 @@ class DeletionController(TrainerCallback, ExportableState):
         self.integral += self.k_i * error
         return max(0.0, self.proportional + self.integral)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        network = next(item for item in model.modules() if hasattr(item, "deletion_share"))
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        network = next(item for item in kwargs["model"].modules() if hasattr(item, "deletion_share"))
         share = network.deletion_share
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             share = share.clone()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import T5ForConditionalGeneration
@@ -30,6 +30,10 @@ from ...core.errors import BadInputError, UnsupportedModelError
 from ..base import OwnWeights, register
 from .configuration_mrt5 import MrT5Config
 from .deletion import SUFFIX, DeleteGate, compacted
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import Cache
 
 
 @dataclass
@@ -79,7 +83,7 @@ class MrT5PreTrainedModel(OwnWeights, T5PreTrainedModel):
         return found + SUFFIX if self.config.softmax_1 else found
 
     @torch.no_grad()
-    def _init_weights(self, module: Any) -> None:
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, DeleteGate):
             init.xavier_uniform_(module.linear.weight)
@@ -196,7 +200,7 @@ class MrT5ForConditionalGeneration(MrT5PreTrainedModel, T5ForConditionalGenerati
         decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: Any = None,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,

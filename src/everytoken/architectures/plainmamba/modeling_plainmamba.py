@@ -121,7 +121,7 @@ class PlainMambaPreTrainedModel(OwnWeights, PreTrainedModel):
     _keep_in_fp32_modules_strict = ["A_log", "D"]
 
     @torch.no_grad()
-    def _init_weights(self, module: Any) -> None:
+    def _init_weights(self, module: nn.Module) -> None:
         deviation = self.config.initializer_range
         if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=deviation)

@@ -13,7 +13,7 @@ layers the gradient has a second path, through the state.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -36,6 +36,9 @@ from ..decoder import begin
 from ..routed_lm import RoutedForCausalLM, RoutedModel, RoutedPreTrainedModel
 from ..routing import balance_loss, top_experts
 from .configuration_rmoe import RMoeConfig
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 CELLS: dict[str, type[nn.GRUCell] | type[nn.RNNCell]] = {"gru": nn.GRUCell, "rnn": nn.RNNCell}
@@ -191,7 +194,7 @@ class RMoeModel(RMoePreTrainedModel, RoutedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,

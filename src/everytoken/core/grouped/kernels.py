@@ -6,7 +6,7 @@ Each takes ``(meeting, member, members)`` of ``team.run_together`` where its wor
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numba import njit, types
@@ -24,6 +24,8 @@ from .vectors import (
     tile_8_4,
 )
 
+Array: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[Any]]
+
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 BLOCK = 4
 SPINS = 2000
@@ -32,7 +34,7 @@ _yield = types.ExternalFunction("sched_yield", types.int32()) if YIELDS else Non
 
 
 @njit(cache=True, nogil=True)
-def meet(meeting: Any, members: int) -> None:
+def meet(meeting: Array, members: int) -> None:
     """Returns when all members have come here, or one has given up."""
     if members == 1:
         return
@@ -57,7 +59,7 @@ def share(count: int, member: int, members: int) -> tuple[int, int]:
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def exponential(values: Any, count: int) -> None:
+def exponential(values: Array, count: int) -> None:
     """``exp`` of the first ``count`` float32 numbers, none above 88, in place; to 2 units in the last place."""
     for i in range(count):
         x = max(values[i], np.float32(-87.0))
@@ -74,7 +76,7 @@ def exponential(values: Any, count: int) -> None:
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def to_steps(row: Any, numbers: Any, steps: Any, sums: Any) -> None:
+def to_steps(row: Array, numbers: Array, steps: Array, sums: Array) -> None:
     """A row of float32 numbers as integers of 16 bits: for each group of 32 a step, and the sum of the rounded ones."""
     for group in range(row.size // 32):
         first = group * 32
@@ -93,7 +95,7 @@ def to_steps(row: Any, numbers: Any, steps: Any, sums: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
-def round_rows(x: Any, columns: int, numbers: Any, steps: Any, sums: Any) -> None:
+def round_rows(x: Array, columns: int, numbers: Array, steps: Array, sums: Array) -> None:
     """``to_steps`` of the first ``columns`` of each row; the results lie behind each other in flat arrays."""
     groups = columns // 32
     for row in range(x.shape[0]):
@@ -108,12 +110,12 @@ def multiply(
     bits: int,
     rows: int,
     columns: int,
-    weights: Any,
-    scales: Any,
-    numbers: Any,
-    steps: Any,
-    sums: Any,
-    out: Any,
+    weights: Array,
+    scales: Array,
+    numbers: Array,
+    steps: Array,
+    sums: Array,
+    out: Array,
     first: int,
     last: int,
 ) -> None:
@@ -158,17 +160,17 @@ def multiply(
 
 @njit(cache=True, nogil=True)
 def linear(
-    meeting: Any,
+    meeting: Array,
     member: int,
     members: int,
     bits: int,
-    weights: Any,
-    scales: Any,
-    x: Any,
-    numbers: Any,
-    steps: Any,
-    sums: Any,
-    out: Any,
+    weights: Array,
+    scales: Array,
+    x: Array,
+    numbers: Array,
+    steps: Array,
+    sums: Array,
+    out: Array,
 ) -> None:
     """``out = x W'`` for ``x [R, K]``; the others are room for its rounded numbers, one a member."""
     columns = x.shape[1]
@@ -178,7 +180,7 @@ def linear(
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def normalise(x: Any, weight: Any, epsilon: float, out: Any) -> None:
+def normalise(x: Array, weight: Array, epsilon: float, out: Array) -> None:
     """RMS normalisation of one row."""
     total = np.float32(0)
     for i in range(x.size):
@@ -189,7 +191,7 @@ def normalise(x: Any, weight: Any, epsilon: float, out: Any) -> None:
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def rotate(vector: Any, cos: Any, sin: Any, out: Any) -> None:
+def rotate(vector: Array, cos: Array, sin: Array, out: Array) -> None:
     """One head's vector ``[d]`` turned to a position; its two halves are turned against each other."""
     half = vector.size // 2
     for i in range(half):
@@ -199,7 +201,7 @@ def rotate(vector: Any, cos: Any, sin: Any, out: Any) -> None:
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def attend(query: Any, keys: Any, values: Any, past: int, allowed: Any, scores: Any, out: Any) -> None:
+def attend(query: Array, keys: Array, values: Array, past: int, allowed: Array, scores: Array, out: Array) -> None:
     """Attention of one head ``[d]`` over the ``past`` keys and those of the new ones that ``allowed`` marks.
 
     Keys that are not allowed are left out and not weighted by zero: a node of a tree gets the sums of its own text.
@@ -233,7 +235,7 @@ def attend(query: Any, keys: Any, values: Any, past: int, allowed: Any, scores: 
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def gate(wide: Any, first: int, last: int, room: Any) -> None:
+def gate(wide: Array, first: int, last: int, room: Array) -> None:
     """``silu(gate) * up`` in place of gate, for columns ``[first, last)``; ``wide [2 I]`` holds gates, then ups."""
     half = wide.size // 2
     for i in range(first, last):
@@ -245,41 +247,41 @@ def gate(wide: Any, first: int, last: int, room: Any) -> None:
 
 @njit(cache=True, nogil=True)
 def llama_forward(
-    meeting: Any,
+    meeting: Array,
     member: int,
     members: int,
-    x: Any,
-    norms: Any,
-    last_norm: Any,
+    x: Array,
+    norms: Array,
+    last_norm: Array,
     epsilon: float,
-    qkv: Any,
-    qkv_scales: Any,
-    output: Any,
-    output_scales: Any,
-    wide: Any,
-    wide_scales: Any,
-    down: Any,
-    down_scales: Any,
-    head: Any,
-    head_scales: Any,
-    keys: Any,
-    values: Any,
+    qkv: Array,
+    qkv_scales: Array,
+    output: Array,
+    output_scales: Array,
+    wide: Array,
+    wide_scales: Array,
+    down: Array,
+    down_scales: Array,
+    head: Array,
+    head_scales: Array,
+    keys: Array,
+    values: Array,
     past: int,
-    allowed: Any,
-    cos: Any,
-    sin: Any,
+    allowed: Array,
+    cos: Array,
+    sin: Array,
     wanted: int,
-    states: Any,
-    logits: Any,
-    qkv_out: Any,
-    mixed: Any,
-    wide_out: Any,
-    narrow: Any,
-    numbers: Any,
-    steps: Any,
-    sums: Any,
-    line: Any,
-    scores: Any,
+    states: Array,
+    logits: Array,
+    qkv_out: Array,
+    mixed: Array,
+    wide_out: Array,
+    narrow: Array,
+    numbers: Array,
+    steps: Array,
+    sums: Array,
+    line: Array,
+    scores: Array,
 ) -> None:
     """A Llama over R new tokens.
 

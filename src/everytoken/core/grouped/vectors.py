@@ -29,22 +29,22 @@ _FEATURES = binding.get_host_cpu_features()
 AVX2, FMA = bool(_FEATURES.get("avx2")), bool(_FEATURES.get("fma"))
 
 
-def _load(b: Any, base: Any, offset: Any, kind: Any, align: int) -> Any:
+def _load(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, kind: ir.Type, align: int) -> ir.Value:
     return b.load(b.inttoptr(b.add(base, offset), kind.as_pointer()), align=align)
 
 
-def _splat(b: Any, scalar: Any, vector: Any) -> Any:
+def _splat(b: ir.IRBuilder, scalar: ir.Value, vector: ir.Type) -> ir.Value:
     none = ir.Constant(vector, ir.Undefined)
     lanes = ir.Constant(ir.VectorType(INT, vector.count), [0] * vector.count)
     return b.shuffle_vector(b.insert_element(none, scalar, INT(0)), none, lanes)
 
 
-def _call(b: Any, name: str, result: Any, *arguments: Any) -> Any:
+def _call(b: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
     kind = ir.FunctionType(result, [item.type for item in arguments])
     return b.call(cgutils.get_or_insert_function(b.module, kind, name), arguments)
 
 
-def _pair_sums(b: Any, x: Any, y: Any) -> Any:
+def _pair_sums(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     """``x[2 i] y[2 i] + x[2 i + 1] y[2 i + 1]`` for eight ``i``."""
     if AVX2:
         return _call(b, "llvm.x86.avx2.pmadd.wd", INTS, x, y)
@@ -54,11 +54,11 @@ def _pair_sums(b: Any, x: Any, y: Any) -> Any:
     return b.add(even, odd)
 
 
-def _multiply_add(b: Any, x: Any, y: Any, z: Any) -> Any:
+def _multiply_add(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
     return _call(b, "llvm.fma.v8f32", FLOATS, x, y, z) if FMA else b.fadd(b.fmul(x, y), z)
 
 
-def _settled(b: Any, totals: Any) -> Any:
+def _settled(b: ir.IRBuilder, totals: ir.Value) -> ir.Value:
     """The same vector, in the order of the program: left to itself LLVM takes one row after the other, and keeps all
     unpacked weights in memory meanwhile."""
     if not AVX2:
@@ -66,7 +66,7 @@ def _settled(b: Any, totals: Any) -> Any:
     return b.asm(ir.FunctionType(INTS, [INTS]), "", "=x,0", [totals], True)
 
 
-def _pairs(b: Any, bits: int, weights: Any) -> Any:
+def _pairs(b: ir.IRBuilder, bits: int, weights: ir.Value) -> Any:
     """The 16 pairs of a group as vectors of words ``(pair, eight rows)``."""
     if bits == 8:
         for pair in range(16):
@@ -90,7 +90,7 @@ def _tile(rows: int, bits: int) -> Callable[..., None]:
     def instruction(_context: Any, *_arguments: Any) -> Any:
         signature = types.void(*[types.uintp] * 6, types.intp, types.intp)
 
-        def generate(context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
+        def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
             weights, scales, numbers, steps, sums, out, groups, stride = arguments
             totals = [cgutils.alloca_once_value(b, ir.Constant(FLOATS, None)) for _ in range(rows)]
             with cgutils.for_range(b, groups) as loop:
@@ -136,7 +136,7 @@ tile_8_1, tile_8_2, tile_8_3, tile_8_4 = (_tile(rows, 8) for rows in (1, 2, 3, 4
 def _bits_to_float(typingctx, bits):  # type: ignore[no-untyped-def]
     """The float32 whose bits are those of an int32."""
 
-    def generate(_context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
+    def generate(_context: Any, b: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
         return b.bitcast(arguments[0], ir.FloatType())
 
     return types.float32(types.int32), generate
@@ -145,7 +145,7 @@ def _bits_to_float(typingctx, bits):  # type: ignore[no-untyped-def]
 def _atomic_add(typingctx, address, value):  # type: ignore[no-untyped-def]
     """Adds to the int64 at an address; returns what was there. Adding 0 reads it."""
 
-    def generate(_context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
+    def generate(_context: Any, b: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
         return b.atomic_rmw("add", b.inttoptr(arguments[0], LONG.as_pointer()), arguments[1], "seq_cst")
 
     return types.int64(types.uintp, types.int64), generate

@@ -11,8 +11,6 @@ by orders of magnitude), and logits are taken relative to the largest.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -50,7 +48,7 @@ class TokenRouter(PreTrainedModel):
         self.exit = nn.Linear(config.width, 1)
         self.post_init()
 
-    def _init_weights(self, module: Any) -> None:
+    def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             nn.init.zeros_(module.bias)

@@ -13,7 +13,7 @@ are one block and a few projections. ``attach`` ties a draft to its target; with
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ from transformers.models.llama.modeling_llama import (
 from ...core.errors import UnsupportedModelError
 from ...core.packing import pack_linears
 from .configuration_feature_draft import FeatureDraftConfig
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "ln_final", "final_norm")
 
@@ -78,7 +81,7 @@ class FeatureTap:
             self._handles.append(module.register_forward_hook(self._recorder(layer)))
 
     def _recorder(self, layer: int) -> Any:
-        def record(_module: nn.Module, _args: Any, output: Any) -> None:
+        def record(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             if threading.get_ident() != self._thread:  # the target may serve another thread meanwhile
                 return
             self._parts[layer] = output[0] if isinstance(output, tuple) else output
@@ -209,7 +212,7 @@ class FeatureDraftForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         inputs: torch.Tensor,
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
     ) -> torch.Tensor:
         """The transformer block and the final norm: ``[B, q, D] -> [B, q, D]``."""
         rope = self.rotary_emb(inputs, position_ids=position_ids)
@@ -230,7 +233,7 @@ class FeatureDraftForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         hidden: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
         use_cache: bool | None = True,
         logits_to_keep: int = 0,
         reduced_logits: bool = False,
@@ -285,7 +288,7 @@ class FeatureDraftForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values, hidden_states=(states,))
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, past_key_values: Any = None, **kwargs: Any
+        self, input_ids: torch.Tensor, past_key_values: Cache | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         return {

@@ -14,7 +14,6 @@ between a learned start and a learned end.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
@@ -48,7 +47,7 @@ class VisualPromptEncoder(PreTrainedModel):
         self.ends = nn.Embedding(2, config.hidden_size)  # start, end
         self.post_init()
 
-    def _init_weights(self, module: Any) -> None:
+    def _init_weights(self, module: nn.Module) -> None:
         if module is self:
             nn.init.normal_(self.frequencies, std=self.config.fourier_scale)
         elif isinstance(module, nn.Linear):

@@ -13,7 +13,6 @@ There is no residual from Q to O, and no position inside a region.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
@@ -74,7 +73,7 @@ class TokenPackerProjector(PreTrainedModel):
         self.exit = nn.Sequential(nn.Linear(width, text), nn.GELU(), nn.Linear(text, text))
         self.post_init()
 
-    def _init_weights(self, module: Any) -> None:
+    def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.MultiheadAttention):
             nn.init.xavier_uniform_(module.in_proj_weight)
             nn.init.zeros_(module.in_proj_bias)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from ...architectures.images.data import digit_images, digit_split
 from ...core.progress import Report
 from ...core.rng import derive_seed, numpy_generator, seed_everything
 from ...training.stepwise import Stage, fit
@@ -18,27 +18,14 @@ if TYPE_CHECKING:
 
     from ...core.results import Values
 
-HELD = 500
-"""Digits that are never learned from."""
 SCALE = 2
 """Every pixel is drawn so many times a side: an even patch is one pixel."""
 
 
-@lru_cache(maxsize=1)
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
     """Images ``[1797, 1, 16, 16]`` around zero, and their digits ``[1797]``."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    images = torch.from_numpy(found.images).float()[:, None] / 8 - 1
-    big = images.repeat_interleave(SCALE, 2).repeat_interleave(SCALE, 3)
-    return big, torch.from_numpy(found.target).long()
-
-
-def split(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows to learn from, and held-out ones, for a seed."""
-    order = torch.from_numpy(numpy_generator(seed, "digits").permutation(1797))
-    return order[HELD:], order[:HELD]
+    images, labels = digit_images()
+    return images.repeat_interleave(SCALE, 2).repeat_interleave(SCALE, 3), labels
 
 
 def learn_digits(
@@ -58,7 +45,7 @@ def learn_digits(
         learned: how many digits to learn from; None takes all that are not held out.
     """
     images, labels = digits()
-    known, held = split(seed)
+    known, held = digit_split(seed)
     known = known[:learned]
     seed_everything(derive_seed(seed, "network"))
     model = make()

@@ -108,13 +108,16 @@ def reverse(number: int) -> str:
     return str(number)[::-1]
 
 
-def worked_sum(rng: random.Random, terms: int = 4, separators: Sequence[str] = (";",)) -> tuple[str, str]:
-    """A sum of two-digit numbers and its worked answer, ``32+54+...=`` and ``32+54=86;86+...#...``, numbers reversed.
+def worked_sum(
+    rng: random.Random, terms: int = 4, separators: Sequence[str] = (";",), digits: int = 2
+) -> tuple[str, str]:
+    """A sum of numbers of ``digits`` digits and its worked answer, ``32+54+...=`` and ``32+54=86;86+...#...``, numbers
+    reversed.
 
     Args:
         separators: any of them may stand between two steps.
     """
-    numbers = [rng.randint(10, 99) for _ in range(terms)]
+    numbers = [rng.randint(10 ** (digits - 1), 10**digits - 1) for _ in range(terms)]
     total, text = numbers[0], ""
     for number in numbers[1:]:
         if text:

@@ -109,7 +109,7 @@ def dataset_of(rows: list[dict[str, Any]]) -> Dataset:
     return datasets.Dataset.from_list(whole, on_mixed_types="use_json")
 
 
-def _split(dataset: Any, split: str, label: str) -> Any:
+def _split(dataset: Dataset, split: str, label: str) -> Any:
     if split not in dataset:
         raise BadInputError(f"{label} has no split {split!r}.", f"It has: {', '.join(dataset)}.")
     return dataset[split]
@@ -168,7 +168,7 @@ def without_identical(dataset: Dataset, names: tuple[str, str], label: str = "Th
     return dataset if len(kept) == len(dataset) else dataset.select(kept)
 
 
-def check_pairs(dataset: Any, label: str = "The data", identical: bool = False) -> None:
+def check_pairs(dataset: Dataset, label: str = "The data", identical: bool = False) -> None:
     """Refuses an empty dataset, unknown columns, and the first bad row.
 
     Raises:
