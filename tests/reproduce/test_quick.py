@@ -416,3 +416,13 @@ def test_as_arm():
     assert distinct(result, PLAIN, arm(2), arm(5))
     assert mean(result["runs"][0][PLAIN][FORWARDS]) == 1 and mean(result["runs"][0][arm(2)][FORWARDS]) == 1
     assert claims[FORWARDS, arm(5), PLAIN]["verdict"] == "holds"
+
+
+@pytest.mark.reproduction("ilm")
+def test_ilm():
+    from everytoken.reproduce.beds.star_graphs import EDGES, FOUND, WAYS
+
+    result, claims = quick("ilm")
+    assert distinct(result, *WAYS)
+    assert {metric for metric, *_ in claims} == {FOUND, EDGES}
+    assert all(0 <= value <= 1 for arm in result["runs"][0].values() for value in arm[EDGES])

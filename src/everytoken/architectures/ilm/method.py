@@ -89,6 +89,7 @@ class ILM(Architecture):
                 initializer_range=0.2,
             )
         )
+        assert model.stop_head is not None
         with torch.no_grad():
             model.stop_head.bias.copy_(torch.tensor([-2.0, 2.0]))  # it writes something
         return model
