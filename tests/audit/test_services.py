@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -17,7 +16,6 @@ import pytest
 pytest.importorskip("uvicorn")
 pytest.importorskip("cryptography")
 httpx2 = pytest.importorskip("httpx2")
-import uvicorn
 from typer.testing import CliRunner
 
 from everytoken.audit.attacks import example_documents, jobs_of
@@ -29,26 +27,10 @@ from everytoken.cli.app import app
 from everytoken.core.errors import BadInputError, EverytokenError
 from everytoken.core.rate import RateLimit
 
+from ..loopback import served
+
 SETTINGS = CoIn(block=16, round_size=16)
 JOBS = jobs_of(example_documents(), 3, 64)
-
-
-@contextlib.contextmanager
-def served(application):
-    """A real server on loopback in a thread; yields its URL."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(512)
-        server = uvicorn.Server(uvicorn.Config(application, log_level="error"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            while not server.started:
-                time.sleep(0.01)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 def committed(count=1):

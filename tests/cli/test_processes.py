@@ -44,6 +44,7 @@ VERBS = {
     "doctor": (["doctor"], "cache folder"),
     "mcp": (["mcp", "search", "a tool", "--store", "{here}/none.db"], "There is no store"),
     "audit": (["audit", "--help"], "provide"),
+    "serve": (["serve", "--host", "0.0.0.0"], "EVERYTOKEN_API_KEY"),
 }  # fmt: skip
 
 
@@ -57,4 +58,4 @@ def test_a_verb_in_a_process(verb, files):
     result = process(*(argument.format(**files) for argument in arguments))
     assert words in result.stdout + result.stderr
     assert "Traceback" not in result.stderr
-    assert result.returncode == (2 if verb in ("reproduce", "mcp") else 0)
+    assert result.returncode == (2 if verb in ("reproduce", "mcp", "serve") else 0)

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from ..core.errors import EverytokenError
-from . import audit, compare, data, doctor, mcp, papers, papers_site, reproduce, tokenizer, train, try_
+from . import audit, compare, data, doctor, mcp, papers, papers_site, reproduce, serve, tokenizer, train, try_
 from .output import any_encoding
 
 app = typer.Typer(
@@ -58,6 +58,7 @@ app.command("try", epilog=try_.EXAMPLES)(try_.try_method)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("reproduce", epilog=reproduce.EXAMPLES)(reproduce.reproduce)
+app.command("serve", epilog=serve.EXAMPLES)(serve.serve)
 app.command("scoreboard", epilog=reproduce.SCOREBOARD_EXAMPLES)(reproduce.scoreboard)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 

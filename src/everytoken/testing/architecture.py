@@ -83,7 +83,8 @@ class ArchitectureConformance:
     def padded(self, model: PreTrainedModel, inputs: Inputs, count: int, left: bool) -> Inputs:
         """Padding on one side of ids, mask and labels; an encoder-decoder's labels have their own length."""
         sides = (count, 0) if left else (0, count)
-        fill = {"input_ids": model.config.get_text_config().pad_token_id or 0, "attention_mask": 0}
+        padding = getattr(model.config.get_text_config(), "pad_token_id", None) or 0  # not every network reads ids
+        fill = {"input_ids": padding, "attention_mask": 0}
         if not model.config.is_encoder_decoder:
             fill["labels"] = -100
         pad = torch.nn.functional.pad

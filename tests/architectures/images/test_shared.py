@@ -142,6 +142,17 @@ def test_the_distance_of_normal_distributions():
         frechet_distance(x, y[:, :3])
 
 
+def test_draws_within_classes_keep_their_shares():
+    """Two far classes: drawing their shares anew moves the mean, drawing within them does not."""
+    torch.manual_seed(0)
+    groups = torch.arange(200) % 2
+    x, y = (torch.randn(200, 2) + 100.0 * groups[:, None] for _ in range(2))
+    free, within = frechet_interval(x, y, 20), frechet_interval(x, y, 20, classes=(groups, groups))
+    assert free[0] == within[0] and within[2] - within[0] < 0.2 * (free[2] - free[0])
+    with pytest.raises(BadInputError):
+        frechet_interval(x, y, 20, classes=(groups, groups[:3]))
+
+
 def test_the_classifier_reads_held_out_digits_and_sees_noise():
     images, labels = digit_images()
     held = digit_split()[1]

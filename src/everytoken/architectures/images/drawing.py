@@ -14,6 +14,7 @@ writes it::
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ NO_TEXT: dict[str, str] = {
 }
 """What networks that read and draw images lack of the battery's features."""
 SHOWN = 6
-"""Pictures of the growing image beside each other in the terminal."""
+"""Pictures of the growing image beside each other in the terminal, at most."""
 
 
 @dataclass
@@ -144,14 +145,15 @@ def growing(frames: list[torch.Tensor], steps: list[str], colour: bool | None = 
         colour: half-blocks in true colours in place of shades; None asks the terminal.
     """
     last = len(frames) - 1
-    count = min(SHOWN, len(frames))
+    side = frames[0].shape[-1]
+    room = shutil.get_terminal_size((100, 24)).columns // (2 * side + 3)
+    count = min(SHOWN, len(frames), max(2, room))
     chosen = sorted({round(number * last / max(1, count - 1)) for number in range(count)}) if count > 1 else [last]
     if colour is None:
         colour = sys.stdout.isatty() and os.environ.get("COLORTERM") in ("truecolor", "24bit")
         colour = colour and "NO_COLOR" not in os.environ
     if colour:
-        side = frames[0].shape[-1] + 1
-        words = " ".join(f"{steps[number][: side - 1]:<{side - 1}}" for number in chosen)
+        words = " ".join(f"{steps[number][:side]:<{side}}" for number in chosen)
         return f"{words}\n{half_blocks(tiled(torch.stack([frames[number] for number in chosen]), len(chosen)))}"
-    side = 2 * frames[0].shape[-1]
-    return beside([f"{steps[number][:side]:<{side}}\n{shaded(frames[number])}" for number in chosen])
+    width = 2 * side
+    return beside([f"{steps[number][:width]:<{width}}\n{shaded(frames[number])}" for number in chosen])

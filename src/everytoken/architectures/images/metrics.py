@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
@@ -121,26 +122,47 @@ def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def frechet_interval(
-    real: torch.Tensor, made: torch.Tensor, draws: int = 100, seed: int = 0
+    real: torch.Tensor,
+    made: torch.Tensor,
+    draws: int = 100,
+    seed: int = 0,
+    classes: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[float, float, float]:
     """The distance of features ``[N, d]`` and ``[M, d]``, and the ends of its 95% interval.
 
     The interval is 1.96 standard deviations of the distance over bootstrap draws of both sets, to both sides. Quantiles
     of these draws would lie too high, for drawing again makes sets smaller.
 
+    Args:
+        classes: of both sets, ``[N]`` and ``[M]``: rows are drawn within their class, so that the shares of classes
+            stay what was asked for. None draws from all.
+
     Raises:
-        BadInputError: as ``frechet_distance``, or fewer than two draws.
+        BadInputError: as ``frechet_distance``, fewer than two draws, or classes of another length.
     """
     if draws < 2:
         raise BadInputError(f"An interval takes two draws at least; got {draws}.")
     value = frechet_distance(real, made)
+    groups = classes or (torch.zeros(len(real)), torch.zeros(len(made)))
+    if len(groups[0]) != len(real) or len(groups[1]) != len(made):
+        raise BadInputError("classes hold one class a row of each set.")
     rng = numpy_generator(seed, "frechet")
     found = []
     for _ in range(draws):
-        rows = [torch.from_numpy(rng.integers(0, len(item), len(item))) for item in (real, made)]
-        found.append(frechet_distance(real[rows[0]], made[rows[1]]))
+        first, second = (
+            item[_drawn_again(group.long().cpu(), rng)] for item, group in zip((real, made), groups, strict=True)
+        )
+        found.append(frechet_distance(first, second))
     spread = 1.96 * float(torch.tensor(found).std())
     return value, max(0.0, value - spread), value + spread
+
+
+def _drawn_again(classes: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Rows ``[N]`` drawn with replacement, each from those of its class."""
+    order, counts = classes.argsort(stable=True), classes.bincount()
+    ordered = classes[order]
+    within = (torch.from_numpy(rng.random(len(classes))) * counts[ordered]).long()
+    return order[(counts.cumsum(0) - counts)[ordered] + within]
 
 
 @dataclass(frozen=True)
@@ -149,7 +171,7 @@ class ImageScores:
 
     Attributes:
         frechet, low, high: the distance from the digits to learn from, and its 95% interval.
-        floor: the distance of held-out digits from them, of which there are as many (at most all 500).
+        floor: the distance of held-out digits from them, as many of each class (at most all 500 of them).
         accuracy: share of images that the classifier takes for the digit that was asked for.
         right: the same, one value an image.
     """
@@ -176,14 +198,16 @@ def image_scores(images: torch.Tensor, labels: torch.Tensor, draws: int = 100, s
     if len(images) != len(labels) or len(images) < 2:
         raise BadInputError(f"Two images and labels at least, one label an image; got {len(images)}, {len(labels)}.")
     check_labels(labels, 10)
-    real, _ = digit_images()
+    real, digits = digit_images()
     known, held = digit_split()
     side = int(images.shape[-1])
     learned = features_of(resized(real[known], side))[0]
-    kept = features_of(resized(real[held[: len(images)]], side))[0]
+    # of every class the first ones, as many as were asked for: shares of classes weigh heavily in the distance
+    rows = [held[digits[held] == label][:count] for label, count in enumerate(labels.bincount(minlength=10).tolist())]
+    kept = features_of(resized(real[torch.cat(rows)], side))[0]
     made, logits = features_of(images)
     right = (logits.argmax(-1) == labels.cpu()).float()
-    value, low, high = frechet_interval(learned, made, draws, seed)
+    value, low, high = frechet_interval(learned, made, draws, seed, (digits[known], labels))
     return ImageScores(value, low, high, frechet_distance(learned, kept), float(right.mean()), right.tolist())
 
 

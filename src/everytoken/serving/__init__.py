@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server over any causal model of transformers, with the decoders and grammars of this house."""

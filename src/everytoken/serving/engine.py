@@ -1,0 +1,372 @@
+"""One model and one thread that writes with it: grammars, tools, samples, stop texts, log-probabilities, streams.
+
+Requests wait in line and are written one after another, so a long queue is bounded by whoever takes requests. A request
+that was cancelled ends at its next token.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextStreamer
+
+from ..catalog.cards import find_card
+from ..constraints.engine.compiler import GrammarCompiler
+from ..constraints.engine.vocabulary import TokenizerInfo
+from ..constraints.logits_processor import GrammarLogitsProcessor
+from ..core.errors import BadInputError
+from ..core.settings import parse_settings
+from ..core.vocabulary import token_bytes
+from ..decoding.base import Decoder
+from .requests import Ask, RequestError
+from .tools import ChatFormat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..constraints.engine.compiled import CompiledGrammar
+
+Say = Callable[[int, str], None]
+"""Gets the index of a choice and the next piece of its text."""
+
+
+@dataclass
+class Choice:
+    """One answer: its text, how it ended (``stop``, ``length``, ``tool_calls``), its tokens and what was asked of them.
+
+    Attributes:
+        logprobs: of each token, ``(token id, its log-probability, the likeliest as (id, log-probability))``.
+    """
+
+    index: int
+    text: str
+    finish: str
+    tokens: list[int]
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: list[tuple[int, float, list[tuple[int, float]]]] | None = None
+
+
+@dataclass
+class Job:
+    """A request with its prompts as ids and its grammar compiled."""
+
+    ask: Ask
+    prompts: list[list[int]]
+    texts: list[str]
+    max_tokens: list[int]
+    compiled: CompiledGrammar | None
+    decoder: Decoder | None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+
+class _Penalties(LogitsProcessor):  # type: ignore[misc]
+    """OpenAI's penalties, of tokens in the answer, and biases of tokens."""
+
+    def __init__(self, ask: Ask, prompt: int):
+        self.ask, self.prompt = ask, prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        written = input_ids[:, self.prompt :]
+        if written.shape[1] and (self.ask.presence_penalty or self.ask.frequency_penalty):
+            counts = torch.zeros_like(scores).scatter_add_(1, written, torch.ones_like(written, dtype=scores.dtype))
+            scores = scores - self.ask.frequency_penalty * counts - self.ask.presence_penalty * (counts > 0)
+        if self.ask.logit_bias:
+            places = torch.tensor(list(self.ask.logit_bias), device=scores.device)
+            values = torch.tensor(list(self.ask.logit_bias.values()), device=scores.device, dtype=scores.dtype)
+            scores = scores.index_add(1, places, values.expand(scores.shape[0], -1))
+        return scores
+
+
+class _Cancelled(StoppingCriteria):  # type: ignore[misc]
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+class StopCutter:
+    """Passes text on up to the first stop text; keeps back what may be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str], say: Callable[[str], None]):
+        self.stops, self.say, self._held, self.ended = stops, say, "", False
+
+    def add(self, text: str, last: bool = False) -> None:
+        if self.ended:
+            return
+        self._held += text
+        places = [place for stop in self.stops if (place := self._held.find(stop)) >= 0]
+        if places:
+            self.ended, keep = True, min(places)
+        elif last:
+            keep = len(self._held)
+        else:
+            keep = len(self._held) - max((self._overlap(stop) for stop in self.stops), default=0)
+        if self._held[:keep]:
+            self.say(self._held[:keep])
+        self._held = self._held[keep:]
+
+    def _overlap(self, stop: str) -> int:
+        """Characters at the end that begin ``stop``."""
+        return next((size for size in range(len(stop) - 1, 0, -1) if self._held.endswith(stop[:size])), 0)
+
+
+class _Streamer(TextStreamer):  # type: ignore[misc]
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, cutter: StopCutter):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.cutter = cutter
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.cutter.add(text, last=stream_end)
+
+
+def make_decoder(name: str, settings: dict[str, Any]) -> Decoder:
+    """A decoder of this package by its name, with settings.
+
+    Raises:
+        UnknownNameError: no method is called so.
+        BadInputError: it is no decoder, or a setting is wrong.
+    """
+    card = find_card(name)
+    kind = card.load() if card.implementation else None
+    if not (isinstance(kind, type) and issubclass(kind, Decoder)):
+        raise BadInputError(f"{card.slug} is no decoder.", "everytoken papers --status implemented lists what is.")
+    given = parse_settings(card.slug, kind, [f"{key}={value}" for key, value in settings.items()])
+    return kind(**given)
+
+
+class Engine:
+    """Writes answers with a model.
+
+    Args:
+        model, tokenizer: of transformers; a causal language model.
+        decoder: what writes where a request names nothing else; None is transformers' own generation.
+        most_tokens: of one answer.
+        per_request: whether a request may name a decoder.
+
+    Raises:
+        BadInputError: a model that is no causal language model, or that the decoder cannot work with.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        decoder: Decoder | None = None,
+        most_tokens: int = 1024,
+        per_request: bool = True,
+    ):
+        if not model.can_generate() or model.config.is_encoder_decoder:
+            raise BadInputError(f"{type(model).__name__} writes no text from left to right.", "Serve a causal model.")
+        if most_tokens < 1:
+            raise BadInputError(f"An answer has at least one token; got {most_tokens}.")
+        self.model, self.tokenizer, self.most_tokens, self.per_request = model, tokenizer, most_tokens, per_request
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.format = ChatFormat(tokenizer)
+        self.decoder = None if decoder is None else self._ready(decoder)
+        self._compiler: GrammarCompiler | None = None
+        self._lock = threading.Lock()
+
+    def _ready(self, decoder: Decoder) -> Decoder:
+        decoder.check_model(self.model.config)
+        decoder.load_helpers(self.model)
+        return decoder.prepare(self.tokenizer, self.vocabulary)
+
+    def compiler(self) -> GrammarCompiler:
+        with self._lock:
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(TokenizerInfo.from_huggingface(self.tokenizer, self.vocabulary))
+            return self._compiler
+
+    @cached_property
+    def _bytes(self) -> Sequence[bytes | None]:
+        """Of every token; empty where nobody knows how this tokenizer spells."""
+        try:
+            return token_bytes(self.tokenizer)
+        except BadInputError:
+            return ()
+
+    def spelt(self, token: int) -> tuple[str, list[int] | None]:
+        """A token's text and bytes. One that is no whole character is called by its bytes, so that names differ."""
+        data = self._bytes[token] if token < len(self._bytes) else None
+        if data is None:
+            return self.tokenizer.decode([token]), None
+        try:
+            return data.decode(), list(data)
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), list(data)
+
+    def prepare(self, ask: Ask) -> Job:
+        """Everything that can be refused: prompts read, lengths checked, the grammar compiled. Takes no model.
+
+        Raises:
+            RequestError, GrammarError, BadInputError: what cannot be honoured.
+        """
+        decoder = self.decoder
+        if ask.decoder is not None:
+            if not self.per_request:
+                raise RequestError("This server lets no request choose a decoder.", "decoder")
+            decoder = self._ready(make_decoder(*ask.decoder))
+        if ask.stream and ask.logprobs is not None:
+            raise RequestError("A stream tells no logprobs here: ask without stream.", "logprobs")
+        if ask.stream and len(ask.prompts) > 1:
+            raise RequestError("A stream has one prompt.", "prompt")
+        if ask.stream and decoder is not None and not decoder.streams:
+            raise RequestError(f"{type(decoder).__name__} cannot stream.", "stream")
+        if any(token >= self.vocabulary for token in ask.logit_bias):
+            raise RequestError(f"logit_bias names a token beyond the vocabulary of {self.vocabulary}.", "logit_bias")
+        texts = [self.format.prompt(ask.messages, ask.tools)] if ask.chat else ["" for _ in ask.prompts]
+        prompts = []
+        for place, prompt in enumerate(texts if ask.chat else ask.prompts):
+            if isinstance(prompt, str):
+                texts[place] = prompt
+                prompts.append(list(self.tokenizer(prompt, add_special_tokens=not ask.chat)["input_ids"]))
+            else:
+                prompts.append(list(prompt))
+                if max(prompts[-1]) >= self.vocabulary:
+                    raise RequestError(f"The prompt has a token beyond the vocabulary of {self.vocabulary}.", "prompt")
+                texts[place] = self.tokenizer.decode(prompts[-1])
+        return Job(ask, prompts, texts, [self._room(ask, prompt) for prompt in prompts], self._compiled(ask), decoder)
+
+    def _room(self, ask: Ask, prompt: list[int]) -> int:
+        """How many tokens an answer to this prompt may have."""
+        if not prompt:
+            raise RequestError("The prompt has no tokens.", "prompt")
+        room = self.most_tokens if self.context is None else min(self.most_tokens, self.context - len(prompt))
+        if room < 1:
+            raise RequestError(f"The prompt has {len(prompt)} tokens and the model reads {self.context}.", "messages")
+        if ask.max_tokens is not None and ask.max_tokens > room:
+            raise RequestError(
+                f"max_tokens is {ask.max_tokens}; this server gives {room} behind a prompt of {len(prompt)} tokens.",
+                "max_tokens",
+            )
+        return ask.max_tokens or room
+
+    def _compiled(self, ask: Ask) -> CompiledGrammar | None:
+        if ask.tools:
+            grammar = self.format.tools.grammar(ask.tools, ask.tool_choice)
+        elif ask.constraint is None:
+            return None
+        else:
+            kind, source = ask.constraint
+            if kind == "schema":
+                return self.compiler().compile_json_schema(source)
+            return self.compiler().compile_regex(source) if kind == "regex" else self.compiler().compile_grammar(source)
+        return self.compiler().compile_grammar(grammar)
+
+    def run(self, job: Job, cancelled: threading.Event, say: Say | None = None) -> list[Choice]:
+        """All choices of a request, in the order of prompts and then of samples. Call it from one thread at a time."""
+        found: list[Choice] = []
+        ask = job.ask
+        with torch.random.fork_rng(devices=[self.model.device] if self.model.device.type == "cuda" else []):
+            torch.manual_seed(ask.seed if ask.seed is not None else torch.seed())
+            for prompt, most in zip(job.prompts, job.max_tokens, strict=True):
+                if cancelled.is_set():
+                    break
+                first = len(found)
+                # a stream has one row, and a decoder of one row after the other wants a grammar of its own for each
+                alone = say is not None or (job.decoder is not None and job.compiled is not None)
+                if alone and ask.n > 1:
+                    for index in range(first, first + ask.n):
+                        found += self._write(job, prompt, most, 1, cancelled, first=index, say=say)
+                else:
+                    found += self._write(job, prompt, most, ask.n, cancelled, first=first, say=say)
+        return found
+
+    def _write(
+        self, job: Job, prompt: list[int], most: int, count: int, cancelled: threading.Event, first: int,
+        say: Say | None = None,
+    ) -> list[Choice]:  # fmt: skip
+        ask, ids = job.ask, torch.tensor([prompt], device=self.model.device)
+        greedy = ask.temperature == 0
+        rows = 1 if greedy else count
+        config = self._config(ask, most, rows)
+        processors: list[LogitsProcessor] = []
+        if ask.presence_penalty or ask.frequency_penalty or ask.logit_bias:
+            processors.append(_Penalties(ask, len(prompt)))
+        if job.compiled is not None:
+            processors.append(GrammarLogitsProcessor(job.compiled))
+        arguments: dict[str, Any] = {
+            "attention_mask": torch.ones_like(ids),
+            "generation_config": config,
+            "logits_processor": processors,
+            "stopping_criteria": [_Cancelled(cancelled)],
+            "tokenizer": self.tokenizer,
+        }
+        if say is not None:
+            cutter = StopCutter(ask.stop, lambda text: say(first, text))
+            arguments["streamer"] = _Streamer(self.tokenizer, cutter)
+        with torch.no_grad():
+            output: Any = (
+                self.model.generate(ids, **arguments)
+                if job.decoder is None
+                else job.decoder.generate(self.model, ids, **arguments)
+            )
+        answers = output.sequences[:, len(prompt) :].tolist()
+        told = None if ask.logprobs is None else _told(output.logits, output.sequences[:, len(prompt) :], ask.logprobs)
+        choices = [
+            self._choice(ask, first + row, answers[row], told[row] if told else None, most) for row in range(rows)
+        ]
+        return choices + [replace(choices[0], index=first + row) for row in range(rows, count)]
+
+    def _config(self, ask: Ask, most: int, rows: int) -> GenerationConfig:
+        """Sampling is the request's own: the model's defaults (a temperature, a repetition penalty) do not count."""
+        given = self.model.generation_config
+        ends = given.eos_token_id if given.eos_token_id is not None else self.tokenizer.eos_token_id
+        pad = given.pad_token_id if given.pad_token_id is not None else self.tokenizer.pad_token_id
+        if pad is None and ends is not None:
+            pad = ends[0] if isinstance(ends, list) else ends
+        sampling: dict[str, Any] = {}
+        if ask.temperature > 0:
+            sampling = {"do_sample": True, "temperature": ask.temperature, "top_p": ask.top_p, "top_k": ask.top_k}
+            sampling |= {"num_return_sequences": rows} | ({"min_p": ask.min_p} if ask.min_p else {})
+        return GenerationConfig(
+            max_new_tokens=most, eos_token_id=ends, pad_token_id=pad, bos_token_id=given.bos_token_id,
+            repetition_penalty=ask.repetition_penalty, stop_strings=list(ask.stop) or None,
+            return_dict_in_generate=True, output_logits=ask.logprobs is not None, **({"do_sample": False} | sampling),
+        )  # fmt: skip
+
+    def _choice(self, ask: Ask, index: int, tokens: list[int], told: Any, most: int) -> Choice:
+        ends = self._config(ask, most, 1).eos_token_id
+        ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        length = next((place for place, token in enumerate(tokens) if token in ends), None)
+        ended, size = length is not None, len(tokens) if length is None else length + 1
+        tokens = tokens[:size]
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        cuts = [place for stop in ask.stop if (place := text.find(stop)) >= 0]
+        finish = "stop" if ended or cuts else "length"
+        text = text[: min(cuts)] if cuts else text
+        calls: list[dict[str, Any]] = []
+        if ask.tools:
+            text, calls = self.format.tools.split(text, list(ask.tools))
+            finish = "tool_calls" if calls else finish
+        return Choice(index, text, finish, tokens, calls, None if told is None else told[:size])
+
+
+def _told(logits: Sequence[torch.Tensor], tokens: torch.Tensor, top: int) -> list[list[Any]]:
+    """For each row and place: the token, its log-probability by the model, and the likeliest tokens."""
+    own, likeliest = [], []
+    for step, scores in enumerate(logits):
+        logps = scores.float().log_softmax(-1)
+        own.append(logps.gather(1, tokens[:, step : step + 1])[:, 0])
+        likeliest.append(logps.topk(max(top, 1), dim=-1))
+    values = torch.stack(own, 1).tolist()
+    ids = torch.stack([item.indices for item in likeliest], 1).tolist()
+    best = torch.stack([item.values for item in likeliest], 1).tolist()
+    ids_written = tokens.tolist()
+    return [
+        [
+            (ids_written[row][step], value, list(zip(ids[row][step], best[row][step], strict=True))[:top])
+            for step, value in enumerate(line)
+        ]
+        for row, line in enumerate(values)
+    ]
