@@ -13,7 +13,7 @@ WORKERS ?= 2
 # where this is set, every one of the tests' processes compiles the whole package anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-full test-all test-verl test-lmms lint bench docs clean
+.PHONY: demo test test-full test-all test-verl test-lmms test-lm-eval lint bench docs clean
 
 $(VENV)/.base: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -89,6 +89,20 @@ $(LMMS)/.made: $(VENV)/.dev
 	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lmms-eval==0.7.3
 	touch $@
 
+# lm-evaluation-harness brings metrics that nothing else here needs: an environment of its own
+LM_EVAL := $(VENV)-lm-eval
+test-lm-eval: $(LM_EVAL)/.made ## the adapter inside lm-evaluation-harness itself
+	HF_HUB_OFFLINE=1 PYTHONPATH=src $(LM_EVAL)/bin/python -m pytest -m "" -p no:cacheprovider tests/integrations/test_lm_eval_itself.py
+
+$(LM_EVAL)/.made: $(VENV)/.dev
+	$(BIN)/python -m venv $(LM_EVAL)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(LM_EVAL)/behind
+	mv $(LM_EVAL)/behind "$$($(LM_EVAL)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/behind.pth"
+	$(LM_EVAL)/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts pytablewriter rouge-score sacrebleu \
+	    sqlitedict dill word2number more_itertools evaluate
+	$(LM_EVAL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lm-eval==0.4.13
+	touch $@
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests scripts benchmarks examples hatch_build.py
 	$(BIN)/ruff format --check src tests scripts benchmarks examples
@@ -104,4 +118,4 @@ docs: $(VENV)/.dev ## the site, warnings as errors
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) $(VENV)-verl $(VENV)-lmms site dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-verl $(VENV)-lmms $(VENV)-lm-eval site dist .pytest_cache .mypy_cache .ruff_cache

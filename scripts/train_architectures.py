@@ -6,7 +6,7 @@
 Every method trains by its own recipe with its defaults; ``--set key=value`` changes them, and ``training.json``
 beside the weights says what they were. The text is English prose that ships with Python
 (``everytoken.training.datasets.plain_text``). Weights are kept in float16. What ships: ``mrt5-prose`` (task=vowels),
-``hat-prose``, ``lexinvariant-prose``, ``openmoe-prose``, ``rmoe-prose``, ``duo-llm-prose``, ``mamba-dynamics-prose``
+``hat-prose``, ``lexinvariant-prose``, ``openmoe-prose``, ``rmoe-prose``, ``duo-llm-prose``, ``mamba-dynamics-prose``,
 ``plainmamba-shapes`` and ``xar-digits``.
 """
 

@@ -17,7 +17,8 @@ pytest.importorskip("uvicorn")
 
 from everytoken.core.errors import BadInputError
 from everytoken.serving.app import Server, make_app
-from everytoken.serving.engine import Engine, StopCutter, make_decoder
+from everytoken.serving.decoders import make_decoder
+from everytoken.serving.engine import Engine, StopCutter
 from everytoken.serving.requests import RequestError, read_chat
 from everytoken.serving.tools import ChatFormat
 

@@ -41,7 +41,8 @@ def serve(
 
     from ..core.loading import load_model, load_tokenizer
     from ..serving.app import Server, make_app
-    from ..serving.engine import Engine, make_decoder
+    from ..serving.decoders import make_decoder
+    from ..serving.engine import Engine
 
     key = os.environ.get(KEY)
     if key is None and host not in ("127.0.0.1", "localhost", "::1"):

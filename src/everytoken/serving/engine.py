@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextStreamer
 
-from ..catalog.cards import find_card
 from ..constraints.engine.compiler import GrammarCompiler
 from ..constraints.engine.vocabulary import TokenizerInfo
 from ..constraints.logits_processor import GrammarLogitsProcessor
 from ..core.errors import BadInputError
-from ..core.settings import parse_settings
 from ..core.vocabulary import token_bytes
 from ..decoding.base import Decoder
+from .decoders import make_decoder
 from .requests import Ask, RequestError
 from .tools import ChatFormat
 
@@ -126,21 +125,6 @@ class _Streamer(TextStreamer):  # type: ignore[misc]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.cutter.add(text, last=stream_end)
-
-
-def make_decoder(name: str, settings: dict[str, Any]) -> Decoder:
-    """A decoder of this package by its name, with settings.
-
-    Raises:
-        UnknownNameError: no method is called so.
-        BadInputError: it is no decoder, or a setting is wrong.
-    """
-    card = find_card(name)
-    kind = card.load() if card.implementation else None
-    if not (isinstance(kind, type) and issubclass(kind, Decoder)):
-        raise BadInputError(f"{card.slug} is no decoder.", "everytoken papers --status implemented lists what is.")
-    given = parse_settings(card.slug, kind, [f"{key}={value}" for key, value in settings.items()])
-    return kind(**given)
 
 
 class Engine:
