@@ -480,3 +480,13 @@ def test_cj_grpo():
     for seed in range(50):
         prompt, answer = example(random.Random(seed))
         assert right(prompt, answer) == 1.0 and right(prompt, answer[:-1] or "+") == 0.0
+
+
+@pytest.mark.reproduction("ilm")
+def test_ilm():
+    from everytoken.reproduce.beds.star_graphs import EDGES, FOUND, WAYS
+
+    result, claims = quick("ilm")
+    assert distinct(result, *WAYS)
+    assert {metric for metric, *_ in claims} == {FOUND, EDGES}
+    assert all(0 <= value <= 1 for arm in result["runs"][0].values() for value in arm[EDGES])
