@@ -35,6 +35,8 @@ def methods() -> dict:
     for card in load_catalog().values():
         if card.station != "reinforcement" or card.status == "planned" or not is_method(card.load()):
             continue
+        if getattr(card.load(), "any_order", False):  # their rollouts are canvases
+            continue
         # whole responses, and completions that no budget cuts: all arms write the same number of tokens
         same = {
             "segments": 1, "context": PROMPT, "budget_start": 2 * LONG, "budget_end": LONG, "budget_min": LONG,

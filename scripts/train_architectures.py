@@ -5,9 +5,10 @@
 
 Every method trains by its own recipe with its defaults; ``--set key=value`` changes them, and ``training.json``
 beside the weights says what they were. The text is English prose that ships with Python
-(``everytoken.training.datasets.plain_text``). Weights are kept in float16. What ships: ``mrt5-prose`` (task=vowels),
-``hat-prose``, ``lexinvariant-prose``, ``openmoe-prose``, ``rmoe-prose``, ``duo-llm-prose``, ``mamba-dynamics-prose``,
-``plainmamba-shapes``, ``tokenbridge-digits`` and ``xar-digits``.
+(``everytoken.training.datasets.plain_text``); pictures are drawn, or ship in packages. Weights are kept in float16.
+What ships: ``mrt5-prose`` (task=vowels), ``hat-prose``, ``lexinvariant-prose``, ``openmoe-prose``, ``rmoe-prose``,
+``duo-llm-prose``, ``mamba-dynamics-prose``, ``plainmamba-shapes``, ``xar-digits``,
+``tokenbridge-digits`` and ``token-shuffle-digits``.
 """
 
 from __future__ import annotations

@@ -22,7 +22,10 @@ from .common import PROMPTS
 METHODS = [
     card.slug
     for card in load_catalog().values()
-    if card.station == "reinforcement" and card.status != "planned" and is_method(card.load())
+    if card.station == "reinforcement"
+    and card.status != "planned"
+    and is_method(card.load())
+    and not getattr(card.load(), "any_order", False)
 ]
 SMALL = ["steps=2", "batch_size=4", "num_generations=4", "lr=0.01", "samples=1", "sample_tokens=6", "eval_share=0.25"]
 
@@ -154,11 +157,11 @@ def test_tasks_are_made_where_there_are_no_data(tmp_path):
 
 def test_a_task_rewards_its_own_answer_only(tmp_path):
     pytest.importorskip("reasoning_gym")
-    from everytoken.reinforcement.training import _rows_and_reward
+    from everytoken.reinforcement.rollout_training import rows_and_reward
     from everytoken.training.datasets.arithmetic import make_task
 
     config = read_config(load_catalog()["tempo"].load_training(), None, ["items=3"])
-    rows, reward = _rows_and_reward(config, TrainingContext(None, None, tmp_path))
+    rows, reward = rows_and_reward(config, TrainingContext(None, None, tmp_path))
     assert reward.__name__ == "correct"  # logs name it so
     right = make_task("chain_sum", 3, config.seed)[1]["answer"]
     texts = [f"<answer>{right}</answer>", f"It is {right}.", "", "x" * 50, f"{right}1"]

@@ -416,3 +416,77 @@ def test_as_arm():
     assert distinct(result, PLAIN, arm(2), arm(5))
     assert mean(result["runs"][0][PLAIN][FORWARDS]) == 1 and mean(result["runs"][0][arm(2)][FORWARDS]) == 1
     assert claims[FORWARDS, arm(5), PLAIN]["verdict"] == "holds"
+
+
+@pytest.mark.reproduction("gdpo")
+def test_gdpo():
+    import torch
+
+    from everytoken.reproduce.diffusion_gdpo import (
+        COUNTS,
+        DRAWN,
+        HOLES,
+        ONE,
+        OURS,
+        SEMI,
+        bias,
+        exact,
+        repeated,
+        variance,
+    )
+
+    result, claims = quick("gdpo")
+    assert distinct(result, DRAWN, SEMI, OURS, COUNTS)
+    assert claims[variance(2), SEMI, DRAWN]["verdict"] == "holds" and claims[bias(2), OURS, ONE]["verdict"] == "holds"
+    # a network whose tokens are independent: every estimator that weighs by L/k gives the bound itself
+    bits = (torch.arange(2**HOLES)[:, None] >> torch.arange(HOLES)) & 1
+    table = -bits.sum(1, keepdim=True).float()
+    assert exact(table).tolist() == pytest.approx([-HOLES])
+    torch.testing.assert_close(repeated(table, 4, 0, rule="gauss-2"), torch.full((1, 4), -float(HOLES)))
+
+
+@pytest.mark.reproduction("mdpo")
+def test_mdpo():
+    from everytoken.reproduce.mdpo import LAST, LOST, OURS, PLAIN, SOLVED
+
+    result, claims = quick("mdpo")
+    arms = result["runs"][0]
+    assert distinct(result, PLAIN, OURS, LAST) and len(arms["start"][SOLVED]) == 128
+    assert (SOLVED, OURS, PLAIN) in claims and set(arms[OURS][LOST]) <= {0.0, 1.0}
+
+
+@pytest.mark.reproduction("cj-grpo")
+def test_cj_grpo():
+    import random
+
+    from everytoken.reproduce.cj_grpo import (
+        ASS,
+        BLOCKS,
+        BOTH,
+        CONSISTENT,
+        EOSER,
+        FORWARDS,
+        FULL,
+        ONE,
+        SOLVED,
+        example,
+        right,
+    )
+
+    result, _ = quick("cj-grpo")
+    arms = result["runs"][0]
+    assert distinct(result, BLOCKS, FULL, ASS) and arms[ONE][SOLVED] != [] and CONSISTENT in arms
+    assert [arms[name][FORWARDS][0] for name in (BLOCKS, FULL, EOSER, ASS, BOTH)] == [16, 16, 16, 4, 4]
+    for seed in range(50):
+        prompt, answer = example(random.Random(seed))
+        assert right(prompt, answer) == 1.0 and right(prompt, answer[:-1] or "+") == 0.0
+
+
+@pytest.mark.reproduction("ilm")
+def test_ilm():
+    from everytoken.reproduce.beds.star_graphs import EDGES, FOUND, WAYS
+
+    result, claims = quick("ilm")
+    assert distinct(result, *WAYS)
+    assert {metric for metric, *_ in claims} == {FOUND, EDGES}
+    assert all(0 <= value <= 1 for arm in result["runs"][0].values() for value in arm[EDGES])

@@ -87,7 +87,7 @@ class Observation:
         text: what it wrote, if it wrote.
         pictures: pieces of HTML.
         notes: sentences worth saying.
-        drawing: lines for the terminal that show what it drew, if it drew.
+        drawing: lines for the terminal that show what it drew, or how its text grew.
     """
 
     traces: list[TokenTrace]

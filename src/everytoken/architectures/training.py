@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -148,22 +149,61 @@ def train_from_text(slug: str, factory: type[Architecture], recipe: Recipe, cont
     model = recipe.begin(context.model)
     curves = learn(slug, model, recipe, text, context.out, context.report)
     held = text.held(32, recipe.length)
-    figures = recipe.measure(model, held)
+    return write_training(
+        slug,
+        context,
+        model,
+        recipe,
+        recipe.measure(model, held),
+        curves,
+        tokenizer=recipe.tokenizer(),
+        title=context.data or "the example text",
+        traces=traces_of(factory, model, recipe, held),
+        column=factory.trace_columns[0],
+        pictures=recipe.pictures(model, curves, held),
+        hint=f"everytoken try {slug} --model {{folder}} --prompt 'Some words of yours.'",
+    )
+
+
+def write_training(
+    slug: str,
+    context: TrainingContext,
+    model: PreTrainedModel,
+    config: Any,
+    figures: dict[str, float],
+    curves: Curves,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    title: str,
+    traces: Sequence[TokenTrace] = (),
+    column: str | None = None,
+    pictures: dict[str, str] | None = None,
+    hint: str,
+) -> TrainingResult:
+    """What every training of a network leaves in its folder: ``model/``, ``training.json`` and ``report.html``.
+
+    Args:
+        config: the dataclass of settings.
+        title: what it learned from, for the report.
+        traces, column, pictures: for the report.
+        hint: a command that tries the network; ``{folder}`` stands for where it lies.
+    """
     folder = context.out / "model"
-    save_network(model, folder, recipe.tokenizer())
-    record = {"method": slug, "figures": figures, "settings": dataclasses.asdict(recipe), "curves": curves}
+    save_network(model, folder, tokenizer)
+    settings = dataclasses.asdict(config)
+    record = {"method": slug, "figures": figures, "settings": settings, "curves": curves}
     write_text_whole(context.out / "training.json", json.dumps(record, indent=1) + "\n")
     report = training_report(
         context.out / "report.html",
-        f"{slug}: {context.data or 'the example text'}",
+        f"{slug}: {title}",
         figures,
         curves,
-        traces=traces_of(factory, model, recipe, held),
-        column=factory.trace_columns[0],
-        settings=dataclasses.asdict(recipe),
-        pictures=recipe.pictures(model, curves, held),
+        traces=traces,
+        column=column,
+        settings=settings,
+        pictures=pictures or {},
     )
-    notes = [f"Look at {report}.", f"Try it: everytoken try {slug} --model {folder} --prompt 'Some words of yours.'"]
+    notes = [f"Look at {report}.", f"Try it: {hint.format(folder=folder)}"]
     return TrainingResult(figures, [folder, context.out / "training.json", report], notes)
 
 

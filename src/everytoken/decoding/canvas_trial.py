@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core.errors import BadInputError
-from ..core.loading import load_tokenizer, read_pretrained, resolve
+from ..core.loading import load_tokenizer
 from ..core.rng import derive_seed
 from ..core.scoring import check_prompt
 from ..core.weights import weights_folder
 from .canvas.base import CanvasSampler
-from .canvas.replay import canvas_text, replay_html
+from .canvas.loading import load_denoiser
+from .canvas.replay import replay_html, step_lines
 from .trial import TrialRequest, TrialResult
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EXAMPLE = "1.3. .... ..2. 4..."
 HEADLINE = "mean probability of a choice"
-
-
-def load_denoiser(model: str | None = None, weights: str = CanvasSampler.weights) -> PreTrainedModel:
-    """A model for a canvas: a masked language model, or another kind whose logits are tried; None is a small one
-    that ships, ``weights``.
-
-    Raises:
-        BadInputError, EverytokenError: as for ``load_model``.
-    """
-    name = str(weights_folder(weights)) if model is None else resolve(model)
-    lacking = BadInputError(f"transformers has no masked language model for {name}.")
-    try:
-        return read_pretrained("AutoModelForMaskedLM", name, "float32", None, False, {}, lacking)
-    except BadInputError as error:
-        if error is not lacking:
-            raise
-    return read_pretrained("AutoModelForCausalLM", name, "float32", None, False, {})
 
 
 def trial(request: TrialRequest) -> TrialResult:
@@ -85,18 +66,11 @@ def trial(request: TrialRequest) -> TrialResult:
         result.texts[name] = tokenizer.decode(found.final_ids[0], skip_special_tokens=False)
         if name == plain:
             continue
-        _show(request, tokenizer, name, found)
+        for line in step_lines(found, 0, tokenizer):
+            request.stream(f"{name}, {line}\n")
         for trace in ready.trace:
             trace.title = f"{name}: {prompt}"
             result.traces.append(trace.with_text(tokenizer))
         result.pictures.append(replay_html(found, 0, tokenizer, f"{name}: every step of the canvas"))
     result.notes += [f"{name} wrote: {text!r}" for name, text in result.texts.items()]
     return result
-
-
-def _show(request: TrialRequest, tokenizer: PreTrainedTokenizerBase, name: str, found: Any) -> None:
-    """The canvas after every step, a line each, as the terminal shows it."""
-    width = len(str(found.steps))
-    for number, state in enumerate(found.states()):
-        line = canvas_text(state[0][found.attention[0]], tokenizer, found.mask_id)
-        request.stream(f"{name}, step {number:>{width}}  {line}\n")

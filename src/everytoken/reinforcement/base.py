@@ -45,10 +45,15 @@ KINDS: dict[str, str] = {
     "ratio_weight": "(update, low, high) -> [b, T], not negative; low and high are the bounds that clip chose",
     "auxiliary": "(model, inputs, step, steps) -> a scalar that is added to the loss",
     "aggregation": "no call: loss_type is the name of TRL's aggregation",
+    "canvas": "sampler(temperature, ends, mask_id, length, record_guesses) -> DenoisingSampler that writes rollouts",
+    "likelihood": "(model, rows, temperature) -> LikelihoodEstimate of texts that were written in any order",
+    "steps": "(rewards [B, S], groups [B]) -> StepChoice; weights(found, step) -> [B, T] of each prediction",
 }
-"""Every kind of piece, in the order of use, and its call."""
+"""Every kind of piece, in the order of use, and its call; the last three are for text in any order."""
 
-ONCE = frozenset({"sampler", "rollout", "temperature", "group_advantage", "clip", "aggregation"})
+ONCE = frozenset(KINDS) - {
+    "prompt", "reward", "token_advantage", "token_weight", "rollouts", "tokens", "ratio_weight", "auxiliary"
+}  # fmt: skip
 """Kinds of which a recipe has one piece at most: two could not both decide."""
 
 NEEDS = frozenset({"ids", "logps", "entropies", "distributions"})
@@ -70,6 +75,7 @@ class RolloutBatch:
             that need them.
         distributions: rows ``[n]`` -> hidden states ``[n, T, D]`` and logits ``[n, T, V]`` that predict the tokens,
             without gradients; for pieces that need them. Ask for a group at a time: nothing is kept.
+        canvas: the record of rollouts that were written in any order (``canvas_pieces.CanvasRows``).
     """
 
     ids: torch.Tensor
@@ -82,6 +88,7 @@ class RolloutBatch:
     entropies: torch.Tensor | None = None
     distributions: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
     truncated: torch.Tensor | None = None
+    canvas: Any = None
 
     @property
     def progress(self) -> float:

@@ -8,11 +8,14 @@
     loss = 1/S sum_s [ sum_{b, i in U_s} -min(rho_i A, clip(rho_i) A) / sum_b |U_s| ]
 
 with U_s the positions that step s fixed (``likelihoods.trajectory_logps``), and A a group's rewards less their mean.
+``CJGRPO`` trains it by TRL's own loss with weights of tokens (``StepMean``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -20,6 +23,8 @@ from ..core.errors import BadInputError
 from ..decoding.canvas.denoising import StepInfo
 from ..decoding.canvas.schedules import Plan
 from ..decoding.canvas.trajectory import Trajectory
+from .base import Recipe
+from .canvas_pieces import CanvasMethod, OneStep, StepMean, Transitions
 
 
 def ascending_counts(length: int, mode: str = "official") -> list[int]:
@@ -135,3 +140,49 @@ def cj_grpo_loss(
         away = ref_logps - logps
         loss = loss + beta * (away.exp() - away - 1)
     return (loss * weights).sum()
+
+
+@dataclass
+class CJGRPO(CanvasMethod):
+    """Consistent trajectories: rollouts in few, growing steps, and a loss of exactly those steps.
+
+    Args:
+        ascending: ASS: step s fixes 2^s tokens, about log2 L steps in all; else ``denoising_steps`` of equal size.
+        eoser: hold back end tokens early in a rollout (EOSER).
+        g_min, g_max: what EOSER multiplies the confidence of end tokens by, first and last.
+        consistent: score the steps that were taken. False scores one step for the whole text, as diffu-GRPO does, with
+            the same rollouts and weights: the comparison of the paper.
+        score_after_end: also train on what stands behind the first end token, as the released code does.
+        epsilon: the ratio is clipped to ``1 - epsilon`` and ``1 + epsilon``.
+
+    Raises:
+        BadInputError: a number of steps beside ``ascending``, which chooses it.
+
+    Likelihoods are at the temperature of sampling; the released code leaves it out. Its KL is not there: in TRL's loss
+    the weights of steps would count for it too.
+    """
+
+    ascending: bool = True
+    eoser: bool = False
+    g_min: float = 0.01
+    g_max: float = 1.0
+    consistent: bool = True
+    score_after_end: bool = True
+    epsilon: float = 0.2
+
+    def recipe(self) -> Recipe:
+        if self.ascending and self.denoising_steps is not None:
+            raise BadInputError("ascending chooses the steps itself.", "Leave denoising_steps out, or ascending.")
+        rejection = partial(EosEarlyRejection, g_min=self.g_min, g_max=self.g_max, ascending=self.ascending)
+        return Recipe(
+            self.rollouts(
+                schedule=AscendingSteps() if self.ascending else "even",
+                transform=rejection if self.eoser else None,
+                score_after_end=self.score_after_end,
+            ),
+            Transitions() if self.consistent else OneStep(),
+            StepMean(),
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        return super().arguments() | {"epsilon": self.epsilon}

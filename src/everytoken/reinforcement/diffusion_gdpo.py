@@ -5,14 +5,22 @@ The ratio is that of evidence lower bounds, estimated with the same masks for bo
     rho = exp((ELBO_theta - ELBO_old) / L)        A = r - mean_group(r)
     loss = mean_g [ -min(rho A, clip(rho, 1 - eps, 1 + eps) A) + beta KL ]
 
+``DiffusionGDPO`` trains it by TRL's own loss: with a ratio a sequence, TRL takes the mean of the log-ratios over the
+scored tokens, which is the difference of the bounds over L.
+
 TRL, verl and others call another method GDPO, one that normalises several rewards; hence the module's name.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
 from ..core.errors import BadInputError
+from .base import Recipe
+from .canvas_pieces import Bound, CanvasMethod
 from .likelihoods import LikelihoodEstimate
 
 
@@ -60,3 +68,30 @@ def diffusion_gdpo_loss(
         away = (ref.sequence.detach() - estimate.sequence).clamp(-20, 20)
         loss = loss + beta * (away.exp() - away - 1 if kl == "k3" else away**2 / 2)
     return loss.mean()
+
+
+@dataclass
+class DiffusionGDPO(CanvasMethod):
+    """Group diffusion policy optimisation: one ratio a text, from bounds by a quadrature over the mask level.
+
+    Args:
+        rule: nodes of the quadrature, ``gauss-1`` to ``gauss-4``, ``simpson``, or ``mc`` for levels that are drawn.
+        masks: K, masks at a node.
+        mask_count: ``fixed``, a set number of masks at a node, or ``bernoulli``.
+        mask_weight: ``L/k``, or ``1/t``, which is biased with a fixed count of few tokens.
+        epsilon: the ratio is clipped to ``1 - epsilon`` and ``1 + epsilon``.
+
+    L counts the tokens that are scored. The paper's KL of bounds is not there: TRL's is one of single tokens.
+    """
+
+    rule: str = "gauss-2"
+    masks: int = 1
+    mask_count: str = "fixed"
+    mask_weight: str = "L/k"
+    epsilon: float = 0.2
+
+    def recipe(self) -> Recipe:
+        return Recipe(self.rollouts(), Bound(self.rule, self.masks, self.mask_count, self.mask_weight))
+
+    def arguments(self) -> dict[str, Any]:
+        return super().arguments() | {"importance_sampling_level": "sequence", "epsilon": self.epsilon}

@@ -10,14 +10,24 @@ The loss of a trained step, with n masks M of L tokens and the recorded confiden
 and emptier canvases more::
 
     loss = [ sum_i M_i C_i (L / n) (-min(rho_i A, clip(rho_i) A)) + M_i C_i KL_i ] / (n + 1e-4)
+
+``MDPO`` trains it: the K steps of the largest ``sum |A_s|``, as rows of TRL's batch (``StepCredit``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
 import torch
 
 from ..core.errors import BadInputError, UnknownNameError
+from ..decoding.canvas.denoising import RemaskRule
+from ..decoding.canvas.schedules import Schedule
 from ..decoding.canvas.trajectory import Trajectory
+from .base import Recipe
+from .canvas_pieces import CanvasMethod, OneStep, StepChoice
 
 MODES = ("difference+future", "final", "step", "future")
 """What a step is judged by: the change of reward and what follows (the paper's), the last guess, its own, what
@@ -142,3 +152,78 @@ def mdpo_step_loss(
     if beta and ref_logps is not None:
         loss = loss + beta * ((weights if kl_weights is None else kl_weights) * (ref_logps - logps) ** 2 / 2).sum(1)
     return loss
+
+
+@dataclass
+class StepCredit:
+    """Every step's guess is verified, and the steps that tell rollouts apart are trained.
+
+    Args:
+        mode: of ``MODES``, what a step is judged by.
+        count: K, steps that are trained.
+        weight: ``confidence`` or None, see ``step_weights``.
+        time_weight: whether a step weighs by L / n.
+
+    Raises:
+        BadInputError, UnknownNameError: a setting out of range.
+    """
+
+    kind: ClassVar[str] = "steps"
+    asks: ClassVar[Mapping[str, Any]] = {"loss_type": "grpo", "importance_sampling_level": "token", "beta": 0.0}
+    mode: str = "difference+future"
+    count: int = 8
+    weight: str | None = "confidence"
+    time_weight: bool = True
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UnknownNameError("mode of step advantages", self.mode, MODES)
+        if self.count < 1 or self.weight not in ("confidence", None):
+            raise BadInputError("At least one step is trained, and its weight is confidence or None.")
+
+    def __call__(self, rewards: torch.Tensor, groups: torch.Tensor) -> StepChoice:
+        """The advantages of rewards ``[B, S]``, and the steps of the largest ones."""
+        advantages = step_advantages(rewards, self.mode, groups)
+        return StepChoice(advantages, select_steps(advantages, self.count))
+
+    def weights(self, found: Trajectory, step: int) -> torch.Tensor:
+        """``[B, T]``, ``C (L / n) n / (n + 1e-4)``: TRL divides a row's sum by its n predictions."""
+        count = ((found.state(step) == found.mask_id) & found.editable).sum(1, keepdim=True)
+        return step_weights(found, step, self.weight, self.time_weight) * count
+
+
+@dataclass
+class MDPO(CanvasMethod):
+    """Rewards for every step of the denoising, and training on the canvases that the sampler met.
+
+    Args:
+        advantage: what a step is judged by, of ``MODES``.
+        trained_steps: K, how many steps of each rollout are trained.
+        confidence_weight: weigh each prediction by its confidence.
+        time_weight: weigh a step by L / n, the length over its open positions.
+        epsilon: the ratio is clipped to ``1 - epsilon`` and ``1 + epsilon``; it moves with ``num_iterations`` above 1.
+        schedule: how many positions each step fixes.
+        remask: a rule that takes tokens back while rollouts are written, such as ``RunningConfidence()``.
+
+    The temperature of training also divides the logits of confidences, as in the paper. Its KL is not there: in TRL's
+    loss the weights would count for it too.
+    """
+
+    advantage: str = "difference+future"
+    trained_steps: int = 8
+    confidence_weight: bool = True
+    time_weight: bool = True
+    epsilon: float = 0.2
+    schedule: str | Schedule = field(default="even", metadata={"text": (str,)})
+    remask: RemaskRule | None = None
+
+    def recipe(self) -> Recipe:
+        weight = "confidence" if self.confidence_weight else None
+        return Recipe(
+            self.rollouts(tempered=True, schedule=self.schedule, remask=self.remask),
+            StepCredit(self.advantage, self.trained_steps, weight, self.time_weight),
+            OneStep(),
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        return super().arguments() | {"epsilon": self.epsilon}

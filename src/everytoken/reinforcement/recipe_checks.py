@@ -31,12 +31,15 @@ def limited(recipe: Recipe) -> list[Any]:
     return [piece for piece in recipe.of("prompt") if hasattr(piece, "max_new_tokens")]
 
 
-def check_recipe(recipe: Recipe, args: Any, dataset: Dataset, more: Mapping[str, Any] | None = None) -> None:
+def check_recipe(
+    recipe: Recipe, args: Any, dataset: Dataset, more: Mapping[str, Any] | None = None, on_canvas: bool = False
+) -> None:
     """Refuses settings under which a piece would not do what it says.
 
     Args:
         dataset: of training.
         more: further arguments of the trainer.
+        on_canvas: whether the trainer writes texts in any order.
 
     Raises:
         BadInputError, UnsupportedModelError: see ``RecipeTrainer``.
@@ -70,6 +73,8 @@ def check_recipe(recipe: Recipe, args: Any, dataset: Dataset, more: Mapping[str,
             refuse("beta", "the KL of tokens that are left out would still be charged", "Use beta=0 or divisor kept.")
         if weighted := [piece for piece in recipe.pieces if getattr(piece, "weighs_kl", False)]:
             refuse("beta", f"{type(weighted[0]).__name__} would have to weigh the KL too", "Use beta=0.")
+    if recipe.of("canvas", "likelihood", "steps") and not on_canvas:
+        raise BadInputError("These pieces are for text in any order.", "Train them with DiffusionGRPOTrainer.")
     columns = check_columns("RecipeTrainer", dataset)
     if recipe.needs - {"ids"} and {"image", "images"} & columns:
         raise UnsupportedModelError("This recipe scores text only, and these prompts have images.")

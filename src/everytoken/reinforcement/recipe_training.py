@@ -23,7 +23,8 @@ from ..core.quiet import quiet_training
 from ..core.settings import load_function, settable
 from ..training.base import Training, TrainingContext, TrainingResult
 from .base import Recipe
-from .training import RolloutTraining, is_method, train_on_rollouts
+from .rollout_training import RolloutTraining, train_on_rollouts
+from .training import is_method
 
 CARDS = "everytoken.catalog.cards:find_card"
 """Looked up when it is needed: methods are found by their cards, and no station imports another."""
@@ -112,6 +113,11 @@ def assembled(pieces: str, arguments: str) -> Assembled:
         if hasattr(made, "rows"):
             raise BadInputError(
                 f"{name} learns from texts, and a recipe from prompts.",
+                f"Use `everytoken train {name}`, or its pieces in Python.",
+            )
+        if getattr(made, "any_order", False):
+            raise BadInputError(
+                f"{name} is for models that write in any order.",
                 f"Use `everytoken train {name}`, or its pieces in Python.",
             )
         parts += made.recipe().pieces

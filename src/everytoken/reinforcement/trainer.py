@@ -52,6 +52,7 @@ class RecipeTrainer(RolloutTrainer):
 
     _tag_names = ["everytoken", "recipe"]
     checkpoint_files: ClassVar[tuple[str, ...]] = ("recipe.pt",)
+    writes_canvases: ClassVar[bool] = False
     epsilon_low: Any  # TRL's numbers, or a piece's tensors while a loss is computed
     epsilon_high: Any
 
@@ -64,7 +65,7 @@ class RecipeTrainer(RolloutTrainer):
         if args is None:
             raise BadInputError("RecipeTrainer needs args=GRPOConfig(...).")
         check_arguments("RecipeTrainer", args, REFUSALS, model)
-        check_recipe(recipe, args, kwargs.get("train_dataset"), kwargs)
+        check_recipe(recipe, args, kwargs.get("train_dataset"), kwargs, self.writes_canvases)
         if "distributions" in recipe.needs:
             head_module(model)
         for piece in recipe.pieces:

@@ -33,7 +33,7 @@ def start(context: Context) -> PreTrainedModel:
     from ..architectures.any_order.modeling_any_order import AnyOrderLM
     from ..architectures.any_order.training import DiffusionTraining, learn, source_of
     from ..core.rng import derive_seed
-    from ..decoding.canvas_trial import load_denoiser
+    from ..decoding.canvas.loading import load_denoiser
     from ..generation.assd import AnySubsetSpeculative
 
     if context.quick:

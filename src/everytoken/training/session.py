@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,6 @@ class TrainingSession:
     """
 
     def __init__(self, config: TrainConfig, context: TrainingContext, name: str, metrics: Mapping[str, str]):
-        from ..core.loading import load_tokenizer
         from ..core.rng import seed_everything
 
         self.config, self.context, self.name, self.metrics = config, context, name, metrics
@@ -57,15 +56,23 @@ class TrainingSession:
         self.reads = self.main or in_shards()
         self.checkpoints = context.out / "checkpoints"
         context.report("loading the model", 0, 0)
-        self.tokenizer = load_tokenizer(context.model)
+        self.policy, self.tokenizer = self.read()
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        dtype = getattr(torch, config.dtype)
-        self.load: Callable[[], Any] = lambda: load_unplaced(context.model, dtype=dtype)
-        self.policy = self.load()
         self.reference = None if config.lora_r else self.load().requires_grad_(False)
         self.notes: list[str] = []
         seed_everything(config.seed)
+
+    def load(self) -> Any:
+        """The model anew."""
+        return load_unplaced(self.context.model, dtype=getattr(torch, self.config.dtype))
+
+    def read(self) -> tuple[Any, Any]:
+        """The model, and its tokenizer."""
+        from ..core.loading import load_tokenizer
+
+        tokenizer = load_tokenizer(self.context.model)
+        return self.load(), tokenizer
 
     @property
     def adapter(self) -> LoraConfig | None:

@@ -137,6 +137,15 @@ def drop_tokens(ids: torch.Tensor, attention: torch.Tensor, dropped: torch.Tenso
     return Insertions(out, there, row, place[row, where], ids[row, where], dropped.sum(1))
 
 
+def draw_missing(response: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """``[B, T]`` bool, tokens of the response that a text loses: n uniform from 0 to its length, then any n of them."""
+    rows, device = len(response), response.device
+    drawn = torch.rand(rows, generator=generator, device=device)
+    count = (drawn * (response.sum(1) + 1)).long()
+    noise = torch.rand(response.shape, generator=generator, device=device).masked_fill(~response, 2.0)
+    return noise.argsort(1).argsort(1) < count[:, None]
+
+
 def insertion_logps(
     logits: torch.Tensor, open_gaps: torch.Tensor, forbidden: torch.Tensor | None = None
 ) -> torch.Tensor:

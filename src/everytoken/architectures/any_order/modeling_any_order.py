@@ -181,6 +181,13 @@ class AnyOrderLM(OwnWeights, PreTrainedModel, GenerationMixin):
             mask = mask >= 0
         return mask.bool() | own
 
+    @staticmethod
+    def _first(content: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """``[B, d]``, the state of each row's first token, behind padding on the left."""
+        if attention_mask is None or attention_mask.dim() != 2:
+            return content[:, 0]
+        return content[torch.arange(len(content), device=content.device), attention_mask.long().argmax(1)]
+
     @can_return_tuple
     def forward(
         self,
@@ -251,7 +258,7 @@ class AnyOrderLM(OwnWeights, PreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden)
         stop = None
         if self.stop_head is not None:
-            stop = self.stop_head(self.norm(content)[:, 0])
+            stop = self.stop_head(self.norm(self._first(content, attention_mask)))
         loss = None
         if labels is not None:
             aligned = labels

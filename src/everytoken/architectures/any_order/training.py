@@ -7,8 +7,6 @@ completion is masked), or from sudokus of four by four (``task=sudoku``). It wri
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,6 @@ import torch
 from transformers import Trainer
 
 from ...core.errors import BadInputError, check_choices
-from ...core.files import write_text_whole
 from ...core.progress import Report, silent
 from ...core.rng import derive_seed, numpy_generator, seed_everything
 from ...decoding.canvas.denoising import DenoisingSampler
@@ -27,10 +24,9 @@ from ...training.base import Training, TrainingContext, TrainingResult
 from ...training.datasets import sudoku
 from ...training.datasets.pairs import read_rows
 from ...training.datasets.plain_text import TextWindows
-from ...training.report import training_report
 from ...training.stepwise import Stage, fit
 from ..byte_text import VOCABULARY, as_ids, byte_tokenizer
-from ..training import save_network
+from ..training import write_training
 from .configuration_any_order import AnyOrderConfig
 from .losses import any_subset_loss, draw_known, mdlm_loss
 from .modeling_any_order import AnyOrderLM
@@ -50,15 +46,13 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DiffusionTraining:
-    """A masked diffusion model from scratch.
+class AnyOrderTraining:
+    """What trainings of a network of any order share; subclasses name their tasks and are checked by them.
 
     Args:
-        task: ``text`` for the bytes of a text or for rows with prompt and completion, ``sudoku`` for 4x4 sudokus.
         steps, batch, lr: of the optimiser.
         length: bytes of a window, or of a row at most.
         layers, width, heads: of the network; its feed-forward blocks are twice as wide.
-        streams: 1 learns masked diffusion; 2 learns all subsets with a query stream, and drafts in every second step.
         warmup: share of the steps that rise to the level; hold: share after which it falls.
         seed: of everything.
         save_every: a checkpoint after so many steps.
@@ -67,7 +61,6 @@ class DiffusionTraining:
         BadInputError: a value out of range.
     """
 
-    task: str = "text"
     steps: int = 1500
     batch: int = 64
     lr: float = 3e-3
@@ -75,35 +68,55 @@ class DiffusionTraining:
     layers: int = 3
     width: int = 64
     heads: int = 4
-    streams: int = 1
     warmup: float = 0.03
     hold: float = 0.5
     seed: int = 0
     save_every: int = 200
 
     def __post_init__(self) -> None:
-        check_choices(self, task=("text", "sudoku"))
         if min(self.steps, self.batch, self.length, self.layers, self.heads, self.save_every) < 1:
             raise BadInputError("steps, batch, length, layers, heads and save_every are 1 or more.")
-        self.config(8, 1)
-        self.stage()
+        self.stage("check")
 
-    def stage(self) -> Stage:
+    def stage(self, name: str) -> Stage:
         """Steps and rates."""
-        return Stage("diffusion-lm", self.steps, self.lr, warmup=self.warmup, hold=self.hold)
+        return Stage(name, self.steps, self.lr, warmup=self.warmup, hold=self.hold)
+
+    def shape(self) -> dict[str, int]:
+        """What the network's configuration takes from these settings."""
+        return {
+            "hidden_size": self.width,
+            "intermediate_size": 2 * self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "max_position_embeddings": max(64, 4 * self.length),
+        }
+
+
+@dataclass(frozen=True)
+class DiffusionTraining(AnyOrderTraining):
+    """A masked diffusion model from scratch; further settings are those of ``AnyOrderTraining``.
+
+    Args:
+        task: ``text`` for the bytes of a text or for rows with prompt and completion, ``sudoku`` for 4x4 sudokus.
+        streams: 1 learns masked diffusion; 2 learns all subsets with a query stream, and drafts in every second step.
+
+    Raises:
+        BadInputError: a value out of range.
+    """
+
+    task: str = "text"
+    streams: int = 1
+
+    def __post_init__(self) -> None:
+        check_choices(self, task=("text", "sudoku"))
+        super().__post_init__()
+        self.config(8, 1)
 
     def config(self, vocab: int, mask: int, end: int | None = None) -> AnyOrderConfig:
         """The network's configuration."""
         return AnyOrderConfig(
-            vocab_size=vocab,
-            hidden_size=self.width,
-            intermediate_size=2 * self.width,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            max_position_embeddings=max(64, 4 * self.length),
-            mask_token_id=mask,
-            streams=self.streams,
-            eos_token_id=end,
+            vocab_size=vocab, mask_token_id=mask, eos_token_id=end, streams=self.streams, **self.shape()
         )
 
 
@@ -161,20 +174,7 @@ def _whole(ids: torch.Tensor) -> Batch:
 
 def _rows(config: DiffusionTraining, data: str, tokenizer: Any) -> Callable[[int, int], Batch]:
     """Batches of rows with a prompt and a completion, each padded with end tokens that are learned too."""
-    encoded = []
-    for number, row in enumerate(read_rows(data)):
-        prompt, completion = row.get("prompt"), row.get("completion")
-        if not isinstance(prompt, str) or not isinstance(completion, str) or not completion:
-            raise BadInputError(f"{data}, row {number}: needs texts 'prompt' and 'completion'.")
-        first, second = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, completion))
-        if len(first) + len(second) >= config.length:
-            raise BadInputError(
-                f"{data}, row {number}: {len(first) + len(second)} bytes do not fit a length of {config.length}.",
-                "Raise length.",
-            )
-        encoded.append((first, second))
-    if len(encoded) < 10:
-        raise BadInputError(f"{data} has {len(encoded)} rows; ten are the least.")
+    encoded = read_pairs(data, tokenizer, config.length)
     space = config.length - max(len(first) for first, _ in encoded)
     ids = torch.full((len(encoded), config.length), tokenizer.pad_token_id)
     response, attention = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
@@ -184,17 +184,45 @@ def _rows(config: DiffusionTraining, data: str, tokenizer: Any) -> Callable[[int
         ids[number, begin - len(first) :] = torch.tensor(first + text)
         attention[number, begin - len(first) :] = True
         response[number, begin:] = True
-    held = torch.arange(len(encoded)) % 10 == 0
+    return drawn_rows(Batch(ids, response, attention), config.seed)
+
+
+def read_pairs(data: str, tokenizer: Any, length: int) -> list[tuple[list[int], list[int]]]:
+    """Ids of prompts and completions from a JSONL file.
+
+    Raises:
+        BadInputError: fewer than ten rows, one without a completion, or one that is not shorter than ``length``.
+    """
+    encoded = []
+    for number, row in enumerate(read_rows(data)):
+        prompt, completion = row.get("prompt"), row.get("completion")
+        if not isinstance(prompt, str) or not isinstance(completion, str) or not completion:
+            raise BadInputError(f"{data}, row {number}: needs texts 'prompt' and 'completion'.")
+        first, second = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, completion))
+        if len(first) + len(second) >= length:
+            raise BadInputError(
+                f"{data}, row {number}: {len(first) + len(second)} bytes do not fit a length of {length}.",
+                "Raise length.",
+            )
+        encoded.append((first, second))
+    if len(encoded) < 10:
+        raise BadInputError(f"{data} has {len(encoded)} rows; ten are the least.")
+    return encoded
+
+
+def drawn_rows(every: Batch, seed: int) -> Callable[[int, int], Batch]:
+    """``(count, step) -> Batch`` of a data set: every tenth row is held out, for step -1."""
+    held = torch.arange(len(every.ids)) % 10 == 0
 
     def batch(count: int, step: int) -> Batch:
         chosen = torch.where(held if step < 0 else ~held)[0]
-        rows = chosen[numpy_generator(config.seed, "rows", step).integers(len(chosen), size=count)]
-        return Batch(ids[rows], response[rows], attention[rows])
+        rows = chosen[numpy_generator(seed, "rows", step).integers(len(chosen), size=count)]
+        return Batch(*(part[rows] for part in every))
 
     return batch
 
 
-def seeded(config: DiffusionTraining, *names: object) -> torch.Generator:
+def seeded(config: AnyOrderTraining, *names: object) -> torch.Generator:
     """The generator of one named part of a training."""
     return torch.Generator().manual_seed(derive_seed(config.seed, *names))
 
@@ -229,8 +257,7 @@ def learn(
     def loss(step: int) -> torch.Tensor:
         return loss_of(model, source.batch(config.batch, step), config, "loss", step, parallel=step % 2 == 1)
 
-    stage = dataclasses.replace(config.stage(), name=name)
-    return fit(model, loss, stage, folder, report, save_every=config.save_every)
+    return fit(model, loss, config.stage(name), folder, report, save_every=config.save_every)
 
 
 @torch.no_grad()
@@ -270,11 +297,6 @@ def run(config: DiffusionTraining, context: TrainingContext) -> TrainingResult:
     model = AnyOrderLM(source.config)
     curve = learn(model, source, config, context.out, context.report)
     figures = measure(model, source, config)
-    folder = context.out / "model"
-    save_network(model, folder, source.tokenizer)
-    settings = dataclasses.asdict(config)
-    record = {"method": "diffusion-lm", "figures": figures, "settings": settings, "curves": {"loss": curve}}
-    write_text_whole(context.out / "training.json", json.dumps(record, indent=1) + "\n")
     traces, pictures = [], {}
     if config.streams == 1:  # the content stream of two learns no predictions
         held = source.batch(1, -1)
@@ -283,19 +305,21 @@ def run(config: DiffusionTraining, context: TrainingContext) -> TrainingResult:
         found = sampler(model, held.ids, attention_mask=held.attention, editable=open_, seeds=[config.seed])
         traces = [trace.with_text(source.tokenizer) for trace in sampler.trace]
         pictures["A held-out text, half of it open"] = replay_html(found, 0, source.tokenizer)
-    report = training_report(
-        context.out / "report.html",
-        f"diffusion-lm: {context.data or config.task}",
+    name = "rcr" if config.streams == 1 else "as-arm"
+    return write_training(
+        "diffusion-lm",
+        context,
+        model,
+        config,
         figures,
         {"loss": [(float(step), value) for step, value in curve]},
+        tokenizer=source.tokenizer,
+        title=context.data or config.task,
         traces=traces,
         column="step",
-        settings=settings,
         pictures=pictures,
+        hint=f"everytoken try {name} --model {{folder}} --prompt 'Some words{MASK}'",
     )
-    name = "rcr" if config.streams == 1 else "as-arm"
-    notes = [f"Look at {report}.", f"Try it: everytoken try {name} --model {folder} --prompt 'Some words{MASK}'"]
-    return TrainingResult(figures, [folder, context.out / "training.json", report], notes)
 
 
 TRAINING = Training("diffusion-lm", "a masked diffusion model, from scratch", DiffusionTraining, run)

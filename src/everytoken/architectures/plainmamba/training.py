@@ -6,8 +6,6 @@ images for each class; every tenth image is held out.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +13,11 @@ from pathlib import Path
 import torch
 
 from ...core.errors import BadInputError
-from ...core.files import write_text_whole
 from ...core.rng import numpy_generator, seed_everything
 from ...training.base import Training, TrainingContext, TrainingResult
 from ...training.datasets.scenes import SHAPES
-from ...training.report import training_report
 from ...training.stepwise import Stage, fit
-from ..training import save_network
+from ..training import write_training
 from .configuration_plainmamba import PlainMambaConfig
 from .method import PlainMamba
 from .modeling_plainmamba import PlainMambaForImageClassification
@@ -114,27 +110,23 @@ def run(config: PlainMambaTraining, context: TrainingContext) -> TrainingResult:
 
     curve = fit(model, loss, config.stage(), context.out, context.report, save_every=config.save_every)
     figures = {"right answers": share_right(model, draw)}
-    folder = context.out / "model"
-    save_network(model, folder)
-    settings = dataclasses.asdict(config)
-    record = {"method": "plainmamba", "figures": figures, "settings": settings, "curves": {"loss": curve}}
-    write_text_whole(context.out / "training.json", json.dumps(record, indent=1) + "\n")
     side = config.size // config.patch
     paths = scan_picture(model.base_model.scans((side, side)), (side, side), list(model.config.scans))
     with torch.no_grad():
         shown = [] if context.data is not None else PlainMamba().observe(model, None, PlainMamba.example).traces
-    report = training_report(
-        context.out / "report.html",
-        f"plainmamba: {context.data or 'shapes'}",
+    return write_training(
+        "plainmamba",
+        context,
+        model,
+        config,
         figures,
         {"loss": [(float(step), value) for step, value in curve]},
+        title=context.data or "shapes",
         traces=shown,
         column=PlainMamba.trace_columns[0],
-        settings=settings,
         pictures={"The scans": paths},
+        hint="everytoken try plainmamba --model {folder} --prompt 'a red ring'",
     )
-    notes = [f"Look at {report}.", f"Try it: everytoken try plainmamba --model {folder} --prompt 'a red ring'"]
-    return TrainingResult(figures, [folder, context.out / "training.json", report], notes)
 
 
 def shapes_of(config: PlainMambaTraining) -> Draw:

@@ -85,6 +85,7 @@ class CanvasCall:
         attention, editable: ``[B, T]`` bool.
         mask_id: of open positions.
         generators: one a row, so that a row does not depend on its batch.
+        length: how many tokens were asked for; None where ``editable`` says it.
         streamer: shown a draft after every step, or None.
     """
 
@@ -94,6 +95,7 @@ class CanvasCall:
     editable: torch.Tensor
     mask_id: int
     generators: list[torch.Generator]
+    length: int | None = None
     streamer: Any = None
 
     def uniform(self, rows: torch.Tensor, *width: int) -> torch.Tensor:
@@ -195,7 +197,8 @@ class CanvasSampler:
             input_ids: ``[B, P]`` prompts, padded on the left; or, with ``editable``, whole texts ``[B, T]``.
             logits_processor, stopping_criteria, generation_config, synced_gpus: as ``generate`` prepares them.
             streamer: shown every draft (``put_draft``) and the final text; for one row only.
-            editable: ``[B, T]`` bool, the positions to write.
+            editable: ``[B, T]`` bool, the positions to write; for a sampler that inserts, the tokens right behind which
+                it may.
             seeds: one a row; the same seed gives the same row in any batch.
             generator: draws the seeds; None takes torch's own.
             model_kwargs: ``attention_mask [B, P]``; what else ``generate`` prepares is not needed.
@@ -226,8 +229,9 @@ class CanvasSampler:
                 wrapped.check(padded)
             canvas = self.open_positions(ids, open_, mask_id)
             if shown is not None and generation_config is None:
-                shown.put(ids[0][attention[0] & ~open_[0]].cpu())
-            call = CanvasCall(wrapped, canvas, attention, open_, mask_id, generators, shown)
+                shown.put(canvas[0][attention[0] & (canvas[0] != mask_id)].cpu())
+            length = self._length(generation_config, input_ids.shape[1])
+            call = CanvasCall(wrapped, canvas, attention, open_, mask_id, generators, length, shown)
             with evaluating(model):
                 found = self.fill(call)
             found.forwards = wrapped.forwards
@@ -273,6 +277,44 @@ class CanvasSampler:
         model_kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Ids, attention and editable positions, ``[B, T]`` each."""
+        attention = self._attention(ids, model_kwargs)
+        name, length = type(self).__name__, self.gen_length
+        if editable is not None:
+            if length is not None:
+                raise BadInputError("editable names the open positions already.", "Leave gen_length out.")
+            return ids, attention, self._named(ids, attention, editable)
+        length = self._length(config, ids.shape[1])
+        if length is None:
+            raise BadInputError(f"{name} does not know how long the text shall be.", "Give gen_length, or editable.")
+        check_not_empty(ids.shape[1])
+        if bool((attention.int().diff(dim=1) < 0).any()):
+            raise BadInputError("Padding must be on the left.", "Set padding_side='left' on the tokenizer.")
+        behind = ids.new_zeros(len(ids), length)
+        kept = torch.ones_like(behind, dtype=torch.bool)
+        open_ = torch.cat([torch.zeros_like(attention), kept], 1)
+        return torch.cat([ids, behind], 1), torch.cat([attention, kept], 1), open_
+
+    def _length(self, config: GenerationConfig | None, prompt: int) -> int | None:
+        """How many tokens the sampler or ``generate`` was asked for, behind a prompt of so many."""
+        if self.gen_length is not None or config is None:
+            return self.gen_length
+        return int(config.max_length) - prompt
+
+    @staticmethod
+    def _named(ids: torch.Tensor, attention: torch.Tensor, editable: torch.Tensor) -> torch.Tensor:
+        """The positions that the caller named, ``[B, T]`` bool."""
+        if editable.shape != ids.shape:
+            raise BadInputError(
+                f"editable must be as input_ids, {list(ids.shape)}; got {list(editable.shape)}.",
+                "A record or a mask of another text does not fit.",
+            )
+        editable = editable.bool()
+        if bool((editable & ~attention).any()):
+            raise BadInputError("editable names positions of padding.")
+        return editable
+
+    def _attention(self, ids: torch.Tensor, model_kwargs: dict[str, Any]) -> torch.Tensor:
+        """Where there are tokens, ``[B, T]`` bool; refuses what a canvas does not pass on."""
         name = type(self).__name__
         if odd := sorted(key for key, value in model_kwargs.items() if key not in PREPARED and value is not None):
             raise BadInputError(f"{name} does not pass {', '.join(odd)} on to the model.", "Leave it out.")
@@ -288,30 +330,7 @@ class CanvasSampler:
         attention = torch.ones_like(ids, dtype=torch.bool) if given is None else given.bool()
         if attention.shape != ids.shape:
             raise BadInputError(f"attention_mask must be as input_ids, {list(ids.shape)}; got {list(attention.shape)}.")
-        length = self.gen_length
-        if editable is not None:
-            if length is not None:
-                raise BadInputError("editable names the open positions already.", "Leave gen_length out.")
-            if editable.shape != ids.shape:
-                raise BadInputError(
-                    f"editable must be as input_ids, {list(ids.shape)}; got {list(editable.shape)}.",
-                    "A record or a mask of another text does not fit.",
-                )
-            editable = editable.bool()
-            if bool((editable & ~attention).any()):
-                raise BadInputError("editable names positions of padding.")
-            return ids, attention, editable
-        if length is None and config is not None:
-            length = config.max_length - ids.shape[1]
-        if length is None:
-            raise BadInputError(f"{name} does not know how long the text shall be.", "Give gen_length, or editable.")
-        check_not_empty(ids.shape[1])
-        if bool((attention.int().diff(dim=1) < 0).any()):
-            raise BadInputError("Padding must be on the left.", "Set padding_side='left' on the tokenizer.")
-        behind = ids.new_zeros(len(ids), length)
-        kept = torch.ones_like(behind, dtype=torch.bool)
-        open_ = torch.cat([torch.zeros_like(attention), kept], 1)
-        return torch.cat([ids, behind], 1), torch.cat([attention, kept], 1), open_
+        return attention
 
     def _check_ids(
         self,
@@ -323,7 +342,15 @@ class CanvasSampler:
         streamer: Any,
     ) -> None:
         config = model.config.get_text_config()
-        fixed = ids[attention & ~editable]
+        self._check_fixed(config, ids[attention & ~editable], mask_id)
+        counts = editable.sum(1)
+        if bool((counts == 0).any()):
+            raise BadInputError(f"Row {int((counts == 0).nonzero()[0])} has no position to write.")
+        self._check_room(config, ids.shape[1], len(ids), streamer)
+
+    @staticmethod
+    def _check_fixed(config: Any, fixed: torch.Tensor, mask_id: int) -> None:
+        """What stands in the prompt, ``[N]`` ids."""
         if bool((fixed == mask_id).any()):
             raise BadInputError(
                 f"The prompt holds the mask token {mask_id}, which stands for open positions.",
@@ -332,16 +359,17 @@ class CanvasSampler:
         size = getattr(config, "vocab_size", None)
         if size is not None and fixed.numel() and not 0 <= int(fixed.min()) <= int(fixed.max()) < size:
             raise BadInputError(f"The prompt has ids outside of the vocabulary of {size}.")
-        counts = editable.sum(1)
-        if bool((counts == 0).any()):
-            raise BadInputError(f"Row {int((counts == 0).nonzero()[0])} has no position to write.")
+
+    @staticmethod
+    def _check_room(config: Any, length: int, rows: int, streamer: Any) -> None:
+        """How long the text may become, and who watches."""
         longest = getattr(config, "max_position_embeddings", None)
-        if isinstance(longest, int) and 0 < longest < ids.shape[1]:  # XLNet says -1 and has no limit
+        if isinstance(longest, int) and 0 < longest < length:  # XLNet says -1 and has no limit
             raise BadInputError(
-                f"The canvas has {ids.shape[1]} positions, and the model {longest}.",
+                f"The canvas has {length} positions, and the model {longest}.",
                 "Shorten the prompt or gen_length.",
             )
-        if streamer is not None and len(ids) > 1:
+        if streamer is not None and rows > 1:
             raise BadInputError("A streamer follows one row only.", "Write one prompt at a time.")
 
     @staticmethod

@@ -51,22 +51,38 @@ SCRIPT = """<script>
 </script>"""
 
 
-def pieces(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None, mask_id: int) -> list[str]:
-    """The text of every position ``[T]``; open ones are ``GAP``."""
+def pieces(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None, mask_id: int, gap: str = GAP) -> list[str]:
+    """The text of every position ``[T]``; open ones are ``gap``."""
     values = ids.tolist()
     known = {
         item: f"<{item}>" if tokenizer is None else tokenizer.decode([item]) for item in set(values) if item != mask_id
     }
-    return [GAP if item == mask_id else known[item] for item in values]
+    return [gap if item == mask_id else known[item] for item in values]
 
 
-def canvas_text(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None, mask_id: int) -> str:
+def canvas_text(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None, mask_id: int, gap: str = GAP) -> str:
     """One canvas ``[T]`` as one line."""
-    return "".join(pieces(ids, tokenizer, mask_id)).replace("\n", "⏎")
+    return "".join(pieces(ids, tokenizer, mask_id, gap)).replace("\n", "⏎")
+
+
+def step_lines(found: Trajectory, row: int, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """A row after every step, a line each, as a terminal shows it; a text that grows has no marks of what is open."""
+    width, gap = len(str(found.steps)), _gap(found)
+    kept = found.attention[row]
+    return [
+        f"step {number:>{width}}  {canvas_text(state[0][kept], tokenizer, found.mask_id, gap)}"
+        for number, state in enumerate(found.rows(slice(row, row + 1)).states())
+    ]
+
+
+def _gap(found: Trajectory) -> str:
+    return "" if found.grows else GAP
 
 
 def replay_html(found: Trajectory, row: int, tokenizer: PreTrainedTokenizerBase | None, title: str = "") -> str:
     """HTML of a row with a slider over its steps; each written position has the colour of the step that fixed it.
+
+    A text that grows is as long at every step as it was.
 
     Raises:
         BadInputError: the steps are too many to put on a page.
@@ -74,10 +90,13 @@ def replay_html(found: Trajectory, row: int, tokenizer: PreTrainedTokenizerBase 
     if (found.steps + 1) * found.final_ids.shape[1] > LARGEST:
         raise BadInputError(f"{found.steps} steps of {found.final_ids.shape[1]} positions are too many for a page.")
     kept = found.attention[row]
-    states = [pieces(state[0][kept], tokenizer, found.mask_id) for state in found.rows(slice(row, row + 1)).states()]
+    gap = _gap(found)
+    states = [
+        pieces(state[0][kept], tokenizer, found.mask_id, gap) for state in found.rows(slice(row, row + 1)).states()
+    ]
     steps = found.fix_step[row][kept].tolist()
     colours = [None if step < 0 else shade(step, 0, max(found.steps - 1, 1)) for step in steps]
-    data = json.dumps({"gap": GAP, "states": states, "colours": colours}, ensure_ascii=False).replace("<", "\\u003c")
+    data = json.dumps({"gap": gap, "states": states, "colours": colours}, ensure_ascii=False).replace("<", "\\u003c")
     heading = f"<figcaption>{escape(title)}</figcaption>" if title else ""
     return (
         f'{STYLE}<figure class="canvas">{heading}<input type="range" min="0" max="{found.steps}" '

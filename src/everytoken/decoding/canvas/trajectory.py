@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -43,6 +43,9 @@ class Trajectory:
     guesses: torch.Tensor | None = None
     confidence: torch.Tensor | None = None
     forwards: int = 0
+
+    grows: ClassVar[bool] = False
+    """Whether an open position is not there at all, so that the text grows, rather than a mask that the model reads."""
 
     def __post_init__(self) -> None:
         shape = tuple(self.final_ids.shape)
@@ -123,4 +126,25 @@ class Trajectory:
             kept = self.events[place[self.events[:, 1]] >= 0].clone()
             kept[:, 1] = place[kept[:, 1]]
             values["events"] = kept
-        return Trajectory(**values)
+        return type(self)(**values)
+
+
+@dataclass
+class GrownText(Trajectory):
+    """The record of a sampler that inserts. Positions are those of the final text; one that is open at a step was not
+    there yet, and ``text`` leaves it out.
+
+    Attributes:
+        stopped: ``[B]`` bool, rows that ended by themselves; the others reached their length.
+        stop_prob: ``[B, S + 1]`` float32, the probability that nothing is missing, at each text; 0 after a row's end.
+    """
+
+    stopped: torch.Tensor | None = None
+    stop_prob: torch.Tensor | None = None
+    grows: ClassVar[bool] = True
+
+    def text(self, row: int, step: int | None = None) -> list[int]:
+        """The ids of a row that the model read at a step; the whole text for None."""
+        there = self.attention[row] & (self.fix_step[row] < (self.steps if step is None else step))
+        found: list[int] = self.final_ids[row][there].tolist()
+        return found

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 START, CONTROL = "start", "positive control"
 Row = TypeVar("Row")
-BEDS = {"sentiment": "sentiment:SentimentBed", "sudoku": "sudoku:SudokuBed", "sums": "sums:SumsBed"}
+BEDS = {
+    "sentiment": "sentiment:SentimentBed",
+    "star-graphs": "star_graphs:StarGraphBed",
+    "sudoku": "sudoku:SudokuBed",
+    "sums": "sums:SumsBed",
+}
 """name -> where it is."""
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ...reinforcement.base import Recipe
+    from ...reinforcement.trainer import RecipeTrainer
 
 GROUP = 8
 Example = Callable[[random.Random], tuple[str, str]]
@@ -121,6 +122,7 @@ def train_by_rollouts(
     reward: Any,
     rows: list[dict[str, Any]],
     arguments: dict[str, Any],
+    trainer: type[RecipeTrainer] | None = None,
 ) -> tuple[PreTrainedModel, dict[str, list[float]]]:
     """A copy of ``start`` after updates with new rollouts.
 
@@ -129,6 +131,7 @@ def train_by_rollouts(
         reward: of TRL's form; None where the recipe rewards.
         rows: of the data, with a ``prompt``.
         arguments: see ``grpo_arguments``.
+        trainer: a class of trainers; None is ``RecipeTrainer``.
 
     Returns:
         The model, and one number a step: the mean ``reward`` of its rollouts, ``equal``, the share of groups with equal
@@ -146,7 +149,9 @@ def train_by_rollouts(
     names = ("reward", "equal", "entropy", "tokens", "trained", "useful", "gradient", "seconds")
     logs: dict[str, list[float]] = {name: [] for name in names}
 
-    class Logged(RecipeTrainer):
+    base: Any = RecipeTrainer if trainer is None else trainer
+
+    class Logged(base):  # type: ignore[misc]
         """Keeps what a step is about."""
 
         def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
@@ -177,7 +182,7 @@ def train_by_rollouts(
     # other programs lengthen a process's own seconds little; a GPU's time is that of the clock
     clock = time.process_time if device() == "cpu" else time.perf_counter
     with tempfile.TemporaryDirectory() as folder, quiet_training():
-        trainer = Logged(
+        made = Logged(
             copy.deepcopy(start),
             recipe=recipe,
             reward_funcs=reward,
@@ -186,8 +191,8 @@ def train_by_rollouts(
             processing_class=tokenizer,
             callbacks=[ReportSteps(context.report, label)],
         )
-        without_printer(trainer).train()
-        model: PreTrainedModel = trainer.model.eval()
+        without_printer(made).train()
+        model: PreTrainedModel = made.model.eval()
     return model, logs
 
 
@@ -208,11 +213,13 @@ class Learner:
         recipe: of pieces.
         reward: of TRL's form; None where the recipe rewards.
         arguments: of GRPOConfig, beyond ``grpo_arguments``.
+        trainer: see ``train_by_rollouts``.
     """
 
     recipe: Recipe
     reward: Any
     arguments: dict[str, Any]
+    trainer: type[RecipeTrainer] | None = None
 
 
 def learnt(
@@ -242,7 +249,8 @@ def learnt(
         by = learner(arm)
         arguments = grpo_arguments(size, context.seed, lr, length, **by.arguments)
         label = f"{arm}, learning rate {lr}"
-        policy, logs = train_by_rollouts(context, label, start, tokenizer, by.recipe, by.reward, rows, arguments)
+        own = {} if by.trainer is None else {"trainer": by.trainer}
+        policy, logs = train_by_rollouts(context, label, start, tokenizer, by.recipe, by.reward, rows, arguments, **own)
         value = tuned(arm, policy)
         return {"tuning": value, "rewards": ends(logs["reward"]), "found": measured(arm, policy, logs)}
 

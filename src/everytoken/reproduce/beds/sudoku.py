@@ -56,7 +56,7 @@ class SudokuBed:
 
     def start(self, context: Context) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The network that ships for a quick run; else one that is trained with the run's seed."""
-        from ...decoding.canvas_trial import load_denoiser
+        from ...decoding.canvas.loading import load_denoiser
         from ...training.datasets.sudoku import sudoku_tokenizer
 
         key = context.seed, context.scale

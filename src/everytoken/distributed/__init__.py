@@ -1,0 +1,1 @@
+"""Tokens across devices: which of a step's tokens compute while others communicate."""
