@@ -27,7 +27,12 @@ def serve(
     name: Annotated[str | None, typer.Option(help="The model's name for clients; default the folder's.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at most.")] = 1024,
     waiting: Annotated[int, typer.Option(min=1, help="Requests inside at once; beyond them a client gets 429.")] = 256,
-    fixed_decoder: Annotated[bool, typer.Option(help="Let no request choose a decoder of its own.")] = False,
+    request_decoders: Annotated[
+        bool,
+        typer.Option(
+            help="Let requests name a decoder, whose settings may name files and models: trusted clients only."
+        ),
+    ] = False,
     dtype: Annotated[str, typer.Option(help="The weights' type: auto, float32, bfloat16, float16.")] = "auto",
 ) -> None:
     """Serve a model to any OpenAI client: JSON schemas, tools, regular expressions, grammars, log-probabilities.
@@ -52,7 +57,7 @@ def serve(
     pairs = dict(pair.partition("=")[::2] for pair in settings or [])
     writer = None if decoder is None else make_decoder(decoder, pairs)  # a wrong name or setting, before weights load
     loaded = load_model(model, dtype=dtype)
-    engine = Engine(loaded, load_tokenizer(model), writer, most_tokens=max_tokens, per_request=not fixed_decoder)
+    engine = Engine(loaded, load_tokenizer(model), writer, most_tokens=max_tokens, per_request=request_decoders)
     shown = name or (Path(model).name if model else "embedded")
     server = Server(engine, shown, waiting, key)
     Console(stderr=True).print(f"serving {shown} on http://{host}:{port}/v1", highlight=False)

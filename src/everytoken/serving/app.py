@@ -124,14 +124,12 @@ class Server:
         try:
             while not (await asyncio.wait({written}, timeout=WATCH))[0]:
                 if await request.is_disconnected():
-                    cancelled.set()
-        except asyncio.CancelledError:
+                    written.cancel()  # one that waits is never begun, one that runs ends at its next token
+                    self.counts["requests", "499"] += 1
+                    return JSONResponse({"error": {"message": "The client left."}}, 499)
+            choices = await written
+        finally:
             cancelled.set()
-            raise
-        choices = await written
-        if cancelled.is_set():
-            self.counts["requests", "499"] += 1
-            return JSONResponse({"error": {"message": "The client left."}}, 499)
         self._count(job, choices)
         chat = job.ask.chat
         body = self._head(chat) | {
@@ -143,10 +141,19 @@ class Server:
     def _stream(self, job: Job) -> Response:
         from starlette.responses import StreamingResponse
 
+        server = self
+
+        class Stream(StreamingResponse):
+            """Gives its place back however it ends, also where its client left before the first event."""
+
+            async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+                try:
+                    await super().__call__(scope, receive, send)
+                finally:
+                    server.inside -= 1
+
         self.counts["requests", "200"] += 1
-        return StreamingResponse(
-            self._events(job), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-        )
+        return Stream(self._events(job), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     async def _events(self, job: Job) -> AsyncIterator[str]:
         loop, cancelled = asyncio.get_running_loop(), threading.Event()
@@ -188,7 +195,6 @@ class Server:
             yield "data: [DONE]\n\n"
         finally:  # also where the client has left
             cancelled.set()
-            self.inside -= 1
 
     # -- answers -------------------------------------------------------------------------------------------------------
     def _head(self, chat: bool, chunk: bool = False) -> dict[str, Any]:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from ..constraints.engine.compiled import CompiledGrammar
 
+KEPT = 8
+"""Decoders of requests that are kept."""
 Say = Callable[[int, str], None]
 """Gets the index of a choice and the next piece of its text."""
 
@@ -134,7 +136,8 @@ class Engine:
         model, tokenizer: of transformers; a causal language model.
         decoder: what writes where a request names nothing else; None is transformers' own generation.
         most_tokens: of one answer.
-        per_request: whether a request may name a decoder.
+        per_request: whether a request may name a decoder. Its settings may name files and models, so only where every
+            client is trusted.
 
     Raises:
         BadInputError: a model that is no causal language model, or that the decoder cannot work with.
@@ -146,7 +149,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         decoder: Decoder | None = None,
         most_tokens: int = 1024,
-        per_request: bool = True,
+        per_request: bool = False,
     ):
         if not model.can_generate() or model.config.is_encoder_decoder:
             raise BadInputError(f"{type(model).__name__} writes no text from left to right.", "Serve a causal model.")
@@ -158,12 +161,23 @@ class Engine:
         self.format = ChatFormat(tokenizer)
         self.decoder = None if decoder is None else self._ready(decoder)
         self._compiler: GrammarCompiler | None = None
+        self._decoders: dict[tuple[Any, ...], Decoder] = {}
         self._lock = threading.Lock()
 
     def _ready(self, decoder: Decoder) -> Decoder:
         decoder.check_model(self.model.config)
         decoder.load_helpers(self.model)
         return decoder.prepare(self.tokenizer, self.vocabulary)
+
+    def _named(self, name: str, settings: dict[str, Any]) -> Decoder:
+        """A request's decoder; the last few are kept, as some load models of their own."""
+        key = (name, *sorted((key, str(value)) for key, value in settings.items()))
+        with self._lock:
+            if key not in self._decoders:
+                self._decoders[key] = self._ready(make_decoder(name, settings))
+                if len(self._decoders) > KEPT:
+                    self._decoders.pop(next(iter(self._decoders)))
+            return self._decoders[key]
 
     def compiler(self) -> GrammarCompiler:
         with self._lock:
@@ -199,7 +213,7 @@ class Engine:
         if ask.decoder is not None:
             if not self.per_request:
                 raise RequestError("This server lets no request choose a decoder.", "decoder")
-            decoder = self._ready(make_decoder(*ask.decoder))
+            decoder = self._named(*ask.decoder)
         if ask.stream and ask.logprobs is not None:
             raise RequestError("A stream tells no logprobs here: ask without stream.", "logprobs")
         if ask.stream and len(ask.prompts) > 1:
@@ -257,9 +271,11 @@ class Engine:
                 if cancelled.is_set():
                     break
                 first = len(found)
-                # a stream has one row, and a decoder of one row after the other wants a grammar of its own for each
-                alone = say is not None or (job.decoder is not None and job.compiled is not None)
-                if alone and ask.n > 1:
+                # a stream has one row, a decoder of one row after the other wants a grammar of its own for each, scores
+                # of all rows at once would be large, and rows that stopped earlier would count their padding
+                apart = ask.logprobs is not None or bool(ask.stop) or say is not None
+                alone = apart or (job.decoder is not None and job.compiled is not None)
+                if alone and ask.n > 1 and (say is not None or ask.temperature > 0):
                     for index in range(first, first + ask.n):
                         found += self._write(job, prompt, most, 1, cancelled, first=index, say=say)
                 else:
