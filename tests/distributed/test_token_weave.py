@@ -179,6 +179,7 @@ def test_stretches_as_rectangles():
     [(GPT2LMHeadModel, GPT2Config, {}, "has no embed_tokens"), (Phi3ForCausalLM, Phi3Config, {}, "Layer 0 of Phi3"),
      (MistralForCausalLM, MistralConfig, {"sliding_window": 8}, "sliding window"),
      (GraniteForCausalLM, GraniteConfig, {"residual_multiplier": 0.2}, "computes something else"),
+     (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 4.0}, "changes its logits"),
      (Qwen2ForCausalLM, Qwen2Config, {"attn_implementation": "flex_attention"}, "sdpa or eager")],
 )  # fmt: skip
 def test_models_that_are_refused(kind, config, settings, words):

@@ -39,6 +39,30 @@ def test_step_advantages_of_the_released_code():
     assert one[:, 0].tolist() == pytest.approx([0.8660, -0.8660, -0.8660, 0.8660], abs=1e-3)
 
 
+def test_equal_rewards_have_no_advantage():
+    """Also where a third of their sum is no float: seven tenths, three times."""
+    found = step_advantages(torch.full((3, 5), 0.7))
+    assert not found.any() and select_steps(found, 2) == []
+
+
+@pytest.mark.parametrize("remasking", ["low_confidence", "margin", "entropy", "random"])
+def test_a_guess_weighs_its_probability_whatever_positions_are_ranked_by(remasking):
+    sampler = DenoisingSampler(steps=2, gen_length=4, remasking=remasking, record_guesses=True, temperature=1.0)
+    found = sampler(TinyDenoiser(), IDS, seeds=[0, 1])
+    weights = step_weights(found, 0, time_weight=False)[:, 3:]
+    logits = TinyDenoiser()(input_ids=found.state(0)).logits.log_softmax(-1).exp()
+    chances = logits.gather(-1, found.guesses[:, 0, :, None])[:, 3:, 0]
+    torch.testing.assert_close(weights * (4 + 1e-4), chances, rtol=1e-3, atol=1e-4)
+
+
+def test_end_tokens_that_are_ranked_by_entropy_are_held_back_too():
+    rule = EosEarlyRejection(2, 0.4)
+    held = rule(
+        torch.tensor([-2.0, -2.0]), torch.tensor([2, 1]), StepInfo(*torch.tensor([[0, 0], [4, 4], [0, 0], [4, 4]]))
+    )
+    assert held[0] < held[1] == -2.0
+
+
 def test_groups_and_modes():
     both = step_advantages(torch.cat([REWARDS, 5 * REWARDS.flip(0)]), groups=torch.arange(8) // 4)
     torch.testing.assert_close(both[:4], step_advantages(REWARDS))

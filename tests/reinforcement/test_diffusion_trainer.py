@@ -210,6 +210,37 @@ def test_behind_a_prompt_texts_end_at_the_end_token(tmp_path):
         assert torch.isfinite(trainer._compute_loss(trainer.model, batch))
 
 
+@pytest.mark.parametrize("schedule", ["even", "log"])
+def test_rows_that_are_full_at_a_step_have_no_advantage_there(tmp_path, schedule):
+    """Grids with five and with eleven open cells: the steps of the second end when the first are long full."""
+    prompts = [{"prompt": "1.3....2"}, {"prompt": "1..............2"}]
+    trainer = made(tmp_path, MDPO(trained_steps=20, schedule=schedule), prompts=prompts)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions([dict(row) for row in prompts for _ in range(4)])
+    found = trainer._found
+    late = [row for row, step in enumerate(batch["step"].tolist()) if step >= 6 and row % 8 < 4]
+    assert late and not batch["advantages"][late].any() and batch["tool_mask"][late].any(1).all()
+    assert batch["advantages"].any() and found.steps > 6
+    assert torch.isfinite(trainer._compute_loss(trainer.model, batch))
+
+
+def test_dropout_is_off_and_the_callers_settings_stay(tmp_path):
+    model = network()
+    model.drop = torch.nn.Dropout(0.5)
+    args = config(tmp_path, **MDPO().arguments())
+    trainer = DiffusionGRPOTrainer(
+        model, recipe=MDPO().recipe(), reward_funcs=ones, args=args, processing_class=sudoku_tokenizer(),
+        train_dataset=datasets.Dataset.from_list(PUZZLES),
+    )  # fmt: skip
+    assert trainer.model.drop.p == 0 and not args.disable_dropout
+
+
+def test_what_stands_behind_the_end_is_not_in_sight_of_what_is_scored(tmp_path):
+    with pytest.raises(BadInputError, match="score_after_end"):
+        made(tmp_path, CJGRPO(ascending=False, consistent=False, score_after_end=False))
+
+
 def test_one_step_that_is_trained_is_grpo_of_the_last_guess(tmp_path):
     """S = 1: the step's advantage is GRPO's, and the prediction is of the whole canvas at once."""
     method = MDPO(denoising_steps=1, confidence_weight=False)

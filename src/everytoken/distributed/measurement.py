@@ -28,15 +28,17 @@ Curve = tuple[tuple[float, float], ...]
 """Points ``(size, seconds)``, by size."""
 
 
-def at(curve: Curve, size: float) -> float:
-    """A curve's value: between points on the line, before the first and behind the last in proportion to the size."""
+def at(curve: Curve, size: float, power: int = 1) -> float:
+    """A curve's value: between points on the line, before the first that of the first, and behind the last in
+    proportion to the size (to its square with ``power`` 2).
+    """
     if size <= 0:
         return 0.0
     place = bisect_left(curve, (size, -1.0))
     if place == 0:
         return curve[0][1]  # a smaller piece takes no less: what is called costs the same
     if place == len(curve):
-        return curve[-1][1] * size / curve[-1][0]
+        return curve[-1][1] * (size / curve[-1][0]) ** power
     (x0, y0), (x1, y1) = curve[place - 1], curve[place]
     return y0 + (y1 - y0) * (size - x0) / (x1 - x0)
 
@@ -59,7 +61,7 @@ class MeasuredTimes:
 
     def attention(self, tokens: int, keys: int) -> float:
         """Of new tokens, the last of which attends to so many keys."""
-        scores = at(self.square, tokens) if keys == tokens else at(self.wide, tokens * keys)
+        scores = at(self.square, tokens, 2) if keys == tokens else at(self.wide, tokens * keys)
         return at(self.project, tokens) + scores
 
     def mlp(self, tokens: int) -> float:

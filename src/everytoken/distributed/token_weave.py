@@ -188,6 +188,12 @@ class Woven:
                 f"{float(far):.2g} of the largest.",
                 "It may scale embeddings or residuals, or leave positions out in some layers.",
             )
+        head, logits = self.model.get_output_embeddings(), self.model(input_ids=ids, use_cache=False).logits
+        far = (head(theirs) - logits).abs().max() / logits.abs().max().clamp(min=1e-6)
+        if not far <= tolerance(theirs.dtype):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} changes its logits behind the head.", "It may scale or cap them."
+            )
 
     def _forward(
         self,

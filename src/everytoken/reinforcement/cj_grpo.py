@@ -104,7 +104,10 @@ class EosEarlyRejection:
     def __call__(self, confidence: torch.Tensor, tokens: torch.Tensor, at: StepInfo) -> torch.Tensor:
         ends = (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
         ended = torch.isin(tokens, torch.tensor(ends, device=tokens.device))
-        return torch.where(ended, confidence * self.factor(at), confidence)
+        factor = self.factor(at)
+        # confidences by entropy are below 0, where a share of them would be more
+        lower = torch.where(confidence < 0, confidence / factor.clamp(min=1e-9), confidence * factor)
+        return torch.where(ended, lower, confidence)
 
 
 def step_mean_weights(found: Trajectory) -> torch.Tensor:

@@ -66,6 +66,11 @@ def check_canvas_recipe(recipe: Recipe, args: Any, more: Mapping[str, Any]) -> N
             "texts.",
             "Use OneStep.",
         )
+    if not canvas.score_after_end and not getattr(likelihood, "needs_record", False):
+        raise BadInputError(
+            f"{type(likelihood).__name__} masks what is scored, and positions behind the end would stay in its sight.",
+            "Score the whole canvas (score_after_end=True), or the steps that wrote it (Transitions).",
+        )
     check_arguments("DiffusionGRPOTrainer", args, REFUSALS)
     for piece in recipe.pieces:
         for setting, wanted in getattr(piece, "asks", {}).items():

@@ -12,6 +12,7 @@ canvas that it read. A micro-batch then has as many times more rows as there are
 from __future__ import annotations
 
 import contextlib
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -162,7 +163,7 @@ class DiffusionGRPOTrainer(RecipeTrainer, _CanvasHooks):
         model: a loaded model whose attention looks both ways.
         recipe: with a ``canvas`` and a ``likelihood`` (see ``canvas_pieces``), and other pieces.
         mask_id: the token of an open position; None takes the model's.
-        kwargs: as for ``RecipeTrainer``. Prompts with open positions (mask tokens) are filled in.
+        kwargs: as for ``RecipeTrainer``. Prompts with open positions (mask tokens) are filled in. Dropout is off.
 
     Raises:
         BadInputError: no mask token, pieces that do not compose, or a setting that a canvas cannot honour. Before any
@@ -182,6 +183,9 @@ class DiffusionGRPOTrainer(RecipeTrainer, _CanvasHooks):
         self.mask_id = mask_token(model, mask_id)
         if kwargs.get("args") is not None:
             check_canvas_recipe(recipe, kwargs["args"], kwargs)
+            # the sampler writes without dropout: with it the policy that is scored would be another one
+            kwargs["args"] = copy.copy(kwargs["args"])
+            kwargs["args"].disable_dropout = True
         CanvasModel(base_model(model), self.mask_id).check()
         super().__init__(model, *positional, recipe=recipe, **kwargs)
         if None in self.eos_token_ids:  # TRL lists a tokenizer's end token even where it has none
@@ -229,6 +233,10 @@ class DiffusionGRPOTrainer(RecipeTrainer, _CanvasHooks):
         weights = torch.cat([piece.weights(found, step) for step in steps])
         guesses = torch.cat([found.guesses[:, step] for step in steps])
         advantages = choice.advantages[:, steps].T.reshape(-1, 1) * weights
+        # a row that is full at a step has no prediction there: its advantages are 0, and something must be scored
+        full = ~masked.any(1, keepdim=True)
+        masked = torch.where(full, batch["canvas_scored"][index], masked)
+        advantages = advantages.masked_fill(full, 0.0)
         here = slice(self._width, None)
         known |= {
             "completion_ids": guesses[:, here],

@@ -255,7 +255,7 @@ def one_step(
         there = torch.ones_like(scored) if attention_mask is None else attention_mask.bool()
         prompt = there & ~scored
         keep = bool(prompt.any())
-        noise = row_noise(seeds, prompt, 1)[0, :, :-1] if keep else torch.ones(ids.shape)
+        noise = row_noise(seeds, prompt, 1)[0, :, :-1] if keep else torch.ones(ids.shape, device=ids.device)
         shown = ids.masked_fill(prompt & (noise < prompt_mask_prob), mask)
     shown = torch.where(scored, ids, shown)
     logps = masked_logps(model, shown, scored[None], attention_mask, mask_id=mask, temperature=temperature)
@@ -287,7 +287,7 @@ def trajectory_logps(
         found.append(logps.new_zeros(fixed.shape).masked_scatter(fixed, logps))
         forwards += 1
     if not found:
-        return LikelihoodEstimate(torch.zeros(trajectory.final_ids.shape), 0)
+        return LikelihoodEstimate(torch.zeros(trajectory.final_ids.shape, device=trajectory.final_ids.device), 0)
     return LikelihoodEstimate(torch.stack(found).sum(0), forwards)
 
 

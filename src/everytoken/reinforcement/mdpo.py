@@ -74,7 +74,7 @@ def step_advantages(
         UnknownNameError: an unknown mode.
         BadInputError: a group of one, which nothing is compared with, or groups of another length.
     """
-    values = step_values(rewards, mode)
+    values = step_values(rewards.double(), mode)  # so that equal rewards have no advantage by rounding
     groups = torch.zeros(len(rewards), dtype=torch.long, device=rewards.device) if groups is None else groups
     if len(groups) != len(rewards):
         raise BadInputError(f"groups are one a row, {len(rewards)}; got {len(groups)}.")
@@ -85,7 +85,7 @@ def step_advantages(
     means = (sums / count[:, None])[place]
     squares = torch.zeros_like(sums).index_add(0, place, (values - means) ** 2)
     deviation = (squares / (count - 1)[:, None]).sqrt()[place]
-    return (values - means) / (deviation + SMALL)
+    return ((values - means) / (deviation + SMALL)).to(rewards.dtype)
 
 
 def select_steps(advantages: torch.Tensor, count: int) -> list[int]:

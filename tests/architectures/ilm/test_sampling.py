@@ -140,6 +140,16 @@ def test_generate_counts_and_streams():
     one = net.generate(ids[1:], max_new_tokens=3, do_sample=True, temperature=2.0)
     torch.manual_seed(0)
     assert torch.equal(one, net.generate(ids[1:], max_new_tokens=3, do_sample=True, temperature=2.0))
+    others = [net.generate(ids[1:], max_new_tokens=3, do_sample=True, temperature=2.0) for _ in range(8)]
+    assert any(not torch.equal(one, other) for other in others)
+    cold = net.generate(ids[1:], max_new_tokens=3, do_sample=True, temperature=0.0)
+    assert torch.equal(cold, net.generate(ids[1:], max_new_tokens=3))
+    sharp = [net.generate(ids[1:], max_new_tokens=1, do_sample=True, top_p=1e-6) for _ in range(8)]
+    gaps = {tuple(text[0].tolist()) for text in sharp}
+    assert len(gaps) <= 2  # of each gap its likeliest token
+    for wrong in ({"top_k": 1}, {"min_new_tokens": 2}):
+        with pytest.raises(BadInputError, match=next(iter(wrong))):
+            net.generate(ids[1:], max_new_tokens=3, do_sample=True, **wrong)
     sampler = InsertionSampler()
     output = net.generate(ids[1:], max_new_tokens=2, custom_generate=sampler, return_dict_in_generate=True)
     assert output.stats.target_forwards == 3 and output.trajectory.steps == 2

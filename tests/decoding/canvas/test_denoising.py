@@ -265,3 +265,16 @@ def test_records_of_another_shape_are_refused():
     for name, value in (("fix_step", found.fix_step[:, 1:]), ("counts", found.counts[:1]), ("guesses", IDS)):
         with pytest.raises(BadInputError, match=name):
             Trajectory(**(vars(found) | {name: value}))
+
+
+def test_a_row_does_not_depend_on_the_others_where_its_steps_are_empty():
+    """A logarithmic schedule leaves steps of a short row empty while a long one still writes."""
+    model = TinyDenoiser()
+    ids = torch.full((2, 18), MASK)
+    ids[:, :2], editable = 1, ids == MASK
+    editable[0, 10:] = False
+    ids[0, 10:] = 1
+    sampler = DenoisingSampler(steps=8, schedule="log", temperature=1.0)
+    both = sampler(model, ids, editable=editable, seeds=[5, 6])
+    alone = sampler(model, ids[:1], editable=editable[:1], seeds=[5])
+    assert torch.equal(both.final_ids[0], alone.final_ids[0])

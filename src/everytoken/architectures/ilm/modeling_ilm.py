@@ -119,13 +119,20 @@ class InsertionLM(AnyOrderLM):
         """As transformers' ``generate``: ids ``[B, Z]``, padded on the right, at most ``max_new_tokens`` longer.
 
         Args:
-            args, kwargs: of ``generate``. Without ``custom_generate``, ``do_sample`` and ``temperature`` make an
-                ``InsertionSampler``.
+            args, kwargs: of ``generate``. Without ``custom_generate``, ``do_sample``, ``temperature`` and ``top_p``
+                make an ``InsertionSampler`` (with ``top_p`` one that chooses the gap first).
+
+        Raises:
+            BadInputError: ``top_k``, ``min_p``, ``min_new_tokens`` or beams, which an insertion does not have.
         """
         if kwargs.get("custom_generate") is None:
-            level = float(kwargs.pop("temperature", None) or 1.0)
-            sampled = bool(kwargs.pop("do_sample", False))
-            kwargs["custom_generate"] = InsertionSampler(temperature=level if sampled else 0.0)
+            for name, neutral in (("top_k", 0), ("min_p", None), ("min_new_tokens", None), ("num_beams", 1)):
+                if kwargs.get(name) not in (None, neutral):
+                    raise BadInputError(f"{type(self).__name__} has no {name}.", f"Leave {name} out.")
+            given, share = kwargs.pop("temperature", None), kwargs.pop("top_p", None)
+            level = (1.0 if given is None else float(given)) if kwargs.pop("do_sample", False) else 0.0
+            cut = {} if share in (None, 1.0) or level == 0 else {"order": "gap-first", "top_p": float(share)}
+            kwargs["custom_generate"] = InsertionSampler(temperature=level, **cut)
         return super().generate(*args, **kwargs)
 
 

@@ -186,9 +186,10 @@ class DenoisingSampler(CanvasSampler):
         for step in range(table.counts.shape[1]):
             limit = table.limit[:, step]
             open_ = masked & (place < limit[:, None])
+            if self.remask is None:
+                open_ &= table.counts[:, step, None] > 0  # a row that fixes nothing now draws nothing: seeds are rows'
             wanted = masked if self.record_guesses else open_
-            idle = not bool(table.counts[:, step].any()) and self.remask is None and not self.record_guesses
-            if idle or not bool(wanted.any()):
+            if not bool(wanted.any()):
                 if self.record_guesses:
                     guesses.append(canvas.clone())
                     confidences.append(torch.zeros_like(prob))
@@ -196,7 +197,7 @@ class DenoisingSampler(CanvasSampler):
             tokens, chance, sure = self._choices(call, canvas, wanted, table, step)
             if self.record_guesses:
                 guesses.append(torch.where(wanted, tokens, canvas))
-                confidences.append(sure.masked_fill(~wanted, 0.0))
+                confidences.append(chance.masked_fill(~wanted, 0.0))  # whatever positions are ranked by
             if self.remask is None:
                 placed = top(sure.masked_fill(~open_, -torch.inf), table.counts[:, step])
                 after = masked & ~placed
