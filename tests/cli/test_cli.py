@@ -108,7 +108,7 @@ def test_help_has_real_examples(verb):
         (["try", "dyspec", "--model", "./absent"], "no folder or file", 2),
         (["try", "dyspec", "--model", "nobody/absent"], "embedded", 1),
         (["try", "daily-papers"], "not a method that can be tried", 2),
-        (["try", "xar"], "not implemented yet", 2),
+        (["try", "sphinx-v"], "not implemented yet", 2),
         (["try", "xgrammar", "--schema", "absent.json"], "no file absent.json", 2),
         (["try", "xgrammar", "--schema", '{"type": "strin'], "line 1, column", 2),
         (["try", "xgrammar", "--schema", '{"properties": {"a": {"type": "strng"}}}'], "#/properties/a/type", 2),
@@ -124,7 +124,7 @@ def test_help_has_real_examples(verb):
         (["compare", "dyspec", "dyspec"], "named twice", 2),
         (["papers", "--station", "generaton"], "Did you mean generation", 2),
         (["papers", "show", "tpdo"], "Did you mean", 2),
-        (["reproduce", "xar"], "no experiment yet", 2),
+        (["reproduce", "sphinx-v"], "no experiment yet", 2),
         (["reproduce", "tdpo", "--scale", "huge"], "no scale 'huge'", 2),
         (["reproduce", "tdpo", "--scale", "gpu"], "no version for the scale 'gpu'", 2),
         (["reproduce", "tdpo", "--scale", "cpu", "--quick"], "ask for different runs", 2),
@@ -134,7 +134,7 @@ def test_help_has_real_examples(verb):
         (["try", "tokenselect", "--set", "chunk_size=4096"], "does not fit the local window", 2),
         (["try", "r2r", "--set", "router=absent"], "holds no router", 2),
         (["try", "r-to-q-star", "--set", "score=value"], "compares with a reference", 2),
-        (["train", "xar"], "nothing to train", 2),
+        (["train", "sphinx-v"], "nothing to train", 2),
         (["train", "r2r", "--set", "epoch=3"], "Did you mean epochs", 2),
         (["train", "r2r", "--set", "verifier=magic"], "Unknown verifier", 2),
         (["train", "r2r", "--data", "absent.txt"], "no file", 2),
@@ -180,7 +180,7 @@ def test_bad_input_is_answered_in_a_sentence(arguments, words, code, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "arguments", [["try", "xar"], ["try", "zzzzzzzz"], ["try", "daily-papers"], ["reproduce", "xar"], ["train", "xar"]]
+    "arguments", [["try", "sphinx-v"], ["try", "zzzzzzzz"], ["try", "daily-papers"], ["reproduce", "sphinx-v"], ["train", "sphinx-v"]]
 )
 def test_a_hint_leads_somewhere(arguments):
     """A command that an error names runs, and tells something; methods that it names are there."""
