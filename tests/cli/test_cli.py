@@ -180,7 +180,14 @@ def test_bad_input_is_answered_in_a_sentence(arguments, words, code, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "arguments", [["try", "sphinx-v"], ["try", "zzzzzzzz"], ["try", "daily-papers"], ["reproduce", "sphinx-v"], ["train", "sphinx-v"]]
+    "arguments",
+    [
+        ["try", "sphinx-v"],
+        ["try", "zzzzzzzz"],
+        ["try", "daily-papers"],
+        ["reproduce", "sphinx-v"],
+        ["train", "sphinx-v"],
+    ],
 )
 def test_a_hint_leads_somewhere(arguments):
     """A command that an error names runs, and tells something; methods that it names are there."""

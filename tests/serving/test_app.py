@@ -18,11 +18,13 @@ pytest.importorskip("uvicorn")
 from everytoken.core.errors import BadInputError
 from everytoken.serving.app import Server, make_app
 from everytoken.serving.decoders import make_decoder
-from everytoken.serving.engine import Engine, StopCutter
-from everytoken.serving.requests import RequestError, read_chat
+from everytoken.serving.engine import Engine
+from everytoken.serving.requests import RequestError, read_chat, read_completion
+from everytoken.serving.text import Pieces, StopCutter
 from everytoken.serving.tools import ChatFormat
 
 from ..loopback import served
+from ..tokenization.families import FAMILIES
 from .models import BARE, HERMES, OTHER, PLAIN, tiny_chat
 
 HI = [{"role": "user", "content": "hi"}]
@@ -53,8 +55,9 @@ def chat(client, **settings):
 
 
 def post(url, body, path="chat/completions", **more):
+    more = more or {"content": json.dumps(body), "headers": {"content-type": "application/json"}}
     with httpx2.Client(timeout=120, trust_env=False) as web:
-        return web.post(f"{url}/v1/{path}", **({"json": body} | more))
+        return web.post(f"{url}/v1/{path}", **more)
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
@@ -119,6 +122,72 @@ def test_a_stop_text_is_found_across_pieces():
     said.clear()
     StopCutter(["xy"], said.append).add("abx", last=True)
     assert said == ["abx"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pieces_are_the_whole_text_for_every_family_of_tokenizers(family):
+    tokenizer = FAMILIES[family]()
+    text = "hello\n    world the\n  and\n é 漢字, done"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces = Pieces(tokenizer)
+    said = [pieces.add([token]) for token in ids] + [pieces.add([], last=True)]
+    assert "".join(said) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_a_stop_text_is_looked_for_in_the_answer_alone():
+    """Behind a prompt that ends in its beginning, and among special tokens."""
+    model, tokenizer = tiny_chat()
+    engine = Engine(model, tokenizer)
+    letters = {letter: tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "bc"}
+
+    def written(**settings):
+        ask = read_completion({"prompt": "ab", "max_tokens": 4, "temperature": 0} | settings)
+        return engine.run(engine.prepare(ask), threading.Event())[0]
+
+    found = written(stop="bc", logit_bias={str(letters["c"]): 100})
+    assert (found.text, found.finish) == ("cccc", "length")
+    other = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    found = written(stop="<|im_start|>", logit_bias={str(other): 100})
+    assert (found.text, found.finish, len(found.tokens)) == ("", "stop", 1)
+
+
+def test_a_grammar_ends_with_the_models_own_end():
+    model, tokenizer = tiny_chat()
+    model.generation_config.eos_token_id = [5, tokenizer.eos_token_id]
+    model.generation_config.update(no_repeat_ngram_size=1, temperature=0.1)
+    engine = Engine(model, tokenizer)
+    for seed in range(6):
+        ask = read_chat({"messages": HI, "regex": "[0-9]{3}", "seed": seed, "max_tokens": 12})
+        found = engine.run(engine.prepare(ask), threading.Event())[0]
+        assert re.fullmatch("[0-9]{3}", found.text) and found.finish == "stop"
+    repeats = read_chat({"messages": HI, "regex": "(aa){4}", "max_tokens": 20})
+    assert (
+        engine.run(engine.prepare(repeats), threading.Event())[0].text == "a" * 8
+    )  # the model's defaults do not count
+
+
+def test_a_seed_gives_the_same_choices_whole_and_as_a_stream(client):
+    whole = chat(client, n=2, seed=1, max_tokens=12)
+    texts = {0: "", 1: ""}
+    for piece in chat(client, n=2, seed=1, max_tokens=12, stream=True):
+        texts[piece.choices[0].index] += piece.choices[0].delta.content or ""
+    assert [choice.message.content for choice in whole.choices] == list(texts.values())
+
+
+def test_a_cancelled_stream_begins_no_further_choice(engine):
+    ask = read_chat({"messages": HI, "n": 32, "max_tokens": 8, "stream": True})
+    cancelled, forwards = threading.Event(), []
+    handle = engine.model.register_forward_pre_hook(lambda module, args: forwards.append(1))
+    try:
+        engine.run(engine.prepare(ask), cancelled, lambda index, text: cancelled.set())
+    finally:
+        handle.remove()
+    assert len(forwards) <= 4
+
+
+def test_a_tiny_temperature_is_greedy(client):
+    plain = chat(client, temperature=0, max_tokens=6).choices[0].message.content
+    assert chat(client, temperature=1e-40, max_tokens=6).choices[0].message.content == plain
 
 
 def test_logprobs_are_the_models_own(client, engine):
@@ -197,6 +266,11 @@ def test_formats_of_calls_are_read_from_the_template(template):
     text, (call,) = form.tools.split(written, ["add"])
     assert (text, call["function"]) == ("", {"name": "add", "arguments": '{"a": 1}'})
     assert form.tools.split(written, ["sub"]) == (written, [])
+    other = written.replace('", "', '","')  # was held to no schema
+    assert form.tools.split(other, ["add"]) == (other, [])
+    exact = form.tools.opening("add") + '{"a": 12345678901234567890.10, "b": "}</call>"}}' + form.tools.end
+    assert form.tools.split(exact, ["add"])[1][0]["function"]["arguments"].startswith('{"a": 12345678901234567890.10,')
+    single = form.tools.grammar(tools, "auto", one=True)
     grammar = form.tools.grammar(tools, "auto")
     from everytoken.constraints.engine.compiler import GrammarCompiler
     from everytoken.constraints.engine.matcher import GrammarMatcher
@@ -206,6 +280,8 @@ def test_formats_of_calls_are_read_from_the_template(template):
     for text, right in ((f"free {written} text", True), ("free text", True), (written.replace("1", "3"), False)):
         matcher = GrammarMatcher(GrammarCompiler(info).compile_grammar(grammar))
         assert matcher.accept_string(text) == right
+    matcher = GrammarMatcher(GrammarCompiler(info).compile_grammar(single))
+    assert matcher.accept_string(f"free {written}") and not matcher.accept_string("x")
     asked = [
         *HI,
         {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]},
@@ -217,6 +293,11 @@ def test_formats_of_calls_are_read_from_the_template(template):
 def test_a_form_of_calls_that_is_not_known_is_refused():
     with pytest.raises(RequestError, match="a form that this server does not know"):
         _ = ChatFormat(tiny_chat(OTHER)[1]).tools
+
+
+def test_grammars_of_tools_are_kept(engine):
+    ask = read_chat({"messages": HI, "tools": TOOLS})
+    assert engine.prepare(ask).compiled is engine.prepare(ask).compiled
 
 
 def test_a_model_without_a_chat_template_completes_only():
@@ -263,6 +344,7 @@ def test_a_server_may_keep_its_decoder_and_names_are_checked():
         ({"messages": HI, "regex": "("}, 400, ""),
         ({"messages": HI, "grammar": "root ::= other"}, 400, "other"),
         ({"messages": HI, "stream": True, "logprobs": True}, 400, "ask without stream"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "must be JSON"),
         ({"messages": HI, "logit_bias": {"99999": 1}}, 400, "beyond the vocabulary"),
         ({"messages": HI, "decoder": "nothing-like-it"}, 400, "nothing-like-it"),
         ({"messages": HI, "decoder": {"name": "dyspec", "settings": {"budget": "many"}}}, 400, "budget"),
@@ -285,8 +367,8 @@ def test_the_key(engine):
     with served(make_app(Server(engine, "tiny", key="secret"))) as url:
         body = {"messages": HI, "max_tokens": 1}
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}):
-            assert post(url, body, headers=headers).status_code == 401
-        assert post(url, body, headers={"authorization": "Bearer secret"}).status_code == 200
+            assert post(url, None, content=json.dumps(body), headers=headers).status_code == 401
+        assert post(url, None, content=json.dumps(body), headers={"authorization": "Bearer secret"}).status_code == 200
         with httpx2.Client(trust_env=False) as web:
             assert web.get(f"{url}/v1/models").status_code == web.get(f"{url}/metrics").status_code == 401
             assert web.get(f"{url}/health").json()["status"] == "ok"

@@ -21,6 +21,11 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "
             {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
             "messages",
         ),
+        ({"messages": [{"role": [], "content": "hi"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "hi", "mood": "good"}]}, "messages"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": []}}}, "tool_choice"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"stop": "a" * 257}, "stop"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
@@ -78,6 +83,11 @@ def test_tools_are_automatic_unless_something_else_is_said():
     assert read_chat(HI | {"tools": [TOOL], "tool_choice": TOOL}).tool_choice == "=add"
     off = read_chat(HI | {"tools": [TOOL], "tool_choice": "none"})
     assert off.tools == {} and isinstance(off, Ask)
+
+
+def test_an_answer_that_is_sent_back_is_read():
+    message = {"role": "assistant", "content": "hi", "refusal": None, "annotations": [], "function_call": None}
+    assert read_chat({"messages": [message]}).messages == ({"role": "assistant", "content": "hi"},)
 
 
 def test_parts_of_text_are_joined_and_developers_are_systems():

@@ -24,6 +24,7 @@ import torch
 from ..core.errors import BadInputError, require
 from ..core.loading import load_model, load_tokenizer
 from ..serving.decoders import make_decoder
+from ..serving.text import StopTexts
 
 if TYPE_CHECKING or find_spec("lm_eval") is not None:
     from lm_eval.models.huggingface import HFLM
@@ -89,13 +90,13 @@ class DecodedModel(HFLM):  # type: ignore[misc]
                 k: v for k, v in arguments.items() if k in ("num_beams", "repetition_penalty")
             }
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        ends = set(self.tokenizer.all_special_tokens)
+        stops = [text for text in stop if text not in set(self.tokenizer.all_special_tokens)]
         rows = []
         for ids, kept in zip(context, mask, strict=True):
             row = ids[kept.bool()][None]
             output: Any = self.decoder.generate(
                 self.model, row, attention_mask=torch.ones_like(row), max_new_tokens=max_length - context.shape[1],
-                stop_strings=[text for text in stop if text not in ends] or None, tokenizer=self.tokenizer,
+                stopping_criteria=[StopTexts(self.tokenizer, stops, row.shape[1])] if stops else None,
                 pad_token_id=pad, **arguments,
             )  # fmt: skip
             rows.append(getattr(output, "sequences", output)[0, row.shape[1] :])

@@ -22,6 +22,7 @@ from ..core.errors import BadInputError, EverytokenError, require
 from ..core.rate import body_within
 from .engine import Choice, Engine, Job
 from .requests import Ask, RequestError, read_chat, read_completion
+from .text import Pieces
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -82,7 +83,9 @@ class Server:
             if data is None:
                 return self.refused(413, f"A request has at most {BODY:,} bytes.")
             try:
-                ask = read(json.loads(data))
+                body = json.loads(data)
+                json.dumps(body, ensure_ascii=False).encode()  # half of a pair of surrogates is no text
+                ask = read(body)
             except (ValueError, RecursionError) as error:
                 if isinstance(error, EverytokenError):
                     raise
@@ -90,7 +93,9 @@ class Server:
             if ask.model not in (None, self.name):
                 return self.refused(404, f"This server has the model {self.name!r}.", "model", code="model_not_found")
             loop = asyncio.get_running_loop()
-            job = await loop.run_in_executor(self.compilers, self.engine.prepare, ask)
+            # a decoder may load a model, which nothing else may run beside
+            thread = self.compilers if ask.decoder is None else self.writer
+            job = await loop.run_in_executor(thread, self.engine.prepare, ask)
             if not ask.stream:
                 return await self._whole(request, job)
             kept = True
@@ -238,7 +243,10 @@ class Server:
         told = None
         if choice.logprobs is not None:
             texts = [self.engine.spelt(token)[0] for token, *_ in choice.logprobs]
-            offsets = [sum(map(len, texts[:place])) for place in range(len(texts))]
+            pieces, offsets, written = Pieces(self.engine.tokenizer), [], 0
+            for token, *_ in choice.logprobs:
+                offsets.append(written)
+                written += len(pieces.add([token]))
             told = {
                 "tokens": texts,
                 "token_logprobs": [max(logp, -9999.0) for _, logp, _ in choice.logprobs],

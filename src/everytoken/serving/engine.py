@@ -6,6 +6,7 @@ that was cancelled ends at its next token.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,16 +14,18 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextStreamer
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from ..constraints.engine.compiler import GrammarCompiler
 from ..constraints.engine.vocabulary import TokenizerInfo
 from ..constraints.logits_processor import GrammarLogitsProcessor
 from ..core.errors import BadInputError
+from ..core.rng import derive_seed
 from ..core.vocabulary import token_bytes
 from ..decoding.base import Decoder
 from .decoders import make_decoder
 from .requests import Ask, RequestError
+from .text import PieceStreamer, StopCutter, StopTexts
 from .tools import ChatFormat
 
 if TYPE_CHECKING:
@@ -31,7 +34,9 @@ if TYPE_CHECKING:
     from ..constraints.engine.compiled import CompiledGrammar
 
 KEPT = 8
-"""Decoders of requests that are kept."""
+"""Decoders of requests, and grammars of tools, that are kept."""
+GREEDY = 1e-3
+"""Temperatures below are 0: dividing by them leaves nothing to draw from."""
 Say = Callable[[int, str], None]
 """Gets the index of a choice and the next piece of its text."""
 
@@ -94,41 +99,6 @@ class _Cancelled(StoppingCriteria):  # type: ignore[misc]
         return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
-class StopCutter:
-    """Passes text on up to the first stop text; keeps back what may be the beginning of one."""
-
-    def __init__(self, stops: Sequence[str], say: Callable[[str], None]):
-        self.stops, self.say, self._held, self.ended = stops, say, "", False
-
-    def add(self, text: str, last: bool = False) -> None:
-        if self.ended:
-            return
-        self._held += text
-        places = [place for stop in self.stops if (place := self._held.find(stop)) >= 0]
-        if places:
-            self.ended, keep = True, min(places)
-        elif last:
-            keep = len(self._held)
-        else:
-            keep = len(self._held) - max((self._overlap(stop) for stop in self.stops), default=0)
-        if self._held[:keep]:
-            self.say(self._held[:keep])
-        self._held = self._held[keep:]
-
-    def _overlap(self, stop: str) -> int:
-        """Characters at the end that begin ``stop``."""
-        return next((size for size in range(len(stop) - 1, 0, -1) if self._held.endswith(stop[:size])), 0)
-
-
-class _Streamer(TextStreamer):  # type: ignore[misc]
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, cutter: StopCutter):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.cutter = cutter
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.cutter.add(text, last=stream_end)
-
-
 class Engine:
     """Writes answers with a model.
 
@@ -156,13 +126,24 @@ class Engine:
         if most_tokens < 1:
             raise BadInputError(f"An answer has at least one token; got {most_tokens}.")
         self.model, self.tokenizer, self.most_tokens, self.per_request = model, tokenizer, most_tokens, per_request
+        given = model.generation_config
+        ends = given.eos_token_id if given.eos_token_id is not None else tokenizer.eos_token_id
+        self.ends: list[int] = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        pad = given.pad_token_id if given.pad_token_id is not None else tokenizer.pad_token_id
+        self.pad = self.ends[0] if pad is None and self.ends else pad
+        # what a request leaves open is neutral: the model's own defaults (a temperature, a penalty, beams) do not count
+        model.generation_config = GenerationConfig(
+            bos_token_id=given.bos_token_id, eos_token_id=self.ends or None, pad_token_id=self.pad,
+            cache_implementation=given.cache_implementation,
+        )  # fmt: skip
         self.vocabulary = int(model.config.get_text_config().vocab_size)
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.format = ChatFormat(tokenizer)
         self.decoder = None if decoder is None else self._ready(decoder)
         self._compiler: GrammarCompiler | None = None
         self._decoders: dict[tuple[Any, ...], Decoder] = {}
-        self._lock = threading.Lock()
+        self._grammars: dict[str, CompiledGrammar] = {}
+        self._lock, self._loading = threading.Lock(), threading.Lock()
 
     def _ready(self, decoder: Decoder) -> Decoder:
         decoder.check_model(self.model.config)
@@ -172,7 +153,7 @@ class Engine:
     def _named(self, name: str, settings: dict[str, Any]) -> Decoder:
         """A request's decoder; the last few are kept, as some load models of their own."""
         key = (name, *sorted((key, str(value)) for key, value in settings.items()))
-        with self._lock:
+        with self._loading:
             if key not in self._decoders:
                 self._decoders[key] = self._ready(make_decoder(name, settings))
                 if len(self._decoders) > KEPT:
@@ -182,7 +163,9 @@ class Engine:
     def compiler(self) -> GrammarCompiler:
         with self._lock:
             if self._compiler is None:
-                self._compiler = GrammarCompiler(TokenizerInfo.from_huggingface(self.tokenizer, self.vocabulary))
+                self._compiler = GrammarCompiler(
+                    TokenizerInfo.from_huggingface(self.tokenizer, self.vocabulary, self.ends or None)
+                )
             return self._compiler
 
     @cached_property
@@ -218,6 +201,8 @@ class Engine:
             raise RequestError("A stream tells no logprobs here: ask without stream.", "logprobs")
         if ask.stream and len(ask.prompts) > 1:
             raise RequestError("A stream has one prompt.", "prompt")
+        if ask.stream and ask.echo:
+            raise RequestError("A stream does not echo its prompt: ask without stream.", "echo")
         if ask.stream and decoder is not None and not decoder.streams:
             raise RequestError(f"{type(decoder).__name__} cannot stream.", "stream")
         if any(token >= self.vocabulary for token in ask.logit_bias):
@@ -251,32 +236,47 @@ class Engine:
 
     def _compiled(self, ask: Ask) -> CompiledGrammar | None:
         if ask.tools:
-            grammar = self.format.tools.grammar(ask.tools, ask.tool_choice)
-        elif ask.constraint is None:
+            return self._tools_compiled(ask)
+        if ask.constraint is None:
             return None
-        else:
-            kind, source = ask.constraint
-            if kind == "schema":
-                return self.compiler().compile_json_schema(source)
-            return self.compiler().compile_regex(source) if kind == "regex" else self.compiler().compile_grammar(source)
-        return self.compiler().compile_grammar(grammar)
+        kind, source = ask.constraint
+        if kind == "schema":
+            return self.compiler().compile_json_schema(source)
+        return self.compiler().compile_regex(source) if kind == "regex" else self.compiler().compile_grammar(source)
+
+    def _tools_compiled(self, ask: Ask) -> CompiledGrammar:
+        key = json.dumps([ask.tools, ask.tool_choice, ask.one_call])
+        with self._lock:
+            kept = self._grammars.get(key)
+        if kept is None:
+            grammar = self.format.tools.grammar(ask.tools, ask.tool_choice, ask.one_call)
+            kept = self.compiler().compile_grammar(grammar)
+            with self._lock:
+                self._grammars[key] = kept
+                if len(self._grammars) > KEPT:
+                    self._grammars.pop(next(iter(self._grammars)))
+        return kept
 
     def run(self, job: Job, cancelled: threading.Event, say: Say | None = None) -> list[Choice]:
         """All choices of a request, in the order of prompts and then of samples. Call it from one thread at a time."""
         found: list[Choice] = []
         ask = job.ask
         with torch.random.fork_rng(devices=[self.model.device] if self.model.device.type == "cuda" else []):
-            torch.manual_seed(ask.seed if ask.seed is not None else torch.seed())
+            torch.seed()
             for prompt, most in zip(job.prompts, job.max_tokens, strict=True):
                 if cancelled.is_set():
                     break
                 first = len(found)
                 # a stream has one row, a decoder of one row after the other wants a grammar of its own for each, scores
                 # of all rows at once would be large, and rows that stopped earlier would count their padding
-                apart = ask.logprobs is not None or bool(ask.stop) or say is not None
+                apart = ask.logprobs is not None or bool(ask.stop) or say is not None or ask.seed is not None
                 alone = apart or (job.decoder is not None and job.compiled is not None)
-                if alone and ask.n > 1 and (say is not None or ask.temperature > 0):
+                if alone and (say is not None or ask.temperature >= GREEDY):
                     for index in range(first, first + ask.n):
+                        if cancelled.is_set():
+                            break
+                        if ask.seed is not None:  # the same choices, whole and as a stream
+                            torch.manual_seed(derive_seed(ask.seed, "choice", index))
                         found += self._write(job, prompt, most, 1, cancelled, first=index, say=say)
                 else:
                     found += self._write(job, prompt, most, ask.n, cancelled, first=first, say=say)
@@ -287,8 +287,7 @@ class Engine:
         say: Say | None = None,
     ) -> list[Choice]:  # fmt: skip
         ask, ids = job.ask, torch.tensor([prompt], device=self.model.device)
-        greedy = ask.temperature == 0
-        rows = 1 if greedy else count
+        rows = 1 if ask.temperature < GREEDY else count
         config = self._config(ask, most, rows)
         processors: list[LogitsProcessor] = []
         if ask.presence_penalty or ask.frequency_penalty or ask.logit_bias:
@@ -299,12 +298,14 @@ class Engine:
             "attention_mask": torch.ones_like(ids),
             "generation_config": config,
             "logits_processor": processors,
-            "stopping_criteria": [_Cancelled(cancelled)],
-            "tokenizer": self.tokenizer,
+            "stopping_criteria": [
+                _Cancelled(cancelled),
+                *([StopTexts(self.tokenizer, ask.stop, len(prompt))] if ask.stop else []),
+            ],
         }
         if say is not None:
             cutter = StopCutter(ask.stop, lambda text: say(first, text))
-            arguments["streamer"] = _Streamer(self.tokenizer, cutter)
+            arguments["streamer"] = PieceStreamer(self.tokenizer, cutter, self.ends)
         with torch.no_grad():
             output: Any = (
                 self.model.generate(ids, **arguments)
@@ -320,30 +321,26 @@ class Engine:
 
     def _config(self, ask: Ask, most: int, rows: int) -> GenerationConfig:
         """Sampling is the request's own: the model's defaults (a temperature, a repetition penalty) do not count."""
-        given = self.model.generation_config
-        ends = given.eos_token_id if given.eos_token_id is not None else self.tokenizer.eos_token_id
-        pad = given.pad_token_id if given.pad_token_id is not None else self.tokenizer.pad_token_id
-        if pad is None and ends is not None:
-            pad = ends[0] if isinstance(ends, list) else ends
         sampling: dict[str, Any] = {}
-        if ask.temperature > 0:
+        if ask.temperature >= GREEDY:
             sampling = {"do_sample": True, "temperature": ask.temperature, "top_p": ask.top_p, "top_k": ask.top_k}
             sampling |= {"num_return_sequences": rows} | ({"min_p": ask.min_p} if ask.min_p else {})
         return GenerationConfig(
-            max_new_tokens=most, eos_token_id=ends, pad_token_id=pad, bos_token_id=given.bos_token_id,
-            repetition_penalty=ask.repetition_penalty, stop_strings=list(ask.stop) or None,
+            max_new_tokens=most, eos_token_id=self.ends or None, pad_token_id=self.pad,
+            bos_token_id=self.model.generation_config.bos_token_id, repetition_penalty=ask.repetition_penalty,
             return_dict_in_generate=True, output_logits=ask.logprobs is not None, **({"do_sample": False} | sampling),
         )  # fmt: skip
 
     def _choice(self, ask: Ask, index: int, tokens: list[int], told: Any, most: int) -> Choice:
-        ends = self._config(ask, most, 1).eos_token_id
-        ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-        length = next((place for place, token in enumerate(tokens) if token in ends), None)
+        length = next((place for place, token in enumerate(tokens) if token in self.ends), None)
         ended, size = length is not None, len(tokens) if length is None else length + 1
         tokens = tokens[:size]
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = self.tokenizer.decode(
+            tokens[:length], skip_special_tokens=True
+        )  # an end is no part of it, special or not
         cuts = [place for stop in ask.stop if (place := text.find(stop)) >= 0]
-        finish = "stop" if ended or cuts else "length"
+        spelt = self.tokenizer.decode(tokens, skip_special_tokens=False) if ask.stop else ""
+        finish = "stop" if ended or any(stop in spelt for stop in ask.stop) else "length"
         text = text[: min(cuts)] if cuts else text
         calls: list[dict[str, Any]] = []
         if ask.tools:

@@ -7,7 +7,6 @@ change no token (``user``, ``metadata``) are taken and left aside.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,8 +30,10 @@ COMMON = frozenset(
 )
 CHAT = COMMON | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"}
 COMPLETION = COMMON | {"prompt", "echo", "suffix", "best_of"}
+FIELDS = frozenset({"role", "content", "tool_calls", "tool_call_id", "name"})
+"""Fields of a message; others may be there where they are empty, as in an answer that a client sends back."""
 ROLES = ("system", "user", "assistant", "tool")
-MOST_CHOICES, MOST_STOPS, MOST_LOGPROBS, MOST_TOOLS = 32, 16, 20, 128
+MOST_CHOICES, MOST_STOPS, MOST_LOGPROBS, MOST_TOOLS, LONGEST_STOP = 32, 16, 20, 128, 256
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -57,6 +58,7 @@ class Ask:
         constraint: ``(kind, source)`` with kind ``schema``, ``regex`` or ``grammar``; None is free text.
         tools, tool_choice: functions by name, and ``none``, ``auto``, ``required``, or ``=name``.
         decoder: ``(name, settings)`` of one of this package's decoders for this request.
+        one_call: whether the answer may call one tool at most.
     """
 
     chat: bool
@@ -83,6 +85,7 @@ class Ask:
     tool_choice: str = "none"
     decoder: tuple[str, dict[str, Any]] | None = None
     echo: bool = False
+    one_call: bool = False
 
 
 def read_chat(body: Any) -> Ask:
@@ -97,7 +100,8 @@ def read_chat(body: Any) -> Ask:
         raise RequestError("messages is a list of at least one message.", "messages")
     tools = _tools(fields.pop("tools", None))
     choice = _tool_choice(fields.pop("tool_choice", None), tools)
-    if fields.pop("parallel_tool_calls", True) not in (True, False):
+    parallel = fields.pop("parallel_tool_calls", True)
+    if parallel not in (True, False):
         raise RequestError("parallel_tool_calls is true or false.", "parallel_tool_calls")
     logprobs, top = fields.pop("logprobs", None), fields.pop("top_logprobs", None)
     if logprobs not in (None, True, False):
@@ -117,6 +121,7 @@ def read_chat(body: Any) -> Ask:
         logprobs=_whole("top_logprobs", 0 if top is None else top, 0, MOST_LOGPROBS) if logprobs else None,
         tools=tools if choice != "none" else {},
         tool_choice=choice,
+        one_call=not parallel,
         **common,
     )
 
@@ -188,12 +193,8 @@ def _common(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or not low <= value <= high
-    ):
+    # a comparison first: it is false for what is not finite, and a huge whole number has no float
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise RequestError(f"{name} is a number in [{low:g}, {high:g}].", name)
     return float(value)
 
@@ -208,6 +209,8 @@ def _stops(value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
         raise RequestError(f"stop is a text, or a list of up to {MOST_STOPS}.", "stop")
+    if any(len(stop) > LONGEST_STOP for stop in stops):
+        raise RequestError(f"A stop text has at most {LONGEST_STOP} characters.", "stop")
     return tuple(stops)
 
 
@@ -272,9 +275,13 @@ def _message(message: Any, place: int) -> dict[str, Any]:
     where = f"messages[{place}]"
     if not isinstance(message, dict):
         raise RequestError(f"{where} is an object with role and content.", "messages")
-    role = {"developer": "system"}.get(message.get("role", ""), message.get("role"))
-    if role not in ROLES:
+    role = message.get("role")
+    role = "system" if role == "developer" else role
+    if not isinstance(role, str) or role not in ROLES:
         raise RequestError(f"{where}: the role is one of {', '.join(ROLES)}.", "messages")
+    unknown = sorted(name for name, value in message.items() if value and name not in FIELDS)
+    if unknown:
+        raise RequestError(f"{where}: this server does not honour {', '.join(map(repr, unknown))}.", "messages")
     content = message.get("content")
     if isinstance(content, list):
         if not all(
@@ -291,8 +298,9 @@ def _message(message: Any, place: int) -> dict[str, Any]:
     found: dict[str, Any] = {"role": role, "content": content}
     if calls:
         found["tool_calls"] = [_past_call(call, where) for call in calls]
-    if role == "tool" and isinstance(message.get("tool_call_id"), str):
-        found["tool_call_id"] = message["tool_call_id"]
+    for name in ("tool_call_id", "name"):
+        if isinstance(message.get(name), str):
+            found[name] = message[name]
     return found
 
 
@@ -333,7 +341,7 @@ def _tool_choice(value: Any, tools: Mapping[str, Any]) -> str:
         return "auto" if tools else "none"
     if isinstance(value, dict):
         name = value.get("function", {}).get("name") if isinstance(value.get("function"), dict) else None
-        if name not in tools:
+        if not isinstance(name, str) or name not in tools:
             raise RequestError("tool_choice names a function that is not among the tools.", "tool_choice")
         return f"={name}"
     if value not in ("none", "auto", "required") or (value == "required" and not tools):

@@ -38,13 +38,16 @@ class ToolFormat:
     def opening(self, name: str) -> str:
         return f'{self.begin}{{"name": {json.dumps(name)}, "{self.key}": '
 
-    def grammar(self, tools: Mapping[str, dict[str, Any]], choice: str) -> Grammar:
-        """What may be written: free text with calls in it (``auto``), or one call (``required``, ``=name``)."""
+    def grammar(self, tools: Mapping[str, dict[str, Any]], choice: str, one: bool = False) -> Grammar:
+        """What may be written: free text with calls in it (``auto``; with ``one`` it ends behind the first), or one
+        call (``required``, ``=name``).
+        """
         names = [choice[1:]] if choice.startswith("=") else list(tools)
         schemas = {name: tools[name].get("parameters") or {"type": "object"} for name in names}
         if choice == "auto":
             tags = [StructuralTag(self.opening(name), schema, "}" + self.end) for name, schema in schemas.items()]
-            return Grammar.from_structural_tag(tags, [self.begin.strip() or '{"name": '])
+            triggers = [self.begin.strip() or '{"name": ']
+            return Grammar.from_structural_tag(tags, triggers, stop_after_first=one)
         return Grammar.union(
             *(
                 Grammar.concat(
@@ -57,23 +60,28 @@ class ToolFormat:
         )
 
     def split(self, text: str, names: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
-        """The text without its calls, and the calls as a client reads them."""
+        """The text without its calls, and the calls as a client reads them.
+
+        A call is what the grammar writes, to the letter: another spelling was held to no schema and stays text.
+        """
         calls: list[dict[str, Any]] = []
-        rest, place, marker = "", 0, self.begin.strip() or '{"name"'
-        while (found := text.find(marker, place)) >= 0:
-            begin = text.find("{", found)
+        rest, place = "", 0
+        while True:
+            begun = [(found, name) for name in names if (found := text.find(self.opening(name), place)) >= 0]
+            if not begun:
+                break
+            found, name = min(begun)
+            start = found + len(self.opening(name))
             try:
-                call, end = json.JSONDecoder().raw_decode(text, begin)
-            except ValueError:
+                arguments, end = json.JSONDecoder().raw_decode(text, start)
+            except (ValueError, RecursionError):
                 break
-            if not isinstance(call, dict) or call.get("name") not in names or not isinstance(call.get(self.key), dict):
+            if not isinstance(arguments, dict) or not text.startswith("}", end):
                 break
-            function = {"name": call["name"], "arguments": json.dumps(call[self.key], ensure_ascii=False)}
+            function = {"name": name, "arguments": text[start:end]}
             calls.append({"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function})
             rest += text[place:found]
-            tail = self.end.strip()
-            after = text.find(tail, end) if tail else end
-            place = end if after < 0 else after + len(tail)
+            place = end + 1 + (len(self.end) if text.startswith(self.end, end + 1) else 0)
         return (rest + text[place:]).strip() if calls else text, calls
 
 
