@@ -71,12 +71,18 @@ def ids_of(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+@lru_cache
+def view_of(name):
+    """Made once: large vocabularies take seconds."""
+    return ByteView.of(family(name))
+
+
 @pytest.mark.rotating
 @pytest.mark.parametrize("name", LOSSLESS)
 @given(text=TEXT)
 @settings(max_examples=15)
 def test_tokens_spell_the_text(name, text):
-    view = ByteView.of(family(name))
+    view = view_of(name)
     data = view.spelled(text)
     ids = view.encode(data)
     assert ids is None or b"".join(view.bytes[item] or b"" for item in ids) == data

@@ -113,3 +113,33 @@ def test_what_is_refused(tmp_path):
     (tmp_path / "s.checkpoint").write_bytes(b"cut off")
     with pytest.raises(BadInputError, match="cannot be gone on from"):
         fit(model, squares(model), Stage("s", 5, 0.1), tmp_path)
+
+
+def test_a_checkpoint_of_other_settings_or_data_is_refused(tmp_path):
+    """Also of a stage that is finished, which would only be read: the weights would be those of the other training."""
+    from dataclasses import dataclass
+
+    from everytoken.training.stepwise import fingerprint
+
+    @dataclass
+    class Settings:
+        order: str = "forward"
+        save_every: int = 5
+
+    def run(identity):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2, 1)
+        fit(
+            model, lambda step: model(torch.ones(1, 2)).square().sum(), Stage("s", 2, 1e-2), tmp_path, identity=identity
+        )
+
+    data = {"ids": torch.arange(4), "names": ["a"]}
+    first = fingerprint(Settings(), data)
+    run(first)
+    run(fingerprint(Settings(save_every=7), {"names": ["a"], "ids": torch.arange(4)}))
+    for other in (
+        fingerprint(Settings("reversed"), data),
+        fingerprint(Settings(), data | {"ids": torch.arange(4) + 1}),
+    ):
+        with pytest.raises(BadInputError, match="other settings or on other data"):
+            run(other)

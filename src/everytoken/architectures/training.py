@@ -24,7 +24,7 @@ from ..core.rng import seed_everything
 from ..training.base import Training, TrainingContext, TrainingResult
 from ..training.datasets.plain_text import TextWindows
 from ..training.report import training_report
-from ..training.stepwise import Stage, fit
+from ..training.stepwise import Stage, fingerprint, fit
 from .base import Architecture, is_architecture
 
 if TYPE_CHECKING:
@@ -234,7 +234,9 @@ def learn(
         return value
 
     arguments = {} if report is None else {"report": report}
-    found = fit(learner, loss, recipe.stage(name), folder, save_every=recipe.save_every, **arguments)  # type: ignore[arg-type]
+    identity = fingerprint(recipe, text.batch(recipe.batch, recipe.length, name, 0))
+    stage, every_steps = recipe.stage(name), recipe.save_every
+    found = fit(learner, loss, stage, folder, save_every=every_steps, identity=identity, **arguments)  # type: ignore[arg-type]
     model.eval()
     return {"loss": [(float(step), value) for step, value in found], **curves}
 

@@ -17,7 +17,7 @@ import torch
 from ..core.errors import BadInputError
 from ..core.progress import Report, silent
 from ..training.base import Training, TrainingContext, TrainingResult
-from ..training.stepwise import Stage, fit
+from ..training.stepwise import Stage, fingerprint, fit
 from ..training.vlm_files import save_vlm
 from .m3 import MatryoshkaPool, block_side, matryoshka_loss
 from .vision_training import (
@@ -136,7 +136,8 @@ def train_scales(
 
     stage = Stage("m3", config.steps, config.lr, warmup=0.03, hold=0.5)
     losses = [loss_of(part) for part in range(config.parts)]
-    return fit(model, losses, stage, folder, report, learned, config.save_every)
+    identity = fingerprint(config, scales, questions.batch(config.batch // config.parts, "m3", 0, 0))
+    return fit(model, losses, stage, folder, report, learned, config.save_every, identity)
 
 
 def by_scale(model: PreTrainedModel, scales: list[int], count: int = 256) -> dict[int, float]:

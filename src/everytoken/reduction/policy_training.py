@@ -21,7 +21,7 @@ from ..core.progress import Report, silent
 from ..core.rng import derive_seed
 from ..training.base import Training, TrainingContext, TrainingResult
 from ..training.datasets.scenes import question_batch
-from ..training.stepwise import Stage, fit
+from ..training.stepwise import Stage, fingerprint, fit
 from ..training.vision import ask_all
 from .base import ReductionContext
 from .capture import encoder_rows
@@ -155,7 +155,8 @@ def train_policy(
 
     stage = Stage("policy", config.steps, config.lr, warmup=0.02, hold=0.5)
     losses = [loss_of(part) for part in range(config.parts)]
-    curve = fit(layer, losses, stage, folder, report, save_every=config.save_every)
+    identity = fingerprint(config, questions.batch(config.batch // config.parts, "policy", 0, 0))
+    curve = fit(layer, losses, stage, folder, report, save_every=config.save_every, identity=identity)
     return policy_of(layer, width), curve
 
 

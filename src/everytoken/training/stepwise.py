@@ -9,14 +9,17 @@ tensors keep two cores busy so, where torch's own threads would wait for each ot
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -84,6 +87,7 @@ def fit(
     report: Report = silent,
     weights: Sequence[nn.Parameter] | None = None,
     save_every: int = 200,
+    identity: str = "",
 ) -> list[tuple[int, float]]:
     """Trains a model for one stage.
 
@@ -95,17 +99,18 @@ def fit(
         report: called with the stage, steps done and their number.
         weights: what learns; None takes all that require a gradient.
         save_every: a checkpoint after so many steps.
+        identity: what the training is of (``fingerprint`` of settings and a batch): a checkpoint of another is refused.
 
     Returns:
         The loss's curve: ``(step, mean over the steps since the last point)``, 50 points at most.
 
     Raises:
-        BadInputError: the loss stopped being a number; or the checkpoint is of another model or stage.
+        BadInputError: the loss stopped being a number; or the checkpoint is of another model, stage or identity.
     """
     learned = [item for item in model.parameters() if item.requires_grad] if weights is None else list(weights)
     optimizer = torch.optim.AdamW(learned, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay)
     file = None if folder is None else folder / f"{stage.name}.checkpoint"
-    start, curve = _restored(file, stage, model, optimizer)
+    start, curve = _restored(file, stage, model, optimizer, identity)
     every, sums, began = max(1, stage.steps // 50), [0.0, 0.0], time.time()
     parts = [loss] if callable(loss) else list(loss)
     threads = ThreadPoolExecutor(len(parts))
@@ -132,11 +137,41 @@ def fit(
             report(f"{stage.name}, loss {curve[-1][1]:.3f}", done, stage.steps)
             sums = [0.0, 0.0]
         if file is not None and (done == stage.steps or (done % save_every == 0 and time.time() - began > 10)):
-            _keep(file, stage, done, model, optimizer, curve)
+            _keep(file, stage, done, model, optimizer, curve, identity)
             began = time.time()
     threads.shutdown()
     model.eval()
     return curve
+
+
+def fingerprint(*parts: object) -> str:
+    """A short hash of settings and batches: numbers and texts, tensors and arrays by their values, and dataclasses,
+    mappings and sequences of them. How often a training is kept (``save_every``) does not count.
+    """
+    found = hashlib.sha256()
+
+    def take(item: object) -> None:
+        if isinstance(item, torch.Tensor):
+            item = item.detach().float().cpu().numpy()
+        if isinstance(item, np.ndarray):
+            found.update(f"{item.dtype}{item.shape}".encode() + np.ascontiguousarray(item).tobytes())
+        elif isinstance(item, Mapping):
+            for key in sorted(item, key=str):
+                found.update(f"{key}:".encode())
+                take(item[key])
+        elif isinstance(item, list | tuple):
+            found.update(f"{len(item)}[".encode())
+            for part in item:
+                take(part)
+        elif dataclasses.is_dataclass(item) and not isinstance(item, type):
+            found.update(type(item).__name__.encode())
+            names = [part.name for part in dataclasses.fields(item) if part.name != "save_every"]
+            take({name: getattr(item, name) for name in names})
+        else:
+            found.update(repr(item).encode())
+
+    take(parts)
+    return found.hexdigest()[:16]
 
 
 def _gradients(loss: Loss, step: int, weights: Sequence[nn.Parameter]) -> tuple[float, Gradients]:
@@ -154,15 +189,17 @@ def _keep(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     curve: list[tuple[int, float]],
+    identity: str,
 ) -> None:
     # a finished stage needs no optimizer any more
     kept = optimizer.state_dict() if step < stage.steps else {}
     state = {"stage": repr(stage), "step": step, "model": model.state_dict(), "optimizer": kept, "curve": curve}
+    state["identity"] = identity
     write_whole(file, lambda path: torch.save(state, path))
 
 
 def _restored(
-    file: Path | None, stage: Stage, model: nn.Module, optimizer: torch.optim.Optimizer
+    file: Path | None, stage: Stage, model: nn.Module, optimizer: torch.optim.Optimizer, identity: str
 ) -> tuple[int, list[tuple[int, float]]]:
     """Puts back what a checkpoint holds; the step at which to go on, and the curve so far."""
     if file is None or not file.is_file():
@@ -171,6 +208,8 @@ def _restored(
         state = torch.load(file, weights_only=True)
         if state["stage"] != repr(stage):
             raise ValueError(f"it was written by {state['stage']}")
+        if state.get("identity", identity) != identity:  # older ones have none
+            raise ValueError("it was trained with other settings or on other data")
         model.load_state_dict(state["model"])
         if state["optimizer"]:
             optimizer.load_state_dict(state["optimizer"])

@@ -17,7 +17,8 @@ GUIDED = {"guidance": 3.0}
 def test_half_linear_guidance_over_eight_windows():
     assert Sampling(7.5).scales(8) == [1, 2.625, 4.25, 5.875, 7.5, 7.5, 7.5, 7.5]
     assert Sampling(7.5, "constant").scales(2) == [7.5, 7.5]
-    assert Sampling(5, "linear").scales(4) == [1, 2, 3, 4]
+    assert Sampling(5, "linear").scales(5) == [1, 2, 3, 4, 5]
+    assert Sampling(7.5).scales(1) == Sampling(7.5, "linear").scales(1) == [7.5]
     assert Sampling(1.0).scales(4) == [1, 1, 1, 1]
 
 

@@ -24,7 +24,7 @@ from ...training.base import Training, TrainingContext, TrainingResult
 from ...training.datasets import sudoku
 from ...training.datasets.pairs import read_rows
 from ...training.datasets.plain_text import TextWindows
-from ...training.stepwise import Stage, fit
+from ...training.stepwise import Stage, fingerprint, fit
 from ..byte_text import VOCABULARY, as_ids, byte_tokenizer
 from ..training import write_training
 from .configuration_any_order import AnyOrderConfig
@@ -257,7 +257,8 @@ def learn(
     def loss(step: int) -> torch.Tensor:
         return loss_of(model, source.batch(config.batch, step), config, "loss", step, parallel=step % 2 == 1)
 
-    return fit(model, loss, config.stage(name), folder, report, save_every=config.save_every)
+    identity = fingerprint(config, source.batch(config.batch, 0))
+    return fit(model, loss, config.stage(name), folder, report, save_every=config.save_every, identity=identity)
 
 
 @torch.no_grad()

@@ -131,8 +131,9 @@ class InsertionLM(AnyOrderLM):
                     raise BadInputError(f"{type(self).__name__} has no {name}.", f"Leave {name} out.")
             given, share = kwargs.pop("temperature", None), kwargs.pop("top_p", None)
             level = (1.0 if given is None else float(given)) if kwargs.pop("do_sample", False) else 0.0
-            cut = {} if share in (None, 1.0) or level == 0 else {"order": "gap-first", "top_p": float(share)}
-            kwargs["custom_generate"] = InsertionSampler(temperature=level, **cut)
+            kept = 1.0 if share is None or level == 0 else float(share)
+            order = "joint" if kept == 1 else "gap-first"
+            kwargs["custom_generate"] = InsertionSampler(order, temperature=level, top_p=kept)
         return super().generate(*args, **kwargs)
 
 

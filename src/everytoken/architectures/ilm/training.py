@@ -21,7 +21,7 @@ from ...decoding.canvas.trajectory import GrownText
 from ...training.base import Training, TrainingContext, TrainingResult
 from ...training.datasets.plain_text import TextWindows
 from ...training.datasets.star_graphs import BOS, CLS, KINDS, MASK, PAD, TOKENS, Graphs, StarGraphs, star_tokenizer
-from ...training.stepwise import fit
+from ...training.stepwise import fingerprint, fit
 from ..any_order.losses import draw_missing, drop_tokens, insertion_loss
 from ..any_order.training import AnyOrderTraining, Batch, drawn_rows, read_pairs, seeded
 from ..byte_text import VOCABULARY, as_ids, byte_tokenizer
@@ -178,7 +178,8 @@ def learn(
     def loss(step: int) -> torch.Tensor:
         return loss_of(model, source.batch(config.batch, step), seeded(config, "loss", step))
 
-    return fit(model, loss, config.stage(name), folder, report, save_every=config.save_every)
+    identity = fingerprint(config, source.batch(config.batch, 0))
+    return fit(model, loss, config.stage(name), folder, report, save_every=config.save_every, identity=identity)
 
 
 def answers(model: Any, graphs: Graphs, sampler: InsertionSampler, seed: int = 0) -> GrownText:

@@ -16,7 +16,7 @@ from ...core.errors import BadInputError
 from ...core.rng import numpy_generator, seed_everything
 from ...training.base import Training, TrainingContext, TrainingResult
 from ...training.datasets.scenes import SHAPES
-from ...training.stepwise import Stage, fit
+from ...training.stepwise import Stage, fingerprint, fit
 from ..training import write_training
 from .configuration_plainmamba import PlainMambaConfig
 from .method import PlainMamba
@@ -108,7 +108,9 @@ def run(config: PlainMambaTraining, context: TrainingContext) -> TrainingResult:
         found: torch.Tensor = model(images, labels=labels).loss
         return found
 
-    curve = fit(model, loss, config.stage(), context.out, context.report, save_every=config.save_every)
+    identity = fingerprint(config, draw(config.batch, 0))
+    every = config.save_every
+    curve = fit(model, loss, config.stage(), context.out, context.report, save_every=every, identity=identity)
     figures = {"right answers": share_right(model, draw)}
     side = config.size // config.patch
     paths = scan_picture(model.base_model.scans((side, side)), (side, side), list(model.config.scans))

@@ -53,7 +53,6 @@ class TokenShuffleConfig(PreTrainedConfig):
     image_codes: str = ""
     image_codes_identity: str = ""
     z_loss: float = 0.0
-    use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.image_token_start is None:

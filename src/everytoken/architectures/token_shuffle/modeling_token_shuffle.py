@@ -80,6 +80,10 @@ class TokenShuffleForConditionalGeneration(OwnWeights, PreTrainedModel):
             known = backbone.get_input_embeddings().num_embeddings
             given = backbone.config.pad_token_id
             new = {"boi_token_id": known, "eoi_token_id": known + 1, "image_token_start": known + 2}
+            if clash := sorted({*new, "num_image_tokens"} & settings.keys()):
+                raise BadInputError(
+                    f"new_image_tokens says where new tokens are, and {', '.join(clash)} too.", "Leave these out."
+                )
             settings = {"pad_token_id": given} | settings | new | {"num_image_tokens": new_image_tokens}
             grown = copy.deepcopy(backbone.config)
             grown.vocab_size = known + 2 + new_image_tokens
@@ -259,7 +263,12 @@ class TokenShuffleForConditionalGeneration(OwnWeights, PreTrainedModel):
         """
         sampling = Sampling(**settings)
         sides: Grid = tuple(self.config.grid if grid is None else grid)  # type: ignore[arg-type,assignment]
-        return draw_images(self, input_ids, attention_mask, sides, sampling, seeds, report, use_cache)
+        was_training = self.training
+        self.eval()  # dropout would make an image depend on more than its seed
+        try:
+            return draw_images(self, input_ids, attention_mask, sides, sampling, seeds, report, use_cache)
+        finally:
+            self.train(was_training)
 
 
 def squared_partition(

@@ -60,8 +60,12 @@ class Sampling:
             raise BadInputError(f"top_k is 0 or more, top_p above 0 to 1; got {self.top_k} and {self.top_p}.")
 
     def scales(self, windows: int) -> list[float]:
-        """The scale at every window."""
-        return [guidance_scale(self.schedule, self.guidance, number / windows) for number in range(windows)]
+        """The scale at every window: ``half-linear`` over m / M, as the paper has it; ``linear`` ends at the full
+        scale, and an image of one window has it.
+        """
+        last = windows if self.schedule == "half-linear" else windows - 1
+        shares = [1.0] if windows == 1 else [number / last for number in range(windows)]
+        return [guidance_scale(self.schedule, self.guidance, share) for share in shares]
 
     def choose(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         """Tokens ``[B, w]`` from logits ``[B, w, V]`` and numbers ``[B, w]`` from 0 to below 1, one a token."""

@@ -20,7 +20,7 @@ from ...core.progress import Report, silent
 from ...core.rng import derive_seed, seed_everything
 from ...training.base import Training, TrainingContext, TrainingResult
 from ...training.report import training_report
-from ...training.stepwise import Stage, fit
+from ...training.stepwise import Stage, fingerprint, fit
 from ..images.metrics import image_scores
 from ..training import save_network
 from .configuration_token_shuffle import TokenShuffleConfig
@@ -182,7 +182,8 @@ def learn(
         found: torch.Tensor = model(**{key: value.to(model.device) for key, value in rows.items()}).loss
         return found
 
-    return fit(model, loss, config.stage(name), folder, report, save_every=config.save_every)
+    identity = fingerprint(config, model.config.to_dict(), learned_rows(codes, config.batch, config.seed, 0))
+    return fit(model, loss, config.stage(name), folder, report, save_every=config.save_every, identity=identity)
 
 
 @torch.no_grad()

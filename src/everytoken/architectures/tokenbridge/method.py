@@ -77,7 +77,7 @@ class TokenBridge(ImageMethod):
         steps = [f"{config.positions - left} of {config.positions} tokens" for left in drawn.masked]
         figures = {"iterations": float(count)}
         if drawn.entropies is not None:
-            figures["nats a token"] = float(drawn.entropies.sum(-1).mean())
+            figures["entropy of a token, nats"] = float(drawn.entropies.sum(-1).mean())
         trace = trace_of(drawn, config, f"class {int(labels[0])}")
         return Drawing(images[: len(labels)], list(images[len(labels) :]), steps, trace, figures)
 

@@ -171,8 +171,10 @@ class TokenBridgeModel(TokenBridgePreTrainedModel):
         labels = self._labels(class_labels, batch, values.device)
         if self.training:
             labels = drop_labels(labels, self.classes.null, self.config.label_dropout)
-        known = self.draw_known(batch, values.device) if known is None else known
-        self._check_known(known, batch)
+        if known is None:
+            known = self.draw_known(batch, values.device)
+        else:
+            self._check_known(known, batch)
         unknown = others(known, positions)
         g = self.vectors(rows_at(values, known), known, labels, unknown)
         if isinstance(self.head, ContinuousHead):
@@ -250,6 +252,27 @@ class TokenBridgeModel(TokenBridgePreTrainedModel):
             BadInputError: labels out of range, steps, guidance, temperature or seeds that cannot be; guidance without
                 a class. Before any work.
         """
+        was_training = self.training
+        self.eval()  # dropout would make a picture depend on more than its label and seed
+        try:
+            return self._sample(
+                class_labels, steps, guidance, guidance_schedule, temperature, seed, batch, cache, progress
+            )
+        finally:
+            self.train(was_training)
+
+    def _sample(
+        self,
+        class_labels: torch.Tensor | Sequence[int] | None,
+        steps: int | None,
+        guidance: float,
+        guidance_schedule: str,
+        temperature: float,
+        seed: int | Sequence[int],
+        batch: int | None,
+        cache: bool,
+        progress: Report,
+    ) -> TokenBridgeSample:
         config, device = self.config, self.mask_token.device
         if (class_labels is None) == (batch is None):
             raise BadInputError("Give class_labels, or batch for pictures of no class.")
@@ -273,6 +296,7 @@ class TokenBridgeModel(TokenBridgePreTrainedModel):
         discrete = isinstance(self.head, ChannelARHead)
         codes = torch.zeros(count, n, channels, dtype=torch.long, device=device) if discrete else None
         entropies = torch.zeros_like(values) if discrete else None
+        means = self.quantizer.values.to(device, torch.float32)
         first = 0
         for step, left in enumerate(masked):
             known, wanted = order[:, :first], order[:, first : n - left]
@@ -291,7 +315,7 @@ class TokenBridgeModel(TokenBridgePreTrainedModel):
                 drawn = self.head.sample(g, temperature, cache, uniforms=own)
                 codes.scatter_(1, place, drawn.codes)
                 entropies.scatter_(1, place, drawn.entropies)
-                found = self.quantizer.decode(drawn.codes) * config.latent_scale
+                found = means[drawn.codes] * config.latent_scale  # codes of the head's own need no check
             else:
                 found = self.head.sample(g, own, config.flow_steps, temperature)
             values.scatter_(1, place, found)

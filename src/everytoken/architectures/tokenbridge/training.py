@@ -19,7 +19,7 @@ from ...core.progress import Report, silent
 from ...core.rng import derive_seed, seed_everything
 from ...training.base import Training, TrainingContext, TrainingResult
 from ...training.report import training_report
-from ...training.stepwise import Stage, fit
+from ...training.stepwise import Stage, fingerprint, fit
 from ..training import save_network
 from .configuration_tokenbridge import HEADS, TokenBridgeConfig
 from .latents import TOKENIZER, LatentSet, digit_latents, file_latents
@@ -135,7 +135,9 @@ def learn(
         found: torch.Tensor = model(latents, class_labels=labels).loss
         return found
 
-    curve = fit(model, loss, settings.stage(name), folder, report, save_every=settings.save_every)
+    identity = fingerprint(settings, data.batch(settings.batch, settings.seed, 0))
+    every = settings.save_every
+    curve = fit(model, loss, settings.stage(name), folder, report, save_every=every, identity=identity)
     return model.cpu(), curve  # type: ignore[call-arg]
 
 

@@ -323,7 +323,7 @@ class XARModel(OwnWeights, PreTrainedModel):
                 self.clean_context_mask(clean.device),
             )
             found = both[:, config.entities :]
-        apart = (found.float() - (e - clean).float()).square().mean((-1, -2))
+        apart = (found.float() - (e.float() - clean.float())).square().mean((-1, -2))
         counts = (times > 0).to(apart.dtype)
         output = XAROutput(loss=(apart * counts).sum() / counts.sum().clamp(min=1), logits=found)
         plain = config.return_dict if return_dict is None else return_dict
@@ -363,7 +363,7 @@ class XARModel(OwnWeights, PreTrainedModel):
             progress: called after every step.
 
         Returns:
-            Latents ``[B, channels, rows, columns]``, on the device and in the precision of the network.
+            Latents ``[B, channels, rows, columns]`` in float32, on the network's device.
 
         Raises:
             BadInputError: settings or labels out of range, or noise of another shape; before any step.
@@ -376,16 +376,17 @@ class XARModel(OwnWeights, PreTrainedModel):
         labels = class_labels.to(self.device)
         shape = (len(labels), n_entities, steps, m, config.channels)
         if noise is None:
-            rows = [torch.randn(shape[1:], generator=torch.Generator().manual_seed(derive_seed(seed, "image", row)))
-                    for row in range(len(labels))]  # fmt: skip
-            noise = torch.stack(rows) if rows else torch.empty(shape)
+            numbers = [torch.Generator().manual_seed(derive_seed(seed, "image", row)) for row in range(len(labels))]
+            rows_of = [torch.randn(shape[1:], generator=generator) for generator in numbers]
+            noise = torch.stack(rows_of) if rows_of else torch.empty(shape)
         elif tuple(noise.shape) != shape:
             raise BadInputError(f"noise has shape {[*shape]}; got {[*noise.shape]}.")
-        noise = noise.to(self.device, self.dtype)
-        heads = config.num_attention_heads
-        cache = EntityCache(
-            len(self.layers), 2 * len(labels), heads, config.tokens, config.hidden_size // heads, noise
-        )  # fmt: skip
+        noise = noise.to(self.device, torch.float32)  # many small steps are added up: not in the network's precision
+        heads, rows = config.num_attention_heads, len(labels) * (2 if guidance != 1 else 1)
+        cache = None
+        if use_cache:
+            like = torch.empty(0, device=self.device, dtype=self.dtype)
+            cache = EntityCache(len(self.layers), rows, heads, config.tokens, config.hidden_size // heads, like)
         drawn = noise.new_zeros(len(labels), n_entities, m, config.channels)
         was_training = self.training
         self.eval()
@@ -393,7 +394,7 @@ class XARModel(OwnWeights, PreTrainedModel):
             for n in range(n_entities):
                 share = n / (n_entities - 1) if n_entities > 1 else 1.0
                 scale = guidance_scale("linear", guidance, share)
-                current = _Current(self, labels, drawn[:, :n], guidance != 1, scale, cache if use_cache else None)
+                current = _Current(self, labels, drawn[:, :n], guidance != 1, scale, cache)
 
                 def after(x: torch.Tensor, step: int, n: int = n) -> None:
                     drawn[:, n] = x
@@ -441,7 +442,7 @@ class _Current:
                 mask = torch.cat([mask.new_ones(len(mask), self.cache.kept), mask], 1)
         if self.twice:
             seen, times = seen.repeat(2, 1, 1, 1), times.repeat(2, 1)
-        found = self.model.velocity(seen, self.labels, times, numbers, mask, self.cache)[:, -1]
+        found = self.model.velocity(seen, self.labels, times, numbers, mask, self.cache)[:, -1].float()
         if self.cache is not None and len(numbers) > 1:
             self.cache.keep(m)
         if not self.twice:

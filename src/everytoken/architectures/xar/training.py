@@ -18,7 +18,7 @@ from ...core.files import write_text_whole
 from ...core.rng import derive_seed, numpy_generator, seed_everything
 from ...training.base import Training, TrainingContext, TrainingResult
 from ...training.report import training_report
-from ...training.stepwise import Stage, fit
+from ...training.stepwise import Stage, fingerprint, fit
 from ..images.data import CLASSES, SIDE, check_labels, digit_images, digit_split
 from ..images.metrics import image_scores
 from ..images.pictures import image_html, slider, tiled
@@ -156,7 +156,8 @@ def learn(
         return found
 
     arguments = {} if report is None else {"report": report}
-    curve = fit(model, loss, config.stage(), folder, save_every=config.save_every, **arguments)  # type: ignore[arg-type]
+    identity = fingerprint(config, made.to_dict(), latents, labels)
+    curve = fit(model, loss, config.stage(), folder, save_every=config.save_every, identity=identity, **arguments)  # type: ignore[arg-type]
     return model, curve
 
 

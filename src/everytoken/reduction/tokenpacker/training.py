@@ -24,7 +24,7 @@ from ...core.progress import Report, silent
 from ...training.base import Training, TrainingContext, TrainingResult
 from ...training.datasets.image_questions import ImageQuestions
 from ...training.datasets.scenes import patch_labels, pixel_values
-from ...training.stepwise import Stage, fit
+from ...training.stepwise import Stage, fingerprint, fit
 from ...training.vision import image_features, naming_loss
 from ..vision_training import Questions, SceneQuestions, VisionSettings, keep_record, on_device, share_right, start
 from .configuration_tokenpacker import check_query_pool
@@ -115,11 +115,12 @@ def train_projector(
     learned, parts = [*projector.requires_grad_(True).parameters()], range(config.parts)
     first = [alignment(model, questions, config, part) for part in parts]
     stage = Stage("projector", config.align_steps, config.align_lr, warmup=0.03, hold=0.5)
-    curves = {"projector": fit(model, first, stage, folder, report, learned, config.save_every)}
+    identity = fingerprint(config, questions.batch(config.batch // config.parts, "packed answers", 0, 0))
+    curves = {"projector": fit(model, first, stage, folder, report, learned, config.save_every, identity)}
     language = [*model.base_model.language_model.requires_grad_(True).parameters()]
     second = [answers(model, questions, config, part) for part in parts]
     stage = Stage("projector and language model", config.steps, config.lr, warmup=0.03, hold=0.5)
-    curves["both"] = fit(model, second, stage, folder, report, [*learned, *language], config.save_every)
+    curves["both"] = fit(model, second, stage, folder, report, [*learned, *language], config.save_every, identity)
     own = {id(weight) for weight in language}
     return {name: weight for name, weight in model.named_parameters() if id(weight) in own}, curves
 
