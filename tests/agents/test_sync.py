@@ -132,6 +132,7 @@ def test_pages_lies_and_limits():
         assert "more than 100 pages" in run([ServerEntry("e", target=listing(endless))], store, wide).failed["e"]
 
 
+@pytest.mark.slow
 def test_fresh_lists_and_failed_servers_are_not_asked_again():
     now = [0.0]
     polite = SyncSettings(limits=FAST.limits)

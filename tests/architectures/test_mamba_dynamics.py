@@ -336,6 +336,7 @@ def test_tokens_come_least_important_first_and_go_back():
     assert layer_.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_a_network_for_images_takes_an_order_and_learns_it():
     torch.manual_seed(0)
     model = PlainMamba.tiny()

@@ -214,6 +214,7 @@ def in_browser(path, tmp_path, *flags):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.slow
 def test_values_are_reached_by_keyboard_and_by_touch(tmp_path):
     path = tmp_path / "x.html"
     page = render_html([example(), example()], None, "score")
@@ -233,6 +234,7 @@ def test_values_are_reached_by_keyboard_and_by_touch(tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.slow
 def test_html_works_in_a_browser(tmp_path):
     path = tmp_path / "x.html"
     example().to_html(path, "source")

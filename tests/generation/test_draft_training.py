@@ -74,6 +74,7 @@ def test_it_learns(tmp_path, cache):
     assert result.figures["tokens a forward, draft"] > 1.2
 
 
+@pytest.mark.slow
 def test_a_cut_run_goes_on_to_the_same_weights(tmp_path, cache):
     """Cut while the model answers, then while the draft learns: the weights are those of a run in one piece."""
     target, config = tiny_llama(20, seed=1), DraftTraining(**QUICK, install=False)
@@ -102,6 +103,7 @@ def _key(folder):
     return json.loads((folder / "answers.jsonl").read_text().splitlines()[0])["key"]
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_and_other_settings_begin_anew(tmp_path, cache):
     target = tiny_llama(20, seed=1)
     run(DraftTraining(**QUICK), context(tmp_path, target))

@@ -84,6 +84,7 @@ def test_greedy_output_is_the_targets_own(shape, which):
 
 @given(seed=st.integers(0, 50), length=st.integers(1, 12), budget=st.integers(0, 20), new=st.integers(1, 24))
 @settings(max_examples=25, deadline=None)
+@pytest.mark.slow
 def test_greedy_property(seed, length, budget, new):
     target, draft = tiny_llama(13, seed=seed), tiny_llama(13, seed=seed + 1)
     prompt = torch.randint(0, 13, (1, length), generator=torch.Generator().manual_seed(seed))

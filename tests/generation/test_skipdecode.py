@@ -195,6 +195,7 @@ def test_gradients_reach_the_layers_that_run_and_training_learns():
     assert output.tolist() == ids.tolist()
 
 
+@pytest.mark.slow
 def test_the_callback_works_in_a_real_trainer(tmp_path):
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments

@@ -101,6 +101,7 @@ def test_training_moves_the_margin_and_resumes(tmp_path, embedded_tokenizer):
         assert torch.allclose(one, other, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_lora_uses_the_base_model_as_reference(tmp_path, embedded_tokenizer):
     peft = pytest.importorskip("peft")
     from everytoken.preference.trainer import PreferenceTrainer

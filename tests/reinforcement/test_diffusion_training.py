@@ -100,6 +100,7 @@ def tried(*names, **settings):
     return card.load_trial()(TrialRequest(trials, **settings))
 
 
+@pytest.mark.slow
 def test_a_trial_shows_the_credit_of_every_token():
     result = tried("mdpo", "cj-grpo")
     assert list(result.rows) == ["diffu-GRPO", "mdpo", "cj-grpo"] and len(result.traces) == 8

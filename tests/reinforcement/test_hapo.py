@@ -170,6 +170,7 @@ def test_samples_follow_the_temperature():
     assert chi_square < 18.5  # 0.1% of a chi-square with 4 degrees of freedom
 
 
+@pytest.mark.slow
 def test_all_parts_left_out_is_dapo(tmp_path):
     nothing = HAPO(temperature_tau=0.0, token_average=False, adv_beta=0.0, clip_alpha=0.0)
     assert not nothing.recipe().pieces

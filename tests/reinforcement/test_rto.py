@@ -245,6 +245,7 @@ def test_a_checkpoint_without_the_critic_is_not_gone_on_from(tmp_path, embedded_
     assert again.state.global_step == 2
 
 
+@pytest.mark.slow
 def test_the_critic_learns_the_returns(tmp_path, embedded_tokenizer):
     trainer = make(
         tmp_path,

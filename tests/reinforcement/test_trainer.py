@@ -85,6 +85,7 @@ def test_under_other_settings_too(tmp_path, changes):
     same_weights(tmp_path, **changes)
 
 
+@pytest.mark.slow
 def test_under_lora_too(tmp_path):
     peft = pytest.importorskip("peft")
     found = []
@@ -116,6 +117,7 @@ class Counter:
         self.seen = state["seen"]
 
 
+@pytest.mark.slow
 def test_resumed_in_the_middle_it_ends_at_the_same_weights(tmp_path):
     """The fourth step makes new rollouts, which the resumed run makes as well; a piece's state comes along."""
     changes = dict(max_steps=4, num_iterations=1, steps_per_generation=1)
@@ -295,6 +297,7 @@ def test_ratio_weights_and_bounds_are_those_of_the_update(tmp_path):
     assert (trainer.epsilon_low, trainer.epsilon_high) == (0.2, 0.2)
 
 
+@pytest.mark.slow
 def test_prompts_rewards_samplers_and_auxiliary_losses(tmp_path):
     """The other kinds, each seen to act."""
 
@@ -400,6 +403,7 @@ def test_other_bad_input(tmp_path):
         made(tmp_path, Negative()).train()
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_leaves_its_batch_and_training_goes_on(tmp_path):
     changes = dict(max_steps=2, num_iterations=1, steps_per_generation=1, save_strategy="steps", save_steps=1)
     calls = []

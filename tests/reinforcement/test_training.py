@@ -93,6 +93,7 @@ class FirstTokens:
         return torch.where(batch.positions < self.count, 1.0, 0.5)
 
 
+@pytest.mark.slow
 def test_a_recipe_of_three_methods_and_a_piece_of_ones_own(tmp_path, monkeypatch):
     """It trains; the progress bar, an integration and the report show what it does."""
     from transformers import TrainerCallback
@@ -148,6 +149,7 @@ def test_recipes_that_are_refused(pieces, arguments, message):
     assert message in f"{error.value} {getattr(error.value, 'hint', '')}"
 
 
+@pytest.mark.slow
 def test_tasks_are_made_where_there_are_no_data(tmp_path):
     pytest.importorskip("reasoning_gym")
     training = load_catalog()["tempo"].load_training()

@@ -229,6 +229,7 @@ def test_samples_in_segments_are_distributed_as_whole_ones(tmp_path):
     assert statistic < degrees + 4 * (2 * degrees) ** 0.5
 
 
+@pytest.mark.slow
 def test_one_segment_and_no_mask_is_grpo(tmp_path):
     """K = 1 and tau above 1, with rewards that differ in every group: stock GRPO's weights, to the last bit."""
     pieces = UloRL(segments=1, mastered=1.1).recipe().pieces

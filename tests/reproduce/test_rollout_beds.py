@@ -241,6 +241,7 @@ def test_every_arm_has_the_rate_that_is_best_for_it(monkeypatch):
     assert context.artifacts["slow: mean reward of the first and the last quarter"] == [0.0, 2.0]
 
 
+@pytest.mark.slow
 def test_arms_begin_with_the_same_rollouts_and_leave_the_start_as_it_is():
     from everytoken.reinforcement.base import Recipe
     from everytoken.reinforcement.d3s import D3S

@@ -23,6 +23,7 @@ def test_prefill_without_merges_is_plain_generation():
     assert torch.equal(plain, ours)
 
 
+@pytest.mark.slow
 def test_prefill_reads_fewer_positions():
     tokenizer = byte_level()
     model = model_for(tokenizer)

@@ -67,6 +67,7 @@ def test_a_checkpoint_that_is_not_whole_is_skipped(saved, tmp_path, why):
     assert why in skipped[0]
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_one_before_and_says_so(saved, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)

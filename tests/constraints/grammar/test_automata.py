@@ -122,6 +122,7 @@ def language_of_moves(size, edges, calls, empties, finals):
 
 @given(MACHINES)
 @settings(max_examples=200)
+@pytest.mark.slow
 def test_determinising_trimming_and_minimising_keep_the_language(machine):
     want = language_of_moves(*machine)
     subsets = made(*machine).determinise(-1, finals=machine[-1])

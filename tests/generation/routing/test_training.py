@@ -44,6 +44,7 @@ def greedy(large, tokenizer, text, new):
     return large.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)[0].tolist()
 
 
+@pytest.mark.slow
 def test_labels_are_identical_exactly_where_the_arg_max_is_and_divergent_where_the_outcome_is(pair):
     large, small, tokenizer = pair
 
@@ -97,6 +98,7 @@ def test_continuations_stop_at_the_sentence(pair):
             assert "." not in side[1:-1]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(pair, tmp_path):
     large, small, tokenizer = pair
     whole = label(small, large, tokenizer, PROMPTS, AnswerVerifier(last_letters), max_new_tokens=8, batch=2, count=5)
