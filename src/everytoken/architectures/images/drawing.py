@@ -127,10 +127,9 @@ class ImageMethod(Architecture):
         if drawn.images.shape[1] == 1 and self.classes == CLASSES and bool(drawn.images.isfinite().all()):
             right = features_of(drawn.images)[1].argmax(-1) == labels.cpu()
             figures["right digits"] = float(right.float().mean())
-        name = type(self).__name__
-        pictures = [slider(drawn.frames, drawn.steps, f"{name} draws {int(labels[0])}")]
+        pictures = [slider(drawn.frames, drawn.steps, f"step by step, label {int(labels[0])}")]
         if len(drawn.images) > 1:
-            pictures.append(image_html(tiled(drawn.images), f"{len(drawn.images)} images by {name}"))
+            pictures.append(image_html(tiled(drawn.images), f"{len(drawn.images)} images"))
         if self.picture is not None:
             write_png(tiled(drawn.images), Path(self.picture), 8)
         return Observation(
