@@ -205,6 +205,7 @@ def search(page, query):
 
 @pytest.mark.slow
 @needs_browser
+@pytest.mark.rotating
 def test_search_in_the_browser_finds_what_python_finds(site):
     """From the disk, without a server. By words exactly as Python; by meaning as often as is asked."""
     cards = [entry.card for entry in site_entries(pictures=False)]
