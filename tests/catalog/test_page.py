@@ -203,9 +203,8 @@ def search(page, query):
     return shown(page)
 
 
-@pytest.mark.slow
-@needs_browser
 @pytest.mark.rotating
+@needs_browser
 def test_search_in_the_browser_finds_what_python_finds(site):
     """From the disk, without a server. By words exactly as Python; by meaning as often as is asked."""
     cards = [entry.card for entry in site_entries(pictures=False)]
