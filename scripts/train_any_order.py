@@ -16,25 +16,17 @@ from transformers import AutoModelForMaskedLM
 from everytoken.architectures.any_order.training import TRAINING
 from everytoken.core.errors import EverytokenError
 from everytoken.core.weights import WEIGHTS
-from everytoken.training.base import TrainingContext, read_config
-from training_script import options, report, ship
+from training_script import options, ship_network, train
 
 
 def main() -> None:
     args = options(__doc__).parse_args()
     torch.set_num_threads(1)
     try:
-        config = read_config(TRAINING, None, ["task=sudoku", *args.settings])
-        for name, value in TRAINING.run(config, TrainingContext(None, None, args.out, report)).figures.items():
-            print(f"{name:<40} {value:.4g}")
+        config = train(TRAINING, ["task=sudoku", *args.settings], args.out)
         if args.ship:
             place = WEIGHTS / ("sudoku-any-order" if config.streams == 1 else "sudoku-any-subset")
-            half = args.out / "half"
-            place.mkdir(exist_ok=True)
-            AutoModelForMaskedLM.from_pretrained(args.out / "model", use_safetensors=True).half().save_pretrained(half)
-            ship([args.out / "model" / name for name in ("tokenizer.json", "tokenizer_config.json")], place)
-            ship([half / name for name in ("model.safetensors", "config.json")], place)
-            ship([args.out / "training.json"], place)
+            ship_network(AutoModelForMaskedLM, args, place)
     except EverytokenError as error:
         sys.exit(f"{error.message} {error.hint or ''}")
 

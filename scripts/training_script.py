@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+from everytoken.training.base import Training, TrainingContext, read_config
 
 
 def options(doc: str | None) -> argparse.ArgumentParser:
@@ -29,3 +32,25 @@ def ship(files: Iterable[Path], place: Path) -> None:
     for path in files:
         shutil.copyfile(path, place / path.name)
     print(f"Copied into {place}.")
+
+
+def train(training: Training, settings: Sequence[str], out: Path) -> Any:
+    """Trains by settings ``KEY=VALUE``, prints the figures, and returns the settings as read."""
+    config = read_config(training, None, [*settings])
+    for name, value in training.run(config, TrainingContext(None, None, out, report)).figures.items():
+        print(f"{name:<40} {value:.4g}")
+    return config
+
+
+def ship_network(network: Any, args: argparse.Namespace, place: Path) -> None:
+    """The trained network of ``--out`` in float16, its tokenizer and its record, to where they ship.
+
+    Args:
+        network: a class with ``from_pretrained``.
+    """
+    place.mkdir(exist_ok=True)
+    half = args.out / "half"
+    network.from_pretrained(args.out / "model", use_safetensors=True).half().save_pretrained(half)
+    ship([args.out / "model" / name for name in ("tokenizer.json", "tokenizer_config.json")], place)
+    ship([half / name for name in ("model.safetensors", "config.json")], place)
+    ship([args.out / "training.json"], place)

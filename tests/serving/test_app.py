@@ -175,7 +175,7 @@ def test_a_seed_gives_the_same_choices_whole_and_as_a_stream(client):
 
 
 def test_a_cancelled_stream_begins_no_further_choice(engine):
-    ask = read_chat({"messages": HI, "n": 32, "max_tokens": 8, "stream": True})
+    ask = read_chat({"messages": HI, "n": 32, "max_tokens": 8, "stream": True, "seed": 3})
     cancelled, forwards = threading.Event(), []
     handle = engine.model.register_forward_pre_hook(lambda module, args: forwards.append(1))
     try:

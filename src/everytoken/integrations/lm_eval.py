@@ -23,7 +23,7 @@ import torch
 
 from ..core.errors import BadInputError, require
 from ..core.loading import load_model, load_tokenizer
-from ..serving.decoders import make_decoder
+from ..serving.decoders import make_decoder, ready
 from ..serving.text import StopTexts
 
 if TYPE_CHECKING or find_spec("lm_eval") is not None:
@@ -65,10 +65,7 @@ class DecodedModel(HFLM):  # type: ignore[misc]
             own.setdefault("tokenizer", load_tokenizer())
         super().__init__(pretrained=pretrained, **own)
         if self.decoder is not None:
-            self.decoder.check_model(self.model.config)
-            self.decoder.load_helpers(self.model)
-            vocabulary = int(self.model.config.get_text_config().vocab_size)
-            self.decoder = self.decoder.prepare(self.tokenizer, vocabulary)
+            self.decoder = ready(self.decoder, self.model, self.tokenizer)
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: Sequence[str], **arguments: Any

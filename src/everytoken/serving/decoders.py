@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..catalog.cards import find_card
 from ..core.errors import BadInputError
 from ..core.settings import parse_settings
 from ..decoding.base import Decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def make_decoder(name: str, settings: dict[str, Any]) -> Decoder:
@@ -23,3 +26,14 @@ def make_decoder(name: str, settings: dict[str, Any]) -> Decoder:
         raise BadInputError(f"{card.slug} is no decoder.", "everytoken papers --status implemented lists what is.")
     given = parse_settings(card.slug, kind, [f"{key}={value}" for key, value in settings.items()])
     return kind(**given)
+
+
+def ready(decoder: Decoder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Decoder:
+    """The decoder with all that it needs of a model before it writes.
+
+    Raises:
+        BadInputError: a model that it cannot work with.
+    """
+    decoder.check_model(model.config)
+    decoder.load_helpers(model)
+    return decoder.prepare(tokenizer, int(model.config.get_text_config().vocab_size))

@@ -23,7 +23,7 @@ from ..core.errors import BadInputError
 from ..core.rng import derive_seed
 from ..core.vocabulary import token_bytes
 from ..decoding.base import Decoder
-from .decoders import make_decoder
+from .decoders import make_decoder, ready
 from .requests import Ask, RequestError
 from .text import PieceStreamer, StopCutter, StopTexts
 from .tools import ChatFormat
@@ -139,23 +139,18 @@ class Engine:
         self.vocabulary = int(model.config.get_text_config().vocab_size)
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.format = ChatFormat(tokenizer)
-        self.decoder = None if decoder is None else self._ready(decoder)
+        self.decoder = None if decoder is None else ready(decoder, model, tokenizer)
         self._compiler: GrammarCompiler | None = None
         self._decoders: dict[tuple[Any, ...], Decoder] = {}
         self._grammars: dict[str, CompiledGrammar] = {}
         self._lock, self._loading = threading.Lock(), threading.Lock()
-
-    def _ready(self, decoder: Decoder) -> Decoder:
-        decoder.check_model(self.model.config)
-        decoder.load_helpers(self.model)
-        return decoder.prepare(self.tokenizer, self.vocabulary)
 
     def _named(self, name: str, settings: dict[str, Any]) -> Decoder:
         """A request's decoder; the last few are kept, as some load models of their own."""
         key = (name, *sorted((key, str(value)) for key, value in settings.items()))
         with self._loading:
             if key not in self._decoders:
-                self._decoders[key] = self._ready(make_decoder(name, settings))
+                self._decoders[key] = ready(make_decoder(name, settings), self.model, self.tokenizer)
                 if len(self._decoders) > KEPT:
                     self._decoders.pop(next(iter(self._decoders)))
             return self._decoders[key]
@@ -314,9 +309,7 @@ class Engine:
             )
         answers = output.sequences[:, len(prompt) :].tolist()
         told = None if ask.logprobs is None else _told(output.logits, output.sequences[:, len(prompt) :], ask.logprobs)
-        choices = [
-            self._choice(ask, first + row, answers[row], told[row] if told else None, most) for row in range(rows)
-        ]
+        choices = [self._choice(ask, first + row, answers[row], told[row] if told else None) for row in range(rows)]
         return choices + [replace(choices[0], index=first + row) for row in range(rows, count)]
 
     def _config(self, ask: Ask, most: int, rows: int) -> GenerationConfig:
@@ -331,7 +324,7 @@ class Engine:
             return_dict_in_generate=True, output_logits=ask.logprobs is not None, **({"do_sample": False} | sampling),
         )  # fmt: skip
 
-    def _choice(self, ask: Ask, index: int, tokens: list[int], told: Any, most: int) -> Choice:
+    def _choice(self, ask: Ask, index: int, tokens: list[int], told: Any) -> Choice:
         length = next((place for place, token in enumerate(tokens) if token in self.ends), None)
         ended, size = length is not None, len(tokens) if length is None else length + 1
         tokens = tokens[:size]

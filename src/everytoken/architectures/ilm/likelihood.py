@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from ...core.errors import BadInputError
+from ...core.modes import evaluating
 from ...core.noise import row_generators
-from ...decoding.canvas.model import evaluating
 from ..any_order.losses import insertion_logps
 from .sampling import gaps_of
 

@@ -16,6 +16,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 from ...core.errors import BadInputError
 
@@ -58,6 +59,19 @@ class AdaptiveLayerNorm(nn.Module):
     def forward(self, hidden: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         shift, scale = self.modulation(condition)
         return modulate(plain_norm(hidden, self.eps, self.rms), shift, scale)
+
+
+def init_modulated(module: nn.Module) -> None:
+    """Weights of a network of modulated blocks as they begin: maps by their width, biases and modulations at
+    zero.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            init.xavier_uniform_(part.weight)
+            init.zeros_(part.bias)
+    for part in module.modules():
+        if isinstance(part, AdaptiveModulation):
+            init.zeros_(part.linear.weight)
 
 
 def plain_norm(hidden: torch.Tensor, eps: float = 1e-6, rms: bool = False) -> torch.Tensor:

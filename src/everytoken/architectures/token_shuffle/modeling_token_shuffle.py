@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from ...core.errors import BadInputError, UnsupportedModelError
+from ...core.modes import evaluating
 from ...core.progress import Report, silent
 from ...core.quiet import quiet_transformers
 from ..base import OwnWeights, register
@@ -263,12 +264,8 @@ class TokenShuffleForConditionalGeneration(OwnWeights, PreTrainedModel):
         """
         sampling = Sampling(**settings)
         sides: Grid = tuple(self.config.grid if grid is None else grid)  # type: ignore[arg-type,assignment]
-        was_training = self.training
-        self.eval()  # dropout would make an image depend on more than its seed
-        try:
+        with evaluating(self):  # dropout would make an image depend on more than its seed
             return draw_images(self, input_ids, attention_mask, sides, sampling, seeds, report, use_cache)
-        finally:
-            self.train(was_training)
 
 
 def squared_partition(

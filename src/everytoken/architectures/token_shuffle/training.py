@@ -6,8 +6,6 @@ around it begin anew.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,12 @@ from typing import Any
 import torch
 
 from ...core.errors import BadInputError
-from ...core.files import write_text_whole
 from ...core.progress import Report, silent
 from ...core.rng import derive_seed, seed_everything
 from ...training.base import Training, TrainingContext, TrainingResult
-from ...training.report import training_report
 from ...training.stepwise import Stage, fingerprint, fit
 from ..images.metrics import image_scores
-from ..training import save_network
+from ..training import write_training
 from .configuration_token_shuffle import TokenShuffleConfig
 from .digits import (
     BOI,
@@ -250,25 +246,22 @@ def run(config: TokenShuffleTraining, context: TrainingContext) -> TrainingResul
     model = config.begin(codes, context.model).to("cuda" if torch.cuda.is_available() else "cpu")
     curve = learn(model, codes, config, context.out, context.report)
     figures = measure(model, codes, config.seed)
-    folder = context.out / "model"
-    save_network(model, folder, text_tokenizer())
-    settings = dataclasses.asdict(config)
-    record = {"method": "token-shuffle", "figures": figures, "settings": settings, "curves": {"loss": curve}}
-    write_text_whole(context.out / "training.json", json.dumps(record, indent=1) + "\n")
     with torch.no_grad():
         shown = TokenShuffleMethod(count=1).observe(model, text_tokenizer(), "seven, thick")
-    report = training_report(
-        context.out / "report.html",
-        f"token-shuffle: digits by windows of {config.window} x {config.window}",
+    return write_training(
+        "token-shuffle",
+        context,
+        model,
+        config,
         figures,
         {"loss": [(float(step), value) for step, value in curve]},
+        tokenizer=text_tokenizer(),
+        title=f"digits by windows of {config.window} x {config.window}",
         traces=shown.traces,
         column=TokenShuffleMethod.trace_columns[0],
-        settings=settings,
         pictures={"seven, thick": "".join(shown.pictures)},
+        hint="everytoken try token-shuffle --model {folder} --set label=7",
     )
-    notes = [f"Look at {report}.", f"Try it: everytoken try token-shuffle --model {folder} --set label=7"]
-    return TrainingResult(figures, [folder, context.out / "training.json", report], notes)
 
 
 TRAINING = Training(

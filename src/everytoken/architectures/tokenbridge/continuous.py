@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...core.errors import BadInputError
-from ..images.adaptive import AdaptiveLayerNorm, AdaptiveModulation, TimeEmbedding, modulate, plain_norm
+from ..images.adaptive import AdaptiveLayerNorm, AdaptiveModulation, TimeEmbedding, init_modulated, modulate, plain_norm
 
 
 class FlowBlock(nn.Module):
@@ -57,13 +57,7 @@ class ContinuousHead(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Weights as they begin: modulations and the last layer at zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                init.xavier_uniform_(module.weight)
-                init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, AdaptiveModulation):
-                init.zeros_(module.linear.weight)
+        init_modulated(self)
         init.zeros_(self.write.weight)
 
     def forward(self, g: torch.Tensor, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:

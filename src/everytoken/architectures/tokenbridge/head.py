@@ -22,7 +22,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...core.errors import BadInputError
-from ..images.adaptive import AdaptiveLayerNorm, AdaptiveModulation, modulate, plain_norm
+from ..images.adaptive import AdaptiveLayerNorm, AdaptiveModulation, init_modulated, modulate, plain_norm
 
 Past = tuple[torch.Tensor, torch.Tensor]
 """Keys and values ``[N, heads, C, d]`` of a block; steps that are still to come hold nothing of use."""
@@ -122,13 +122,7 @@ class ChannelARHead(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Weights as they begin: modulations and biases at zero, so that every block is the identity."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                init.xavier_uniform_(module.weight)
-                init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, AdaptiveModulation):
-                init.zeros_(module.linear.weight)
+        init_modulated(self)
         for table in (self.positions, self.steps, self.weight, self.embeddings):
             if table is not None:
                 init.normal_(table, std=0.02)

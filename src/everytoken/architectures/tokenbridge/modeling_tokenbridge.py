@@ -24,6 +24,7 @@ from transformers.models.vit.modeling_vit import ViTLayer
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from ...core.errors import BadInputError
+from ...core.modes import evaluating
 from ...core.progress import Report, silent
 from ...core.rng import numpy_generator
 from ..base import OwnWeights, register
@@ -252,27 +253,6 @@ class TokenBridgeModel(TokenBridgePreTrainedModel):
             BadInputError: labels out of range, steps, guidance, temperature or seeds that cannot be; guidance without
                 a class. Before any work.
         """
-        was_training = self.training
-        self.eval()  # dropout would make a picture depend on more than its label and seed
-        try:
-            return self._sample(
-                class_labels, steps, guidance, guidance_schedule, temperature, seed, batch, cache, progress
-            )
-        finally:
-            self.train(was_training)
-
-    def _sample(
-        self,
-        class_labels: torch.Tensor | Sequence[int] | None,
-        steps: int | None,
-        guidance: float,
-        guidance_schedule: str,
-        temperature: float,
-        seed: int | Sequence[int],
-        batch: int | None,
-        cache: bool,
-        progress: Report,
-    ) -> TokenBridgeSample:
         config, device = self.config, self.mask_token.device
         if (class_labels is None) == (batch is None):
             raise BadInputError("Give class_labels, or batch for pictures of no class.")
@@ -298,30 +278,31 @@ class TokenBridgeModel(TokenBridgePreTrainedModel):
         entropies = torch.zeros_like(values) if discrete else None
         means = self.quantizer.values.to(device, torch.float32)
         first = 0
-        for step, left in enumerate(masked):
-            known, wanted = order[:, :first], order[:, first : n - left]
-            given = rows_at(values, known)
-            if guidance == 1:
-                g = self.vectors(given, known, labels, wanted)
-            else:
-                two = [torch.cat([item, item]) for item in (given, known, wanted)]
-                both = self.vectors(two[0], two[1], both_ways(labels, self.classes.null), two[2])
-                scale = guidance_scale(guidance_schedule, guidance, (n - left) / n)
-                g = guide(both[:count], both[count:], scale)
-            own = rows_at(noise, wanted)
-            place = wanted[..., None].expand(-1, -1, channels)
-            if isinstance(self.head, ChannelARHead):
-                assert codes is not None and entropies is not None
-                drawn = self.head.sample(g, temperature, cache, uniforms=own)
-                codes.scatter_(1, place, drawn.codes)
-                entropies.scatter_(1, place, drawn.entropies)
-                found = means[drawn.codes] * config.latent_scale  # codes of the head's own need no check
-            else:
-                found = self.head.sample(g, own, config.flow_steps, temperature)
-            values.scatter_(1, place, found)
-            revealed.scatter_(1, wanted, step)
-            first = n - left
-            progress("sampling", step + 1, len(masked))
+        with evaluating(self):  # dropout would make a picture depend on more than its label and seed
+            for step, left in enumerate(masked):
+                known, wanted = order[:, :first], order[:, first : n - left]
+                given = rows_at(values, known)
+                if guidance == 1:
+                    g = self.vectors(given, known, labels, wanted)
+                else:
+                    two = [torch.cat([item, item]) for item in (given, known, wanted)]
+                    both = self.vectors(two[0], two[1], both_ways(labels, self.classes.null), two[2])
+                    scale = guidance_scale(guidance_schedule, guidance, (n - left) / n)
+                    g = guide(both[:count], both[count:], scale)
+                own = rows_at(noise, wanted)
+                place = wanted[..., None].expand(-1, -1, channels)
+                if isinstance(self.head, ChannelARHead):
+                    assert codes is not None and entropies is not None
+                    drawn = self.head.sample(g, temperature, cache, uniforms=own)
+                    codes.scatter_(1, place, drawn.codes)
+                    entropies.scatter_(1, place, drawn.entropies)
+                    found = means[drawn.codes] * config.latent_scale  # codes of the head's own need no check
+                else:
+                    found = self.head.sample(g, own, config.flow_steps, temperature)
+                values.scatter_(1, place, found)
+                revealed.scatter_(1, wanted, step)
+                first = n - left
+                progress("sampling", step + 1, len(masked))
         return TokenBridgeSample(values / config.latent_scale, codes, revealed, entropies, masked)
 
     def _noise(self, seed: int | Sequence[int], count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,21 +6,17 @@ Without ``--data`` it learns the handwritten digits of scikit-learn. ``--data FI
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ...core.errors import BadInputError, check_choices
-from ...core.files import write_text_whole
 from ...core.progress import Report, silent
 from ...core.rng import derive_seed, seed_everything
 from ...training.base import Training, TrainingContext, TrainingResult
-from ...training.report import training_report
 from ...training.stepwise import Stage, fingerprint, fit
-from ..training import save_network
+from ..training import write_training
 from .configuration_tokenbridge import HEADS, TokenBridgeConfig
 from .latents import TOKENIZER, LatentSet, digit_latents, file_latents
 from .method import TokenBridge
@@ -189,25 +185,21 @@ def run(config: TokenBridgeTraining, context: TrainingContext) -> TrainingResult
     }
     if config.head != "continuous":
         figures["nats a token"] = float(nats_of(model, data.held, data.held_labels).mean())
-    folder = context.out / "model"
-    save_network(model, folder)
-    settings = dataclasses.asdict(config)
-    record = {"method": "tokenbridge", "figures": figures, "settings": settings, "curves": {"loss": curve}}
-    write_text_whole(context.out / "training.json", json.dumps(record, indent=1) + "\n")
     with torch.no_grad():
         seen = TokenBridge(label=min(7, data.classes - 1)).observe(model, None, "")
-    report = training_report(
-        context.out / "report.html",
-        f"tokenbridge: {context.data or 'digits'}",
+    return write_training(
+        "tokenbridge",
+        context,
+        model,
+        config,
         figures,
         {"loss": [(float(step), value) for step, value in curve]},
+        title=context.data or "digits",
         traces=seen.traces,
         column=TokenBridge.trace_columns[0],
-        settings=settings,
         pictures={"A picture as it grows": "".join(seen.pictures)},
+        hint="everytoken try tokenbridge --model {folder} --set label=7",
     )
-    notes = [f"Look at {report}.", f"Try it: everytoken try tokenbridge --model {folder} --set label=7"]
-    return TrainingResult(figures, [folder, context.out / "training.json", report], notes)
 
 
 TRAINING = Training(

@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from ...core.errors import BadInputError
+from ...core.modes import evaluating
 from ...core.rng import derive_seed
 from ..base import OwnWeights, register
 from ..grid import inverse_order
@@ -388,9 +389,7 @@ class XARModel(OwnWeights, PreTrainedModel):
             like = torch.empty(0, device=self.device, dtype=self.dtype)
             cache = EntityCache(len(self.layers), rows, heads, config.tokens, config.hidden_size // heads, like)
         drawn = noise.new_zeros(len(labels), n_entities, m, config.channels)
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             for n in range(n_entities):
                 share = n / (n_entities - 1) if n_entities > 1 else 1.0
                 scale = guidance_scale("linear", guidance, share)
@@ -402,8 +401,6 @@ class XARModel(OwnWeights, PreTrainedModel):
                         progress(n, step, self.merge(drawn))
 
                 drawn[:, n] = sample(current, noise[:, n].transpose(0, 1), sampler, after)
-        finally:
-            self.train(was_training)
         return self.merge(drawn)
 
 

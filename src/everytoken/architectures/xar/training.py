@@ -6,24 +6,21 @@ labels of the tokenizer that is named (``images.tokenizers.save_latents``); late
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ...core.errors import BadInputError
-from ...core.files import write_text_whole
+from ...core.progress import Report, silent
 from ...core.rng import derive_seed, numpy_generator, seed_everything
 from ...training.base import Training, TrainingContext, TrainingResult
-from ...training.report import training_report
 from ...training.stepwise import Stage, fingerprint, fit
 from ..images.data import CLASSES, SIDE, check_labels, digit_images, digit_split
 from ..images.metrics import image_scores
 from ..images.pictures import image_html, slider, tiled
 from ..images.tokenizers import KLImageTokenizer, load_image_tokenizer, read_latents
-from ..training import save_network
+from ..training import write_training
 from .configuration_xar import XARConfig
 from .method import XAR, images_of
 from .modeling_xar import XARModel
@@ -139,7 +136,7 @@ def prepared(config: XARTraining, data: str | None = None) -> tuple[XARConfig, D
 
 
 def learn(
-    config: XARTraining, made: XARConfig, data: Data, folder: Path | None = None, report: object = None
+    config: XARTraining, made: XARConfig, data: Data, folder: Path | None = None, report: Report = silent
 ) -> tuple[XARModel, list[tuple[int, float]]]:
     """Trains a network on latents and labels; returns it with the curve of its loss."""
     seed_everything(derive_seed(config.seed, "network"))
@@ -155,9 +152,8 @@ def learn(
         found: torch.Tensor = model(latents[chosen], labels[chosen]).loss
         return found
 
-    arguments = {} if report is None else {"report": report}
     identity = fingerprint(config, made.to_dict(), latents, labels)
-    curve = fit(model, loss, config.stage(), folder, save_every=config.save_every, identity=identity, **arguments)  # type: ignore[arg-type]
+    curve = fit(model, loss, config.stage(), folder, report, save_every=config.save_every, identity=identity)
     return model, curve
 
 
@@ -183,8 +179,6 @@ def run(config: XARTraining, context: TrainingContext) -> TrainingResult:
         raise BadInputError("xAR begins from scratch here.", "Leave --model out.")
     made, data = prepared(config, context.data)
     model, curve = learn(config, made, data, context.out, context.report)
-    folder = context.out / "model"
-    save_network(model, folder)
     figures, pictures = {"loss": curve[-1][1]}, {}
     if config.samples >= 2:
         context.report("drawing digits", 0, 0)
@@ -195,21 +189,19 @@ def run(config: XARTraining, context: TrainingContext) -> TrainingResult:
     method = XAR(steps=config.draw_steps, guidance=config.guidance, count=1)
     shown = method.draw(model, torch.tensor([method.label]), config.seed)
     pictures["How one grows"] = slider(shown.frames, shown.steps, f"xAR draws {method.label}")
-    settings = dataclasses.asdict(config)
-    record = {"method": "xar", "figures": figures, "settings": settings, "curves": {"loss": curve}}
-    write_text_whole(context.out / "training.json", json.dumps(record, indent=1) + "\n")
-    report = training_report(
-        context.out / "report.html",
-        "xar: " + (context.data or "digits"),
+    return write_training(
+        "xar",
+        context,
+        model,
+        config,
         figures,
         {"loss": [(float(step), value) for step, value in curve]},
+        title=context.data or "digits",
         traces=[shown.trace],
         column=XAR.trace_columns[0],
-        settings=settings,
         pictures=pictures,
+        hint="everytoken try xar --model {folder} --set label=7",
     )
-    notes = [f"Look at {report}.", f"Try it: everytoken try xar --model {folder} --set label=7"]
-    return TrainingResult(figures, [folder, context.out / "training.json", report], notes)
 
 
 TRAINING = Training(

@@ -28,13 +28,14 @@ import torch
 from transformers.utils import ModelOutput
 
 from ...core.errors import BadInputError
+from ...core.modes import evaluating
 from ...core.noise import open_uniform, row_generators
 from ...core.trace import TokenTrace
 from ..base import ended_on_errors
 from ..call import DecodingStats
 from ..checks import check_not_empty, refuse_unsupported
 from ..inputs import callers_arguments
-from .model import CanvasModel, evaluating, mask_token
+from .model import CanvasModel, mask_token
 from .trajectory import Trajectory
 
 if TYPE_CHECKING:

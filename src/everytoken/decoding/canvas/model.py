@@ -7,8 +7,6 @@ changing its inputs, since no attribute tells it for sure.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,22 +14,12 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ...core.errors import BadInputError, UnsupportedModelError
+from ...core.modes import evaluating
 from ..inputs import takes
 
 PROBE = 8
 """Tokens of the rows that a model is tested with."""
 _tested: WeakKeyDictionary[torch.nn.Module, set[str]] = WeakKeyDictionary()
-
-
-@contextlib.contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model without dropout inside the block."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def positions_of(attention: torch.Tensor) -> torch.Tensor:
